@@ -1,0 +1,155 @@
+"""The two ways into DeepSpeed: :func:`initialize`, and :func:`register` for everybody else's ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ds_lowrank.config import METHODS, looks_like_method, method_named, parse_options
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.optimizer import LowRankOptimizer
+from ds_lowrank.optimizers import OPTIMIZERS
+from ds_lowrank.roles import tag_parameters
+from ds_lowrank.support import check_model, check_supported
+
+
+def register() -> None:
+    """Make the method names known to stock ``deepspeed.initialize``, the Hugging Face Trainer and accelerate.
+
+    DeepSpeed looks an unknown ``optimizer.type`` up in ``torch.optim`` and asks a list which optimizers ZeRO may wrap: the
+    classes are put into both. Idempotent. Call :func:`ds_lowrank.tag_parameters` on the model before DeepSpeed sees it.
+    """
+    for name, optimizer in OPTIMIZERS.items():
+        setattr(torch.optim, name, optimizer)
+    _allow_under_zero()
+
+
+def _allow_under_zero() -> None:
+    from deepspeed.runtime.zero import utils
+
+    known = utils.ZERO_SUPPORTED_OPTIMIZERS
+    known.extend(optimizer for optimizer in OPTIMIZERS.values() if optimizer not in known)
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | dict[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | dict[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize``, with ``optimizer.type`` also one of this package's methods.
+
+    The signature and the return value are DeepSpeed's. A configuration that names none of the methods, or a client
+    ``optimizer`` of another kind, goes through unchanged. ``model_parameters`` may be parameters, named parameters, or
+    groups of either; a group keeps its own ``lr``, ``weight_decay`` and other options.
+
+    Returns:
+        engine, optimizer (DeepSpeed's wrapper, or this package's where DeepSpeed does not wrap), data loader, scheduler.
+
+    Raises:
+        ConfigError: the configuration cannot be honoured; on every rank, before anything is built, saying what to change.
+    """
+    import deepspeed
+
+    settings = _settings(args, config if config is not None else config_params)
+    name = settings.get("optimizer", {}).get("type")
+    if optimizer is None and name is not None and name not in METHODS and (meant := looks_like_method(name)):
+        raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
+    low_rank = (optimizer is None and name in METHODS) or isinstance(optimizer, LowRankOptimizer)
+    if low_rank:
+        if model is None:
+            raise ConfigError("ds_lowrank.initialize needs a model")
+        method = name if optimizer is None else optimizer.method.name
+        check_supported(settings, method)
+        check_model(model, mpu, method)
+        tag_parameters(model)
+        _allow_under_zero()
+        optimizer = optimizer or _factory(settings)
+    engine, wrapped, loader, scheduler = deepspeed.initialize(
+        args=_without_path(args),
+        model=model,
+        optimizer=optimizer,
+        model_parameters=_plain(model_parameters),
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=settings,
+        mesh_param=mesh_param,
+    )
+    if low_rank:
+        engine.basic_optimizer.finalize()
+    return engine, wrapped, loader, scheduler
+
+
+def _settings(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The configuration as a dict, from wherever DeepSpeed would take it."""
+    import deepspeed
+
+    path = getattr(args, "deepspeed_config", None)
+    if config is not None and path is not None:
+        raise ConfigError(
+            "the DeepSpeed configuration was given twice: as config and as args.deepspeed_config; pass one"
+        )
+    source = config if config is not None else path
+    if source is None:
+        raise ConfigError("no DeepSpeed configuration: pass config=..., or --deepspeed_config on the command line")
+    settings: dict[str, Any] = source if isinstance(source, dict) else deepspeed.load_ds_config(source)
+    return settings
+
+
+def _without_path(args: Any) -> Any:
+    """``args`` for DeepSpeed, which refuses a configuration that comes twice."""
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    import copy
+
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args
+
+
+def _plain(parameters: Iterable[Any] | None) -> list[Any] | None:
+    """DeepSpeed takes parameters or groups; a ``(name, parameter)`` pair has its name in the parameter's tag."""
+    if parameters is None:
+        return None
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
+
+
+def _factory(settings: Mapping[str, Any]) -> Callable[[Iterable[Any]], LowRankOptimizer]:
+    """What DeepSpeed calls with the parameters, once it has placed the model."""
+    block = settings["optimizer"]
+    params = block.get("params", {})
+    options = parse_options(method_named(block["type"]), params)
+
+    def build(parameters: Iterable[Any]) -> LowRankOptimizer:
+        optimizer = OPTIMIZERS[block["type"]](parameters, **params)
+        if "scheduler" in settings:
+            _keep_ratios(optimizer, options.lr)
+        return optimizer
+
+    return build
+
+
+def _keep_ratios(optimizer: LowRankOptimizer, lr: float) -> None:
+    """DeepSpeed's schedulers write one rate into every group: keep what a group's own rate means relative to the others."""
+    for group in optimizer.param_groups:
+        if group["lr"] == lr:
+            continue
+        if lr == 0:
+            raise ConfigError("optimizer.params.lr is 0, so a group's own lr cannot be kept under the JSON scheduler")
+        group["lr_scale"] *= group["lr"] / lr
+        group["lr"] = lr

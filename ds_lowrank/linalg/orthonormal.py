@@ -1,0 +1,55 @@
+"""Orthonormal bases."""
+
+from __future__ import annotations
+
+import torch
+
+DEPENDENT = 1e-6
+"""A direction shorter than this, relative to the longest, is fp32 rounding and not information."""
+
+
+def orthonormal(tall: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the columns of ``tall``, a continuous function of it.
+
+    Householder QR with the sign fixed by a positive diagonal, so that the same input up to rounding gives the same basis up
+    to rounding. A column that depends linearly on those before it becomes zero: an arbitrary completion would be noise
+    that an adaptive optimizer blows up to full size, and a different one on every layout.
+
+    Args:
+        tall: p x k, fp32, ``p >= k``. With no rows (a rank that does not factor) it comes back as it is.
+
+    Returns:
+        p x k, fp32: orthonormal columns, or zero ones.
+    """
+    if tall.shape[0] == 0:
+        return tall
+    q, r = torch.linalg.qr(tall)
+    diagonal = torch.diagonal(r)
+    lengths = diagonal.abs()
+    alive = lengths > DEPENDENT * lengths.max()
+    basis: torch.Tensor = q * (torch.sign(diagonal) * alive)
+    return basis
+
+
+def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torch.Tensor:
+    """The first ``rank`` singular vectors of a matrix, by an exact SVD.
+
+    Args:
+        matrix: m x n, fp32, finite. With no elements it stands for a rank that does not factor.
+        rank: at most ``min(m, n)``.
+        side: ``right`` for right singular vectors, ``left`` for left ones.
+
+    Returns:
+        n x rank (right) or m x rank (left), fp32. Vectors of singular values that are rounding are zero. Where the
+        iteration does not converge in fp32 it is repeated in fp64 on the normalised matrix.
+    """
+    if matrix.numel() == 0:
+        return matrix.new_zeros(0, rank)
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except RuntimeError:
+        u, s, vh = torch.linalg.svd(matrix.double() / matrix.abs().max(), full_matrices=False)
+    vectors = vh[:rank].T if side == "right" else u[:, :rank]
+    alive = s[:rank] > DEPENDENT * s[0]
+    basis: torch.Tensor = (vectors * alive).float().contiguous()
+    return basis

@@ -1,0 +1,25 @@
+"""Random sketches that every rank, on every layout and device, draws alike."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def name_hash(*parts: str | int) -> int:
+    """A 63-bit number from a name and counters, the same in every process."""
+    digest = hashlib.sha256("\0".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def gaussian(seed: int, name: str, counter: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """A standard normal matrix that is a function of (run seed, parameter name, counter) and nothing else.
+
+    Drawn on the CPU and moved, because a device's own generator gives other numbers.
+
+    Returns:
+        rows x columns, fp32, on ``device``.
+    """
+    generator = torch.Generator().manual_seed(name_hash(seed, name, counter))
+    return torch.randn(rows, columns, generator=generator).to(device)

@@ -1,0 +1,130 @@
+"""Which parameters are projected: decided by name, by the type of their module and by their logical shape.
+
+ZeRO hands an optimizer nameless tensors, so :func:`tag_parameters` writes name and kind on each parameter beforehand
+(``ds_lowrank.initialize`` calls it). Shape alone cannot tell an embedding from a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+
+from ds_lowrank.errors import ConfigError
+
+Kind = Literal["weight", "embedding", "head"]
+
+EMBEDDING_NAMES = ("*embed*", "*wte*", "*wpe*")
+HEAD_NAMES = (
+    "*lm_head*",
+    "*embed_out*",
+    "*output_projection*",
+    "head.*",
+    "*.head.*",
+    "*.output.weight",
+    "output.weight",
+)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a parameter is in its model."""
+
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a parameter is trained, and why."""
+
+    projected: bool
+    reason: str
+
+
+def tag_parameters(model: torch.nn.Module) -> None:
+    """Write each parameter's name and kind on it, where DeepSpeed does not lose them.
+
+    Needed before stock ``deepspeed.initialize`` when only :func:`ds_lowrank.register` was called.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    heads = {id(module.weight) for module in _output_layers(model)}
+    for name, parameter in model.named_parameters():
+        kind: Kind = (
+            "embedding" if id(parameter) in embeddings else "head" if id(parameter) in heads else _kind_of(name)
+        )
+        parameter.ds_lowrank_tag = Tag(name, kind)  # type: ignore[attr-defined]
+
+
+def _output_layers(model: torch.nn.Module) -> list[Any]:
+    """The output head as Hugging Face models name it."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return [head] if head is not None and getattr(head, "weight", None) is not None else []
+
+
+def tag_of(parameter: torch.Tensor) -> Tag | None:
+    """The tag that :func:`tag_parameters` wrote, if it did."""
+    tag: Tag | None = getattr(parameter, "ds_lowrank_tag", None)
+    return tag
+
+
+def tag_from_name(name: str) -> Tag:
+    """The tag of a parameter of which only the name is known."""
+    return Tag(name, _kind_of(name))
+
+
+def _kind_of(name: str) -> Kind:
+    if any(fnmatchcase(name, pattern) for pattern in EMBEDDING_NAMES):
+        return "embedding"
+    if any(fnmatchcase(name, pattern) for pattern in HEAD_NAMES):
+        return "head"
+    return "weight"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A glob matches a parameter's name, its module's name, or one component of it."""
+    module = name.rpartition(".")[0]
+    return any(fnmatchcase(candidate, pattern) for candidate in (name, module, *name.split(".")))
+
+
+def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, excludes: Iterable[str]) -> Role:
+    """Decide one parameter's role.
+
+    Args:
+        tag: its name and kind.
+        shape: its logical shape.
+        targets: globs of ``target_modules``; None for the default rule.
+        excludes: globs of ``exclude_modules``; they win over the targets.
+    """
+    if len(shape) != 2:
+        return Role(False, f"{len(shape)}-D")
+    if min(shape) == 0:
+        return Role(False, "empty")
+    for pattern in excludes:
+        if matches(tag.name, pattern):
+            return Role(False, f"exclude_modules {pattern!r}")
+    if targets is None:
+        return Role(tag.kind == "weight", "matrix" if tag.kind == "weight" else tag.kind)
+    for pattern in targets:
+        if matches(tag.name, pattern):
+            return Role(True, f"target_modules {pattern!r}")
+    return Role(False, "not in target_modules")
+
+
+def check_targets(names: Iterable[str], targets: Iterable[str]) -> None:
+    """Every pattern must match something.
+
+    Raises:
+        ConfigError: naming the pattern and some names it could have meant.
+    """
+    known = list(names)
+    for pattern in targets:
+        if not any(matches(name, pattern) for name in known):
+            raise ConfigError(
+                f"target_modules: {pattern!r} matches no parameter. Patterns are globs on the parameter's name, its "
+                f"module's name or one component of it, for example '*_proj'. Names here: {', '.join(known[:6])}, ..."
+            )

@@ -1,0 +1,138 @@
+"""Which part of which logical matrix a rank holds, and which rank owns which rows of the state.
+
+A rank holds a flat interval ``[start, end)`` of a block of a logical ``m x n`` matrix. The block is the whole matrix, or
+the rows ``r0..r1`` by columns ``c0..c1`` that tensor parallelism gave the rank. Such an interval is at most three
+rectangles: a first partial row, full rows, a last partial row. Everything else in the package is said in rectangles.
+
+The rows of a state tensor (of a basis, of the moments) are dealt over the ranks that hold the matrix, so that every row
+has one owner: among the ranks whose elements touch it, in proportion to how many elements of the matrix they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+Range = tuple[int, int]
+Spans = tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Rows ``row..row+height`` by columns ``col..col+width`` of the logical matrix.
+
+    On its rank the elements are contiguous and row-major, ``offset`` elements into the rank's interval.
+    """
+
+    row: int
+    col: int
+    height: int
+    width: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows ``rows`` by columns ``cols`` of a logical matrix: what tensor parallelism leaves on one rank."""
+
+    rows: Range
+    cols: Range
+
+    @property
+    def numel(self) -> int:
+        return (self.rows[1] - self.rows[0]) * (self.cols[1] - self.cols[0])
+
+
+@dataclass(frozen=True)
+class Part:
+    """The elements ``[start, end)`` of a row-major block: what one rank holds of one logical matrix."""
+
+    block: Block
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end <= self.block.numel:
+            raise ValueError(
+                f"the interval [{self.start}, {self.end}) is outside a block of {self.block.numel} elements"
+            )
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.start
+
+    @cached_property
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        """The interval as at most three rectangles, in storage order."""
+        row0, col0 = self.block.rows[0], self.block.cols[0]
+        width = self.block.cols[1] - col0
+        found = []
+        position = self.start
+        while position < self.end:
+            row, col = divmod(position, width)
+            if col or self.end - position < width:
+                height, span = 1, min(width - col, self.end - position)
+            else:
+                height, span = (self.end - position) // width, width
+            found.append(Rectangle(row0 + row, col0 + col, height, span, position - self.start))
+            position += height * span
+        return tuple(found)
+
+    @cached_property
+    def rows(self) -> Range:
+        """The rows of the logical matrix that hold an element of this part; ``(0, 0)`` where it is empty."""
+        if not self.rectangles:
+            return (0, 0)
+        return self.rectangles[0].row, self.rectangles[-1].row + self.rectangles[-1].height
+
+    @cached_property
+    def cols(self) -> Range:
+        """The smallest range of columns that covers this part; ``(0, 0)`` where it is empty."""
+        if not self.rectangles:
+            return (0, 0)
+        return min(r.col for r in self.rectangles), max(r.col + r.width for r in self.rectangles)
+
+
+def whole(shape: Sequence[int], start: int = 0, end: int | None = None) -> Part:
+    """The elements ``[start, end)`` of a matrix that tensor parallelism does not split."""
+    m, n = shape
+    return Part(Block((0, m), (0, n)), start, m * n if end is None else end)
+
+
+def deal(held: Sequence[Range], weights: Sequence[int]) -> tuple[Spans, ...]:
+    """One owner for every row that anybody holds.
+
+    Args:
+        held: for each rank, the range of rows that its elements touch. Ranges may overlap.
+        weights: for each rank, how many elements it holds.
+
+    Returns:
+        For each rank the spans of rows that it owns. Each lies within what the rank holds, and they are disjoint. Rows
+        that several ranks hold are shared out in proportion to the weights.
+    """
+    bounds = sorted({edge for lo, hi in held if lo < hi for edge in (lo, hi)})
+    owned: list[list[Range]] = [[] for _ in held]
+    for lo, hi in zip(bounds, bounds[1:], strict=False):
+        holders = [i for i, (a, b) in enumerate(held) if a <= lo and hi <= b and a < b]
+        total = sum(weights[i] for i in holders)
+        done, position = 0, lo
+        for i in holders:
+            done += weights[i]
+            until = lo + round((hi - lo) * done / total)
+            if until > position:
+                _append(owned[i], (position, until))
+                position = until
+    return tuple(tuple(spans) for spans in owned)
+
+
+def _append(spans: list[Range], new: Range) -> None:
+    if spans and spans[-1][1] == new[0]:
+        spans[-1] = (spans[-1][0], new[1])
+    else:
+        spans.append(new)
+
+
+def length(spans: Spans) -> int:
+    """How many rows the spans hold together."""
+    return sum(hi - lo for lo, hi in spans)

@@ -1,0 +1,59 @@
+"""An in-process world of simulated ranks: the same programs, the same packing, no processes.
+
+Every method meets every layout here in milliseconds, and a run on many ranks is costed on one machine: ``rounds`` and
+``bytes_sent`` count what a real world of that size would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from ds_lowrank.sharding.reduce import Request, Rounds, packed, unpacked
+
+T = TypeVar("T")
+
+
+class SimulatedWorld:
+    """``size`` ranks in one process.
+
+    Attributes:
+        rounds: collectives so far (each is one all-to-all of all ranks).
+        bytes_sent: for each rank, the bytes it sent to others so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rounds = 0
+        self.bytes_sent = [0] * size
+
+    def run(self, programs: Sequence[Rounds[T]]) -> list[T]:
+        """Run one program a rank to the end, in lockstep.
+
+        Raises:
+            RuntimeError: the ranks asked for different things, which in a real world would hang.
+        """
+        if len(programs) != self.size:
+            raise ValueError(f"a world of {self.size} ranks runs {self.size} programs, got {len(programs)}")
+        results: list[T | None] = [None] * self.size
+        answers: list[list[object]] | list[None] = [None] * self.size
+        while True:
+            asked: list[list[Request]] = []
+            for rank, program in enumerate(programs):
+                try:
+                    asked.append(program.send(answers[rank]))  # type: ignore[arg-type]
+                except StopIteration as stop:
+                    results[rank] = stop.value
+            if not asked:
+                return results  # type: ignore[return-value]
+            if len(asked) != self.size or len({len(requests) for requests in asked}) != 1:
+                raise RuntimeError(f"the ranks disagree on the round: {[len(requests) for requests in asked]} requests")
+            answers = self._exchange(asked)  # type: ignore[assignment]
+
+    def _exchange(self, asked: list[list[Request]]) -> list[list[object]]:
+        ranks = range(self.size)
+        sent = {(a, b): packed(asked[a], a, b) for a in ranks for b in ranks}
+        self.rounds += 1
+        for (a, _), buffer in sent.items():
+            self.bytes_sent[a] += buffer.numel() * buffer.element_size()
+        return [list(unpacked(asked[b], b, {a: sent[a, b] for a in ranks})) for b in ranks]

@@ -1,0 +1,172 @@
+"""Where DeepSpeed put the elements of each parameter: read off its wrappers, never computed anew.
+
+=======================  =================================================================================
+wrapper                  what it did to the optimizer's parameters
+=======================  =================================================================================
+none (fp32, stage 0)     nothing
+FP16_UnfusedOptimizer    replaced each group's trainable parameters by fp32 clones, in order
+DeepSpeedZeroOptimizer,  one flat fp32 partition a group; each model parameter says in ``_hp_mapping`` which of
+BF16_Optimizer           its elements are where in it (None: not on this rank)
+Stage 3                  one flat fp32 partition a sub-group; ``param._z3_optimizer.grad_position`` says where
+=======================  =================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.sharding.layout import Part, whole
+
+NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offload_optimizer"
+
+
+@dataclass
+class Fragment:
+    """This rank's elements ``[start, end)`` of one parameter, ``offset`` elements into ``store``.
+
+    ``store`` is what DeepSpeed updates in one ``step()``: the parameter itself, its fp32 clone, or a flat partition. A rank
+    that holds nothing of the parameter still knows the store that the others update with it.
+    """
+
+    store: torch.Tensor
+    start: int
+    end: int
+    offset: int
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The elements, flat: a view of the store."""
+        return self.store.data.view(-1)[self.offset : self.offset + self.end - self.start]
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """Their gradient, flat. Only while the store has one."""
+        gradient = self.store.grad
+        assert gradient is not None
+        return gradient.reshape(-1)[self.offset : self.offset + self.end - self.start]
+
+
+@dataclass
+class Placement:
+    """Where all parameters of an optimizer lie.
+
+    Attributes:
+        wrapper: for the log.
+        fragments: one a parameter, group by group, in the order given.
+        process_group: the ranks over which they are split; None where every rank holds them whole.
+    """
+
+    wrapper: str
+    fragments: list[list[Fragment]]
+    process_group: dist.ProcessGroup | None
+
+
+def logical_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where ZeRO 3 has emptied it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
+    """Find every parameter's elements.
+
+    Args:
+        parameters: the trainable parameters each group was built with.
+        groups: the optimizer's param groups as they are now, in the same order.
+
+    Raises:
+        RuntimeError: a wrapper that this package does not know rearranged the groups.
+    """
+    flat = [parameter for group in parameters for parameter in group]
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in flat):
+        return _stage3(parameters)
+    if all(_is_untouched(own, group) for own, group in zip(parameters, groups, strict=True)):
+        return Placement("none", [[_entire(p, p) for p in group] for group in parameters], None)
+    if any(hasattr(parameter, "_hp_mapping") for parameter in flat):
+        return _flat_partitions(parameters, groups)
+    if all(_are_clones(own, group) for own, group in zip(parameters, groups, strict=True)):
+        pairs = [zip(own, group["params"], strict=True) for own, group in zip(parameters, groups, strict=True)]
+        return Placement("FP16_UnfusedOptimizer", [[_entire(p, clone) for p, clone in pair] for pair in pairs], None)
+    raise RuntimeError(
+        "the optimizer's parameters were rearranged by a wrapper that ds_lowrank does not know, so it cannot tell which "
+        "matrix an element belongs to. Supported: no wrapper, and DeepSpeed 0.19's ZeRO 0 to 3, fp32, bf16 and fp16."
+    )
+
+
+def _is_untouched(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool:
+    return len(own) == len(group["params"]) and all(a is b for a, b in zip(own, group["params"], strict=True))
+
+
+def _are_clones(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool:
+    clones = group["params"]
+    return len(own) == len(clones) and all(a.shape == b.shape for a, b in zip(own, clones, strict=True))
+
+
+def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Fragment:
+    return Fragment(store, 0, parameter.numel(), 0)
+
+
+def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
+    fragments, process_group = [], None
+    for own, group in zip(parameters, groups, strict=True):
+        found = []
+        for parameter in own:
+            mapping: Any = getattr(parameter, "_hp_mapping", None)
+            process_group = getattr(parameter, "_dp_group", process_group)
+            if mapping is None:
+                found.append(Fragment(group["params"][0], 0, 0, 0))
+                continue
+            if mapping.use_offload:
+                raise ConfigError(NO_OFFLOAD)
+            inside = mapping.lp_fragment_address
+            offset = mapping.hp_fragment_address.start
+            found.append(Fragment(group["params"][0], inside.start, inside.start + inside.numel, offset))
+        fragments.append(found)
+    return Placement("flat fp32 partitions", fragments, process_group)
+
+
+def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
+    fragments, process_group = [], None
+    for own in parameters:
+        found = []
+        for parameter in own:
+            tensor: Any = parameter
+            zero = tensor._z3_optimizer
+            if zero.offload_optimizer:
+                raise ConfigError(NO_OFFLOAD)
+            sub_group, offset, _ = zero.grad_position[zero.get_param_id(tensor)]
+            process_group = tensor.ds_process_group
+            size = tensor.partition_numel()
+            start = min(size * dist.get_rank(process_group), tensor.ds_numel)
+            end = min(start + size, tensor.ds_numel)
+            found.append(Fragment(zero.fp32_partitioned_groups_flat[sub_group], start, end, offset))
+        fragments.append(found)
+    return Placement("ZeRO stage 3 partitions", fragments, process_group)
+
+
+def read_parts(
+    shapes: Sequence[tuple[int, ...]], fragments: Sequence[Fragment], process_group: dist.ProcessGroup | None
+) -> list[list[Part]]:
+    """What every rank of the group holds of each parameter, by one all-gather of the intervals.
+
+    Returns:
+        ``parts[i][rank]``. A parameter that is not a matrix counts as one row.
+    """
+    as_matrices = [shape if len(shape) == 2 else (1, max(1, _numel(shape))) for shape in shapes]
+    own = [(f.start, f.end) for f in fragments]
+    if process_group is None or not own:
+        return [[whole(shape, *interval)] for shape, interval in zip(as_matrices, own, strict=True)]
+    mine = torch.tensor(own, dtype=torch.int64, device=fragments[0].store.device)
+    world = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(world, mine, group=process_group)
+    everyone = [intervals.tolist() for intervals in world]
+    return [[whole(shape, *intervals[i]) for intervals in everyone] for i, shape in enumerate(as_matrices)]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

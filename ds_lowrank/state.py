@@ -1,0 +1,116 @@
+"""An optimizer's state as a dict of tensors and plain values, and back.
+
+Every tensor stands under its parameter's name, with the logical shape and the interval that this rank holds: what a reader on
+another layout needs to put it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_lowrank.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ds_lowrank.optimizer import Slot
+
+FORMAT = 1
+
+
+def dump_state(
+    method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], skipped_updates: int
+) -> dict[str, Any]:
+    """The ``state_dict`` of this rank."""
+    names = {id(group): [slot.tag.name for slot in slots if slot.group is group] for group in groups}
+    return {
+        "format": FORMAT,
+        "method": method,
+        "skipped_updates": skipped_updates,
+        "layout": {slot.tag.name: _layout(slot) for slot in slots},
+        "state": {slot.tag.name: dict(slot.state) for slot in slots},
+        "param_groups": [{**_settings(group), "params": names[id(group)]} for group in groups],
+    }
+
+
+def load_state(method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], saved: dict[str, Any]) -> int:
+    """Copy a saved state into the slots and groups.
+
+    Returns:
+        The saved count of skipped updates.
+
+    Raises:
+        CheckpointError: anything does not fit. Then nothing was changed.
+    """
+    _check_origin(method, saved)
+    _check_names({slot.tag.name for slot in slots}, set(saved["layout"]))
+    for slot in slots:
+        _check_slot(slot, saved)
+    if len(saved["param_groups"]) != len(groups):
+        raise CheckpointError(
+            f"the checkpoint has {len(saved['param_groups'])} parameter groups, this run {len(groups)}"
+        )
+    for slot in slots:
+        for key, value in saved["state"][slot.tag.name].items():
+            if isinstance(value, torch.Tensor):
+                slot.state[key].copy_(value)
+            else:
+                slot.state[key] = value
+    for group, stored in zip(groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in stored.items() if key != "params"})
+    skipped: int = saved["skipped_updates"]
+    return skipped
+
+
+def _layout(slot: Slot) -> dict[str, Any]:
+    return {
+        "shape": list(slot.shape),
+        "start": slot.fragment.start,
+        "end": slot.fragment.end,
+        "world": slot.world,
+        "side": slot.shard.side if slot.shard else "none",
+    }
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _check_origin(method: str, saved: dict[str, Any]) -> None:
+    if "method" not in saved or "layout" not in saved:
+        raise CheckpointError(f"the checkpoint's optimizer state was not saved by ds_lowrank; this run uses {method}")
+    if saved["method"] != method:
+        raise CheckpointError(
+            f"the checkpoint was saved by {saved['method']}, this run uses {method}: set optimizer.type to "
+            f"{saved['method']!r}, or load the weights only (load_optimizer_states=False)"
+        )
+    if saved["format"] != FORMAT:
+        raise CheckpointError(f"the checkpoint has state format {saved['format']}, this version reads {FORMAT}")
+
+
+def _check_names(own: set[str], saved: set[str]) -> None:
+    if own != saved:
+        missing, extra = sorted(own - saved)[:3], sorted(saved - own)[:3]
+        raise CheckpointError(
+            f"the checkpoint is of another model: it lacks {missing or 'nothing'} and has {extra or 'nothing'} besides"
+        )
+
+
+def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
+    name, own, stored = slot.tag.name, _layout(slot), saved["layout"][slot.tag.name]
+    for key, value in own.items():
+        if stored[key] != value:
+            raise CheckpointError(
+                f"{name}: {key} is {stored[key]} in the checkpoint and {value} in this run. Resume with the ZeRO stage, the "
+                "number of ranks, the model and the optimizer.params that saved it"
+            )
+    tensors = saved["state"][name]
+    if set(tensors) != set(slot.state):
+        raise CheckpointError(f"{name}: the checkpoint holds {sorted(tensors)}, this run needs {sorted(slot.state)}")
+    for key, value in slot.state.items():
+        if isinstance(value, torch.Tensor) and (tensors[key].shape, tensors[key].dtype) != (value.shape, value.dtype):
+            raise CheckpointError(
+                f"{name}: {key} is {tuple(tensors[key].shape)} {tensors[key].dtype} in the checkpoint and "
+                f"{tuple(value.shape)} {value.dtype} in this run: use the rank and state_dtype that saved it"
+            )

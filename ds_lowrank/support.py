@@ -1,0 +1,101 @@
+"""What is supported, checked on the DeepSpeed configuration before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_lowrank.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination that would not compute the method's update, or was never tested."""
+
+    key: str
+    asked: Callable[[Mapping[str, Any]], bool]
+    advice: str
+
+
+def _enabled(section: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda config: bool(config.get(section, {}).get("enabled", False))
+
+
+def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    section: Mapping[str, Any] = config.get("zero_optimization", {})
+    return section
+
+
+def _offloads(part: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda config: (_zero(config).get(part) or {}).get("device", "none") != "none"
+
+
+def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
+    def asked(config: Mapping[str, Any]) -> bool:
+        value: Any = config
+        for key in path:
+            value = (value or {}).get(key)
+        return isinstance(value, int | float) and value > 1
+
+    return asked
+
+
+REFUSALS = (
+    Refusal("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), "remove it, or use ZeRO 2 or 3 on more ranks"),
+    Refusal("zero_optimization.offload_param", _offloads("offload_param"), "remove it, or use ZeRO 3 on more ranks"),
+    Refusal(
+        "zero_optimization.cpu_offload",
+        lambda c: bool(_zero(c).get("cpu_offload", False)),
+        "remove it, or use ZeRO 2 or 3 on more ranks",
+    ),
+    Refusal("zero_optimization.zenflow", lambda c: bool(_zero(c).get("zenflow")), "remove it"),
+    Refusal("zero_optimization.zero_hpz_partition_size", _above_one("zero_optimization", "zero_hpz_partition_size"), "set it to 1"),
+    Refusal("zero_optimization.mics_shard_size", _above_one("zero_optimization", "mics_shard_size"), "remove it"),
+    Refusal(
+        "zero_optimization.elastic_checkpoint",
+        lambda c: bool(_zero(c).get("elastic_checkpoint", False)),
+        "set it to false: low-rank state cannot be cut like elementwise state",
+    ),
+    Refusal(
+        "checkpoint.load_universal",
+        lambda c: bool(c.get("checkpoint", {}).get("load_universal", False)),
+        "remove it and resume on the layout that saved the checkpoint",
+    ),
+    Refusal("amp", _enabled("amp"), "use bf16 or fp16"),
+    Refusal("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
+    Refusal("tensor_parallel.autotp_size", _above_one("tensor_parallel", "autotp_size"), "set it to 1: tensor parallelism comes later"),
+    Refusal("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
+)  # fmt: skip
+
+
+def check_supported(config: Mapping[str, Any], method: str) -> None:
+    """Refuse what cannot be honoured.
+
+    Raises:
+        ConfigError: names the key and what to change. Every rank reads the same file, so every rank raises.
+    """
+    asked = [refusal for refusal in REFUSALS if refusal.asked(config)]
+    if asked:
+        lines = [f"  {refusal.key} is not supported with {method}: {refusal.advice}" for refusal in asked]
+        raise ConfigError("the DeepSpeed configuration cannot be honoured:\n" + "\n".join(lines))
+
+
+def check_model(model: Any, mpu: Any, method: str) -> None:
+    """Refuse models and groups that the shard layouts do not cover yet.
+
+    Raises:
+        ConfigError: says which.
+    """
+    from deepspeed.runtime.pipe import PipelineModule
+
+    if isinstance(model, PipelineModule):
+        raise ConfigError(f"{method}: pipeline parallelism is not supported yet; pass a plain module")
+    world = getattr(mpu, "get_model_parallel_world_size", None)
+    if world is not None and world() > 1:
+        raise ConfigError(f"{method}: tensor parallelism is not supported yet; use a model-parallel world of 1")
+    experts = [name for name, p in model.named_parameters() if getattr(p, "allreduce", True) is False]
+    if experts:
+        raise ConfigError(
+            f"{method}: expert parallelism is not supported yet ({experts[0]} is split over expert ranks)"
+        )

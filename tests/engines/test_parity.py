@@ -1,0 +1,35 @@
+"""Real DeepSpeed engines against one dense process, fp32."""
+
+import functools
+
+import pytest
+
+from tests.engines.pool import run_ranks
+from tests.engines.scenario import Oracle, config, run_engine, worst
+
+STEPS = 10  # refreshes at steps 0, 4 and 8
+
+
+@functools.cache
+def oracle(clip):
+    dense = Oracle(clip)
+    dense.step(0)
+    first = dense.weights()
+    for step in range(1, STEPS):
+        dense.step(step)
+    return first, dense.weights()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("gas", [1, 4])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_every_stage_on_every_world(stage, world, gas, clip):
+    results = run_ranks(world, run_engine, config(stage, world, gas=gas, clip=clip), STEPS)
+    first, last = oracle(clip)
+    for result in results:
+        assert worst(result["first"], first) < 1e-5
+        assert worst(result["last"], last) < 1e-4
+        assert result["metrics"]["lowrank/projected_matrices"] == 14
+    if stage and world > 1:
+        assert any(result["straddles"] for result in results), "no boundary lies inside a row: the test tests nothing"
