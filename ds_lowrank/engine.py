@@ -1,4 +1,4 @@
-"""The two ways into DeepSpeed: :func:`initialize`, and :func:`register` for everybody else's ``deepspeed.initialize``."""
+"""The two ways into DeepSpeed: :func:`initialize`, and :func:`register` for stock ``deepspeed.initialize``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ds_lowrank.support import check_model, check_supported
 def register() -> None:
     """Make the method names known to stock ``deepspeed.initialize``, the Hugging Face Trainer and accelerate.
 
-    DeepSpeed looks an unknown ``optimizer.type`` up in ``torch.optim`` and asks a list which optimizers ZeRO may wrap: the
-    classes are put into both. Idempotent. Call :func:`ds_lowrank.tag_parameters` on the model before DeepSpeed sees it.
+    DeepSpeed looks an unknown ``optimizer.type`` up in ``torch.optim`` and asks a list which optimizers ZeRO may wrap:
+    the classes are put into both. Idempotent. Call :func:`ds_lowrank.tag_parameters` on the model before DeepSpeed sees
+    it.
     """
     for name, optimizer in OPTIMIZERS.items():
         setattr(torch.optim, name, optimizer)
@@ -55,10 +56,12 @@ def initialize(
     groups of either; a group keeps its own ``lr``, ``weight_decay`` and other options.
 
     Returns:
-        engine, optimizer (DeepSpeed's wrapper, or this package's where DeepSpeed does not wrap), data loader, scheduler.
+        engine, optimizer (DeepSpeed's wrapper, or this package's where DeepSpeed does not wrap), data loader,
+        scheduler.
 
     Raises:
-        ConfigError: the configuration cannot be honoured; on every rank, before anything is built, saying what to change.
+        ConfigError: the configuration cannot be honoured; on every rank, before anything is built, saying what to
+        change.
     """
     import deepspeed
 
@@ -145,7 +148,7 @@ def _factory(settings: Mapping[str, Any]) -> Callable[[Iterable[Any]], LowRankOp
 
 
 def _keep_ratios(optimizer: LowRankOptimizer, lr: float) -> None:
-    """DeepSpeed's schedulers write one rate into every group: keep what a group's own rate means relative to the others."""
+    """DeepSpeed's schedulers write one rate into every group: keep the ratios of the groups' own rates."""
     for group in optimizer.param_groups:
         if group["lr"] == lr:
             continue

@@ -1,7 +1,7 @@
 """One ``torch.optim.Optimizer`` for every method: groups, roles, the order of a step, ``state_dict``.
 
-It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: where the elements lie is read at the first
-step (or by :meth:`LowRankOptimizer.finalize`), after DeepSpeed has arranged them. The order of a step is always
+It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: where the elements lie is read at the
+first step (or by :meth:`LowRankOptimizer.finalize`), after DeepSpeed has arranged them. The order of a step is always
 
     norms of the raw gradients, stop if one is not finite, basis if due, project, moments, lift, decay, write
 
@@ -54,8 +54,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """A low-rank method on the matrices, AdamW on everything else.
 
     Args:
-        params: ``model.named_parameters()``, or parameters tagged by :func:`ds_lowrank.tag_parameters`, or groups (dicts) of
-            either. A group may override any option, ``lr`` and ``weight_decay`` and ``rank`` for example.
+        params: ``model.named_parameters()``, or parameters tagged by :func:`ds_lowrank.tag_parameters`, or groups
+            (dicts) of either. A group may override any option, ``lr`` and ``weight_decay`` and ``rank`` for example.
         options: the keys of the method's options, as in ``optimizer.params`` of a DeepSpeed JSON.
 
     Raises:
@@ -94,8 +94,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
             if tag is None:
                 raise ConfigError(
-                    f"{self.method.name} got a parameter without a name, and a shape alone cannot tell an embedding from a "
-                    "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
+                    f"{self.method.name} got a parameter without a name, and a shape cannot tell an embedding from "
+                    "a weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
                 )
             self._tags[parameter] = tag
             parameters.append(parameter)
@@ -113,7 +113,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._own_groups.append(self.param_groups[-1])
 
     def finalize(self) -> None:
-        """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it if nobody did."""
+        """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
         if self._slots is not None:
             return
         placement = read_placement(self._own, self._own_groups)
@@ -176,8 +176,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter whose gradient is there.
 
-        Under ZeRO, DeepSpeed calls it once a group (stages 1 and 2) or once a sub-group (stage 3); each parameter counts its
-        own steps.
+        Under ZeRO, DeepSpeed calls it once a group (stages 1 and 2) or once a sub-group (stage 3); each parameter
+        counts its own steps.
         """
         loss = None
         if closure is not None:
@@ -196,8 +196,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not all(math.isfinite(norm) for norm in norms):
             self.skipped_updates += 1
             return
-        # A parameter waits for its first gradient that is not all zero: a projector cannot be built from a zero matrix, and
-        # DeepSpeed steps once with zeros while it is constructed (fp16 and bf16 at stage 0).
+        # A parameter waits for its first gradient that is not all zero: a projector cannot be built from a zero matrix,
+        # and DeepSpeed steps once with zeros while it is constructed (fp16 and bf16 at stage 0).
         live = [(slot, norm) for slot, norm in zip(slots, norms, strict=True) if norm > 0 or slot.state["step"]]
         options = {id(slot.group): self._group_options(slot.group) for slot, _ in live}
         matrices = [(slot, slot.shard, norm) for slot, norm in live if slot.shard is not None]
@@ -237,7 +237,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """This rank's state under parameter names: tensors, ints, floats, strings, loadable with ``weights_only=True``."""
+        """This rank's state under parameter names, in plain values that ``weights_only=True`` loads."""
         return dump_state(self.method.name, self.slots, self._own_groups, self.skipped_updates)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]

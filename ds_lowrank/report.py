@@ -59,8 +59,8 @@ def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> st
     here = state_bytes(slots)
     return (
         f"{table}\n{matrices} of {len(slots)} parameters are projected, the others take AdamW.\n"
-        f"State over {world} rank{'s' if world > 1 else ''}: moments and bases {_mib(totals[0])}, AdamW {_mib(totals[1])}; "
-        f"on this rank {_mib(here[0])} and {_mib(here[1])}."
+        f"State over {world} rank{'s' if world > 1 else ''}: moments and bases {_mib(totals[0])}, "
+        f"AdamW {_mib(totals[1])}; on this rank {_mib(here[0])} and {_mib(here[1])}."
     )
 
 

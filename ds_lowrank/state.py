@@ -1,7 +1,7 @@
 """An optimizer's state as a dict of tensors and plain values, and back.
 
-Every tensor stands under its parameter's name, with the logical shape and the interval that this rank holds: what a reader on
-another layout needs to put it together.
+Every tensor stands under its parameter's name, with the logical shape and the interval that this rank holds: what a
+reader on another layout needs to put it together.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
     for key, value in own.items():
         if stored[key] != value:
             raise CheckpointError(
-                f"{name}: {key} is {stored[key]} in the checkpoint and {value} in this run. Resume with the ZeRO stage, the "
-                "number of ranks, the model and the optimizer.params that saved it"
+                f"{name}: {key} is {stored[key]} in the checkpoint and {value} in this run. Resume with the ZeRO "
+                "stage, the number of ranks, the model and the optimizer.params that saved it"
             )
     tensors = saved["state"][name]
     if set(tensors) != set(slot.state):

@@ -41,16 +41,18 @@ def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
     return asked
 
 
+MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
+
 REFUSALS = (
-    Refusal("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), "remove it, or use ZeRO 2 or 3 on more ranks"),
-    Refusal("zero_optimization.offload_param", _offloads("offload_param"), "remove it, or use ZeRO 3 on more ranks"),
-    Refusal(
-        "zero_optimization.cpu_offload",
-        lambda c: bool(_zero(c).get("cpu_offload", False)),
-        "remove it, or use ZeRO 2 or 3 on more ranks",
-    ),
+    Refusal("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
+    Refusal("zero_optimization.offload_param", _offloads("offload_param"), MORE_RANKS),
+    Refusal("zero_optimization.cpu_offload", lambda c: bool(_zero(c).get("cpu_offload", False)), MORE_RANKS),
     Refusal("zero_optimization.zenflow", lambda c: bool(_zero(c).get("zenflow")), "remove it"),
-    Refusal("zero_optimization.zero_hpz_partition_size", _above_one("zero_optimization", "zero_hpz_partition_size"), "set it to 1"),
+    Refusal(
+        "zero_optimization.zero_hpz_partition_size",
+        _above_one("zero_optimization", "zero_hpz_partition_size"),
+        "set it to 1",
+    ),
     Refusal("zero_optimization.mics_shard_size", _above_one("zero_optimization", "mics_shard_size"), "remove it"),
     Refusal(
         "zero_optimization.elastic_checkpoint",
@@ -64,9 +66,13 @@ REFUSALS = (
     ),
     Refusal("amp", _enabled("amp"), "use bf16 or fp16"),
     Refusal("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
-    Refusal("tensor_parallel.autotp_size", _above_one("tensor_parallel", "autotp_size"), "set it to 1: tensor parallelism comes later"),
+    Refusal(
+        "tensor_parallel.autotp_size",
+        _above_one("tensor_parallel", "autotp_size"),
+        "set it to 1: tensor parallelism is not supported yet",
+    ),
     Refusal("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
-)  # fmt: skip
+)
 
 
 def check_supported(config: Mapping[str, Any], method: str) -> None:

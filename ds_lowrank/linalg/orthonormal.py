@@ -11,9 +11,9 @@ DEPENDENT = 1e-6
 def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns of ``tall``, a continuous function of it.
 
-    Householder QR with the sign fixed by a positive diagonal, so that the same input up to rounding gives the same basis up
-    to rounding. A column that depends linearly on those before it becomes zero: an arbitrary completion would be noise
-    that an adaptive optimizer blows up to full size, and a different one on every layout.
+    Householder QR with the sign fixed by a positive diagonal, so that the same input up to rounding gives the same
+    basis up to rounding. A column that depends linearly on those before it becomes zero: an arbitrary completion would
+    be noise that an adaptive optimizer blows up to full size, and a different one on every layout.
 
     Args:
         tall: p x k, fp32, ``p >= k``. With no rows (a rank that does not factor) it comes back as it is.

@@ -1,8 +1,8 @@
 """What every method provides.
 
-A method is one paper's algorithm for one matrix: a class with the options it understands, the state it keeps, and a step
-written as a generator. It knows a :class:`MatrixShard`, its state and its options; it does not know ZeRO, DeepSpeed or
-process groups. Whatever must be summed over ranks it yields, and is sent the sum.
+A method is one paper's algorithm for one matrix: a class with the options it understands, the state it keeps, and a
+step written as a generator. It knows a :class:`MatrixShard`, its state and its options; it does not know ZeRO,
+DeepSpeed or process groups. Whatever must be summed over ranks it yields, and is sent the sum.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[
 def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> Program[torch.Tensor]:
     """Randomized range finder with one power step (Halko et al., arXiv 0909.4061, Algorithm 4.4).
 
-    Both halves of ``H^T (H sketch)`` are orthonormalised: directions ``k`` times weaker than the strongest are then found
-    to ``k`` rounding errors instead of ``k^2``, whichever way the sums are split over ranks.
+    Both halves of ``H^T (H sketch)`` are orthonormalised: directions ``k`` times weaker than the strongest are then
+    found to ``k`` rounding errors instead of ``k^2``, whichever way the sums are split over ranks.
 
     Returns:
         The held rows of the basis, compressed x rank.

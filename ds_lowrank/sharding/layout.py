@@ -1,7 +1,7 @@
 """Which part of which logical matrix a rank holds, and which rank owns which rows of the state.
 
-A rank holds a flat interval ``[start, end)`` of a block of a logical ``m x n`` matrix. The block is the whole matrix, or
-the rows ``r0..r1`` by columns ``c0..c1`` that tensor parallelism gave the rank. Such an interval is at most three
+A rank holds a flat interval ``[start, end)`` of a block of a logical ``m x n`` matrix. The block is the whole matrix,
+or the rows ``r0..r1`` by columns ``c0..c1`` that tensor parallelism gave the rank. Such an interval is at most three
 rectangles: a first partial row, full rows, a last partial row. Everything else in the package is said in rectangles.
 
 The rows of a state tensor (of a basis, of the moments) are dealt over the ranks that hold the matrix, so that every row
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 Range = tuple[int, int]
 Spans = tuple[Range, ...]
@@ -113,7 +114,7 @@ def deal(held: Sequence[Range], weights: Sequence[int]) -> tuple[Spans, ...]:
     """
     bounds = sorted({edge for lo, hi in held if lo < hi for edge in (lo, hi)})
     owned: list[list[Range]] = [[] for _ in held]
-    for lo, hi in zip(bounds, bounds[1:], strict=False):
+    for lo, hi in pairwise(bounds):
         holders = [i for i, (a, b) in enumerate(held) if a <= lo and hi <= b and a < b]
         total = sum(weights[i] for i in holders)
         done, position = 0, lo

@@ -1,7 +1,8 @@
 """What a method sees of one matrix: its shape, two local products, and the sums it may ask for.
 
 A method compresses one dimension of the gradient and keeps the other. With ``H`` the gradient turned so that the kept
-dimension comes first (``G`` itself on the right side, its transpose on the left side), ``Q`` the basis and ``N`` a direction::
+dimension comes first (``G`` itself on the right side, its transpose on the left side), ``Q`` the basis and ``N`` a
+direction::
 
     H: kept x compressed        R = H Q: kept x rank
     Q: compressed x rank        update of H = N Q^T

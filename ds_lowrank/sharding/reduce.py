@@ -1,9 +1,9 @@
 """How the quantities that methods ask for become collectives.
 
-There is one kind of request: every rank has some rows of a tall tensor, every rank wants some, and rows that several ranks
-have are summed. A reduce-scatter, an all-gather, a collection on one rank and the exchange of edge rows are all of this
-kind. All requests of a round travel together in one all-to-all, so the number of collectives does not depend on the number
-of matrices. Contributions are added in rank order, so two ranks that want the same row get the same bits.
+There is one kind of request: every rank has some rows of a tall tensor, every rank wants some, and rows that several
+ranks have are summed. A reduce-scatter, an all-gather, a collection on one rank and the exchange of edge rows are all
+of this kind. All requests of a round travel together in one all-to-all, so the number of collectives does not depend on
+the number of matrices. Contributions are added in rank order, so two ranks that want the same row get the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rounds = Generator[list["Request"], list[torch.Tensor], T]
 
 @dataclass(frozen=True)
 class Move:
-    """``count`` rows from position ``source`` of what the sender has to position ``target`` of what the receiver wants."""
+    """``count`` rows from position ``source`` of what the sender has to position ``target`` at the receiver."""
 
     source: int
     target: int

@@ -30,8 +30,8 @@ NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offlo
 class Fragment:
     """This rank's elements ``[start, end)`` of one parameter, ``offset`` elements into ``store``.
 
-    ``store`` is what DeepSpeed updates in one ``step()``: the parameter itself, its fp32 clone, or a flat partition. A rank
-    that holds nothing of the parameter still knows the store that the others update with it.
+    ``store`` is what DeepSpeed updates in one ``step()``: the parameter itself, its fp32 clone, or a flat partition. A
+    rank that holds nothing of the parameter still knows the store that the others update with it.
     """
 
     store: torch.Tensor
@@ -93,7 +93,7 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
         pairs = [zip(own, group["params"], strict=True) for own, group in zip(parameters, groups, strict=True)]
         return Placement("FP16_UnfusedOptimizer", [[_entire(p, clone) for p, clone in pair] for pair in pairs], None)
     raise RuntimeError(
-        "the optimizer's parameters were rearranged by a wrapper that ds_lowrank does not know, so it cannot tell which "
+        "the optimizer's parameters were rearranged by a wrapper that ds_lowrank does not know: it cannot tell which "
         "matrix an element belongs to. Supported: no wrapper, and DeepSpeed 0.19's ZeRO 0 to 3, fp32, bf16 and fp16."
     )
 

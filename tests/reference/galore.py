@@ -1,6 +1,7 @@
 """GaLore as its paper writes it: dense, one process, nothing shared with the package but the sketch's definition.
 
-Algorithm 2 of arXiv 2403.03507 with R = P^T G (left) or R = G Q (right), textbook Adam, decoupled weight decay as in AdamW.
+Algorithm 2 of arXiv 2403.03507 with R = P^T G (left) or R = G Q (right), textbook Adam, decoupled weight decay as in
+AdamW.
 """
 
 import hashlib
