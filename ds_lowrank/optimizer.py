@@ -82,14 +82,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             check_targets([tag.name for tag in self._tags.values()], self._options.target_modules)
 
     def _named_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group with plain trainable parameters; their tags are noted."""
+        """A group with plain parameters that have something to train; their tags are noted."""
         known = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
         parse_options(self.method, {**self._options.model_dump(), **known})
         entries = group["params"]
         parameters = []
         for entry in [entries] if isinstance(entries, torch.Tensor) else entries:
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or 0 in logical_shape(parameter):
                 continue
             tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
             if tag is None:

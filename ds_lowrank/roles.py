@@ -102,8 +102,6 @@ def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, exc
     """
     if len(shape) != 2:
         return Role(False, f"{len(shape)}-D")
-    if min(shape) == 0:
-        return Role(False, "empty")
     for pattern in excludes:
         if matches(tag.name, pattern):
             return Role(False, f"exclude_modules {pattern!r}")

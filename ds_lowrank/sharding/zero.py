@@ -5,8 +5,8 @@ wrapper                  what it did to the optimizer's parameters
 =======================  =================================================================================
 none (fp32, stage 0)     nothing
 FP16_UnfusedOptimizer    replaced each group's trainable parameters by fp32 clones, in order
-DeepSpeedZeroOptimizer,  one flat fp32 partition a group; each model parameter says in ``_hp_mapping`` which of
-BF16_Optimizer           its elements are where in it (None: not on this rank)
+DeepSpeedZeroOptimizer,  one flat fp32 partition a group: this rank's share of the flat buffer of which the model's
+BF16_Optimizer           parameters are views
 Stage 3                  one flat fp32 partition a sub-group; ``param._z3_optimizer.grad_position`` says where
 =======================  =================================================================================
 """
@@ -112,22 +112,37 @@ def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Fragment:
 
 
 def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
-    fragments, process_group = [], None
-    for own, group in zip(parameters, groups, strict=True):
-        found = []
-        for parameter in own:
-            mapping: Any = getattr(parameter, "_hp_mapping", None)
-            process_group = getattr(parameter, "_dp_group", process_group)
-            if mapping is None:
-                found.append(Fragment(group["params"][0], 0, 0, 0))
-                continue
-            if mapping.use_offload:
-                raise ConfigError(NO_OFFLOAD)
-            inside = mapping.lp_fragment_address
-            offset = mapping.hp_fragment_address.start
-            found.append(Fragment(group["params"][0], inside.start, inside.start + inside.numel, offset))
-        fragments.append(found)
+    process_group = next(p._dp_group for own in parameters for p in own if hasattr(p, "_dp_group"))
+    fragments = [
+        [_by_storage(parameter, group["params"][0], process_group) for parameter in own]
+        for own, group in zip(parameters, groups, strict=True)
+    ]
     return Placement("flat fp32 partitions", fragments, process_group)
+
+
+def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_group: dist.ProcessGroup) -> Fragment:
+    """The overlap of a parameter with this rank's partition of its group.
+
+    The model's parameters are views of one flat buffer a group, of which every rank updates an equal share: a
+    parameter's storage offset is its place in it. DeepSpeed's own ``_hp_mapping`` says the same, except under
+    ``round_robin_gradients``, where 0.19.8 forgets the changed order.
+    """
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is not None and mapping.use_offload:
+        raise ConfigError(NO_OFFLOAD)
+    size, world = partition.numel(), dist.get_world_size(process_group)
+    buffer = parameter.untyped_storage().nbytes() // parameter.element_size()
+    if parameter.numel() and buffer != size * world:
+        raise RuntimeError(
+            f"a parameter lies in a buffer of {buffer} elements, {world} partitions of {size} were expected: this "
+            "version of DeepSpeed lays ZeRO 1 and 2 out otherwise; use deepspeed 0.19.8"
+        )
+    low = dist.get_rank(process_group) * size
+    offset = int(parameter.storage_offset())
+    start, end = max(low, offset), min(low + size, offset + parameter.numel())
+    if start >= end:
+        return Fragment(partition, 0, 0, 0)
+    return Fragment(partition, start - offset, end - offset, start - low)
 
 
 def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:

@@ -54,6 +54,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 def _rank(rank: int, world: int, store: str, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import logging
 
+    import deepspeed
     import torch
     import torch.distributed as dist
 
@@ -62,6 +63,7 @@ def _rank(rank: int, world: int, store: str, sender: Any, function: Callable[...
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         answer = (True, function(*args))
         dist.barrier()
         dist.destroy_process_group()

@@ -1,0 +1,258 @@
+"""Training and validation batches that do not depend on how many ranks share them.
+
+The k-th global batch is one fixed list of sequences. Rank `r` of `W` takes rows `r G/W` to `(r+1) G/W` of its `G` rows,
+in order, `micro_batch_size` at a time: neither the number of ranks nor the micro batch size changes what a step sees.
+The labels of a sequence are the sequence itself; Hugging Face models shift them.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.packing import PackedBlocks, PackedStream, encoded
+from ds_lowrank.data.stream import StreamReader
+
+DOCUMENTS_PER_READ = 32
+
+
+class BatchStream:
+    """An endless stream of optimizer steps.
+
+    Finite data: each epoch visits the blocks in a new order, drawn from (seed, epoch); the last `len(data) % G` blocks
+    of that order are left to other epochs, so that no global batch straddles two. Streams: the data set's own order,
+    again from its start when it ends; every rank reads all of it and keeps its rows.
+    """
+
+    def __init__(
+        self,
+        data: PackedBlocks | PackedStream,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        """rank, world_size: of data parallelism; ranks that share a model replica pass the same rank.
+
+        Raises DataError if the batch sizes do not fit together or the data hold less than one global batch (of a stream
+        this shows when its end is reached).
+        """
+        check_batch_sizes(global_batch_size, micro_batch_size, world_size)
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank {rank} is not one of the {world_size} data-parallel ranks, 0 to {world_size - 1}")
+        share = global_batch_size // world_size
+        self._rows = slice(rank * share, (rank + 1) * share)
+        self._micro_batch_size = micro_batch_size
+        self._identity: dict[str, int | str] = {
+            "fingerprint": data.fingerprint,
+            "sequence_length": data.sequence_length,
+            "global_batch_size": global_batch_size,
+            "seed": seed,
+        }
+        self._order = (
+            _ShuffledBlocks(data, global_batch_size, seed)
+            if isinstance(data, PackedBlocks)
+            else _StreamOrder(data, global_batch_size)
+        )
+        self._step = 0
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return self._step
+
+    @property
+    def epoch(self) -> int:
+        """How many times the data have been gone through."""
+        return self._order.epoch(self._step)
+
+    def next_step(self) -> list[torch.Tensor]:
+        """This rank's micro-batches of the next optimizer step: int64 `[micro_batch_size, sequence_length]` each."""
+        rows = self._order.global_batch(self._step, self._rows)
+        self._step += 1
+        return list(torch.split(rows, self._micro_batch_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank: numbers, strings, tensors (fit for `torch.load(weights_only=True)`)."""
+        return {**self._identity, "step": self._step, "order": self._order.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the number of ranks and the micro batch size may differ from the saving run's.
+
+        Raises DataError if the data, the tokenizer, the sequence length, the global batch size or the seed differ.
+        """
+        different = [
+            f"{name} was {state.get(name)!r} and is {value!r}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if different:
+            raise DataError(
+                "the saved data position belongs to another run: "
+                + "; ".join(different)
+                + ". Restore these settings (the fingerprint is of the data and the tokenizer), or start a new run"
+            )
+        self._order.load_state_dict(state["order"])
+        self._step = state["step"]
+
+
+class ValidationBatch(NamedTuple):
+    """tokens: int64 `[at most micro_batch_size, sequence_length]`; sequences: how many rows count, all or none."""
+
+    tokens: torch.Tensor
+    sequences: int
+
+
+def validation_batches(
+    data: PackedBlocks | PackedStream, *, max_sequences: int, micro_batch_size: int, rank: int, world_size: int
+) -> list[ValidationBatch]:
+    """This rank's share of at most `max_sequences` fixed sequences, each on exactly one rank, none padded.
+
+    Finite data: spread evenly over the split; a stream: its first. Rank `r` holds every `world_size`-th from `r` on.
+    All ranks get the same number of batches, because a forward pass is a collective under ZeRO 3: a rank that has run
+    out gets its first batch, or the first sequence, once more with `sequences` 0, not to be counted. The mean loss over
+    all ranks is `sum(loss * sequences) / sum(sequences)`.
+
+    Raises DataError if the split holds less than one sequence.
+    """
+    if min(max_sequences, micro_batch_size) < 1:
+        raise DataError("max_sequences and micro_batch_size must be 1 or more")
+    chosen = _validation_sequences(data, max_sequences)
+    most = -(-len(chosen) // world_size)
+    mine = chosen[rank::world_size]
+    batches = [ValidationBatch(rows, len(rows)) for rows in torch.split(mine, micro_batch_size) if len(rows)]
+    filler = ValidationBatch(batches[0].tokens if batches else chosen[:1], 0)
+    return batches + [filler] * (-(-most // micro_batch_size) - len(batches))
+
+
+def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Raises DataError unless global = micro x accumulation steps x data-parallel ranks for a whole number of steps."""
+    if min(global_batch_size, micro_batch_size, world_size) < 1:
+        raise DataError("global_batch_size, micro_batch_size and world_size must be 1 or more")
+    product = micro_batch_size * world_size
+    if global_batch_size % product:
+        below = global_batch_size // product * product
+        nearest = f"{below} or {below + product}" if below else f"{product}"
+        raise DataError(
+            f"global_batch_size {global_batch_size} is not micro_batch_size x accumulation steps x ranks: "
+            f"it must be a multiple of {micro_batch_size} x {world_size} = {product}; use {nearest}"
+        )
+
+
+class _ShuffledBlocks:
+    """The order of finite data. A step number says everything about a position."""
+
+    def __init__(self, data: PackedBlocks, global_batch_size: int, seed: int) -> None:
+        self._steps_per_epoch = len(data) // global_batch_size
+        if not self._steps_per_epoch:
+            raise DataError(_too_small(data.name, f"{len(data)} sequences", global_batch_size, data.sequence_length))
+        self._data = data
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        self._drawn: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def epoch(self, step: int) -> int:
+        return step // self._steps_per_epoch
+
+    def global_batch(self, step: int, rows: slice) -> torch.Tensor:
+        start = step % self._steps_per_epoch * self._global_batch_size
+        return self._data.rows(self._permutation(self.epoch(step))[start : start + self._global_batch_size][rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._drawn is None or self._drawn[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._drawn = (epoch, generator.permutation(len(self._data)))
+        return self._drawn[1]
+
+
+class _StreamOrder:
+    """The order of a stream: read on, keep what a batch leaves over. Must be asked for the steps one after another."""
+
+    def __init__(self, data: PackedStream, global_batch_size: int) -> None:
+        self._data = data
+        self._global_batch_size = global_batch_size
+        self._reader = StreamReader(data.stream)
+        self._epoch = 0
+        self._epoch_tokens = 0
+        self._rest = np.zeros(0, dtype=np.int64)
+
+    def epoch(self, step: int) -> int:
+        return self._epoch
+
+    def global_batch(self, step: int, rows: slice) -> torch.Tensor:
+        shape = (self._global_batch_size, self._data.sequence_length)
+        size = shape[0] * shape[1]
+        parts = [self._rest]
+        missing = size - len(self._rest)
+        while missing > 0:
+            tokens = self._read()
+            if not len(tokens):
+                self._start_epoch(size)
+            parts.append(tokens)
+            missing -= len(tokens)
+        joined = np.concatenate(parts)
+        self._rest = joined[size:].copy()
+        return torch.from_numpy(joined[:size].reshape(shape)[rows].copy())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "reader": self._reader.state_dict(),
+            "epoch": self._epoch,
+            "epoch_tokens": self._epoch_tokens,
+            "rest": torch.from_numpy(self._rest.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reader = StreamReader(self._data.stream, state["reader"])
+        self._epoch = state["epoch"]
+        self._epoch_tokens = state["epoch_tokens"]
+        self._rest = state["rest"].numpy().copy()
+
+    def _read(self) -> npt.NDArray[np.int64]:
+        documents = self._reader.read(DOCUMENTS_PER_READ)
+        tokens = np.concatenate([np.zeros(0, dtype=np.int64), *encoded(documents, self._data.tokenizer)])
+        self._epoch_tokens += len(tokens)
+        return tokens
+
+    def _start_epoch(self, batch_tokens: int) -> None:
+        # Any batch_tokens in a row of an endlessly repeated stream of at least as many hold nothing twice.
+        if self._epoch_tokens < batch_tokens:
+            sizes = (self._global_batch_size, self._data.sequence_length)
+            raise DataError(_too_small(self._data.name, f"{self._epoch_tokens} tokens", *sizes))
+        self._reader = StreamReader(self._data.stream)
+        self._epoch += 1
+        self._epoch_tokens = 0
+
+
+def _validation_sequences(data: PackedBlocks | PackedStream, most: int) -> torch.Tensor:
+    """At most `most` sequences, int64 `[count, sequence_length]`, count at least one."""
+    if isinstance(data, PackedBlocks):
+        count = min(most, len(data))
+        chosen = data.rows(np.arange(count, dtype=np.int64) * len(data) // max(count, 1))
+    else:
+        reader = StreamReader(data.stream)
+        tokens = np.zeros(0, dtype=np.int64)
+        while len(tokens) < most * data.sequence_length and (documents := reader.read(DOCUMENTS_PER_READ)):
+            tokens = np.concatenate([tokens, *encoded(documents, data.tokenizer)])
+        count = min(most, len(tokens) // data.sequence_length)
+        chosen = torch.from_numpy(tokens[: count * data.sequence_length].reshape(count, data.sequence_length))
+    if not count:
+        raise DataError(_too_small(data.name, "less than one sequence of validation text", 1, data.sequence_length))
+    return chosen
+
+
+def _too_small(name: str, found: str, sequences: int, sequence_length: int) -> str:
+    return (
+        f"{name!r} holds {found}; one batch needs {sequences} sequences of {sequence_length} tokens: give more data, "
+        "or a smaller batch or sequence length"
+    )

@@ -1,0 +1,77 @@
+"""Documents that are token ids already: a Megatron-LM indexed data set (`PREFIX.bin` and `PREFIX.idx`)."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.files import content_hash
+from ds_lowrank.data.split import Split, split_of
+
+
+@dataclass(frozen=True)
+class IndexedTokens:
+    """One split of an indexed data set.
+
+    name: the data spec, for messages.
+    prefix: the path without `.bin` and `.idx`.
+    dataset: the `IndexedDataset`, memory-mapped.
+    """
+
+    name: str
+    prefix: str
+    dataset: Any
+    split: Split
+
+    @classmethod
+    def open(cls, spec: str, split: Split) -> "IndexedTokens":
+        """Open `megatron:PREFIX`. Raises DataError without megatron-core, without the files, or on damaged ones."""
+        prefix = str(Path(spec.removeprefix("megatron:")).expanduser())
+        return cls(spec, prefix, _open_indexed(spec, prefix), split)
+
+    def documents(self) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        """The split's documents, each a 1-D array of token ids, empty ones left out. Raises DataError if none."""
+        empty = True
+        bounds = self.dataset.document_indices
+        for number, (first, last) in enumerate(pairwise(bounds)):
+            if first == last or split_of(str(number)) != self.split:
+                continue
+            tokens = np.concatenate(self.dataset[int(first) : int(last)])
+            if len(tokens):
+                empty = False
+                yield tokens
+        if empty:
+            raise DataError(f"{self.name!r} has no {self.split} documents among its {len(bounds) - 1}; give more data")
+
+    def fingerprint(self) -> str:
+        """Hash of both files' bytes and the split. Reads all of them."""
+        parts = [content_hash(Path(f"{self.prefix}.{suffix}")) for suffix in ("idx", "bin")]
+        return hashlib.sha256(" ".join([*parts, self.split]).encode()).hexdigest()
+
+
+def _open_indexed(spec: str, prefix: str) -> Any:
+    for suffix in ("idx", "bin"):
+        if not Path(f"{prefix}.{suffix}").is_file():
+            raise DataError(f"{spec!r}: no file {prefix}.{suffix}; give the prefix that both .bin and .idx share")
+    try:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+    except ImportError as error:
+        raise DataError(
+            f"{spec!r} needs megatron-core, which cannot be imported ({error}): "
+            'pip install "ds-lowrank[megatron]", or give another kind of data'
+        ) from error
+    try:
+        dataset = IndexedDataset(prefix)
+    except (AssertionError, ValueError, OSError) as error:
+        raise DataError(f"{spec!r}: {prefix}.idx or .bin is empty or damaged ({error}); build it again") from error
+    expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
+    found = Path(f"{prefix}.bin").stat().st_size
+    if found != expected:
+        raise DataError(f"{prefix}.bin holds {found} bytes where its index says {expected}: build both again")
+    return dataset

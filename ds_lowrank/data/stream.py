@@ -1,0 +1,124 @@
+"""Text streamed with Hugging Face `datasets`, from the hub or from a local folder, without a download of the whole."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.files import record_text
+from ds_lowrank.data.split import Split
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """One split of a data set that is read in the data set's own order, epoch after epoch.
+
+    name: the data spec, for messages.
+    builder: the `datasets.DatasetBuilder`.
+    """
+
+    name: str
+    builder: Any
+    split: Split
+    text_field: str
+
+    @classmethod
+    def open(cls, spec: str, split: Split, text_field: str) -> "TextStream":
+        """Open `hf:NAME[:CONFIG]`; NAME is a hub data set or a local folder.
+
+        Raises DataError if it cannot be found or reached, or does not have the split.
+        """
+        name, _, config = spec.removeprefix("hf:").partition(":")
+        if name.startswith((".", "/", "~")):
+            name = os.path.expanduser(name)
+            if not os.path.isdir(name):
+                raise DataError(f"{spec!r}: no folder {name}")
+        builder = _load_builder(spec, name, config or None)
+        if split not in builder.config.data_files:
+            found = ", ".join(map(str, builder.config.data_files))
+            raise DataError(f"{spec!r} has no {split!r} split (it has: {found}); add files named {split}*")
+        return cls(spec, builder, split, text_field)
+
+    def documents(self) -> Iterator[str]:
+        """The documents of one epoch, from its start, empty ones left out. Raises DataError on unusable data."""
+        reader = StreamReader(self)
+        while documents := reader.read(1):
+            yield from documents
+
+    def fingerprint(self) -> str:
+        """Hash of the data set's name, its files' names (local: also their sizes), the split and the text field.
+
+        It does not cover the text itself: a stream is too long to read first.
+        """
+        files = [_file_identity(str(file)) for file in self.builder.config.data_files[self.split]]
+        name = os.path.basename(self.name)
+        return hashlib.sha256("\n".join([name, *files, self.split, self.text_field]).encode()).hexdigest()
+
+
+class StreamReader:
+    """A position in one epoch of a stream. `state`: where to go on, from `state_dict`; None for the start."""
+
+    def __init__(self, stream: TextStream, state: dict[str, Any] | None = None) -> None:
+        self._stream = stream
+        self._dataset = stream.builder.as_streaming_dataset(split=stream.split)
+        if state is not None:
+            self._dataset.load_state_dict(state)
+        # Until the first record is read, `datasets` reports the start of the data, not the state it was given.
+        self._state_before_reading = state
+        self._records = iter(self._dataset)
+
+    def read(self, count: int) -> list[str]:
+        """The next `count` documents that are not empty; fewer, then none, at the end of the epoch."""
+        documents: list[str] = []
+        while len(documents) < count:
+            record = self._next_record()
+            if record is None:
+                break
+            if text := record_text(record, self._stream.text_field, self._stream.name):
+                documents.append(text)
+        return documents
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last document read: nested dicts of numbers and strings."""
+        if self._state_before_reading is not None:
+            return self._state_before_reading
+        state: dict[str, Any] = self._dataset.state_dict()
+        return state
+
+    def _next_record(self) -> dict[str, Any] | None:
+        from datasets.exceptions import DatasetsError
+
+        self._state_before_reading = None
+        try:
+            record: dict[str, Any] | None = next(self._records, None)
+        except (DatasetsError, OSError, EOFError, ValueError) as error:
+            raise DataError(
+                f"{self._stream.name!r}: cannot be read on, it may be damaged or unreachable ({error})"
+            ) from error
+        return record
+
+
+def _load_builder(spec: str, name: str, config: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(name, config)
+    except (ConnectionError, TimeoutError) as error:
+        raise DataError(
+            f"{spec!r}: the Hugging Face hub cannot be reached ({error}); check the network and HF_HUB_OFFLINE, "
+            "or give a local folder as hf:./FOLDER"
+        ) from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{spec!r} cannot be opened as a data set: {error}") from error
+
+
+def _file_identity(file: str) -> str:
+    path = Path(file)
+    if path.is_file():
+        return f"{path.name} {path.stat().st_size}"
+    # hf://datasets/NAME@REVISION/PATH: a new revision that keeps the files (a README edit) must not stop a resume.
+    head, at, tail = file.partition("@")
+    return head + tail.partition("/")[2] if at else file

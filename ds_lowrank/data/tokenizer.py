@@ -1,0 +1,172 @@
+"""From text to token ids: a BPE trained on the data, plain bytes, or a published tokenizer."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ds_lowrank.data.cache import ensure_built
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.together import from_first, together
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_VOCABULARY = 257  # every byte and the end of text
+TRAINING_CHARACTERS = 64_000_000
+
+
+class TextTokenizer:
+    """A Hugging Face fast tokenizer that encodes whole documents and nothing else.
+
+    No special token is added, and text that spells one (`<|endoftext|>`) is encoded as ordinary text.
+
+    eos_id: the id that separates documents.
+    vocab_size: one more than the largest id.
+    fingerprint: hash of everything that decides the encoding.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        """Raises DataError if `tokenizer` is not a fast tokenizer or has no end-of-text token."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); convert it or use another")
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"tokenizer {name!r} has no eos_token, which separates documents; set one in its config")
+        self._tokenizer = tokenizer
+        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.eos_id: int = tokenizer.eos_token_id
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = hashlib.sha256(f"{self.eos_id} {self._backend.to_str()}".encode()).hexdigest()
+
+    def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
+        """The token ids of each document, without any end-of-text token."""
+        encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the ids, special tokens spelt out."""
+        text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
+        return text
+
+    def save(self, directory: Path) -> None:
+        """Write a folder that `AutoTokenizer.from_pretrained` reads."""
+        self._tokenizer.save_pretrained(str(directory))
+
+
+def load_tokenizer(
+    spec: str,
+    documents: Callable[[], Iterator[str]],
+    *,
+    vocab_size: int = 4096,
+    cache_dir: Path,
+    training_characters: int = TRAINING_CHARACTERS,
+) -> TextTokenizer:
+    """The tokenizer that `spec` names, the same on every rank. Collective; an error is raised on every rank.
+
+    spec: `bpe`, a byte-level BPE of at most `vocab_size` tokens, trained by rank 0 on the first `training_characters`
+        of `documents()` unless `cache_dir` holds it already; `bytes`, whose ids are the 256 byte values and one end of
+        text; or a folder or hub name for `AutoTokenizer`. Only `bpe` uses the other arguments.
+
+    Raises DataError if the vocabulary is too small for all bytes, or the named tokenizer cannot be loaded or used.
+    """
+    if spec == "bpe":
+        if vocab_size < BYTE_VOCABULARY:
+            raise DataError(f"vocab_size {vocab_size} cannot hold every byte and the end of text: use 257 or more")
+        trained = from_first(lambda: _trained_bpe(documents(), vocab_size, training_characters, cache_dir))
+        return _wrapped(tokenizers.Tokenizer.from_str(trained), spec)
+    if spec == "bytes":
+        return _wrapped(_byte_tokenizer(), spec)
+    with together():
+        return _published(spec)
+
+
+def check_vocabulary(tokenizer_vocab: int, model_vocab: int) -> None:
+    """Raises DataError if the data can hold token ids that the model has no embedding for."""
+    if tokenizer_vocab > model_vocab:
+        padded = -(-tokenizer_vocab // 128) * 128
+        raise DataError(
+            f"the data use {tokenizer_vocab} token ids but the model's vocab_size is {model_vocab}: set it to at least "
+            f"{tokenizer_vocab} in the model config (a multiple of 128 is fastest: {padded}), "
+            "or use a smaller tokenizer"
+        )
+
+
+def _wrapped(tokenizer: tokenizers.Tokenizer, name: str) -> TextTokenizer:
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT), name)
+
+
+def _published(spec: str) -> TextTokenizer:
+    name = os.path.expanduser(spec)
+    if name.startswith((".", "/")) and not os.path.isdir(name):
+        raise DataError(f"no tokenizer folder {spec!r}: use 'bpe', 'bytes', or a folder or hub name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        raise DataError(
+            f"tokenizer {spec!r} cannot be loaded ({error}); use 'bpe', 'bytes', or a folder or hub name"
+        ) from error
+    return TextTokenizer(tokenizer, spec)
+
+
+def _trained_bpe(documents: Iterator[str], vocab_size: int, characters: int, cache_dir: Path) -> str:
+    sample = _first_characters(documents, characters)
+    key = hashlib.sha256(f"byte-level BPE, {vocab_size} tokens, tokenizers {tokenizers.__version__}".encode())
+    for document in sample:
+        encoded = document.encode("utf-8")
+        key.update(f"\n{len(encoded)}\n".encode())
+        key.update(encoded)
+    path = cache_dir / f"bpe-{key.hexdigest()}.json"
+    ensure_built(path, lambda aside: _train_bpe(sample, vocab_size, aside))
+    return path.read_text(encoding="utf-8")
+
+
+def _first_characters(documents: Iterator[str], characters: int) -> list[str]:
+    """Whole documents until they reach `characters`."""
+    sample: list[str] = []
+    size = 0
+    for document in documents:
+        sample.append(document)
+        size += len(document)
+        if size >= characters:
+            break
+    return sample
+
+
+def _train_bpe(sample: list[str], vocab_size: int, path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    path.write_text(tokenizer.to_str(), encoding="utf-8")
+
+
+def _byte_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE without merges, whose id of a byte is its value."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which the byte-level format spells each byte value.
+
+    Bytes that print in Latin-1 stand for themselves, the others take the code points from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]

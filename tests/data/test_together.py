@@ -1,0 +1,144 @@
+"""Real ranks under gloo, forked from the test process: nothing is imported twice."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.packing import pack
+from ds_lowrank.data.sources import open_source
+from ds_lowrank.data.tokenizer import load_tokenizer
+from ds_lowrank.together import RemoteError, from_first, from_nodes, raise_together, together
+
+WORLD = 3
+SECONDS = 30
+
+
+def on_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:
+    """`work(rank)` on three ranks: what it returned, or the type's name and the text of what it raised."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def run(rank: int) -> None:
+        os.environ.pop("LOCAL_RANK", None)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+        try:
+            outcome = work(rank)
+        except Exception as error:
+            outcome = (type(error).__name__, str(error))
+        results.put((rank, outcome))
+        dist.destroy_process_group()
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    try:
+        outcomes = dict(results.get(timeout=SECONDS) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(SECONDS)
+            process.kill()
+    return [outcomes[rank] for rank in range(WORLD)]
+
+
+def test_one_ranks_error_is_raised_on_every_rank(tmp_path):
+    def work(rank: int) -> None:
+        with together():
+            if rank == 1:
+                raise DataError("no such file")
+
+    remote = ("RemoteError", "another rank failed; rank 1: DataError: no such file")
+    assert on_ranks(tmp_path, work) == [remote, ("DataError", "no such file"), remote]
+
+
+def test_ranks_go_on_together_when_none_fails_and_share_the_first_ranks_value(tmp_path):
+    def work(rank: int) -> tuple[int, str]:
+        with together():
+            pass
+        raise_together(None)
+        return from_first(lambda: 10 + rank), from_nodes(lambda: f"of rank {rank}", "the value")
+
+    assert on_ranks(tmp_path, work) == [(10, "of rank 0")] * WORLD
+
+
+def test_failure_of_the_first_rank_is_everyones(tmp_path):
+    def work(rank: int) -> int:
+        return from_first(lambda: 1 // rank)
+
+    remote = ("RemoteError", "another rank failed; rank 0: ZeroDivisionError: integer division or modulo by zero")
+    assert on_ranks(tmp_path, work) == [("ZeroDivisionError", remote[1].rpartition(": ")[2]), remote, remote]
+
+
+def test_nodes_that_hold_different_data_are_refused_everywhere(tmp_path):
+    def work(rank: int) -> str:
+        os.environ["LOCAL_RANK"] = "0" if rank != 1 else "1"  # ranks 0 and 1 on one node, rank 2 on another
+        return from_nodes(lambda: "same" if rank != 2 else "other", "the data")
+
+    (first, *others) = on_ranks(tmp_path, work)
+    message = "the data differs between the nodes of this job; give every node the same files and packages"
+    assert first == ("ValueError", message)
+    assert others == [first, first]
+
+
+def test_only_the_nodes_leader_builds_the_cache_and_all_read_the_same(tmp_path, jsonl, cache_dir):
+    def work(rank: int) -> tuple[list[int], str, bool]:
+        encoded = []
+        source = open_source(str(jsonl), "train")
+        tokenizer = load_tokenizer("bpe", source.documents, vocab_size=270, cache_dir=cache_dir)
+        encode = tokenizer.encode_documents
+        tokenizer.encode_documents = lambda documents: encoded.append(1) or encode(documents)
+        data = pack(source, tokenizer, sequence_length=16, cache_dir=cache_dir)
+        return np.asarray(data.tokens).tolist(), data.fingerprint, bool(encoded)
+
+    outcomes = on_ranks(tmp_path, work)
+    assert [built for *_, built in outcomes] == [True, False, False]
+    assert len({(tuple(tokens), fingerprint) for tokens, fingerprint, _ in outcomes}) == 1
+    source = open_source(str(jsonl), "train")
+    tokenizer = load_tokenizer("bpe", source.documents, vocab_size=270, cache_dir=cache_dir)
+    (ids,) = tokenizer.encode_documents([next(source.documents())])
+    assert outcomes[0][0][: len(ids) + 1] == [*ids, tokenizer.eos_id]
+
+
+def test_processes_that_build_the_same_cache_at_once_do_not_disturb_each_other(tmp_path, jsonl, cache_dir):
+    def work(rank: int) -> tuple[str, list[int]]:
+        os.environ["LOCAL_RANK"] = "0"  # as on three nodes that share a disk
+        source = open_source(str(jsonl), "train")
+        tokenizer = load_tokenizer("bpe", source.documents, vocab_size=270, cache_dir=cache_dir)
+        data = pack(source, tokenizer, sequence_length=16, cache_dir=cache_dir)
+        return data.fingerprint, data.tokens.tolist()
+
+    first, *others = on_ranks(tmp_path, work)
+    assert others == [first, first]
+    assert sorted(path.name.partition("-")[0] for path in cache_dir.iterdir()) == ["bpe"] * 2 + ["tokens"] * 2
+
+
+def test_unusable_data_stop_every_rank(tmp_path, cache_dir):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"txt": "b"}\n')
+
+    def train(rank: int) -> None:
+        load_tokenizer("bpe", open_source(str(bad), "train").documents, cache_dir=cache_dir)
+
+    def packed(rank: int) -> None:
+        source = open_source(str(bad), "train")
+        tokenizer = load_tokenizer("bytes", source.documents, cache_dir=cache_dir)
+        pack(source, tokenizer, sequence_length=4, cache_dir=cache_dir)
+
+    for number, work in enumerate((train, packed)):
+        (tmp_path / str(number)).mkdir()
+        own, *others = on_ranks(tmp_path / str(number), work)
+        assert own[0] == "DataError" and "record 1: no text in the field 'text'" in own[1]
+        assert others == [("RemoteError", f"another rank failed; rank 0: DataError: {own[1]}")] * 2
+
+
+def test_without_a_process_group_everything_is_local():
+    with pytest.raises(ZeroDivisionError), together():
+        raise ZeroDivisionError
+    assert from_first(lambda: 3) == 3 and from_nodes(lambda: 4, "the value") == 4
+    assert issubclass(RemoteError, RuntimeError)

@@ -1,0 +1,78 @@
+"""What a wrapper hands the optimizer and what comes out, put together over ranks: any wrapper, any dtype, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.engines.scenario import METHOD, make_model, train_step
+from tests.reference.galore import DenseAdamW, DenseGaLore
+
+
+def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) -> dict[str, Any]:
+    """Train and record, for each step and parameter, this rank's interval, gradient, and weights before and after."""
+    import deepspeed
+
+    import ds_lowrank
+
+    if zero_init:
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = make_model()
+    else:
+        model = make_model()
+    engine, *_ = ds_lowrank.initialize(model=model, config=settings)
+    optimizer = engine.basic_optimizer
+    records: list[dict[str, Any]] = []
+    plain_step: Callable[..., Any] = optimizer.step
+
+    def recorded_step(*args: Any, **kwargs: Any) -> Any:
+        stores = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        slots = [slot for slot in optimizer.slots if id(slot.fragment.store) in stores]
+        seen = {
+            s.tag.name: {
+                "shape": s.shape,
+                "projected": s.role.projected,
+                "start": s.fragment.start,
+                "end": s.fragment.end,
+                "gradient": s.fragment.gradient.clone(),
+                "before": s.fragment.weights.clone(),
+            }
+            for s in slots
+        }
+        result = plain_step(*args, **kwargs)
+        for slot in slots:
+            seen[slot.tag.name]["after"] = slot.fragment.weights.clone()
+        records[-1].update(seen)
+        return result
+
+    optimizer.step = recorded_step
+    for step in range(steps):
+        records.append({})
+        train_step(engine, step)
+    return {"records": records, "wrapper": type(engine.optimizer).__name__, "metrics": optimizer.metrics()}
+
+
+def assemble(traces: list[dict[str, Any]], step: int, name: str, key: str) -> torch.Tensor:
+    """A whole tensor from all ranks' pieces."""
+    pieces = [trace["records"][step][name] for trace in traces]
+    whole = torch.full((torch.Size(pieces[0]["shape"]).numel(),), float("nan"))
+    for piece in pieces:
+        whole[piece["start"] : piece["end"]] = piece[key].float()
+    assert not whole.isnan().any(), f"no rank holds all of {name}"
+    return whole.view(pieces[0]["shape"])
+
+
+def check_against_references(traces: list[dict[str, Any]], bound: float, **options: Any) -> None:
+    """Every step's weights are what the dense reference makes of the gradients that the wrapper presented."""
+    options = METHOD | options
+    for name, first in traces[0]["records"][0].items():
+        weight = assemble(traces, 0, name, "before")
+        rule = (DenseGaLore if first["projected"] else DenseAdamW)(weight, name=name, **options)
+        for step in range(len(traces[0]["records"])):
+            weight.copy_(assemble(traces, step, name, "before"))
+            rule.step(assemble(traces, step, name, "gradient"))
+            after = assemble(traces, step, name, "after")
+            error = ((after - weight).norm() / weight.norm()).item()
+            assert error < bound, f"{name}, step {step}: {error:.1e}"
