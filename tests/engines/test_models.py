@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import METHOD, Oracle, config, full_weights, make_model, train_step, worst
+from tests.engines.scenario import Oracle, config, full_weights, make_model, train_step, worst
 
 STEPS = 6
 
