@@ -1,0 +1,38 @@
+# make test       lint, types and every test
+# make pretrain   a small LLaMA with GaLore on two ranks at ZeRO 2, from nothing
+# Both create what they need in .venv; on a machine with GPUs they use them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUT ?= runs/quickstart
+RANKS ?= 2
+STEPS ?= 200
+
+.PHONY: test lint pretrain environment clean
+
+environment: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,megatron,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps galore-torch==1.0
+	touch $@
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+pretrain: environment
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \
+		--model ds_configs/models/llama_quickstart.json --steps $(STEPS) --eval-interval 100 \
+		--save-interval $(STEPS) --output $(OUTPUT)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,115 @@
+"""What every benchmark shares: its options, fair timing, and where its numbers go."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+Numbers = list[dict[str, Any]]
+"""One flat record for each row of a benchmark's table."""
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: its numbers mean nothing")
+    return parser
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each candidate's calls, taken A B A B ..., so that a disturbance of the machine meets all alike.
+
+    Args:
+        candidates: called without arguments; the device is waited for after each call.
+        repeats: measured calls of each.
+        warm_up: calls of each before, that are not measured.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(-warm_up, repeats):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: median(taken) for name, taken in seconds.items()}
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference over the norm of ``b``."""
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def table(rows: Numbers) -> str:
+    """The records as a markdown table; their keys, which all share, are the heads of the columns."""
+    heads = list(rows[0])
+    cells = [heads, ["---"] * len(heads), *([_cell(row[head]) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def report(rows: Numbers, arguments: argparse.Namespace) -> None:
+    """Print the table, and write the numbers with all that is needed to judge them where ``--json`` asks for it."""
+    print(table(rows))
+    if arguments.json is None:
+        return
+    record = {
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "quick": arguments.quick,
+        "seed": arguments.seed,
+        "hardware": hardware(),
+        "numbers": rows,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

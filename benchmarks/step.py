@@ -1,0 +1,144 @@
+"""Step time of ds_lowrank's GaLore against the official galore-torch, on the matrices of one LLaMA-350M layer.
+
+pip install galore-torch==1.0
+python benchmarks/step.py
+
+One process, one thread, fp32, both optimizers on weights of their own and the same gradients. *Ordinary* is a step
+that keeps the basis. *Amortised* is the mean over an interval of 200 steps, one of which refreshes: by the randomized
+range finder here, by a full SVD there. *Difference* is that of the first update when both use the SVD, relative.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+
+import torch
+from common import Numbers, interleaved, medians, options, relative_difference, report
+
+from ds_lowrank import GaLore
+
+GAP = 200
+TARGETS = {32: 0.9, 128: 0.9, 256: 1.0}
+HIDDEN, INTERMEDIATE = 1024, 2736
+SHAPES = {
+    **{f"model.layers.0.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"},
+    "model.layers.0.mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+    "model.layers.0.mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+    "model.layers.0.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+}
+LR, SCALE, BETAS = 1e-2, 0.25, (0.9, 0.999)
+
+
+def layer(seed: int) -> dict[str, torch.nn.Parameter]:
+    """The seven matrices, with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {
+        name: torch.nn.Parameter(0.02 * torch.randn(*shape, generator=generator)) for name, shape in SHAPES.items()
+    }
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(*parameter.shape, generator=generator)
+    return parameters
+
+
+def ours(parameters: dict[str, torch.nn.Parameter], rank: int, projector: str, eps: float = 1e-8) -> GaLore:
+    method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "projector": projector}
+    return GaLore(parameters.items(), lr=LR, betas=BETAS, eps=eps, **method)
+
+
+def official(parameters: dict[str, torch.nn.Parameter], rank: int, eps: float = 1e-8) -> torch.optim.Optimizer:
+    method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "proj_type": "std"}
+    groups = [{"params": list(parameters.values()), **method}]
+    optimizer: torch.optim.Optimizer = _galore_adamw()(
+        groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True
+    )
+    return optimizer
+
+
+def _galore_adamw() -> type[torch.optim.Optimizer]:
+    """``galore_torch.GaLoreAdamW``, which needs no bitsandbytes; its package imports it for the 8-bit variant."""
+    stub = ModuleType("bitsandbytes.optim.optimizer")
+    stub.Optimizer2State = object  # type: ignore[attr-defined]
+    names = ("bitsandbytes", "bitsandbytes.optim", stub.__name__)
+    before = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules.update(dict.fromkeys(names, stub))
+    try:
+        from galore_torch import GaLoreAdamW
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(before)
+    adamw: type[torch.optim.Optimizer] = GaLoreAdamW
+    return adamw
+
+
+def first_update_difference(seed: int, rank: int) -> float:
+    """The largest relative difference of any matrix's first update, both with the exact SVD."""
+    # Adam's first direction is the sign of the projection but for epsilon: were that tiny, elements that are zero up to
+    # rounding would take either sign. The official one adds it to a root that is not corrected for its bias.
+    eps = 1e-2
+    start, a, b = layer(seed), layer(seed), layer(seed)
+    ours(a, rank, "svd", eps).step()
+    official(b, rank, eps * math.sqrt(1 - BETAS[1])).step()
+    return max(
+        relative_difference(a[name].detach() - start[name].detach(), b[name].detach() - start[name].detach())
+        for name in SHAPES
+    )
+
+
+def compare(seed: int, rank: int, repeats: int, refreshes: int) -> dict[str, object]:
+    """One record: ordinary and amortised step times, their ratios (ours over the official one) and the targets."""
+    optimizers = {"ours": ours(layer(seed), rank, "randomized"), "official": official(layer(seed), rank)}
+    refresh = medians(
+        interleaved({name: lambda o=o: _step_at(o, GAP) for name, o in optimizers.items()}, refreshes, warm_up=0)
+    )
+    ordinary = medians(
+        interleaved({name: lambda o=o: _step_at(o, 1) for name, o in optimizers.items()}, repeats, warm_up=3)
+    )
+    amortised = {name: ((GAP - 1) * ordinary[name] + refresh[name]) / GAP for name in optimizers}
+    return {
+        "rank": rank,
+        "ours ms": 1e3 * ordinary["ours"],
+        "official ms": 1e3 * ordinary["official"],
+        "ratio": ordinary["ours"] / ordinary["official"],
+        "target": TARGETS[rank],
+        "refresh ms": 1e3 * refresh["ours"],
+        "official refresh ms": 1e3 * refresh["official"],
+        "amortised ratio": amortised["ours"] / amortised["official"],
+        "difference": first_update_difference(seed, rank),
+    }
+
+
+def _step_at(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """A step as the ``step``-th after the first: it refreshes where the gap divides that number, or nothing is there."""
+    for state in optimizer.state.values():
+        state["step"] = step
+    optimizer.step()
+
+
+def measure(seed: int, repeats: int, refreshes: int) -> Numbers:
+    """One record for each rank."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [compare(seed, rank, repeats, refreshes) for rank in TARGETS]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--repeats", type=int, default=51, help="ordinary steps of each")
+    parser.add_argument("--refreshes", type=int, default=3, help="refresh steps of each; the official one takes long")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    rows = measure(arguments.seed, 5 if quick else arguments.repeats, 1 if quick else arguments.refreshes)
+    report(rows, arguments)
+    worst = max(row["difference"] for row in rows)
+    if worst > 1e-4:
+        raise SystemExit(f"\nThe updates differ by {worst:.2g} relative: the times are not those of the same work.")
+
+
+if __name__ == "__main__":
+    main()

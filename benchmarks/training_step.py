@@ -1,0 +1,152 @@
+"""Time of a whole training step with GaLore against AdamW, at the same ZeRO stage, on the quick-start model.
+
+python benchmarks/training_step.py --stages 0 1 2 3
+
+Both engines live in the same gloo ranks, one thread each, and take turns step by step. GaLore's rank is a quarter of
+the hidden size. Ordinary steps, and *amortised* over an interval of 200 steps, one of which refreshes every basis.
+*ratio* is GaLore's amortised step over AdamW's step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from common import Numbers, interleaved, options, report
+
+MODEL = Path(__file__).parents[1] / "ds_configs/models/llama_quickstart.json"
+GAP = 200
+PARTS = ("forward", "backward", "step")
+
+
+def engines(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
+    """A DeepSpeed engine with each optimizer, on models of their own with the same weights."""
+    import ds_lowrank
+    from ds_lowrank.models import llama
+
+    model = llama.load_config(MODEL)
+    optimizers = {
+        "GaLore": {"lr": 1e-2, "rank": model.hidden_size // 4, "update_proj_gap": GAP},
+        "AdamW": {"lr": 1e-3, "torch_adam": True},
+    }
+    built = {}
+    for name, params in optimizers.items():
+        config = {
+            "train_micro_batch_size_per_gpu": micro,
+            "train_batch_size": micro * ranks,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+            "optimizer": {"type": name, "params": params},
+        }
+        network = llama.build(model, seed, copy.deepcopy(config))
+        engine, *_ = ds_lowrank.initialize(model=network, model_parameters=network.parameters(), config=config)
+        engine.train()
+        built[name] = engine
+    return built
+
+
+def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each optimizer's forward, backward, step and of a step that refreshes. On each rank."""
+    from ds_lowrank.training.loop import StepResult, train_step
+
+    built = engines(stage, micro, dist.get_world_size(), seed)
+    vocabulary = built["AdamW"].module.config.vocab_size
+    batch = torch.randint(vocabulary, (micro, length), generator=torch.Generator().manual_seed(seed))
+    results: dict[str, list[StepResult]] = {name: [] for name in built}
+
+    def step(name: str) -> Callable[[], None]:
+        return lambda: results[name].append(train_step(built[name], [batch], measure=True))
+
+    def refreshing() -> float:
+        for slot in built["GaLore"].basic_optimizer.slots:
+            slot.state["step"] = GAP
+        step("GaLore")()
+        return results["GaLore"].pop().step_seconds
+
+    interleaved({name: step(name) for name in built}, repeats, warm_up=2)
+    found = {
+        name: {part: median(getattr(result, f"{part}_seconds") for result in taken[2:]) for part in PARTS}
+        for name, taken in results.items()
+    }
+    found["GaLore"]["refresh"] = median(refreshing() for _ in range(3))
+    return found
+
+
+def _rank(rank: int, port: int, ranks: int, run: tuple[int, int, int, int, int], found: Path) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from ds_lowrank.training import distributed
+
+    distributed.join()
+    logging.disable(logging.WARNING)
+    times = time_steps(*run)
+    if rank == 0:
+        found.write_text(json.dumps(times))
+    distributed.leave()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def measure(stage: int, ranks: int, micro: int, length: int, repeats: int, seed: int) -> Numbers:
+    """One record for each optimizer at one ZeRO stage, as rank 0 sees it."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "found.json")
+        mp.spawn(_rank, (_free_port(), ranks, (stage, micro, length, repeats, seed), file), nprocs=ranks)
+        found = json.loads(file.read_text())
+    rows: Numbers = []
+    adamw = sum(found["AdamW"][part] for part in PARTS)
+    for name, seconds in found.items():
+        ordinary = sum(seconds[part] for part in PARTS)
+        amortised = ordinary + (seconds.get("refresh", seconds["step"]) - seconds["step"]) / GAP
+        rows.append(
+            {
+                "ZeRO": stage,
+                "optimizer": name,
+                **{f"{part} ms": 1e3 * seconds[part] for part in PARTS},
+                "refresh ms": 1e3 * seconds["refresh"] if "refresh" in seconds else None,
+                "ordinary ms": 1e3 * ordinary,
+                "amortised ms": 1e3 * amortised,
+                "ratio": amortised / adamw,
+            }
+        )
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences a rank")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=31, help="steps of each optimizer")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    sizes = (arguments.ranks, arguments.micro_batch_size, arguments.sequence_length)
+    repeats = 3 if arguments.quick else arguments.repeats
+    rows = [row for stage in arguments.stages for row in measure(stage, *sizes, repeats, arguments.seed)]
+    report(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

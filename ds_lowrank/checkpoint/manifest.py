@@ -1,0 +1,97 @@
+"""manifest.json: what a checkpoint holds and which run it belongs to. Written last: only a whole checkpoint has it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_lowrank.errors import CheckpointError
+
+FILE = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be equal in the run that saved a checkpoint and the run that loads it."""
+
+    model: dict[str, Any]
+    optimizer: str
+    optimizer_params: dict[str, Any]
+    precision: str
+    zero_stage: int
+    ranks: int
+    sequence_length: int
+    train_batch_size: int
+    micro_batch_size: int
+    seed: int
+
+
+REMEDIES = {
+    "model": "give the --model it was trained with",
+    "optimizer": "name the same optimizer.type in the DeepSpeed configuration",
+    "optimizer_params": "use the same optimizer.params, --lr and --matrix-lr-scale",
+    "precision": "use the same bf16 and fp16 blocks in the DeepSpeed configuration",
+    "zero_stage": "use the same zero_optimization.stage",
+    "ranks": "start as many ranks",
+    "sequence_length": "give the same --sequence-length",
+    "train_batch_size": "give the same --global-batch-size",
+    "micro_batch_size": "give the same --micro-batch-size",
+    "seed": "give the same --seed",
+}
+
+
+def write_manifest(directory: Path, identity: Identity, progress: Mapping[str, float]) -> None:
+    """List every file in `directory` with its size in bytes, beside the run's identity and its progress."""
+    files = {
+        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    manifest = {"format": FORMAT, "progress": dict(progress), "run": asdict(identity), "files": files}
+    (directory / FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def check_manifest(directory: Path, identity: Identity) -> None:
+    """Raise CheckpointError unless the checkpoint is whole and belongs to a run of this identity."""
+    manifest = _read(directory)
+    for name, size in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{directory} is damaged: {name} is missing; resume from another checkpoint")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{directory} is damaged: {name} has {path.stat().st_size} bytes instead of {size}; "
+                "resume from another checkpoint"
+            )
+    # Through JSON, so that a tuple and the list it was saved as are equal.
+    wanted = json.loads(json.dumps(asdict(identity)))
+    different = [
+        f"{key}: the checkpoint has {_brief(manifest['run'].get(key), wanted[key])}, this run "
+        f"{_brief(wanted[key], manifest['run'].get(key))} ({remedy})"
+        for key, remedy in REMEDIES.items()
+        if manifest["run"].get(key) != wanted[key]
+    ]
+    if different:
+        raise CheckpointError(f"{directory} is of a different run; nothing was changed. " + "; ".join(different))
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {FILE}")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        format_number = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is damaged; resume from another checkpoint") from None
+    if format_number != FORMAT:
+        raise CheckpointError(f"{path} has format {format_number}, and this version reads format {FORMAT}")
+    return manifest
+
+
+def _brief(value: Any, other: Any) -> str:
+    """Of a mapping only the entries in which it differs from the other one."""
+    if not isinstance(value, dict) or not isinstance(other, dict):
+        return repr(value)
+    differing = sorted(key for key in value.keys() | other.keys() if value.get(key) != other.get(key))
+    return ", ".join(f"{key} = {value[key]!r}" if key in value else f"no {key}" for key in differing)

@@ -1,0 +1,103 @@
+"""LLaMA in Hugging Face's implementation, from a JSON file, with the same weights whole or partitioned.
+
+Every weight is drawn from a generator seeded by the run's seed and the parameter's own name, so that neither the ZeRO
+stage nor the number of ranks nor the order in which modules are built changes the model that a seed stands for.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+# Keys that Hugging Face writes into a config.json beside the fields of LlamaConfig.
+DESCRIPTIVE = ("model_type", "architectures", "torch_dtype", "transformers_version")
+
+
+def load_config(path: str | Path) -> LlamaConfig:
+    """Read a LLaMA configuration under Hugging Face's key names.
+
+    Raises FileNotFoundError for a missing file and ValueError, naming the file and the key, for anything that is not a
+    complete LLaMA configuration.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no model configuration at {path}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold one JSON object, not a {type(entries).__name__}")
+    _check_keys(entries, path)
+    try:
+        return LlamaConfig(**{"use_cache": False} | entries)
+    except Exception as error:  # its validators raise classes of their own
+        raise ValueError(f"{path} is not a valid LLaMA configuration: {error}") from error
+
+
+def _check_keys(entries: dict[str, Any], path: Path) -> None:
+    known = {field.name for field in dataclasses.fields(LlamaConfig)} | set(DESCRIPTIVE)
+    for key in entries:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = (
+                f", did you mean {nearest[0]!r}?" if nearest else "; the keys are those of Hugging Face's LlamaConfig"
+            )
+            raise ValueError(f"{path}: unknown key {key!r}{hint}")
+    missing = [key for key in REQUIRED if key not in entries]
+    if missing:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    if entries.get("model_type", "llama") != "llama":
+        raise ValueError(f"{path}: model_type is {entries['model_type']!r}, and only 'llama' can be built")
+
+
+def build(config: LlamaConfig, seed: int, ds_config: dict[str, Any] | None = None) -> LlamaForCausalLM:
+    """Build the model with weights that depend on `seed` and the configuration alone.
+
+    At ZeRO stage 3 of `ds_config` the parameters are partitioned as they are made, so that no rank ever holds the whole
+    model, and their dtype is that of `ds_config`; otherwise they are whole, fp32 and on the CPU.
+    """
+    partitioned = ds_config is not None and ds_config.get("zero_optimization", {}).get("stage", 0) == 3
+    context: AbstractContextManager[Any] = nullcontext()
+    if partitioned:
+        context = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    with context, no_init_weights():
+        model = LlamaForCausalLM(config)
+        model.tie_weights()
+    # zero.Init makes every tensor in the training dtype, and rotation angles of a bf16 frequency are far off.
+    rotary = model.model.rotary_emb
+    for name, buffer in LlamaRotaryEmbedding(config).named_buffers():
+        setattr(rotary, name, buffer.to(getattr(rotary, name).device))
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            _fill(parameter, name, seed, config.initializer_range)
+    return model
+
+
+def _fill(parameter: torch.nn.Parameter, name: str, seed: int, std: float) -> None:
+    """Norms are ones, biases zeros, and everything else is normal with the given standard deviation."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.ndim == 1:
+        parameter.fill_(1.0)
+    else:
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))

@@ -1,0 +1,107 @@
+"""The DeepSpeed configuration of a run: read once, overridden by the command line, checked before anything is built."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GLOBAL = "train_batch_size"
+MICRO = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Sequences: `total` an optimizer step on all ranks; `micro` a forward on one rank, `accumulation` times a step."""
+
+    total: int
+    micro: int
+    accumulation: int
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file; raises FileNotFoundError or ValueError naming the file."""
+    path = Path(path)
+    try:
+        config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no DeepSpeed configuration at {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid DeepSpeed configuration: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one JSON object, not a {type(config).__name__}")
+    optimizer = config.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        raise ValueError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
+    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+        raise ValueError(f"{path}: this script is data-parallel only; remove the tensor_parallel block")
+    return config
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"key {twice[0]!r} appears twice in one object")
+    return dict(pairs)
+
+
+def set_learning_rate(config: dict[str, Any], lr: float | None) -> None:
+    """Put `lr` over `optimizer.params.lr`; raises ValueError where neither is given."""
+    params = config["optimizer"].setdefault("params", {})
+    if lr is not None:
+        params["lr"] = lr
+    if not isinstance(params.get("lr"), int | float):
+        raise ValueError("no learning rate: set optimizer.params.lr in the DeepSpeed configuration or give --lr")
+
+
+def set_batch_sizes(config: dict[str, Any], ranks: int, total: int | None, micro: int | None) -> BatchSizes:
+    """Settle DeepSpeed's three batch-size keys in `config` so that total = micro * accumulation * ranks.
+
+    A size from the command line replaces that of the JSON, whose accumulation steps are then derived anew. Raises
+    ValueError where the product cannot hold.
+    """
+    given = {key: config[key] for key in (GLOBAL, MICRO, ACCUMULATION) if config.get(key, "auto") != "auto"}
+    if total is not None or micro is not None:
+        given.pop(ACCUMULATION, None)
+    given |= {key: size for key, size in ((GLOBAL, total), (MICRO, micro)) if size is not None}
+    for key, size in given.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{key} must be a positive whole number, not {size!r}")
+    sizes = _solve(given, ranks)
+    if sizes.total != sizes.micro * sizes.accumulation * ranks or sizes.accumulation < 1 or sizes.micro < 1:
+        raise ValueError(
+            f"the batch does not divide: {GLOBAL} {sizes.total} must be {MICRO} {given.get(MICRO, '(free)')} x "
+            f"{ACCUMULATION} {given.get(ACCUMULATION, '(free)')} x {ranks} ranks; change --global-batch-size, "
+            "--micro-batch-size or the number of ranks"
+        )
+    config |= {GLOBAL: sizes.total, MICRO: sizes.micro, ACCUMULATION: sizes.accumulation}
+    return sizes
+
+
+def _solve(given: dict[str, int], ranks: int) -> BatchSizes:
+    total, micro, accumulation = given.get(GLOBAL), given.get(MICRO), given.get(ACCUMULATION)
+    if total is None and micro is None:
+        raise ValueError(
+            f"no batch size: set {GLOBAL} or {MICRO} in the DeepSpeed configuration or give --global-batch-size"
+        )
+    if total is None:
+        assert micro is not None
+        accumulation = accumulation or 1
+        return BatchSizes(micro * accumulation * ranks, micro, accumulation)
+    if micro is None:
+        accumulation = accumulation or 1
+        return BatchSizes(total, total // (accumulation * ranks), accumulation)
+    return BatchSizes(total, micro, accumulation or total // (micro * ranks))
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision(config: dict[str, Any]) -> str:
+    """ "fp32", "bf16" or "fp16", as DeepSpeed will train the model."""
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled", False):
+            return name
+    return "fp32"

@@ -1,0 +1,32 @@
+"""Parameter groups that give a dense baseline the same freedom as a low-rank method."""
+
+from typing import Any
+
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from ds_lowrank.config import METHODS
+
+
+def matrix_groups(model: LlamaForCausalLM, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
+    """Two groups: embeddings, head and norms at lr, and the matrices inside the layers at lr * scale.
+
+    A low-rank method has `scale` of its own for exactly these matrices, so a fair dense baseline needs it too. Raises
+    ValueError for an optimizer that is not a dense one.
+    """
+    if optimizer["type"] in METHODS:
+        raise ValueError(
+            f"--matrix-lr-scale is for dense optimizers; with {optimizer['type']} set optimizer.params.scale"
+        )
+    lr = optimizer["params"]["lr"]
+    apart = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+
+    def is_matrix(parameter: nn.Parameter) -> bool:
+        # Under zero.Init the tensor is an empty placeholder and the shape stands in ds_shape.
+        return len(getattr(parameter, "ds_shape", parameter.shape)) == 2 and id(parameter) not in apart
+
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if not is_matrix(p)], "lr": lr},
+        {"params": [p for p in parameters if is_matrix(p)], "lr": lr * scale},
+    ]

@@ -1,0 +1,97 @@
+"""One optimizer step, and what can be measured about it."""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, distributed
+
+
+@dataclass
+class StepResult:
+    """`loss` is this rank's mean over its micro-batches, a scalar tensor; `grad_norm` the raw norm, before clipping."""
+
+    loss: Tensor
+    grad_norm: float | None
+    forward_seconds: float
+    backward_seconds: float
+    step_seconds: float
+
+
+class Stopwatch:
+    """Seconds since the last reading. With `exact` it waits for the device, which costs time: for log steps only."""
+
+    def __init__(self, exact: bool) -> None:
+        self._exact = exact
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._exact:
+            get_accelerator().synchronize()
+        return time.perf_counter()
+
+    def read(self) -> float:
+        now = self._now()
+        elapsed, self._last = now - self._last, now
+        return elapsed
+
+
+def train_step(engine: DeepSpeedEngine, batches: Sequence[Tensor], measure: bool) -> StepResult:
+    """Forward and backward over `batches`, each int64 [sequences, length], then one optimizer step.
+
+    With `measure` the gradient norm is found and the times are exact; without it both are left at what is free.
+    """
+    watch = Stopwatch(exact=measure)
+    loss = torch.zeros((), device=engine.device)
+    grad_norm = None
+    forward = backward = update = 0.0
+    for number, batch in enumerate(batches, 1):
+        batch = batch.to(engine.device)
+        micro_loss = engine(input_ids=batch, labels=batch).loss
+        forward += watch.read()
+        engine.backward(micro_loss)
+        loss += micro_loss.detach() / len(batches)
+        backward += watch.read()
+        if measure and number == len(batches) and _engine_keeps_no_norm(engine):
+            grad_norm = float(
+                torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
+            )
+            watch.read()
+        engine.step()
+        update += watch.read()
+    if not _engine_keeps_no_norm(engine):
+        grad_norm = _number(engine.get_global_grad_norm())
+    return StepResult(loss, grad_norm, forward, backward, update)
+
+
+def _engine_keeps_no_norm(engine: DeepSpeedEngine) -> bool:
+    """In fp32 at ZeRO 0 DeepSpeed has no wrapper that would keep it; the reduced gradients are then in `param.grad`."""
+    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled() and not engine.fp16_enabled()
+
+
+def _number(norm: Tensor | float | None) -> float | None:
+    return None if norm is None else float(norm)
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    """Collective."""
+    total = loss.detach().double()
+    distributed.all_reduce(total)
+    return float(total) / distributed.get_world_size()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory any rank has held: allocated by torch, or resident where the device is the CPU. Collective."""
+    if get_accelerator().device_name() == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    else:
+        held = get_accelerator().max_memory_allocated()
+    most = torch.tensor([held], dtype=torch.float64, device=device)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return float(most.item()) / 2**30

@@ -1,0 +1,111 @@
+"""What a run reports: metrics.jsonl, one line a log step on the console, DeepSpeed's monitors."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, without a last line that a crash cut short.
+
+    Raises ValueError where any other line is not a JSON object.
+    """
+    records = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove that line") from None
+    return records
+
+
+class Reporter:
+    """Rank 0 writes; the other ranks hold one too and it stays silent.
+
+    On a terminal there is a progress bar, elsewhere plain lines. `resumed_at` is the step a resumed run continues
+    after: records of later steps are dropped, so that no step appears twice.
+    """
+
+    def __init__(self, output: Path, engine: DeepSpeedEngine, steps: int, resumed_at: int = 0) -> None:
+        self._writes = engine.global_rank == 0
+        self._engine = engine
+        self._steps = steps
+        if not self._writes:
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / FILE
+        if path.exists():
+            _keep_until(path, resumed_at)
+        self._file = path.open("a")
+        self._bar = tqdm(total=steps, initial=resumed_at, disable=not sys.stderr.isatty(), unit="step")
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writes:
+            self._bar.close()
+            self._file.close()
+
+    def advance(self) -> None:
+        if self._writes:
+            self._bar.update()
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Report one log step. Numbers that are not finite are written as null: JSON has no word for them."""
+        if not self._writes:
+            return
+        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        self._file.flush()
+        self.say(console_line(record, self._steps))
+        monitor = self._engine.monitor
+        if monitor.enabled:
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            samples = self._engine.global_samples
+            monitor.write_events([(f"Train/Samples/{key}", value, samples) for key, value in numbers.items()])
+
+    def say(self, text: str) -> None:
+        if self._writes:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    aside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def console_line(record: dict[str, Any], steps: int) -> str:
+    """One line a log step: step, loss, gradient norm, learning rate, tokens/s, memory."""
+    norm = record["grad_norm"]
+    parts = [
+        f"step {record['step']}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"grad norm {norm:.3f}" if norm is not None else "grad norm -",
+        f"lr {record['lr']:.3e}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"{record['memory_gib']:.2f} GiB",
+    ]
+    if record["skipped_steps"]:
+        parts.append(f"{record['skipped_steps']} skipped")
+    if "eval_loss" in record:
+        parts.append(f"eval loss {record['eval_loss']:.4f}")
+    return " | ".join(parts)

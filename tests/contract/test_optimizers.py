@@ -1,0 +1,226 @@
+"""What every optimizer of the registry promises, without DeepSpeed."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import ds_lowrank
+from ds_lowrank.config import METHODS
+from ds_lowrank.optimizers import OPTIMIZERS
+
+EVERY = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 7))
+
+
+def gradients(model, step):
+    torch.manual_seed(1000 + step)
+    model.zero_grad()
+    model(torch.randn(32, 12)).square().mean().backward()
+
+
+def build(name, model, **options):
+    return OPTIMIZERS[name](model.named_parameters(), **{"lr": 1e-2, "rank": 3, "update_proj_gap": 3, **options})
+
+
+def run(optimizer, model, steps):
+    for step in steps:
+        gradients(model, step)
+        optimizer.step()
+
+
+def test_every_method_has_an_optimizer():
+    assert METHODS.keys() == OPTIMIZERS.keys()
+    assert all(optimizer.method is METHODS[name] for name, optimizer in OPTIMIZERS.items())
+
+
+@EVERY
+def test_it_descends_on_a_quadratic(name):
+    torch.manual_seed(0)
+    target, weight = torch.randn(16, 10), torch.nn.Parameter(torch.zeros(16, 10))
+    optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.02, rank=4, update_proj_gap=5, scale=1.0)
+    start = (weight - target).square().sum().item()
+    for step in range(1000):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 1000)
+        optimizer.zero_grad()
+        (weight - target).square().sum().backward()
+        optimizer.step()
+    assert (weight - target).square().sum().item() < 0.01 * start
+
+
+@EVERY
+def test_state_is_complete_at_the_start_and_keeps_its_shapes(name):
+    model = small_model()
+    optimizer = build(name, model)
+    before = {
+        n: {k: v.shape for k, v in s.items() if torch.is_tensor(v)} for n, s in optimizer.state_dict()["state"].items()
+    }
+    run(optimizer, model, range(5))
+    after = {
+        n: {k: v.shape for k, v in s.items() if torch.is_tensor(v)} for n, s in optimizer.state_dict()["state"].items()
+    }
+    assert before == after
+    assert set(before) == {n for n, _ in model.named_parameters()}
+
+
+@EVERY
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+def test_a_saved_state_resumes_bit_for_bit_and_loads_weights_only(name, state_dtype):
+    model = small_model()
+    optimizer = build(name, model, state_dtype=state_dtype)
+    run(optimizer, model, range(4))
+    stream = io.BytesIO()
+    torch.save(optimizer.state_dict(), stream)
+    stream.seek(0)
+    twin = copy.deepcopy(model)
+    resumed = build(name, twin, state_dtype=state_dtype)
+    resumed.load_state_dict(torch.load(stream, weights_only=True))
+    run(optimizer, model, range(4, 9))
+    run(resumed, twin, range(4, 9))
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@EVERY
+def test_bf16_moments_are_kept_in_bf16_and_follow_fp32(name):
+    """Each moment keeps 8 bits, so a step's direction is off by a few times 2^-8."""
+    plain, rounded = small_model(), small_model()
+    start = [p.detach().clone() for p in plain.parameters()]
+    exact, coarse = build(name, plain), build(name, rounded, state_dtype="bf16")
+    run(exact, plain, range(3))
+    run(coarse, rounded, range(3))
+    assert coarse.state_dict()["state"]["0.weight"]["exp_avg"].dtype == torch.bfloat16
+    for a, b, s in zip(plain.parameters(), rounded.parameters(), start, strict=True):
+        assert (a - b).norm() < 0.05 * (a - s).norm()
+
+
+@EVERY
+def test_bf16_parameters_take_the_fp32_update_rounded(name):
+    """A weight in bf16 is computed in fp32 and rounded once."""
+    exact, rounded = small_model(), small_model().bfloat16()
+    exact.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})
+    one, two = build(name, exact), build(name, rounded)
+    gradients(exact, 0)
+    for a, b in zip(exact.parameters(), rounded.parameters(), strict=True):
+        b.grad = a.grad.bfloat16()
+        a.grad = b.grad.float()
+    one.step()
+    two.step()
+    for a, b in zip(exact.parameters(), rounded.parameters(), strict=True):
+        assert b.dtype == torch.bfloat16
+        assert torch.equal(a.bfloat16(), b)
+
+
+@EVERY
+def test_a_zero_gradient_before_the_first_is_not_a_step(name):
+    model, twin = small_model(), small_model()
+    optimizer, other = build(name, model, weight_decay=0.1), build(name, twin, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    run(optimizer, model, range(3))
+    run(other, twin, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@EVERY
+def test_a_zero_gradient_at_a_refresh_keeps_the_old_basis(name):
+    model = small_model()
+    optimizer = build(name, model)
+    run(optimizer, model, range(3))
+    basis = optimizer.state_dict()["state"]["0.weight"]["basis"].clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(optimizer.state_dict()["state"]["0.weight"]["basis"], basis)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@EVERY
+def test_a_nan_gradient_changes_nothing_and_is_counted(name):
+    model = small_model()
+    optimizer = build(name, model)
+    run(optimizer, model, range(2))
+    before = copy.deepcopy(model.state_dict())
+    gradients(model, 2)
+    model[2].bias.grad[1] = float("inf")
+    optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert optimizer.metrics()["lowrank/skipped_updates"] == 1
+    assert [slot.state["step"] for slot in optimizer.slots] == [2] * 4
+
+
+@EVERY
+def test_a_rank_deficient_gradient_gives_a_finite_update_in_its_own_subspace(name):
+    """Rank 1 gradient, rank 4 asked: the directions that carry nothing are left out instead of filled with noise."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(12, 9))
+    row = torch.randn(9)
+    optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.1, rank=4)
+    before = weight.detach().clone()
+    weight.grad = torch.outer(torch.randn(12), row)
+    optimizer.step()
+    update = weight.detach() - before
+    across = update - torch.outer(update @ row, row) / row.square().sum()
+    assert update.norm() > 0.01
+    assert across.norm() < 1e-5 * update.norm()
+
+
+@EVERY
+def test_groups_override_options_and_unknown_group_keys_are_refused(name):
+    model = small_model()
+    first, rest = list(model.named_parameters())[:1], list(model.named_parameters())[1:]
+    optimizer = OPTIMIZERS[name]([{"params": first, "rank": 2, "lr": 0.5}, {"params": rest, "name": "rest"}], rank=3)
+    state = optimizer.state_dict()["state"]
+    assert state["0.weight"]["basis"].shape[1] == 2
+    assert state["2.weight"]["basis"].shape[1] == 3
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-3]
+    with pytest.raises(ds_lowrank.ConfigError, match="did you mean 'weight_decay'"):
+        OPTIMIZERS[name]([{"params": rest, "weight_deccay": 0.1}])
+
+
+@EVERY
+def test_nameless_parameters_are_refused_and_tags_are_enough(name):
+    model = small_model()
+    with pytest.raises(ds_lowrank.ConfigError, match="named_parameters"):
+        OPTIMIZERS[name](model.parameters())
+    ds_lowrank.tag_parameters(model)
+    assert len(OPTIMIZERS[name](model.parameters()).slots) == 4
+
+
+@EVERY
+def test_learning_rate_zero_changes_nothing(name):
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    run(build(name, model, lr=0.0, weight_decay=0.3), model, range(3))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@EVERY
+def test_the_update_does_not_depend_on_the_global_random_state(name):
+    results = []
+    for seed in (1, 2):
+        model = small_model()
+        optimizer = build(name, model)
+        for step in range(4):
+            gradients(model, step)
+            torch.manual_seed(seed)
+            optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    model = small_model()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    optimizer = build(name, model)
+    gradients(model, 0)
+    torch.manual_seed(5)
+    optimizer.step()
+    assert torch.equal(torch.rand(1), expected)

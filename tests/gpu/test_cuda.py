@@ -1,0 +1,46 @@
+"""What needs a CUDA device: fp16 (DeepSpeed refuses it on a CPU), NCCL, and the same update as on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ds_lowrank
+from tests.engines.pool import run_ranks
+from tests.engines.scenario import config, full_weights, make_model, train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_one_step_on_the_device_equals_the_cpu():
+    """Same sketch (drawn on the CPU), fp32 products without TF32: only the order of sums differs."""
+    weights = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(96, 64).to(device))
+        gradient = torch.randn(96, 64).to(device)
+        optimizer = ds_lowrank.GaLore([("w", weight)], lr=1e-2, rank=8)
+        weight.grad = gradient
+        optimizer.step()
+        weights.append(weight.detach().cpu())
+    assert (weights[0] - weights[1]).norm() < 1e-5 * weights[0].norm()
+
+
+def train_fp16(settings, steps):
+    """fp16 at the default scale: the first steps overflow, are skipped, and leave no trace in the state."""
+    engine, *_ = ds_lowrank.initialize(model=make_model().cuda(), config=settings)
+    for step in range(steps):
+        train_step(engine, step)
+    optimizer = engine.basic_optimizer
+    done = {slot.state["step"] for slot in optimizer.slots}
+    finite = all(t.isfinite().all() for s in optimizer.slots for t in s.state.values() if isinstance(t, torch.Tensor))
+    return {"skipped": engine.skipped_steps, "done": done, "finite": bool(finite), "weights": full_weights(engine)}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_skips_overflowing_steps_and_trains(stage):
+    settings = config(stage, 1, fp16={"enabled": True, "initial_scale_power": 32})
+    (result,) = run_ranks(1, train_fp16, settings, 30)
+    assert result["skipped"] > 0
+    assert result["done"] == {30 - result["skipped"]}
+    assert result["finite"]

@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from ds_lowrank.models.llama import build, load_config
+from tests.engines.pool import run_ranks
+from tests.training.runs import MODEL, ROOT
+
+MODELS = ROOT / "ds_configs" / "models"
+
+# Embedding + head + seven matrices a layer + norms, as in the tables of the GaLore papers.
+PARAMETERS = {
+    "9m": 9.00e6,
+    "20m": 19.55e6,
+    "35m": 35.20e6,
+    "60m": 58.07e6,
+    "130m": 134.11e6,
+    "350m": 367.97e6,
+    "1b": 1339.08e6,
+    "3b": 2685.83e6,
+    "7b": 6738.42e6,
+    "quickstart": 3.34e6,
+}
+
+
+def test_every_model_file_is_counted_here():
+    assert {path.stem.removeprefix("llama_") for path in MODELS.glob("*.json")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    config = load_config(MODELS / f"llama_{name}.json")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == pytest.approx(PARAMETERS[name], abs=0.005e6)  # the tables give two decimals of a million
+    assert not config.tie_word_embeddings and not config.use_cache
+    assert config.max_position_embeddings == {"7b": 2048, "quickstart": 512}.get(name, 1024)
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    def write(**changes):
+        path = tmp_path / "model.json"
+        entries = {key: value for key, value in (MODEL | changes).items() if value is not ...}
+        path.write_text(json.dumps(entries))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 32}, "unknown key 'hiden_size', did you mean 'hidden_size'"),
+        ({"vocab_size": ...}, "missing vocab_size"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"num_attention_heads": 3}, "not a valid LLaMA configuration"),
+        ({"hidden_size": "wide"}, "not a valid LLaMA configuration"),
+    ],
+)
+def test_unusable_configurations_are_refused_by_name(model_file, changes, message):
+    path = model_file(**changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model configuration"):
+        load_config(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_config(tmp_path / "broken.json")
+
+
+def test_weights_follow_the_seed_and_have_the_configured_spread(model_file):
+    config = load_config(model_file(hidden_size=128, initializer_range=0.05))
+    first, again, other = (dict(build(config, seed).named_parameters()) for seed in (0, 0, 1))
+    matrix = "model.layers.1.self_attn.q_proj.weight"
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first[matrix], other[matrix])
+    assert not torch.equal(first[matrix], first["model.layers.0.self_attn.q_proj.weight"])
+    # 16384 draws: the standard error of the standard deviation is 0.6 %, of the mean 0.0004.
+    assert first[matrix].std().item() == pytest.approx(0.05, rel=0.03)
+    assert first[matrix].mean().item() == pytest.approx(0.0, abs=0.002)
+    assert torch.equal(first["model.norm.weight"], torch.ones(128))
+
+
+def _whole_weights(path: Path, bf16: bool):
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": bf16},
+    }
+    model = build(load_config(path), 7, ds_config)
+    weights, held = {}, 0
+    for name, parameter in model.named_parameters():
+        held += parameter.ds_tensor.numel()
+        assert parameter.numel() == 0  # nothing whole is left on this rank
+        with deepspeed.zero.GatheredParameters([parameter]):
+            weights[name] = parameter.detach().float().numpy().copy()
+    return weights, held, model.model.rotary_emb.inv_freq.numpy().copy()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_partitioned_weights_are_those_of_the_whole_model(model_file, bf16):
+    path = model_file()
+    whole = build(load_config(path), 7)
+    results = run_ranks(2, _whole_weights, path, bf16)
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    for weights, held, inverse_frequencies in results:
+        assert set(weights) == {name for name, _ in whole.named_parameters()}
+        for name, parameter in whole.named_parameters():
+            wanted = parameter.detach().bfloat16().float() if bf16 else parameter.detach()
+            assert torch.equal(torch.from_numpy(weights[name]), wanted)
+        assert held == pytest.approx(count / 2, abs=len(weights))  # halves, each rounded up
+        assert torch.equal(torch.from_numpy(inverse_frequencies), whole.model.rotary_emb.inv_freq)

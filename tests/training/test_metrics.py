@@ -1,0 +1,108 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from matplotlib import image
+
+from ds_lowrank.training.metrics import Reporter, read_metrics
+from ds_lowrank.training.output import check_output, write_results
+from ds_lowrank.training.plot import plot_loss
+
+
+def record(step, **more):
+    return {
+        "step": step,
+        "tokens": 100 * step,
+        "loss": 5.0 - step,
+        "grad_norm": 1.5,
+        "lr": 0.01,
+        "tokens_per_second": 1000.0,
+        "seconds": 0.1 * step,
+        "memory_gib": 0.5,
+        "skipped_steps": 0,
+        **more,
+    }
+
+
+def engine(rank=0):
+    written = []
+    monitor = SimpleNamespace(enabled=True, write_events=written.extend)
+    return SimpleNamespace(global_rank=rank, global_samples=32, monitor=monitor, written=written)
+
+
+def test_a_record_reaches_the_file_the_console_and_the_monitor(tmp_path, capsys):
+    fake = engine()
+    with Reporter(tmp_path, fake, steps=10) as report:
+        report.record(record(3, eval_loss=2.5))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [record(3, eval_loss=2.5)]
+    assert capsys.readouterr().out == (
+        "step 3/10 | loss 2.0000 | grad norm 1.500 | lr 1.000e-02 | 1,000 tokens/s | 0.50 GiB | eval loss 2.5000\n"
+    )
+    assert ("Train/Samples/loss", 2.0, 32) in fake.written
+    assert ("Train/Samples/eval_loss", 2.5, 32) in fake.written
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_skipped_steps_are_shown(tmp_path, capsys):
+    with Reporter(tmp_path, engine(), steps=10) as report:
+        report.record(record(1, loss=float("nan"), grad_norm=float("inf"), skipped_steps=2))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record(1, loss=None, grad_norm=None, skipped_steps=2)
+    line = capsys.readouterr().out
+    assert "loss nan" in line and "grad norm inf" in line and "2 skipped" in line
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    with Reporter(tmp_path / "absent", engine(rank=1), steps=10) as report:
+        report.record(record(1))
+    assert not (tmp_path / "absent").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_drops_later_records_and_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(record(step)) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + "\n" + lines[0][:20])
+    with Reporter(tmp_path, engine(), steps=10, resumed_at=2) as report:
+        report.record(record(3, loss=9.0))
+    assert read_metrics(path) == [record(1), record(2), record(3, loss=9.0)]
+
+
+def test_damage_elsewhere_in_the_file_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\nnot json\n{}\n")
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
+        check_output(tmp_path, resuming=True)
+
+
+def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path):
+    check_output(tmp_path, resuming=False)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_output(tmp_path, resuming=False)
+    check_output(tmp_path, resuming=True)
+
+
+def test_the_summary_is_of_the_last_step(tmp_path, capsys):
+    records = [record(1, eval_loss=4.5), record(2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in records))
+    write_results(tmp_path, steps=2)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "finished": True,
+        "step": 2,
+        "tokens": 200,
+        "seconds": 0.2,
+        "tokens_per_second": 1000.0,
+        "loss": 3.0,
+        "eval_loss": 4.5,
+        "memory_gib": 0.5,
+        "skipped_steps": 0,
+    }
+    assert "finished: True" in capsys.readouterr().out
+    write_results(tmp_path, steps=3)
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"] is False
+
+
+@pytest.mark.parametrize("records", [[record(1), record(2, eval_loss=4.0)], [record(1, loss=None)], []])
+def test_the_plot_is_a_png_even_without_points(tmp_path, records):
+    plot_loss(records, tmp_path / "loss.png")
+    pixels = image.imread(tmp_path / "loss.png")
+    assert pixels.shape[:2] == (600, 960)
+    assert pixels.min() < 0.2 < pixels.max()  # ink on paper

@@ -1,0 +1,92 @@
+"""What is refused before anything is built."""
+
+import json
+
+import pytest
+
+from ds_lowrank.checkpoint.manifest import write_manifest
+from ds_lowrank.errors import CheckpointError
+from ds_lowrank.training.arguments import parse
+from ds_lowrank.training.plan import make_plan
+from tests.training.runs import Workspace, deepspeed_config
+
+
+def plan(workspace, output, *more, config=None, ranks=2, steps=6):
+    return make_plan(parse([*workspace.arguments(output, config=config, steps=steps), *more]), ranks)
+
+
+def test_the_command_line_wins_over_the_json(workspace):
+    made = plan(workspace, "a", "--lr", "0.5", "--global-batch-size", "12", "--micro-batch-size", "3", "--seed", "7")
+    assert (made.batch.total, made.batch.micro, made.batch.accumulation) == (12, 3, 2)
+    assert made.config["optimizer"]["params"] == {"lr": 0.5, "rank": 8, "update_proj_gap": 2, "seed": 7}
+    assert made.tokens_per_step == 12 * 32
+    assert made.warmup == 1  # a tenth of 6 steps, rounded
+    assert made.checkpoint is None
+
+
+def test_a_seed_of_the_optimizer_itself_stands(workspace):
+    config = deepspeed_config()
+    config["optimizer"]["params"]["seed"] = 3
+    assert plan(workspace, "a", "--seed", "7", config=config).config["optimizer"]["params"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sequence-length", "65"], "--sequence-length 65 is above max_position_embeddings 64"),
+        (["--global-batch-size", "7"], "the batch does not divide"),
+        (["--warmup", "7"], "longer than the run of 6 steps"),
+        (["--model", "none.json"], "no model configuration at none.json"),
+        (["--deepspeed_config", "none.json"], "no DeepSpeed configuration at none.json"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(workspace, more, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        plan(workspace, "a", *more)
+
+
+@pytest.fixture
+def saved(workspace, tmp_path):
+    """A checkpoint of the run `a` after step 3."""
+    checkpoint = tmp_path / "global_step3"
+    checkpoint.mkdir()
+    (checkpoint / "rank_0.pt").write_bytes(b"state")
+    write_manifest(checkpoint, plan(workspace, "a").identity, {"step": 3})
+    return checkpoint
+
+
+def test_a_checkpoint_of_the_same_run_is_resumed_whatever_the_number_of_steps(workspace, saved):
+    assert plan(workspace, "b", "--resume", str(saved), steps=20).checkpoint == saved
+
+
+def test_other_methods_and_layouts_are_refused(workspace, saved):
+    resume = ("--resume", str(saved))
+    with pytest.raises(CheckpointError, match="optimizer: the checkpoint has 'GaLore', this run 'AdamW'"):
+        plan(workspace, "b", *resume, config=deepspeed_config("AdamW"))
+    with pytest.raises(CheckpointError, match="zero_stage: the checkpoint has 2, this run 1"):
+        plan(workspace, "b", *resume, config=deepspeed_config(zero_stage=1))
+    with pytest.raises(CheckpointError, match="ranks: the checkpoint has 2, this run 4"):
+        plan(workspace, "b", *resume, ranks=4)
+    with pytest.raises(CheckpointError, match="precision: the checkpoint has 'fp32', this run 'bf16'"):
+        plan(workspace, "b", *resume, config=deepspeed_config(bf16={"enabled": True}))
+    with pytest.raises(CheckpointError, match="matrix_lr_scale"):
+        plan(workspace, "b", *resume, "--matrix-lr-scale", "0.25")
+    with pytest.raises(CheckpointError, match="vocab_size = 300, this run vocab_size = 301"):
+        other = workspace.path / "other_model.json"
+        other.write_text(json.dumps(json.loads((workspace.path / "model.json").read_text()) | {"vocab_size": 301}))
+        plan(workspace, "b", *resume, "--model", str(other))
+
+
+def test_a_finished_run_is_not_resumed(workspace, saved):
+    with pytest.raises(ValueError, match="already at --steps 3: the run is finished"):
+        plan(workspace, "b", "--resume", str(saved), steps=3)
+
+
+def test_a_missing_configuration_and_bad_numbers_end_in_usage(workspace: Workspace, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--model", "m.json", "--steps", "1", "--output", "o"])
+    assert "required: --deepspeed_config" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse([*workspace.arguments("a"), "--steps", "0"])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""launch/pretrain.py from the command line, started in the three ways that users start it."""
+
+import json
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.training.runs import SEQUENCE_LENGTH, Workspace, deepspeed_config
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def deepspeed_launcher() -> tuple[str, ...]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port))
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Workspace) -> str:
+    """Six steps by plain python, with checkpoints after the third and the last; their console output."""
+    run = workspace.run([*workspace.arguments("whole"), "--save-interval", "3", "--eval-interval", "2", "--export"])
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_metrics_hold_every_step(workspace, finished):
+    metrics = workspace.metrics("whole")
+    assert list(metrics) == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in metrics.values()] == [8 * SEQUENCE_LENGTH * step for step in metrics]
+    assert [step for step, record in metrics.items() if "eval_loss" in record] == [2, 4, 6]
+    # One warm-up step at the peak, then the cosine down to a tenth.
+    assert [round(record["lr"], 6) for record in metrics.values()] == [
+        0.01,
+        0.009141,
+        0.006891,
+        0.004109,
+        0.001859,
+        0.001,
+    ]
+    for record in metrics.values():
+        assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and record["memory_gib"] > 0
+        assert record["skipped_steps"] == 0
+        assert record["lowrank/projected_matrices"] == 14
+    assert metrics[1]["loss"] == pytest.approx(5.70, abs=0.1)  # ln 300, the loss of a model that knows nothing
+    assert metrics[6]["eval_loss"] < metrics[2]["eval_loss"] < metrics[1]["loss"]
+    assert f"step 6/6 | loss {metrics[6]['loss']:.4f} | grad norm" in finished
+
+
+def test_a_finished_run_leaves_a_plot_a_summary_and_a_model(workspace, finished):
+    output = workspace.path / "whole"
+    assert {path.name for path in output.iterdir()} == {
+        *("checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),
+    }
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["finished"] and summary["eval_loss"] == workspace.metrics("whole")[6]["eval_loss"]
+    model = AutoModelForCausalLM.from_pretrained(output / "export")
+    tokenizer = AutoTokenizer.from_pretrained(output / "export")
+    tokens = torch.tensor([tokenizer.encode("12 24 36 48 60 72 84 96")])
+    assert model(input_ids=tokens, labels=tokens).loss.item() < 4.7  # it learnt which bytes are digits
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(workspace, finished):
+    checkpoint = workspace.path / "whole" / "checkpoints" / "global_step3"
+    arguments = [*workspace.arguments("resumed"), "--eval-interval", "2", "--export", "--resume", str(checkpoint)]
+    run = workspace.run(arguments)
+    assert run.returncode == 0, run.stderr
+    whole, resumed = workspace.metrics("whole"), workspace.metrics("resumed")
+    assert list(resumed) == [4, 5, 6]
+    for step, record in resumed.items():
+        for key in ("loss", "grad_norm", "lr", "tokens", "eval_loss"):
+            assert record.get(key) == whole[step].get(key), (step, key)
+    weights = [load_file(workspace.path / output / "export" / "model.safetensors") for output in ("whole", "resumed")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_refused_on_every_rank_in_one_line(workspace, finished):
+    before = (workspace.path / "whole" / "metrics.jsonl").read_bytes()
+    run = workspace.run(workspace.arguments("whole"), TORCHRUN)
+    assert run.returncode != 0
+    assert run.stderr.count("already holds a run (metrics.jsonl); give another --output") == 1
+    assert 'pretrain.py", line' not in run.stderr  # no traceback of ours
+    assert (workspace.path / "whole" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_model_without_room_for_the_tokenizer_is_refused(workspace):
+    model = workspace.path / "small_vocabulary.json"
+    model.write_text(json.dumps(json.loads((workspace.path / "model.json").read_text()) | {"vocab_size": 200}))
+    run = workspace.run([*workspace.arguments("refused"), "--model", str(model)])
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: the data use 257 token ids but the model's vocab_size is 200")
+    assert run.stderr.count("\n") == 1
+    assert not (workspace.path / "refused").exists()
+
+
+def test_zero_3_on_two_ranks_under_deepspeed_trains_the_same_model(workspace, finished):
+    arguments = workspace.arguments("zero3", config=deepspeed_config(zero_stage=3))
+    run = workspace.run(["--deepspeed", *arguments, "--eval-interval", "2", "--export"], deepspeed_launcher())
+    assert run.returncode == 0, run.stderr
+    whole, zero3 = workspace.metrics("whole"), workspace.metrics("zero3")
+    assert list(zero3) == list(whole)
+    for step, record in zero3.items():
+        # The same weights, batches and updates; sums in fp32 are taken in another order.
+        for key in {"loss", "grad_norm", "eval_loss"} & record.keys():
+            assert record[key] == pytest.approx(whole[step][key], rel=1e-4), (step, key)
+    weights = [load_file(workspace.path / output / "export" / "model.safetensors") for output in ("whole", "zero3")]
+    assert {name: weight.shape for name, weight in weights[0].items()} == {
+        name: weight.shape for name, weight in weights[1].items()
+    }
+
+
+def test_asked_to_stop_a_run_saves_and_can_go_on(workspace):
+    config = deepspeed_config("AdamW", zero_stage=0)
+    process = workspace.start(workspace.arguments("stopped", config=config, steps=100_000))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert time.monotonic() - asked < 20
+    assert "asked to stop at step" in out
+    (checkpoint,) = (workspace.path / "stopped" / "checkpoints").glob("global_step*")
+    stopped_at = int(checkpoint.name.removeprefix("global_step"))
+    assert list(workspace.metrics("stopped")) == list(range(1, stopped_at + 1))
+    run = workspace.run([*workspace.arguments("stopped", config=config, steps=stopped_at + 2), "--resume"])
+    assert run.returncode == 0, run.stderr
+    assert list(workspace.metrics("stopped")) == list(range(1, stopped_at + 3))
