@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -50,13 +52,11 @@ def ours(parameters: dict[str, torch.nn.Parameter], rank: int, projector: str, e
 def official(parameters: dict[str, torch.nn.Parameter], rank: int, eps: float = 1e-8) -> torch.optim.Optimizer:
     method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "proj_type": "std"}
     groups = [{"params": list(parameters.values()), **method}]
-    optimizer: torch.optim.Optimizer = _galore_adamw()(
-        groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True
-    )
+    optimizer: torch.optim.Optimizer = _galore_adamw()(groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True)
     return optimizer
 
 
-def _galore_adamw() -> type[torch.optim.Optimizer]:
+def _galore_adamw() -> Callable[..., torch.optim.Optimizer]:
     """``galore_torch.GaLoreAdamW``, which needs no bitsandbytes; its package imports it for the 8-bit variant."""
     stub = ModuleType("bitsandbytes.optim.optimizer")
     stub.Optimizer2State = object  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def _galore_adamw() -> type[torch.optim.Optimizer]:
         for name in names:
             del sys.modules[name]
         sys.modules.update(before)
-    adamw: type[torch.optim.Optimizer] = GaLoreAdamW
+    adamw: Callable[..., torch.optim.Optimizer] = GaLoreAdamW
     return adamw
 
 
@@ -91,10 +91,10 @@ def compare(seed: int, rank: int, repeats: int, refreshes: int) -> dict[str, obj
     """One record: ordinary and amortised step times, their ratios (ours over the official one) and the targets."""
     optimizers = {"ours": ours(layer(seed), rank, "randomized"), "official": official(layer(seed), rank)}
     refresh = medians(
-        interleaved({name: lambda o=o: _step_at(o, GAP) for name, o in optimizers.items()}, refreshes, warm_up=0)
+        interleaved({name: partial(_step_at, o, GAP) for name, o in optimizers.items()}, refreshes, warm_up=0)
     )
     ordinary = medians(
-        interleaved({name: lambda o=o: _step_at(o, 1) for name, o in optimizers.items()}, repeats, warm_up=3)
+        interleaved({name: partial(_step_at, o, 1) for name, o in optimizers.items()}, repeats, warm_up=3)
     )
     amortised = {name: ((GAP - 1) * ordinary[name] + refresh[name]) / GAP for name in optimizers}
     return {
@@ -111,7 +111,7 @@ def compare(seed: int, rank: int, repeats: int, refreshes: int) -> dict[str, obj
 
 
 def _step_at(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """A step as the ``step``-th after the first: it refreshes where the gap divides that number, or nothing is there."""
+    """One step, counted as the ``step``-th after the first; it refreshes where the gap divides that number."""
     for state in optimizer.state.values():
         state["step"] = step
     optimizer.step()
