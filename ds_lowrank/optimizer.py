@@ -3,7 +3,7 @@
 It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: where the elements lie is read at the
 first step (or by :meth:`LowRankOptimizer.finalize`), after DeepSpeed has arranged them. The order of a step is always
 
-    norms of the raw gradients, stop if one is not finite, basis if due, project, moments, lift, decay, write
+    basis if due, project, stop if a gradient is not finite, moments, lift, decay, write
 
 and DeepSpeed has unscaled and clipped the gradients before.
 """
@@ -20,7 +20,7 @@ import torch
 from ds_lowrank.config import parse_options
 from ds_lowrank.elementwise import init_elementwise_state, step_elementwise
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method, Options, State
+from ds_lowrank.methods.base import Method, Options, Projection, State
 from ds_lowrank.report import logger, role_table, state_bytes
 from ds_lowrank.roles import Role, Tag, check_targets, role_of, tag_from_name, tag_of
 from ds_lowrank.sharding.matrix import MatrixShard, everyone
@@ -71,7 +71,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._own_groups: list[dict[str, Any]] = []
         self._slots: dict[int, list[Slot]] | None = None
         self._executor: Alone | Distributed = Alone()
-        self._last_counts: dict[int, tuple[int, int]] = {}
+        self._last_counts: dict[tuple[str, int], int] = {}
         self.wrapper = "none"
         self.skipped_updates = 0
         """Calls of ``step`` that changed nothing because a gradient was not finite."""
@@ -192,47 +192,75 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
-        norms = yield from self._gradient_norms(slots)
-        if not all(math.isfinite(norm) for norm in norms):
-            self.skipped_updates += 1
-            return
-        # A parameter waits for its first gradient that is not all zero: a projector cannot be built from a zero matrix,
-        # and DeepSpeed steps once with zeros while it is constructed (fp16 and bf16 at stage 0).
-        live = [(slot, norm) for slot, norm in zip(slots, norms, strict=True) if norm > 0 or slot.state["step"]]
-        options = {id(slot.group): self._group_options(slot.group) for slot, _ in live}
-        matrices = [(slot, slot.shard, norm) for slot, norm in live if slot.shard is not None]
-        for slot, shard, norm in matrices:
-            shard.attach(slot.fragment.gradient, norm)
-        updates = yield from lockstep(
-            self.method.step(shard, slot.state, options[id(slot.group)], slot.state["step"])
-            for slot, shard, _ in matrices
+        options = {id(slot.group): self._group_options(slot.group) for slot in slots}
+        matrices = [(slot, slot.shard) for slot in slots if slot.shard is not None]
+        rest = [slot for slot in slots if slot.shard is None]
+        for slot, shard in matrices:
+            shard.attach(slot.fragment.gradient)
+        seen = yield from lockstep(
+            self.method.project(shard, slot.state, options[id(slot.group)], slot.state["step"])
+            for slot, shard in matrices
         )
-        for (slot, shard, _), update in zip(matrices, updates, strict=True):
+        found = [projection.projected for projection in seen] + [slot.fragment.gradient for slot in rest]
+        norms = yield from self._norms(found)
+        if all(math.isfinite(norm) for norm in norms):
+            for projection, norm in zip(seen, norms, strict=False):
+                projection.norm = norm
+            yield from self._update_matrices(matrices, seen, options)
+            self._update_rest(rest, norms[len(matrices) :], options)
+        else:
+            self.skipped_updates += 1
+        for _, shard in matrices:
+            shard.detach()
+
+    def _update_matrices(
+        self, matrices: list[tuple[Slot, MatrixShard]], seen: list[Projection], options: dict[int, Options]
+    ) -> Rounds[None]:
+        live = [
+            (slot, shard, projection)
+            for (slot, shard), projection in zip(matrices, seen, strict=True)
+            if has_begun(slot, projection.norm)
+        ]
+        updates = yield from lockstep(
+            self.method.update(shard, slot.state, options[id(slot.group)], slot.state["step"], projection)
+            for slot, shard, projection in live
+        )
+        for (slot, shard, _), update in zip(live, updates, strict=True):
             lr = effective_lr(slot.group)
             shard.write(slot.fragment.weights, update, lr, lr * slot.group["weight_decay"])
-            shard.detach()
-        rest = [slot for slot, _ in live if slot.shard is None]
-        for group in {id(slot.group): slot.group for slot in rest}.values():
-            own = [slot for slot in rest if slot.group is group]
-            step_elementwise([(s.fragment, s.state) for s in own], options[id(group)], effective_lr(group))
-        for slot, _ in live:
             slot.state["step"] += 1
-        self._last_counts[id(slots[0].fragment.store)] = (len(matrices), len(rest))
+        self._count("projected", [slot for slot, _ in matrices], len(live))
 
-    def _gradient_norms(self, slots: list[Slot]) -> Generator[list[Request], list[torch.Tensor], list[float]]:
-        """The norm of every whole gradient, the same on all ranks."""
-        squares = [torch.linalg.vector_norm(slot.fragment.gradient.float()).square() for slot in slots]
-        route = everyone(self._executor.size, len(slots))
+    def _update_rest(self, rest: list[Slot], norms: list[float], options: dict[int, Options]) -> None:
+        live = [slot for slot, norm in zip(rest, norms, strict=True) if has_begun(slot, norm)]
+        for group in {id(slot.group): slot.group for slot in live}.values():
+            own = [(slot.fragment, slot.state) for slot in live if slot.group is group]
+            step_elementwise(own, options[id(group)], effective_lr(group))
+        for slot in live:
+            slot.state["step"] += 1
+        self._count("adamw", rest, len(live))
+
+    def _norms(self, tensors: list[torch.Tensor]) -> Generator[list[Request], list[torch.Tensor], list[float]]:
+        """The Frobenius norms of tensors of which every rank has a part, the same on all ranks."""
+        squares = [torch.linalg.vector_norm(tensor, dtype=torch.float32).square() for tensor in tensors]
+        route = everyone(self._executor.size, len(squares))
         (total,) = yield [Request(route, torch.stack(squares).view(-1, 1))]
         norms: list[float] = total.view(-1).sqrt().tolist()
         return norms
 
+    def _count(self, what: str, slots: list[Slot], done: int) -> None:
+        """Note how many parameters of these stores were stepped."""
+        for slot in slots[:1]:
+            self._last_counts[what, id(slot.fragment.store)] = done
+
     def metrics(self) -> dict[str, float]:
         """Counters for a log: parameters that the last optimizer step changed by each rule, and skipped updates."""
-        projected, elementwise = (sum(counts[i] for counts in self._last_counts.values()) for i in (0, 1))
+        counts = dict.fromkeys(("projected", "adamw"), 0)
+        for (what, _), done in self._last_counts.items():
+            counts[what] += done
         return {
-            "lowrank/projected_matrices": projected,
-            "lowrank/adamw_parameters": elementwise,
+            "lowrank/projected_matrices": counts["projected"],
+            "lowrank/adamw_parameters": counts["adamw"],
             "lowrank/skipped_updates": self.skipped_updates,
         }
 
@@ -247,6 +275,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             CheckpointError: it belongs to another method, model, layout or configuration; says which.
         """
         self.skipped_updates = load_state(self.method.name, self.slots, self._own_groups, state_dict)
+
+
+def has_begun(slot: Slot, norm: float) -> bool:
+    """A parameter waits for its first gradient that is not all zero.
+
+    A zero matrix has no subspace, and DeepSpeed steps once with zeros while it is constructed (fp16, bf16 at stage 0).
+    """
+    return norm > 0 or slot.state["step"] > 0
 
 
 def effective_lr(group: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.optim.adamw import adamw
 
 
 def adam(
@@ -24,15 +25,27 @@ def adam(
     Returns:
         The direction to descend along, fp32, same shape.
     """
-    beta1, beta2 = betas
     first, second = exp_avg.float(), exp_avg_sq.float()
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = second.sqrt().mul_((1 - beta2**step) ** -0.5).add_(eps)
-    direction = torch.div(first, root, out=root).mul_(1 / (1 - beta1**step))
+    # torch's fused AdamW, at rate -1 on a zero weight without decay, leaves the direction: one pass over memory.
+    direction = torch.zeros_like(first)
+    adamw(
+        [direction],
+        [gradient],
+        [first],
+        [second],
+        [],
+        [torch.tensor(float(step - 1), device=first.device)],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=-1.0,
+        weight_decay=0.0,
+        eps=eps,
+    )
     if first is not exp_avg:
         exp_avg.copy_(first)
-    if second is not exp_avg_sq:
         exp_avg_sq.copy_(second)
     return direction
 

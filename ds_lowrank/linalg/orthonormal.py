@@ -19,11 +19,11 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
         tall: p x k, fp32, ``p >= k``. With no rows (a rank that does not factor) it comes back as it is.
 
     Returns:
-        p x k, fp32: orthonormal columns, or zero ones.
+        p x k, fp32: orthonormal columns, or zero ones; NaN where ``tall`` is not finite.
     """
     if tall.shape[0] == 0:
         return tall
-    q, r = torch.linalg.qr(tall)
+    q, r = torch.linalg.qr(tall / tall.abs().max().clamp_min(torch.finfo(tall.dtype).tiny))
     diagonal = torch.diagonal(r)
     lengths = diagonal.abs()
     alive = lengths > DEPENDENT * lengths.max()
@@ -35,7 +35,7 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
     """The first ``rank`` singular vectors of a matrix, by an exact SVD.
 
     Args:
-        matrix: m x n, fp32, finite. With no elements it stands for a rank that does not factor.
+        matrix: m x n, fp32. With no elements it stands for a rank that does not factor.
         rank: at most ``min(m, n)``.
         side: ``right`` for right singular vectors, ``left`` for left ones.
 
@@ -45,6 +45,8 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
     """
     if matrix.numel() == 0:
         return matrix.new_zeros(0, rank)
+    if not matrix.isfinite().all():
+        return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan)
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     except RuntimeError:

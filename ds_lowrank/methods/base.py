@@ -1,12 +1,17 @@
 """What every method provides.
 
 A method is one paper's algorithm for one matrix: a class with the options it understands, the state it keeps, and a
-step written as a generator. It knows a :class:`MatrixShard`, its state and its options; it does not know ZeRO,
+step written as two generators. It knows a :class:`MatrixShard`, its state and its options; it does not know ZeRO,
 DeepSpeed or process groups. Whatever must be summed over ranks it yields, and is sent the sum.
+
+``project`` looks at the gradient and may not change the state; between the two, the optimizer decides on all ranks
+whether every gradient was finite; ``update`` then changes the state.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -45,6 +50,21 @@ class Options(BaseModel):
         return torch.bfloat16 if self.state_dtype == "bf16" else torch.float32
 
 
+@dataclass
+class Projection:
+    """What ``project`` found.
+
+    Attributes:
+        basis: held compressed rows x rank, fp32.
+        projected: owned kept rows x rank, fp32: this rank's rows of ``R = H Q``.
+        norm: the Frobenius norm of the whole ``R``, filled in by the optimizer before ``update``.
+    """
+
+    basis: torch.Tensor
+    projected: torch.Tensor
+    norm: float = math.nan
+
+
 class Method(Protocol):
     """One low-rank method."""
 
@@ -64,12 +84,16 @@ class Method(Protocol):
         """The state of one matrix on this rank, complete from the start, except ``step``."""
 
     @staticmethod
-    def step(shard: MatrixShard, state: State, options: Any, step: int) -> Program[Factors]:
-        """One optimizer step on one matrix.
+    def project(shard: MatrixShard, state: State, options: Any, step: int) -> Program[Projection]:
+        """Find the basis of this step and project the gradient. Nothing is changed.
 
         Args:
-            shard: holds this step's gradient and its norm, which is finite, and nonzero at ``step`` 0.
-            state: updated in place.
+            shard: holds this step's gradient, which need not be finite.
+            state: as the last step left it.
             options: the matrix's group, as it is now.
             step: 0 for the first step.
         """
+
+    @staticmethod
+    def update(shard: MatrixShard, state: State, options: Any, step: int, seen: Projection) -> Program[Factors]:
+        """Update the state, in place, and return the direction. ``seen`` is finite, and not zero at ``step`` 0."""

@@ -18,7 +18,7 @@ from pydantic import Field
 from ds_lowrank.linalg.moments import adam, rotate
 from ds_lowrank.linalg.orthonormal import leading_singular_vectors, orthonormal
 from ds_lowrank.linalg.sketch import gaussian, name_hash
-from ds_lowrank.methods.base import Options, State
+from ds_lowrank.methods.base import Options, Projection, State
 from ds_lowrank.sharding.matrix import Factors, MatrixShard, Side
 from ds_lowrank.sharding.reduce import Program
 
@@ -72,16 +72,24 @@ class GaLore:
         }
 
     @staticmethod
-    def step(shard: MatrixShard, state: State, options: GaLoreOptions, step: int) -> Program[Factors]:
-        if refresh_due(shard.name, options, step) and shard.gradient_norm > 0:
+    def project(shard: MatrixShard, state: State, options: GaLoreOptions, step: int) -> Program[Projection]:
+        if refresh_due(shard.name, options, step):
             basis = yield from new_basis(shard, options, step)
-            yield from change_basis(shard, state, basis, rotating=options.moments == "rotate" and step > 0)
         else:
             basis = yield shard.compressed.gather(state["basis"])
         projected = yield shard.kept.reduce(shard.times(basis))
-        direction = adam(state["exp_avg"], state["exp_avg_sq"], projected, options.betas, options.eps, step + 1)
+        return Projection(basis, projected)
+
+    @staticmethod
+    def update(
+        shard: MatrixShard, state: State, options: GaLoreOptions, step: int, seen: Projection
+    ) -> Program[Factors]:
+        # A zero gradient has no subspace: the old basis stays until the next refresh.
+        if refresh_due(shard.name, options, step) and seen.norm > 0:
+            yield from change_basis(shard, state, seen.basis, rotating=options.moments == "rotate" and step > 0)
+        direction = adam(state["exp_avg"], state["exp_avg_sq"], seen.projected, options.betas, options.eps, step + 1)
         direction = yield shard.kept.gather(direction)
-        return Factors(direction, basis, options.scale)
+        return Factors(direction, seen.basis, options.scale)
 
 
 def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
@@ -110,10 +118,10 @@ def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> 
     """
     start, end = shard.compressed.held
     sketch = gaussian(seed, shard.name, counter, shard.compressed.size, rank, shard.device)[start:end]
-    tall = yield shard.kept.reduce(shard.times(sketch / shard.gradient_norm))
+    tall = yield shard.kept.reduce(shard.times(sketch))
     tall = yield shard.kept.collect(tall)
     tall = yield shard.kept.hand_out(orthonormal(tall))
-    wide = yield shard.compressed.reduce(shard.transposed_times(tall / shard.gradient_norm))
+    wide = yield shard.compressed.reduce(shard.transposed_times(tall))
     wide = yield shard.compressed.collect(wide)
     return (yield shard.compressed.hand_out(orthonormal(wide)))
 

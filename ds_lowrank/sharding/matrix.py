@@ -109,7 +109,6 @@ class MatrixShard:
         self.factor_rank, self.parts = factor_rank, tuple(parts)
         self.part = parts[rank]
         self.gradient: list[torch.Tensor] = []
-        self.gradient_norm = 0.0
         self.device = torch.device("cpu")
         self._weights = [part.numel for part in parts]
 
@@ -142,14 +141,9 @@ class MatrixShard:
         """Sum a small tensor over all ranks; every rank gets the sum."""
         return Request(everyone(len(self.parts), value.shape[0]), value)
 
-    def attach(self, flat: torch.Tensor, norm: float) -> None:
-        """Take this step's gradient.
-
-        Args:
-            flat: the elements of this rank's part, ``part.numel`` of them.
-            norm: the Frobenius norm of the whole gradient.
-        """
-        self.gradient, self.gradient_norm, self.device = self.views(flat), norm, flat.device
+    def attach(self, flat: torch.Tensor) -> None:
+        """Take this step's gradient: the elements of this rank's part, ``part.numel`` of them."""
+        self.gradient, self.device = self.views(flat), flat.device
 
     def detach(self) -> None:
         """Let go of the gradient."""
