@@ -40,7 +40,9 @@ def step_elementwise(work: list[tuple[Fragment, State]], options: Options, lr: f
 
 
 def _fused(work: list[tuple[Fragment, State]], options: Options, lr: float) -> None:
-    steps = [torch.tensor(float(state["step"]), device=fragment.store.device) for fragment, state in work]
+    steps = [
+        torch.full((), state["step"], dtype=torch.float32, device=fragment.store.device) for fragment, state in work
+    ]
     arguments: dict[str, Any] = {
         "lr": lr, "beta1": options.betas[0], "beta2": options.betas[1],
         "eps": options.eps, "weight_decay": options.weight_decay,

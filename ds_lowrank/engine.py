@@ -78,7 +78,10 @@ def initialize(
         check_model(model, mpu, method)
         tag_parameters(model)
         _allow_under_zero()
-        optimizer = optimizer or _factory(settings)
+        if optimizer is None:
+            optimizer = _factory(settings)
+        elif "scheduler" in settings:
+            _keep_ratios(optimizer)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=_without_path(args),
         model=model,
@@ -136,19 +139,20 @@ def _factory(settings: Mapping[str, Any]) -> Callable[[Iterable[Any]], LowRankOp
     """What DeepSpeed calls with the parameters, once it has placed the model."""
     block = settings["optimizer"]
     params = block.get("params", {})
-    options = parse_options(method_named(block["type"]), params)
+    parse_options(method_named(block["type"]), params)
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
         optimizer = OPTIMIZERS[block["type"]](parameters, **params)
         if "scheduler" in settings:
-            _keep_ratios(optimizer, options.lr)
+            _keep_ratios(optimizer)
         return optimizer
 
     return build
 
 
-def _keep_ratios(optimizer: LowRankOptimizer, lr: float) -> None:
+def _keep_ratios(optimizer: LowRankOptimizer) -> None:
     """DeepSpeed's schedulers write one rate into every group: keep the ratios of the groups' own rates."""
+    lr = optimizer.defaults["lr"]
     for group in optimizer.param_groups:
         if group["lr"] == lr:
             continue

@@ -11,8 +11,7 @@ and DeepSpeed has unscaled and clipped the gradients before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -20,34 +19,17 @@ import torch
 from ds_lowrank.config import parse_options
 from ds_lowrank.elementwise import init_elementwise_state, step_elementwise
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method, Options, Projection, State
+from ds_lowrank.methods.base import Method, Options, State
 from ds_lowrank.report import logger, role_table, state_bytes
-from ds_lowrank.roles import Role, Tag, check_targets, role_of, tag_from_name, tag_of
+from ds_lowrank.roles import Tag, check_patterns, role_of, tag_from_name, tag_of
 from ds_lowrank.sharding.matrix import MatrixShard, everyone
-from ds_lowrank.sharding.reduce import Alone, Distributed, Request, Rounds, lockstep
-from ds_lowrank.sharding.zero import Fragment, Placement, logical_shape, read_parts, read_placement
+from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, lockstep
+from ds_lowrank.sharding.zero import Placement, logical_shape, read_parts, read_placement
+from ds_lowrank.slots import Slot, Work, effective_lr, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
-
-
-@dataclass
-class Slot:
-    """One parameter: what it is, where this rank's elements of it are, and its state.
-
-    Attributes:
-        world: over how many ranks it is split.
-        shard: None where the parameter is not projected.
-    """
-
-    tag: Tag
-    role: Role
-    shape: tuple[int, ...]
-    group: dict[str, Any]
-    fragment: Fragment
-    world: int
-    shard: MatrixShard | None
-    state: State
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -59,58 +41,71 @@ class LowRankOptimizer(torch.optim.Optimizer):
         options: the keys of the method's options, as in ``optimizer.params`` of a DeepSpeed JSON.
 
     Raises:
-        ConfigError: an unknown or invalid option, a parameter without a name, a target that matches nothing.
+        ConfigError: an unknown or invalid option, a parameter without a name, a pattern that matches nothing.
     """
 
     method: ClassVar[type[Method]]
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
         self._options = parse_options(self.method, options)
+        self._names: list[str] = []
         self._tags: dict[torch.Tensor, Tag] = {}
         self._own: list[list[torch.nn.Parameter]] = []
         self._own_groups: list[dict[str, Any]] = []
         self._slots: dict[int, list[Slot]] | None = None
-        self._executor: Alone | Distributed = Alone()
-        self._last_counts: dict[tuple[str, int], int] = {}
+        self._executor: Executor = Alone()
         self.wrapper = "none"
         self.skipped_updates = 0
-        """Calls of ``step`` that changed nothing because a gradient was not finite."""
-        entries = list(params)
-        as_groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-        super().__init__([self._named_group(group) for group in as_groups], self._options.model_dump())
-        if self._options.target_modules is not None:
-            check_targets([tag.name for tag in self._tags.values()], self._options.target_modules)
+        """Calls of ``step`` that changed nothing because a gradient was not finite.
 
-    def _named_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group with plain parameters that have something to train; their tags are noted."""
-        known = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
-        parse_options(self.method, {**self._options.model_dump(), **known})
-        entries = group["params"]
-        parameters = []
-        for entry in [entries] if isinstance(entries, torch.Tensor) else entries:
-            name, parameter = entry if isinstance(entry, tuple) else (None, entry)
-            if not parameter.requires_grad or 0 in logical_shape(parameter):
-                continue
-            tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
-            if tag is None:
-                raise ConfigError(
-                    f"{self.method.name} got a parameter without a name, and a shape cannot tell an embedding from "
-                    "a weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
-                )
-            self._tags[parameter] = tag
-            parameters.append(parameter)
-        return {**group, "params": parameters}
+        Under ZeRO 1 to 3 DeepSpeed skips such a step before it calls; a call there is one group or sub-group.
+        """
+        super().__init__(params, self._options.model_dump())
+        check_patterns(self._names, "target_modules", self._options.target_modules or ())
+        check_patterns(self._names, "exclude_modules", self._options.exclude_modules)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Only before the first step."""
         if self._slots is not None:
             raise RuntimeError("a parameter group can be added before the first step only")
-        if any(isinstance(p, tuple) or p not in self._tags for p in param_group["params"]):
-            param_group = self._named_group(param_group)
-        super().add_param_group(param_group)
+        super().add_param_group(self._plain_group(param_group))
         if self.param_groups[-1]["params"]:
             self._own.append(list(self.param_groups[-1]["params"]))
             self._own_groups.append(self.param_groups[-1])
+
+    def _plain_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with validated options and plain parameters that have something to train; their tags are noted."""
+        given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
+        options = parse_options(self.method, {**self._options.model_dump(), **given})
+        entries = group["params"]
+        entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
+        named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
+        tags = [self._checked_tag(name, parameter) for name, parameter in named]
+        for key in ("target_modules", "exclude_modules"):
+            check_patterns([tag.name for tag in tags], key, given.get(key) or ())
+        for (_, parameter), tag in zip(named, tags, strict=True):
+            self._tags[parameter] = tag
+        trained = [p for _, p in named if p.requires_grad and 0 not in logical_shape(p)]
+        return {**group, **{key: getattr(options, key) for key in given}, "params": trained}
+
+    def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
+        tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
+        if tag is None:
+            raise ConfigError(
+                f"{self.method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
+                "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
+            )
+        if tag.name in self._names:
+            raise ConfigError(
+                f"{tag.name}: given twice. State and seeds belong to a name; each parameter needs its own"
+            )
+        if parameter.dtype not in DTYPES:
+            raise ConfigError(f"{tag.name} is {parameter.dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
+        self._names.append(tag.name)
+        return tag
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an optimizer that knows process groups cannot be copied or pickled; use state_dict()")
 
     def finalize(self) -> None:
         """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
@@ -121,6 +116,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._executor = Distributed(placement.process_group)
         self.wrapper = placement.wrapper
         slots = self._make_slots(placement)
+        devices = {str(slot.fragment.store.device) for slot in slots}
+        if len(devices) > 1:
+            raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")
         by_store: dict[int, list[Slot]] = {}
         for slot in slots:
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
@@ -167,7 +165,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @property
     def slots(self) -> list[Slot]:
-        """One entry a trainable parameter, in the order given."""
+        """One entry a trainable parameter; those that are stepped together stand together."""
         self.finalize()
         assert self._slots is not None
         return [slot for slots in self._slots.values() for slot in slots]
@@ -185,82 +183,82 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.finalize()
         assert self._slots is not None
-        stores = [store for group in self.param_groups for store in group["params"] if store.grad is not None]
-        slots = [slot for store in stores for slot in self._slots.get(id(store), [])]
+        stores = [store for group in self.param_groups for store in group["params"]]
+        if any(id(store) not in self._slots for store in stores):
+            raise RuntimeError(
+                "the parameter groups hold tensors that the optimizer was not built with: something replaced them "
+                "after the first step. Build a new optimizer for them"
+            )
+        if any(store.grad is not None and store.grad.is_sparse for store in stores):
+            raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
+        for slot in (slot for store in stores for slot in self._slots[id(store)]):
+            slot.stepped = False
+        slots = [slot for store in stores if store.grad is not None for slot in self._slots[id(store)]]
         if slots:
-            self._executor.run(self._step_rounds(slots))
+            with torch.autocast(slots[0].fragment.store.device.type, enabled=False):
+                self._executor.run(self._step_rounds(slots))
         return loss
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
-        options = {id(slot.group): self._group_options(slot.group) for slot in slots}
-        matrices = [(slot, slot.shard) for slot in slots if slot.shard is not None]
+        options = {id(group): self._group_options(group) for group in groups_of(slots)}
+        matrices = [Work(slot, slot.shard, options[id(slot.group)]) for slot in slots if slot.shard is not None]
         rest = [slot for slot in slots if slot.shard is None]
-        for slot, shard in matrices:
-            shard.attach(slot.fragment.gradient)
-        seen = yield from lockstep(
-            self.method.project(shard, slot.state, options[id(slot.group)], slot.state["step"])
-            for slot, shard in matrices
-        )
-        found = [projection.projected for projection in seen] + [slot.fragment.gradient for slot in rest]
-        norms = yield from self._norms(found)
-        if all(math.isfinite(norm) for norm in norms):
-            for projection, norm in zip(seen, norms, strict=False):
-                projection.norm = norm
-            yield from self._update_matrices(matrices, seen, options)
-            self._update_rest(rest, norms[len(matrices) :], options)
-        else:
+        for wave in waves(matrices):
+            yield from self._project(wave)
+        found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
+        sizes = yield from self._magnitudes(found)
+        if not all(math.isfinite(size) for size in sizes):
             self.skipped_updates += 1
-        for _, shard in matrices:
-            shard.detach()
-
-    def _update_matrices(
-        self, matrices: list[tuple[Slot, MatrixShard]], seen: list[Projection], options: dict[int, Options]
-    ) -> Rounds[None]:
-        live = [
-            (slot, shard, projection)
-            for (slot, shard), projection in zip(matrices, seen, strict=True)
-            if has_begun(slot, projection.norm)
-        ]
-        updates = yield from lockstep(
-            self.method.update(shard, slot.state, options[id(slot.group)], slot.state["step"], projection)
-            for slot, shard, projection in live
-        )
-        for (slot, shard, _), update in zip(live, updates, strict=True):
-            lr = effective_lr(slot.group)
-            shard.write(slot.fragment.weights, update, lr, lr * slot.group["weight_decay"])
-            slot.state["step"] += 1
-        self._count("projected", [slot for slot, _ in matrices], len(live))
-
-    def _update_rest(self, rest: list[Slot], norms: list[float], options: dict[int, Options]) -> None:
-        live = [slot for slot, norm in zip(rest, norms, strict=True) if has_begun(slot, norm)]
-        for group in {id(slot.group): slot.group for slot in live}.values():
+            return
+        for work, size in zip(matrices, sizes, strict=False):
+            work.seen.is_zero = size == 0
+        for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
+            yield from self._update(wave)
+        live = [slot for slot, size in zip(rest, sizes[len(matrices) :], strict=True) if slot.has_begun or size > 0]
+        for group in groups_of(live):
             own = [(slot.fragment, slot.state) for slot in live if slot.group is group]
             step_elementwise(own, options[id(group)], effective_lr(group))
         for slot in live:
-            slot.state["step"] += 1
-        self._count("adamw", rest, len(live))
+            slot.count_step()
 
-    def _norms(self, tensors: list[torch.Tensor]) -> Generator[list[Request], list[torch.Tensor], list[float]]:
-        """The Frobenius norms of tensors of which every rank has a part, the same on all ranks."""
-        squares = [torch.linalg.vector_norm(tensor, dtype=torch.float32).square() for tensor in tensors]
-        route = everyone(self._executor.size, len(squares))
-        (total,) = yield [Request(route, torch.stack(squares).view(-1, 1))]
-        norms: list[float] = total.view(-1).sqrt().tolist()
-        return norms
+    def _project(self, wave: list[Work]) -> Rounds[None]:
+        for work in wave:
+            work.shard.attach(work.slot.fragment.gradient)
+        seen = yield from lockstep(
+            self.method.project(work.shard, work.slot.state, work.options, work.slot.state["step"]) for work in wave
+        )
+        for work, projection in zip(wave, seen, strict=True):
+            work.seen = projection
+            work.shard.detach()
 
-    def _count(self, what: str, slots: list[Slot], done: int) -> None:
-        """Note how many parameters of these stores were stepped."""
-        for slot in slots[:1]:
-            self._last_counts[what, id(slot.fragment.store)] = done
+    def _update(self, wave: list[Work]) -> Rounds[None]:
+        updates = yield from lockstep(
+            self.method.update(work.shard, work.slot.state, work.options, work.slot.state["step"], work.seen)
+            for work in wave
+        )
+        for work, update in zip(wave, updates, strict=True):
+            lr = effective_lr(work.slot.group)
+            work.shard.write(work.slot.fragment.weights, update, lr, lr * work.options.weight_decay)
+            work.slot.count_step()
+
+    def _magnitudes(self, tensors: list[torch.Tensor]) -> Rounds[list[float]]:
+        """For tensors of which every rank has a part, a number that is the same on all ranks.
+
+        It is zero where all elements are, and not finite where one is not: the sum of every rank's largest magnitude,
+        which neither overflows nor underflows where a sum of squares would.
+        """
+        largest = [largest_magnitude(tensor) for tensor in tensors]
+        route = everyone(self._executor.size, len(largest))
+        (total,) = yield [Request(route, torch.stack(largest).view(-1, 1))]
+        sizes: list[float] = total.view(-1).tolist()
+        return sizes
 
     def metrics(self) -> dict[str, float]:
         """Counters for a log: parameters that the last optimizer step changed by each rule, and skipped updates."""
-        counts = dict.fromkeys(("projected", "adamw"), 0)
-        for (what, _), done in self._last_counts.items():
-            counts[what] += done
+        stepped = [slot for slot in self.slots if slot.stepped]
         return {
-            "lowrank/projected_matrices": counts["projected"],
-            "lowrank/adamw_parameters": counts["adamw"],
+            "lowrank/projected_matrices": sum(slot.shard is not None for slot in stepped),
+            "lowrank/adamw_parameters": sum(slot.shard is None for slot in stepped),
             "lowrank/skipped_updates": self.skipped_updates,
         }
 
@@ -275,17 +273,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
             CheckpointError: it belongs to another method, model, layout or configuration; says which.
         """
         self.skipped_updates = load_state(self.method.name, self.slots, self._own_groups, state_dict)
-
-
-def has_begun(slot: Slot, norm: float) -> bool:
-    """A parameter waits for its first gradient that is not all zero.
-
-    A zero matrix has no subspace, and DeepSpeed steps once with zeros while it is constructed (fp16, bf16 at stage 0).
-    """
-    return norm > 0 or slot.state["step"] > 0
-
-
-def effective_lr(group: dict[str, Any]) -> float:
-    """The learning rate of a group: what the scheduler wrote, times the group's own factor."""
-    lr: float = group["lr"] * group["lr_scale"]
-    return lr

@@ -6,12 +6,10 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from ds_lowrank.optimizer import Slot
+from ds_lowrank.slots import Slot
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -69,7 +67,7 @@ def _row(slot: Slot) -> Row:
     shape = "x".join(map(str, slot.shape)) or "scalar"
     if slot.shard is None:
         return Row(name, f"AdamW ({slot.role.reason})", shape, "", "")
-    rank, asked = slot.state["basis"].shape[1], slot.group["rank"]
+    rank, asked = slot.rank, slot.group["rank"]
     clipped = f"{rank} (clipped from {asked})" if rank < asked else str(rank)
     return Row(name, "projected", shape, slot.shard.side, clipped)
 

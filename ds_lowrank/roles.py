@@ -113,16 +113,21 @@ def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, exc
     return Role(False, "not in target_modules")
 
 
-def check_targets(names: Iterable[str], targets: Iterable[str]) -> None:
+def check_patterns(names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
     """Every pattern must match something.
+
+    Args:
+        names: of the parameters it may match.
+        key: where the patterns were given, for the message.
+        patterns: globs.
 
     Raises:
         ConfigError: naming the pattern and some names it could have meant.
     """
     known = list(names)
-    for pattern in targets:
+    for pattern in patterns:
         if not any(matches(name, pattern) for name in known):
             raise ConfigError(
-                f"target_modules: {pattern!r} matches no parameter. Patterns are globs on the parameter's name, its "
-                f"module's name or one component of it, for example '*_proj'. Names here: {', '.join(known[:6])}, ..."
+                f"{key}: {pattern!r} matches no parameter. Patterns are globs on the parameter's name, its module's "
+                f"name or one component of it, for example '*_proj'. Names here: {', '.join(known[:6])}, ..."
             )

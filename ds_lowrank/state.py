@@ -7,14 +7,12 @@ reader on another layout needs to put it together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ds_lowrank.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from ds_lowrank.optimizer import Slot
+from ds_lowrank.slots import Slot
 
 FORMAT = 1
 

@@ -53,7 +53,6 @@ REFUSALS = (
         _above_one("zero_optimization", "zero_hpz_partition_size"),
         "set it to 1",
     ),
-    Refusal("zero_optimization.mics_shard_size", _above_one("zero_optimization", "mics_shard_size"), "remove it"),
     Refusal(
         "zero_optimization.elastic_checkpoint",
         lambda c: bool(_zero(c).get("elastic_checkpoint", False)),
@@ -63,6 +62,11 @@ REFUSALS = (
         "checkpoint.load_universal",
         lambda c: bool(c.get("checkpoint", {}).get("load_universal", False)),
         "remove it and resume on the layout that saved the checkpoint",
+    ),
+    Refusal(
+        "bf16.check_grad_overflow = false",
+        lambda c: c.get("bf16", {}).get("check_grad_overflow", True) is False,
+        "remove it: a gradient that is not finite would stop some parameter groups and not the others",
     ),
     Refusal("amp", _enabled("amp"), "use bf16 or fp16"),
     Refusal("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),

@@ -34,7 +34,7 @@ def adam(
         [first],
         [second],
         [],
-        [torch.tensor(float(step - 1), device=first.device)],
+        [torch.full((), step - 1, dtype=torch.float32, device=first.device)],
         fused=True,
         amsgrad=False,
         maximize=False,

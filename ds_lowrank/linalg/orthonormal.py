@@ -49,7 +49,7 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
         return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan)
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except RuntimeError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         u, s, vh = torch.linalg.svd(matrix.double() / matrix.abs().max(), full_matrices=False)
     vectors = vh[:rank].T if side == "right" else u[:, :rank]
     alive = s[:rank] > DEPENDENT * s[0]

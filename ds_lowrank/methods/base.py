@@ -10,7 +10,6 @@ whether every gradient was finite; ``update`` then changes the state.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -31,7 +30,7 @@ class Options(BaseModel):
 
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, ge=0, allow_inf_nan=False)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     lr_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the group's ``lr``; survives a scheduler that writes one ``lr`` into every group."""
@@ -55,14 +54,16 @@ class Projection:
     """What ``project`` found.
 
     Attributes:
-        basis: held compressed rows x rank, fp32.
+        own: owned compressed rows x rank: this rank's rows of the basis.
+        basis: held compressed rows x rank, fp32: the rows of the basis that this rank computes with.
         projected: owned kept rows x rank, fp32: this rank's rows of ``R = H Q``.
-        norm: the Frobenius norm of the whole ``R``, filled in by the optimizer before ``update``.
+        is_zero: whether the whole ``R`` is zero; filled in by the optimizer before ``update``.
     """
 
+    own: torch.Tensor
     basis: torch.Tensor
     projected: torch.Tensor
-    norm: float = math.nan
+    is_zero: bool = False
 
 
 class Method(Protocol):

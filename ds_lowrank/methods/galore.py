@@ -73,23 +73,26 @@ class GaLore:
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions, step: int) -> Program[Projection]:
+        own = state["basis"]
         if refresh_due(shard.name, options, step):
-            basis = yield from new_basis(shard, options, step)
-        else:
-            basis = yield shard.compressed.gather(state["basis"])
+            own = yield from new_basis(shard, options, step)
+        basis = yield shard.compressed.gather(own)
         projected = yield shard.kept.reduce(shard.times(basis))
-        return Projection(basis, projected)
+        return Projection(own, basis, projected)
 
     @staticmethod
     def update(
         shard: MatrixShard, state: State, options: GaLoreOptions, step: int, seen: Projection
     ) -> Program[Factors]:
-        # A zero gradient has no subspace: the old basis stays until the next refresh.
-        if refresh_due(shard.name, options, step) and seen.norm > 0:
-            yield from change_basis(shard, state, seen.basis, rotating=options.moments == "rotate" and step > 0)
+        basis = seen.basis
+        if seen.is_zero:
+            # No subspace can be read off it: the old basis stays until the next refresh.
+            basis = yield shard.compressed.gather(state["basis"])
+        elif refresh_due(shard.name, options, step):
+            yield from change_basis(shard, state, seen.own, rotating=options.moments == "rotate" and step > 0)
         direction = adam(state["exp_avg"], state["exp_avg_sq"], seen.projected, options.betas, options.eps, step + 1)
         direction = yield shard.kept.gather(direction)
-        return Factors(direction, seen.basis, options.scale)
+        return Factors(direction, basis, options.scale)
 
 
 def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
@@ -99,7 +102,7 @@ def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
 
 
 def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[torch.Tensor]:
-    """The held rows of an orthonormal basis of the gradient's leading subspace, compressed x rank."""
+    """This rank's own rows of an orthonormal basis of the gradient's leading subspace, compressed x rank."""
     rank = GaLore.rank(shard.shape, options)
     if options.projector == "svd":
         gradient = yield shard.rows.sum_at_factor(shard.block())
@@ -114,22 +117,28 @@ def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> 
     found to ``k`` rounding errors instead of ``k^2``, whichever way the sums are split over ranks.
 
     Returns:
-        The held rows of the basis, compressed x rank.
+        This rank's own rows of the basis, compressed x rank.
     """
-    start, end = shard.compressed.held
-    sketch = gaussian(seed, shard.name, counter, shard.compressed.size, rank, shard.device)[start:end]
-    tall = yield shard.kept.reduce(shard.times(sketch))
+    tall = yield shard.kept.reduce(shard.times(held_sketch(shard, rank, seed, counter)))
     tall = yield shard.kept.collect(tall)
     tall = yield shard.kept.hand_out(orthonormal(tall))
+    tall = yield shard.kept.gather(tall)
     wide = yield shard.compressed.reduce(shard.transposed_times(tall))
     wide = yield shard.compressed.collect(wide)
     return (yield shard.compressed.hand_out(orthonormal(wide)))
 
 
-def change_basis(shard: MatrixShard, state: State, held: torch.Tensor, rotating: bool) -> Program[None]:
-    """Store the owned rows of a new basis and, if asked, carry the moments into it."""
-    new = shard.compressed.own(held)
+def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:
+    """The rows of the random sketch, compressed x rank, that this rank's elements touch."""
+    start, end = shard.compressed.held
+    if start == end:
+        return torch.empty(0, rank, device=shard.device)
+    return gaussian(seed, shard.name, counter, shard.compressed.size, rank, shard.device)[start:end].clone()
+
+
+def change_basis(shard: MatrixShard, state: State, new: torch.Tensor, rotating: bool) -> Program[None]:
+    """Store this rank's own rows of a new basis and, if asked, carry the moments into it."""
     if rotating:
-        rotation = yield shard.everyone(state["basis"].T @ new)
+        rotation = yield from shard.total(state["basis"].T @ new)
         rotate(state["exp_avg"], state["exp_avg_sq"], rotation)
     state["basis"].copy_(new)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from ds_lowrank.sharding.layout import Part, Range, Spans, deal, length
-from ds_lowrank.sharding.reduce import Request, Route
+from ds_lowrank.sharding.reduce import Program, Request, Route
 
 Side = Literal["left", "right"]
 
@@ -48,17 +48,11 @@ class Axis:
         self._gather = Route(owned, touched)
         self._collect = Route(owned, at_factor)
         self._sum = Route(touched, at_factor)
-        self._hand_out = Route(at_factor, touched)
+        self._hand_out = Route(at_factor, owned)
 
     @property
     def owned_rows(self) -> int:
         return length(self.owned)
-
-    def own(self, held: torch.Tensor) -> torch.Tensor:
-        """The rows this rank owns, out of those it holds."""
-        start = self.held[0]
-        pieces = [held[lo - start : hi - start] for lo, hi in self.owned]
-        return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, held[:0]])
 
     def reduce(self, held: torch.Tensor) -> Request:
         """Sum what every rank computed for the rows it holds; the answer is the rows this rank owns."""
@@ -77,7 +71,7 @@ class Axis:
         return Request(self._sum, held)
 
     def hand_out(self, everything: torch.Tensor) -> Request:
-        """The rows this rank holds, from the factoring rank (the others pass a tensor of no rows)."""
+        """The rows this rank owns, from the factoring rank (the others pass a tensor of no rows)."""
         return Request(self._hand_out, everything)
 
 
@@ -111,6 +105,7 @@ class MatrixShard:
         self.gradient: list[torch.Tensor] = []
         self.device = torch.device("cpu")
         self._weights = [part.numel for part in parts]
+        self._totals: dict[int, Axis] = {}
 
     @cached_property
     def rows(self) -> Axis:
@@ -132,14 +127,15 @@ class MatrixShard:
         """The dimension that the basis compresses."""
         return self.columns if self.side == "right" else self.rows
 
-    @property
-    def factors_here(self) -> bool:
-        """True on the rank that runs this matrix's factorisations."""
-        return self.rank == self.factor_rank
-
-    def everyone(self, value: torch.Tensor) -> Request:
-        """Sum a small tensor over all ranks; every rank gets the sum."""
-        return Request(everyone(len(self.parts), value.shape[0]), value)
+    def total(self, value: torch.Tensor) -> Program[torch.Tensor]:
+        """Sum a small tensor over the ranks that hold the matrix; each of them gets the sum, the others zeros."""
+        if value.shape[0] not in self._totals:
+            held = [(0, value.shape[0]) if weight else (0, 0) for weight in self._weights]
+            self._totals[value.shape[0]] = Axis(value.shape[0], held, self._weights, self.factor_rank, self.rank)
+        axis = self._totals[value.shape[0]]
+        own = yield axis.reduce(value if self.part.numel else value[:0])
+        total = yield axis.gather(own)
+        return total if self.part.numel else torch.zeros_like(value)
 
     def attach(self, flat: torch.Tensor) -> None:
         """Take this step's gradient: the elements of this rank's part, ``part.numel`` of them."""

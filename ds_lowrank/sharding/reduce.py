@@ -8,9 +8,9 @@ the number of matrices. Contributions are added in rank order, so two ranks that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -54,26 +54,25 @@ class Route:
 
 
 class Plan:
-    """One rank's side of a route."""
+    """One rank's side of a route.
+
+    Attributes:
+        rows: how many rows the rank wants.
+        sends: for each other rank that wants some of this rank's rows, where they are.
+        receives: for each rank that has wanted rows, in rank order and the own rank included, where they go.
+        received_rows: how many those are.
+    """
 
     def __init__(self, route: Route, rank: int) -> None:
-        self.rank = rank
-        self.rows = length(route.want[rank])
-        self._same_rows = route.have[rank] == route.want[rank]
-        ranks = range(len(route.have))
-        self.sends = {peer: moves for peer in ranks if (moves := _moves(route.have[rank], route.want[peer]))}
-        self.receives = {peer: moves for peer in ranks if (moves := _moves(route.have[peer], route.want[rank]))}
-
-    @cached_property
-    def is_identity(self) -> bool:
+        own, wanted = route.have[rank], route.want[rank]
+        self.rows = length(wanted)
+        self.sends = {
+            peer: moves for peer, want in enumerate(route.want) if peer != rank and (moves := _moves(own, want))
+        }
+        self.receives = {peer: moves for peer, have in enumerate(route.have) if (moves := _moves(have, wanted))}
+        self.received_rows = {peer: sum(move.count for move in moves) for peer, moves in self.receives.items()}
+        self.is_identity = own == wanted and all(peer == rank for peer in self.receives)
         """True where the rank keeps exactly what it has and nobody adds to it."""
-        return self._same_rows and all(peer == self.rank for peer in self.receives)
-
-    def sent_rows(self, peer: int) -> int:
-        return sum(move.count for move in self.sends.get(peer, []))
-
-    def received_rows(self, peer: int) -> int:
-        return sum(move.count for move in self.receives.get(peer, []))
 
 
 def _moves(have: Spans, want: Spans) -> list[Move]:
@@ -99,44 +98,59 @@ class Request:
 
 def lockstep(programs: Iterable[Program[T]]) -> Rounds[list[T]]:
     """Run many programs side by side: all that they ask for in one round is asked for together."""
-    running: list[tuple[int, Program[T], Request]] = []
+    running = dict(enumerate(programs))
     results: dict[int, T] = {}
-    count = 0
-
-    def advance(index: int, program: Program[T], move: Callable[[], Request]) -> None:
-        try:
-            running.append((index, program, move()))
-        except StopIteration as stop:
-            results[index] = stop.value
-
-    for index, program in enumerate(programs):
-        advance(index, program, program.__next__)
-        count += 1
-    while running:
-        waiting, running = running, []
-        answers = yield [request for _, _, request in waiting]
-        for (index, program, _), answer in zip(waiting, answers, strict=True):
-            advance(index, program, lambda program=program, answer=answer: program.send(answer))  # type: ignore[misc]
-    return [results[index] for index in range(count)]
+    answers: dict[int, torch.Tensor] = {}
+    while True:
+        asked: dict[int, Request] = {}
+        for index, program in list(running.items()):
+            try:
+                asked[index] = program.send(answers[index]) if answers else next(program)
+            except StopIteration as stop:
+                results[index] = stop.value
+                del running[index]
+        if not running:
+            return [results[index] for index in sorted(results)]
+        received = yield list(asked.values())
+        answers = dict(zip(asked, received, strict=True))
 
 
-class Alone:
-    """One process that holds everything: every sum is the value itself."""
+class Executor(ABC):
+    """Drives a program's rounds.
 
-    rank, size = 0, 1
+    Attributes:
+        rank, size: this rank, and how many there are.
+    """
+
+    rank: int
+    size: int
 
     def run(self, rounds: Rounds[T]) -> T:
+        """Run the program to its end and return its result."""
         answers: list[torch.Tensor] | None = None
         try:
             while True:
                 requests = next(rounds) if answers is None else rounds.send(answers)
-                answers = [receive(request, 0, {}) for request in requests]
+                answers = self.exchange(requests)
         except StopIteration as stop:
             result: T = stop.value
             return result
 
+    @abstractmethod
+    def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
+        """Answer one round."""
 
-class Distributed:
+
+class Alone(Executor):
+    """One process that holds everything: every sum is the value itself."""
+
+    rank, size = 0, 1
+
+    def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
+        return [receive(request, 0, {}) for request in requests]
+
+
+class Distributed(Executor):
     """The ranks of one process group. Each round is one ``all_to_all_single``.
 
     Args:
@@ -147,56 +161,52 @@ class Distributed:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def run(self, rounds: Rounds[T]) -> T:
-        answers: list[torch.Tensor] | None = None
-        try:
-            while True:
-                requests = next(rounds) if answers is None else rounds.send(answers)
-                answers = self._exchange(requests)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-
-    def _exchange(self, requests: list[Request]) -> list[torch.Tensor]:
-        outgoing = [packed(requests, self.rank, peer) for peer in range(self.size)]
-        sizes = [incoming_size(requests, self.rank, peer) for peer in range(self.size)]
-        send = torch.cat(outgoing)
+    def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
+        send, send_sizes = packed(requests, self.rank, self.size)
+        sizes = incoming_sizes(requests, self.rank, self.size)
         received = send.new_empty(sum(sizes))
-        dist.all_to_all_single(received, send, sizes, [buffer.numel() for buffer in outgoing], group=self.group)
-        return unpacked(requests, self.rank, dict(enumerate(torch.split(received, sizes))))
+        dist.all_to_all_single(received, send, sizes, send_sizes, group=self.group)
+        return unpacked(requests, self.rank, torch.split(received, sizes))
 
 
-def packed(requests: list[Request], rank: int, peer: int) -> torch.Tensor:
-    """All that ``rank`` sends to ``peer`` in one round, flat fp32. Empty for the rank itself."""
-    device = requests[0].value.device
-    pieces = [
-        request.value[move.source : move.source + move.count].reshape(-1).float()
-        for request in requests
-        if peer != rank
-        for move in request.route.plan(rank).sends.get(peer, [])
-    ]
-    return torch.cat(pieces) if pieces else torch.empty(0, device=device)
+def packed(requests: list[Request], rank: int, ranks: int) -> tuple[torch.Tensor, list[int]]:
+    """All that ``rank`` sends in one round, flat fp32, in the order of the receivers; and how much goes to each."""
+    pieces: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
+    sizes = [0] * ranks
+    for request in requests:
+        value = request.value.float()
+        for peer, moves in request.route.plan(rank).sends.items():
+            for move in moves:
+                piece = value[move.source : move.source + move.count].reshape(-1)
+                pieces[peer].append(piece)
+                sizes[peer] += piece.numel()
+    flat = [piece for of_peer in pieces for piece in of_peer]
+    return torch.cat(flat) if flat else requests[0].value.new_empty(0, dtype=torch.float32), sizes
 
 
-def incoming_size(requests: list[Request], rank: int, peer: int) -> int:
-    """How many elements ``peer`` sends to ``rank`` in this round."""
-    if peer == rank:
-        return 0
-    return sum(request.route.plan(rank).received_rows(peer) * request.value.shape[1] for request in requests)
+def incoming_sizes(requests: list[Request], rank: int, ranks: int) -> list[int]:
+    """How many elements each rank sends to ``rank`` in this round."""
+    sizes = [0] * ranks
+    for request in requests:
+        columns = request.value.shape[1]
+        for peer, rows in request.route.plan(rank).received_rows.items():
+            if peer != rank:
+                sizes[peer] += rows * columns
+    return sizes
 
 
-def unpacked(requests: list[Request], rank: int, buffers: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-    """The answers to a round's requests, from the flat buffer that each peer sent."""
-    positions = dict.fromkeys(buffers, 0)
+def unpacked(requests: list[Request], rank: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The answers to a round's requests, from the flat buffer that each rank sent."""
+    positions = [0] * len(buffers)
     answers = []
     for request in requests:
         columns = request.value.shape[1]
         pieces = {}
-        for peer in request.route.plan(rank).receives:
+        for peer, rows in request.route.plan(rank).received_rows.items():
             if peer != rank:
-                numel = request.route.plan(rank).received_rows(peer) * columns
-                pieces[peer] = buffers[peer][positions[peer] : positions[peer] + numel].view(-1, columns)
-                positions[peer] += numel
+                start = positions[peer]
+                positions[peer] = start + rows * columns
+                pieces[peer] = buffers[peer][start : positions[peer]].view(rows, columns)
         answers.append(receive(request, rank, pieces))
     return answers
 

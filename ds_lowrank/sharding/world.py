@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
+
 from ds_lowrank.sharding.reduce import Request, Rounds, packed, unpacked
 
 T = TypeVar("T")
@@ -52,8 +54,10 @@ class SimulatedWorld:
 
     def _exchange(self, asked: list[list[Request]]) -> list[list[object]]:
         ranks = range(self.size)
-        sent = {(a, b): packed(asked[a], a, b) for a in ranks for b in ranks}
+        sent = []
+        for rank in ranks:
+            buffer, sizes = packed(asked[rank], rank, self.size)
+            self.bytes_sent[rank] += buffer.numel() * buffer.element_size()
+            sent.append(torch.split(buffer, sizes))
         self.rounds += 1
-        for (a, _), buffer in sent.items():
-            self.bytes_sent[a] += buffer.numel() * buffer.element_size()
-        return [list(unpacked(asked[b], b, {a: sent[a, b] for a in ranks})) for b in ranks]
+        return [list(unpacked(asked[rank], rank, [to[rank] for to in sent])) for rank in ranks]

@@ -82,16 +82,17 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
     Raises:
         RuntimeError: a wrapper that this package does not know rearranged the groups.
     """
-    flat = [parameter for group in parameters for parameter in group]
-    if any(hasattr(parameter, "_z3_optimizer") for parameter in flat):
-        return _stage3(parameters)
-    if all(_is_untouched(own, group) for own, group in zip(parameters, groups, strict=True)):
-        return Placement("none", [[_entire(p, p) for p in group] for group in parameters], None)
-    if any(hasattr(parameter, "_hp_mapping") for parameter in flat):
-        return _flat_partitions(parameters, groups)
-    if all(_are_clones(own, group) for own, group in zip(parameters, groups, strict=True)):
-        pairs = [zip(own, group["params"], strict=True) for own, group in zip(parameters, groups, strict=True)]
+    # Decided by what the groups hold now: a parameter may still carry marks of an engine that is gone.
+    both = list(zip(parameters, groups, strict=True))
+    if all(_is_untouched(own, group) for own, group in both):
+        return Placement("none", [[_entire(p, p) for p in own] for own in parameters], None)
+    if all(_are_clones(own, group) for own, group in both):
+        pairs = [zip(own, group["params"], strict=True) for own, group in both]
         return Placement("FP16_UnfusedOptimizer", [[_entire(p, clone) for p, clone in pair] for pair in pairs], None)
+    if all(_is_stage3(own, group) for own, group in both):
+        return _stage3(parameters)
+    if all(hasattr(parameter, "_hp_mapping") for own in parameters for parameter in own):
+        return _flat_partitions(parameters, groups)
     raise RuntimeError(
         "the optimizer's parameters were rearranged by a wrapper that ds_lowrank does not know: it cannot tell which "
         "matrix an element belongs to. Supported: no wrapper, and DeepSpeed 0.19's ZeRO 0 to 3, fp32, bf16 and fp16."
@@ -107,7 +108,20 @@ def _are_clones(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> boo
     return len(own) == len(clones) and all(a.shape == b.shape for a, b in zip(own, clones, strict=True))
 
 
+def _is_stage3(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool:
+    """Stage 3 empties the groups, and puts one partition in while it steps a sub-group."""
+    partitions = {
+        id(p) for q in own if hasattr(q, "_z3_optimizer") for p in q._z3_optimizer.fp32_partitioned_groups_flat
+    }
+    return all(hasattr(q, "_z3_optimizer") for q in own) and all(id(p) in partitions for p in group["params"])
+
+
 def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Fragment:
+    if not store.is_contiguous():
+        raise ConfigError(
+            f"a parameter of shape {tuple(parameter.shape)} is not contiguous in memory (a transposed view?), and its "
+            "elements are updated in place in their order: make it contiguous before building the optimizer"
+        )
     return Fragment(store, 0, parameter.numel(), 0)
 
 

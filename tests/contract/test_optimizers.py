@@ -136,12 +136,17 @@ def test_a_zero_gradient_at_a_refresh_keeps_the_old_basis(name):
     model = small_model()
     optimizer = build(name, model)
     run(optimizer, model, range(3))
+    twin = copy.deepcopy(model)
+    undue = build(name, twin, update_proj_gap=100)
+    undue.load_state_dict({**optimizer.state_dict(), "param_groups": undue.state_dict()["param_groups"]})
     basis = optimizer.state_dict()["state"]["0.weight"]["basis"].clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    for one, parameters in ((optimizer, model.parameters()), (undue, twin.parameters())):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        one.step()
     assert torch.equal(optimizer.state_dict()["state"]["0.weight"]["basis"], basis)
-    assert all(p.isfinite().all() for p in model.parameters())
+    # The momentum goes on in it, as in a step at which no refresh is due.
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 @EVERY
@@ -154,7 +159,11 @@ def test_a_nan_gradient_changes_nothing_and_is_counted(name):
     model[2].bias.grad[1] = float("inf")
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert optimizer.metrics()["lowrank/skipped_updates"] == 1
+    assert optimizer.metrics() == {
+        "lowrank/projected_matrices": 0,
+        "lowrank/adamw_parameters": 0,
+        "lowrank/skipped_updates": 1,
+    }
     assert [slot.state["step"] for slot in optimizer.slots] == [2] * 4
 
 
@@ -224,3 +233,109 @@ def test_the_update_does_not_depend_on_the_global_random_state(name):
     torch.manual_seed(5)
     optimizer.step()
     assert torch.equal(torch.rand(1), expected)
+
+
+@EVERY
+def test_metrics_count_what_the_last_step_changed(name):
+    model = small_model()
+    optimizer = build(name, model)
+    run(optimizer, model, range(1))
+    assert (optimizer.metrics()["lowrank/projected_matrices"], optimizer.metrics()["lowrank/adamw_parameters"]) == (
+        2,
+        2,
+    )
+    gradients(model, 1)
+    model[0].weight.grad = None
+    optimizer.step()
+    assert (optimizer.metrics()["lowrank/projected_matrices"], optimizer.metrics()["lowrank/adamw_parameters"]) == (
+        1,
+        2,
+    )
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_very_small_and_very_large_gradients_take_the_same_step(name, scale):
+    """Adam's first step is a direction alone, so a common factor must not change it.
+
+    Beyond these scales the squares leave fp32 in Adam's own second moment, in any Adam.
+    """
+    steps = []
+    for factor in (1.0, scale):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(12, 9))
+        optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.1, rank=4, eps=1e-30)
+        weight.grad = torch.randn(12, 9) * factor
+        optimizer.step()
+        steps.append(weight.detach())
+    assert torch.allclose(*steps, rtol=0, atol=1e-5)
+
+
+@EVERY
+def test_matrices_are_stepped_in_waves_of_bounded_size_and_the_result_is_the_same(name, monkeypatch):
+    results = []
+    for wave in (2**28, 1):
+        monkeypatch.setattr("ds_lowrank.slots.WAVE", wave)
+        model = small_model()
+        run(build(name, model), model, range(4))
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@EVERY
+def test_a_name_or_a_parameter_given_twice_is_refused(name):
+    first, second = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    with pytest.raises(ds_lowrank.ConfigError, match="weight: given twice"):
+        OPTIMIZERS[name]([*first.named_parameters(), *second.named_parameters()])
+    with pytest.raises(ds_lowrank.ConfigError, match="a: given twice"):
+        OPTIMIZERS[name]([("a", first.weight), ("a", first.weight)])
+
+
+@EVERY
+def test_a_group_may_come_as_a_generator_and_its_values_are_validated_and_kept(name):
+    model = small_model()
+    optimizer = OPTIMIZERS[name]([{"params": model[0].named_parameters(prefix="0"), "lr": 1, "betas": [0.8, 0.9]}])
+    optimizer.add_param_group({"params": model[2].named_parameters(prefix="2")})
+    assert len(optimizer.slots) == 4
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]) == (1.0, (0.8, 0.9))
+    with pytest.raises(ds_lowrank.ConfigError, match=r"'\*typo\*' matches no parameter"):
+        OPTIMIZERS[name]([{"params": model.named_parameters(), "exclude_modules": ["*typo*"]}])
+
+
+@EVERY
+def test_what_cannot_be_stepped_is_refused_before_anything_changes(name):
+    transposed = torch.nn.Parameter(torch.randn(4, 6).T)
+    with pytest.raises(ds_lowrank.ConfigError, match="not contiguous"):
+        OPTIMIZERS[name]([("w", transposed)]).finalize()
+    with pytest.raises(ds_lowrank.ConfigError, match="float64; the arithmetic is fp32"):
+        OPTIMIZERS[name]([("w", torch.nn.Parameter(torch.zeros(4, 6, dtype=torch.float64)))])
+    table = torch.nn.Embedding(5, 4, sparse=True)
+    optimizer = OPTIMIZERS[name](table.named_parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
+
+
+@EVERY
+def test_replaced_parameters_are_an_error_and_not_a_step_that_does_nothing(name):
+    model = small_model()
+    optimizer = build(name, model)
+    run(optimizer, model, range(1))
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.zeros(20, 12))
+    with pytest.raises(RuntimeError, match="not built with"):
+        optimizer.step()
+
+
+@EVERY
+def test_autocast_around_the_step_changes_nothing(name):
+    results = []
+    for enabled in (False, True):
+        model = small_model()
+        optimizer = build(name, model)
+        gradients(model, 0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -63,7 +63,7 @@ def groups_of(model):
     ]
 
 
-def train_groups(settings, steps, schedule):
+def train_groups(settings, steps, schedule, client):
     import ds_lowrank
 
     model = make_model()
@@ -73,9 +73,10 @@ def train_groups(settings, steps, schedule):
         def scheduler(optimizer):
             return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
-    engine, *_ = ds_lowrank.initialize(
-        model=model, config=settings, model_parameters=groups_of(model), lr_scheduler=scheduler
-    )
+    built = {"model_parameters": groups_of(model)}
+    if client:
+        built = {"optimizer": ds_lowrank.GaLore(groups_of(model), **settings.pop("optimizer")["params"])}
+    engine, *_ = ds_lowrank.initialize(model=model, config=settings, lr_scheduler=scheduler, **built)
     groups = engine.basic_optimizer.param_groups
     rates = []
     for step in range(steps):
@@ -90,13 +91,15 @@ WARMUP = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("schedule", ["none", "lambda", "json"])
-def test_a_callers_groups_keep_their_lr_and_decay(stage, schedule):
+GROUP_CASES = [(stage, schedule, False) for stage in range(4) for schedule in ("none", "lambda", "json")]
+
+
+@pytest.mark.parametrize(("stage", "schedule", "client"), [*GROUP_CASES, (0, "json", True), (2, "json", True)])
+def test_a_callers_groups_keep_their_lr_and_decay(stage, schedule, client):
     """Also under a scheduler of DeepSpeed's, which writes the same rate into every group."""
     changes = {"scheduler": WARMUP} if schedule == "json" else {}
     settings = config(stage, 2, params={"weight_decay": 0.1}, **changes)
-    results = run_ranks(2, train_groups, settings, STEPS, schedule)
+    results = run_ranks(2, train_groups, settings, STEPS, schedule, client)
     rates = results[0]["rates"]
     assert [[rate / step[0] for rate in step] for step in rates] == [pytest.approx([1, 0.25, 0.5])] * STEPS
     assert rates[-1][0] == pytest.approx({"none": 0.01, "lambda": 0.01 / STEPS, "json": 0.01}[schedule])
@@ -177,3 +180,32 @@ def test_options_of_the_method(stage, options):
         oracle.step(step)
     for weights in run_ranks(3, train_targets, config(stage, 3, params=options), STEPS):
         assert worst(weights, oracle.weights()) < 1e-4
+
+
+def train_one_model_in_two_engines(settings, second, steps):
+    """The model first trained by another engine, which leaves its marks on the parameters."""
+    import ds_lowrank
+
+    model = make_model()
+    engine, *_ = ds_lowrank.initialize(model=model, config=settings)
+    train_step(engine, 0)
+    engine.destroy()
+    engine, *_ = ds_lowrank.initialize(model=model, config=second)
+    before = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    for step in range(steps):
+        train_step(engine, step)
+    # Not full_weights: DeepSpeed's reader trusts the marks of the engine that is gone.
+    after = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    return {"before": before, "after": after, "metrics": engine.basic_optimizer.metrics()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, "fp32"), (0, "fp32")), ((2, "bf16"), (0, "bf16")), ((1, "fp32"), (2, "fp32"))]
+)
+def test_a_model_that_had_another_engine_before(first, second):
+    (result,) = run_ranks(
+        1, train_one_model_in_two_engines, config(first[0], 1, first[1]), config(second[0], 1, second[1]), 1
+    )
+    assert result["metrics"]["lowrank/projected_matrices"] == 14
+    moved = [(result["after"][n] - result["before"][n]).abs().max().item() for n in result["before"]]
+    assert min(moved) > 1e-4

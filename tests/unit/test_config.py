@@ -113,7 +113,7 @@ REFUSED = [
     {"zero_optimization": {"cpu_offload": True}},
     {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
     {"zero_optimization": {"zero_hpz_partition_size": 8}},
-    {"zero_optimization": {"mics_shard_size": 4}},
+    {"bf16": {"enabled": True, "check_grad_overflow": False}},
     {"zero_optimization": {"elastic_checkpoint": True}},
     {"checkpoint": {"load_universal": True}},
     {"amp": {"enabled": True}},

@@ -1,6 +1,7 @@
 """Staggered refreshes: every matrix once an interval, spread over it, the same on any layout."""
 
 from collections import Counter
+from itertools import pairwise
 
 from ds_lowrank.methods.galore import GaLoreOptions, refresh_due
 
@@ -21,7 +22,7 @@ def test_staggered_matrices_refresh_at_the_start_and_then_once_an_interval():
     for name in NAMES:
         steps = [step for step in range(1, 201) if refresh_due(name, options, step)]
         assert refresh_due(name, options, 0)
-        assert [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)] == [50] * 3
+        assert [later - earlier for earlier, later in pairwise(steps)] == [50] * 3
 
 
 def test_no_step_pays_for_more_than_a_tenth_of_them():
