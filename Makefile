@@ -31,7 +31,7 @@ test: lint
 
 pretrain: environment
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \
-		--model ds_configs/models/llama_quickstart.json --steps $(STEPS) --eval-interval 100 \
+		--model ds_configs/models/llama_quickstart.json --sequence-length 128 --steps $(STEPS) --eval-interval 100 \
 		--save-interval $(STEPS) --output $(OUTPUT)
 
 clean:

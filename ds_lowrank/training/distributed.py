@@ -1,5 +1,6 @@
 """Joining and leaving the job, under `deepspeed`, `torchrun` or as a single process."""
 
+import logging
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 def join() -> None:
     """Initialise `torch.distributed` from the launcher's environment, or alone where there is none."""
     set_log_level_from_string(os.environ.get("DS_LOG_LEVEL", "warning"))
+    _show_roles()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     disable_progress_bar()  # of a file being written, in the midst of the log
@@ -33,6 +35,14 @@ def join() -> None:
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+
+
+def _show_roles() -> None:
+    """Print what the optimizer logs at start: which parameters it projects, and what their state costs."""
+    log = logging.getLogger("ds_lowrank")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def leave() -> None:

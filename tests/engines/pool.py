@@ -15,19 +15,24 @@ from typing import Any
 PRELOAD = "tests.engines.preload"
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``world`` ranks of a gloo group.
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 90, device: str = "cpu"
+) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``world`` ranks of a group: gloo on a CPU, NCCL on ``cuda``.
+
+    A process that is to use CUDA cannot be forked from one that has imported DeepSpeed for the CPU: it starts afresh.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not finish in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOAD])
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload([PRELOAD])
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         workers = [
-            context.Process(target=_rank, args=(rank, world, store, pipes[rank][1], function, args))
+            context.Process(target=_rank, args=(rank, world, store, pipes[rank][1], device, function, args))
             for rank in range(world)
         ]
         for worker, (_, sender) in zip(workers, pipes, strict=True):
@@ -51,19 +56,32 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     return [value for _, value in results]
 
 
-def _rank(rank: int, world: int, store: str, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    store: str,
+    sender: Any,
+    device: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     import logging
 
+    os.environ["DS_ACCELERATOR"] = device
     import deepspeed
     import torch
     import torch.distributed as dist
+
+    backend = "gloo" if device == "cpu" else "nccl"
 
     logging.disable(logging.WARNING)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         answer = (True, function(*args))
         dist.barrier()
         dist.destroy_process_group()

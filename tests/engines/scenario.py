@@ -60,11 +60,11 @@ def config(
     return settings
 
 
-def train_step(engine: Any, step: int) -> None:
+def train_step(engine: Any, step: int, device: str = "cpu") -> None:
     """One optimizer step on this rank's share of the global batch, in as many micro-batches as configured."""
     import torch.distributed as dist
 
-    mine = tokens(step).chunk(dist.get_world_size())[dist.get_rank()]
+    mine = tokens(step).to(device).chunk(dist.get_world_size())[dist.get_rank()]
     for micro in mine.chunk(engine.gradient_accumulation_steps()):
         engine.backward(engine(input_ids=micro, labels=micro).loss)
         engine.step()

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_one_step_on_the_device_equals_the_cpu():
-    """Same sketch (drawn on the CPU), fp32 products without TF32: only the order of sums differs."""
+    """Same sketch (drawn on the CPU), products without TF32 (torch's default): only the order of sums differs."""
     weights = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -30,7 +30,7 @@ def train_fp16(settings, steps):
     """fp16 at the default scale: the first steps overflow, are skipped, and leave no trace in the state."""
     engine, *_ = ds_lowrank.initialize(model=make_model().cuda(), config=settings)
     for step in range(steps):
-        train_step(engine, step)
+        train_step(engine, step, device="cuda")
     optimizer = engine.basic_optimizer
     done = {slot.state["step"] for slot in optimizer.slots}
     finite = all(t.isfinite().all() for s in optimizer.slots for t in s.state.values() if isinstance(t, torch.Tensor))
@@ -40,7 +40,7 @@ def train_fp16(settings, steps):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_skips_overflowing_steps_and_trains(stage):
     settings = config(stage, 1, fp16={"enabled": True, "initial_scale_power": 32})
-    (result,) = run_ranks(1, train_fp16, settings, 30)
+    (result,) = run_ranks(1, train_fp16, settings, 30, device="cuda", timeout=300)
     assert result["skipped"] > 0
     assert result["done"] == {30 - result["skipped"]}
     assert result["finite"]
