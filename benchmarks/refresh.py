@@ -81,7 +81,7 @@ def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: in
     """The basis as one process finds it, compressed x rank."""
     m, n = gradient.shape
     shard = MatrixShard(name, (m, n), [whole((m, n))], 0, "right" if m >= n else "left", 0)
-    shard.attach(gradient.flatten(), float(torch.linalg.vector_norm(gradient)))
+    shard.attach(gradient.flatten())
     (basis,) = Alone().run(lockstep([randomized_range(shard, rank, seed, counter)]))
     return basis
 

@@ -83,9 +83,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
         for key in ("target_modules", "exclude_modules"):
             check_patterns([tag.name for tag in tags], key, given.get(key) or ())
-        for (_, parameter), tag in zip(named, tags, strict=True):
-            self._tags[parameter] = tag
+        self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
         trained = [p for _, p in named if p.requires_grad and 0 not in logical_shape(p)]
+        for parameter in trained:
+            if parameter.dtype not in DTYPES:
+                name, dtype = self._tags[parameter].name, parameter.dtype
+                raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
         return {**group, **{key: getattr(options, key) for key in given}, "params": trained}
 
     def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
@@ -99,8 +102,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ConfigError(
                 f"{tag.name}: given twice. State and seeds belong to a name; each parameter needs its own"
             )
-        if parameter.dtype not in DTYPES:
-            raise ConfigError(f"{tag.name} is {parameter.dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
         self._names.append(tag.name)
         return tag
 
@@ -240,6 +241,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             lr = effective_lr(work.slot.group)
             work.shard.write(work.slot.fragment.weights, update, lr, lr * work.options.weight_decay)
             work.slot.count_step()
+            del work.seen
 
     def _magnitudes(self, tensors: list[torch.Tensor]) -> Rounds[list[float]]:
         """For tensors of which every rank has a part, a number that is the same on all ranks.

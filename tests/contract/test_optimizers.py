@@ -339,3 +339,10 @@ def test_autocast_around_the_step_changes_nothing(name):
             optimizer.step()
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@EVERY
+def test_frozen_parameters_may_have_any_dtype(name):
+    model = small_model()
+    model.register_parameter("scales", torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
+    assert len(build(name, model).slots) == 4

@@ -7,7 +7,7 @@ import pytest
 from tests.engines.pairwise import pairwise
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import Oracle, config
-from tests.engines.trace import assemble, check_against_references, trace_engine
+from tests.engines.trace import assemble, trace_engine, worst_against_references
 
 REDUCTIONS = {
     "default": {},
@@ -72,7 +72,7 @@ def test_the_update_is_the_method_of_the_presented_gradient(case):
     traces = run_ranks(case["world"], trace_engine, settings, 6, case["zero_init"])
     assert traces[0]["wrapper"] == WRAPPERS.get((case["stage"], case["dtype"]), "DeepSpeedZeroOptimizer")
     assert all(trace["metrics"]["lowrank/projected_matrices"] == 14 for trace in traces)
-    check_against_references(traces, 1e-5)
+    assert worst_against_references(traces) < 1e-5
     if case["clip"] == 0 and not case["zero_init"]:
         # fp32 differs by the order of sums; bf16 keeps 8 bits, and forward and backward round some tens of times.
         bound = 1e-5 if case["dtype"] == "fp32" else 0.1

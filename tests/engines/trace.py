@@ -64,9 +64,14 @@ def assemble(traces: list[dict[str, Any]], step: int, name: str, key: str) -> to
     return whole.view(pieces[0]["shape"])
 
 
-def check_against_references(traces: list[dict[str, Any]], bound: float, **options: Any) -> None:
-    """Every step's weights are what the dense reference makes of the gradients that the wrapper presented."""
+def worst_against_references(traces: list[dict[str, Any]], **options: Any) -> float:
+    """Every step's weights should be what the dense reference makes of the gradients that the wrapper presented.
+
+    Returns:
+        The largest relative difference of any parameter after any step.
+    """
     options = METHOD | options
+    largest = 0.0
     for name, first in traces[0]["records"][0].items():
         weight = assemble(traces, 0, name, "before")
         rule = (DenseGaLore if first["projected"] else DenseAdamW)(weight, name=name, **options)
@@ -74,5 +79,5 @@ def check_against_references(traces: list[dict[str, Any]], bound: float, **optio
             weight.copy_(assemble(traces, step, name, "before"))
             rule.step(assemble(traces, step, name, "gradient"))
             after = assemble(traces, step, name, "after")
-            error = ((after - weight).norm() / weight.norm()).item()
-            assert error < bound, f"{name}, step {step}: {error:.1e}"
+            largest = max(largest, ((after - weight).norm() / weight.norm()).item())
+    return largest

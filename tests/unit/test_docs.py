@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import ds_lowrank
+from ds_lowrank import slots
 from ds_lowrank.config import METHODS, parse_options
 from ds_lowrank.methods.base import Options
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
 from ds_lowrank.sharding.layout import length, whole
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import lockstep
+from ds_lowrank.sharding.reduce import Alone, lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
 from ds_lowrank.support import REFUSALS, check_supported
 from tests.engines.pool import run_ranks
@@ -188,6 +189,39 @@ def test_every_refusal_is_documented_with_its_advice():
     assert documented == {refusal.key: refusal.advice for refusal in REFUSALS}
 
 
+def weights(*shapes, **like):
+    return [(f"w{i}", torch.nn.Parameter(torch.ones(shape, **like))) for i, shape in enumerate(shapes)]
+
+
+def step_with_a_sparse_gradient():
+    embedding = torch.nn.Embedding(4, 4, sparse=True)
+    optimizer = ds_lowrank.GaLore([("embedding.weight", embedding.weight)])
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer.step()
+
+
+REFUSED = {
+    "a parameter without a name or tag": lambda: ds_lowrank.GaLore([weights((4, 4))[0][1]]),
+    "two parameters of one name, or one parameter twice": lambda: ds_lowrank.GaLore(weights((4, 4)) * 2),
+    "an fp64 (or integer) parameter": lambda: ds_lowrank.GaLore(weights((4, 4), dtype=torch.float64)),
+    "a parameter that is not contiguous": lambda: ds_lowrank.GaLore(
+        [("w", torch.nn.Parameter(torch.ones(4, 6).T))]
+    ).finalize(),
+    "parameters on several devices": lambda: ds_lowrank.GaLore(
+        [*weights((4, 4)), ("other", torch.nn.Parameter(torch.ones(4, 4, device="meta")))]
+    ).finalize(),
+    "a sparse gradient": step_with_a_sparse_gradient,
+}
+
+
+def test_every_refused_parameter_gets_the_documented_message():
+    documented = dict(rows("configuration", "### Parameters that are refused"))
+    assert documented.keys() == REFUSED.keys()
+    for given, message in documented.items():
+        with pytest.raises((ds_lowrank.ConfigError, RuntimeError), match=re.escape(message)):
+            REFUSED[given]()
+
+
 def test_every_metric_is_documented():
     documented = {key for cells in rows("getting_started", "### Reading") for key in re.findall(r"`([^`]+)`", cells[0])}
     source = ast.parse((ROOT / "ds_lowrank/training/record.py").read_text())
@@ -256,16 +290,17 @@ def formula(shards, rank, kind):
         return sum(max(0, min(b, d) - max(a, c)) for a, b in spans for c, d in peers)
 
     shared = {axis: held(axis, rank) - owned(axis, rank) for axis in ("kept", "compressed")}
-    common = shared["kept"] + copies("kept")
+    ordinary = copies("compressed") + shared["kept"] + copies("kept")
     if kind == "ordinary":
-        return r * (copies("compressed") + common)
+        return r * ordinary
     if kind == "refresh, `svd`":
         low, high = shards[rank].part.rows
-        factoring = r * sum(held("compressed", j) for j in others)
-        return r * common + (factoring if first else (high - low) * shards[rank].shape[1])
-    handed = sum(held("kept", j) + held("compressed", j) for j in others)
+        handed = r * sum(owned("compressed", j) for j in others)
+        return r * ordinary + (handed if first else (high - low) * shards[rank].shape[1])
+    handed = sum(owned("kept", j) + owned("compressed", j) for j in others)
     collected = owned("kept", rank) + owned("compressed", rank)
-    return r * (shared["kept"] + shared["compressed"] + common + (handed if first else collected))
+    again = shared["kept"] + copies("kept") + shared["compressed"]
+    return r * (ordinary + again + (handed if first else collected))
 
 
 @pytest.mark.parametrize("kind", ROUNDS)
@@ -284,4 +319,59 @@ def test_a_rotation_costs_what_is_documented(changes):
     documented = dict(rows("sharding", "## What one step exchanges"))
     (_, plain), (_, rotated) = (count((48, 20), 3, 200, moments=moments, **changes) for moments in ("keep", "rotate"))
     assert rotated.rounds - plain.rounds == int(documented["refresh after the first with `moments: rotate`, on top"])
-    assert [a - b for a, b in zip(rotated.bytes_sent, plain.bytes_sent, strict=True)] == [4 * 2 * 4**2] * 3
+    r, world, dealt = 4, 3, (1, 2, 1)
+    sent = [4 * r * (r + (world - 2) * own) for own in dealt]
+    assert [a - b for a, b in zip(rotated.bytes_sent, plain.bytes_sent, strict=True)] == sent
+
+
+class Counting(Alone):
+    """Counts collectives."""
+
+    def __init__(self):
+        self.rounds = 0
+
+    def exchange(self, requests):
+        self.rounds += 1
+        return super().exchange(requests)
+
+
+def collectives(gradients, matrices=3):
+    """How many each of some calls of ``step`` takes, on matrices of 8 x 8 at rank 2; a gradient is one number."""
+    named = weights(*[(8, 8)] * matrices)
+    optimizer = ds_lowrank.GaLore(named, rank=2, update_proj_gap=2)
+    optimizer._executor = executor = Counting()
+    counts = []
+    for gradient in gradients:
+        for _, weight in named:
+            weight.grad = torch.full_like(weight, gradient)
+        before = executor.rounds
+        optimizer.step()
+        counts.append(executor.rounds - before)
+    return counts
+
+
+def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
+    documented = {kind: int(rounds) for kind, rounds in rows("sharding", "## What one step exchanges")}
+    decision, ordinary = documented["decision: one number a parameter"], documented["ordinary"]
+    refresh, zero = (
+        documented["refresh, `randomized`"],
+        documented["a matrix whose projected gradient is all zero, on top"],
+    )
+    assert collectives([1, 1, 0, 0]) == [
+        refresh + decision,
+        ordinary + decision,
+        refresh + decision + zero,
+        ordinary + decision + zero,
+    ]
+    assert f"a step costs {ordinary + decision} collectives" in PAGES["sharding"]
+    assert f"a step with a randomized refresh {refresh + decision}," in PAGES["sharding"]
+
+
+@pytest.mark.parametrize(("room", "count"), [(1, 3), (32, 3), (64, 2), (96, 1)])
+def test_waves_cost_what_is_documented(monkeypatch, room, count):
+    """Each of the three matrices takes 2 (8 + 8) = 32 elements of the room."""
+    assert "`WAVE` = 2^28" in PAGES["sharding"]
+    assert slots.WAVE == 2**28
+    monkeypatch.setattr(slots, "WAVE", room)
+    assert "3 w + 1\nand 10 w + 1" in PAGES["sharding"]
+    assert collectives([1, 1]) == [10 * count + 1, 3 * count + 1]
