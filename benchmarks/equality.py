@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import Oracle, config, run_engine, worst
-from tests.engines.test_wrappers import CASES, REDUCTIONS
+from tests.engines.test_wrappers import CASES, settings_of
 from tests.engines.trace import trace_engine, worst_against_references
 from tests.simulated.test_galore import OPTIONS, flat_parts, relative_error
 
@@ -51,15 +51,7 @@ def wrappers(cases: list[dict[str, Any]]) -> float:
     """Each step of each pairwise case against the dense method of the presented gradient."""
     largest = 0.0
     for case in cases:
-        settings = config(
-            case["stage"],
-            case["world"],
-            dtype=case["dtype"],
-            gas=case["gas"],
-            clip=case["clip"],
-            zero_optimization=REDUCTIONS[case["reduction"]],
-        )
-        traces = run_ranks(case["world"], trace_engine, settings, 6, case["zero_init"])
+        traces = run_ranks(case["world"], trace_engine, settings_of(case), 6, case["zero_init"])
         largest = max(largest, worst_against_references(traces))
     return largest
 

@@ -1,5 +1,6 @@
 """Joining and leaving the job, under `deepspeed`, `torchrun` or as a single process."""
 
+import atexit
 import logging
 import os
 import socket
@@ -45,16 +46,26 @@ def _show_roles() -> None:
     log.handlers = [logging.StreamHandler(sys.stdout)]
 
 
-def leave() -> None:
-    """Part once every rank is done: one that leaves early aborts the others in gloo."""
+def leave() -> NoReturn:
+    """End a finished job, with exit code 0, once every rank is done: one that leaves early aborts the others in gloo.
+
+    What registered itself for the end of the process (a monitor's last upload) still runs. The interpreter's teardown
+    does not: DeepSpeed keeps process groups alive until then, and gloo's threads now and then abort it.
+    """
     distributed.barrier()
     distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    _end(0)
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def refuse(error: Exception) -> NoReturn:
     """End a job that cannot start, with exit code 1 and the message said once, by rank 0."""
     if distributed.get_rank() == 0:
         print(f"error: {error}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)  # no teardown: in gloo the last ranks to leave would abort with a message of their own
+    _end(1)  # no teardown: in gloo the last ranks to leave would abort with a message of their own

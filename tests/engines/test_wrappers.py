@@ -54,14 +54,9 @@ WRAPPERS = {
 }
 
 
-@functools.cache
-def first_gradients():
-    return Oracle().gradients(0)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_the_update_is_the_method_of_the_presented_gradient(case):
-    settings = config(
+def settings_of(case):
+    """The DeepSpeed configuration of one case."""
+    return config(
         case["stage"],
         case["world"],
         dtype=case["dtype"],
@@ -69,7 +64,16 @@ def test_the_update_is_the_method_of_the_presented_gradient(case):
         clip=case["clip"],
         zero_optimization=REDUCTIONS[case["reduction"]],
     )
-    traces = run_ranks(case["world"], trace_engine, settings, 6, case["zero_init"])
+
+
+@functools.cache
+def first_gradients():
+    return Oracle().gradients(0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_the_update_is_the_method_of_the_presented_gradient(case):
+    traces = run_ranks(case["world"], trace_engine, settings_of(case), 6, case["zero_init"])
     assert traces[0]["wrapper"] == WRAPPERS.get((case["stage"], case["dtype"]), "DeepSpeedZeroOptimizer")
     assert all(trace["metrics"]["lowrank/projected_matrices"] == 14 for trace in traces)
     assert worst_against_references(traces) < 1e-5
