@@ -12,7 +12,7 @@ from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Alone, lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.reference.galore import DenseGaLore
+from tests.reference.galore import DenseGaLore, positive_qr, sketch
 
 
 class Sharded:
@@ -64,9 +64,13 @@ def flat_parts(shape, cuts):
 
 
 def relative_error(shape, parts, steps=4, **options):
-    """Some steps from zero weights, crossing two refreshes: the difference of the summed updates, and the matrix."""
+    """Some steps from zero weights, crossing two refreshes: the difference of the summed updates, and the matrix.
+
+    With the usual epsilon Adam's direction is all but a sign: it turns a rounding error of 1e-7 in a projected element
+    that happens to be 1e-3 into an error of 1e-4. One of 0.1 bounds the factor by ten.
+    """
     torch.manual_seed(0)
-    options = {"rank": 4, "update_proj_gap": 2, "lr": 1e-2, **options}
+    options = {"rank": 4, "update_proj_gap": 2, "lr": 1e-2, "eps": 0.1, **options}
     dense = DenseGaLore(torch.zeros(shape), **options)
     sharded = Sharded(torch.zeros(shape), parts, GaLoreOptions(**options))
     for _ in range(steps):
@@ -76,10 +80,28 @@ def relative_error(shape, parts, steps=4, **options):
     return ((sharded.weight - dense.weight).norm() / dense.weight.norm()).item(), sharded
 
 
-def compare(shape, parts, **options):
+def compare(shape, parts, bound=1e-6, **options):
     error, sharded = relative_error(shape, parts, **options)
-    assert error < 1e-6, f"{error:.1e}"
+    assert error < bound, f"{error:.1e}"
     return sharded
+
+
+def rounding_bound(shape, rank, steps=4, gap=2):
+    """Four roundings of fp32, times the condition of the sketched gradients of `relative_error`, at least 2e-6.
+
+    A basis is as sensitive as the sketch it is read off; a sketch of nearly as many columns as the matrix has can be
+    badly conditioned. Of 8000 random cases the worst stayed at a quarter of it.
+    """
+    torch.manual_seed(0)
+    condition = 1.0
+    for step in range(steps):
+        gradient = torch.randn(shape)
+        if step % gap == 0:
+            turned = gradient if shape[0] >= shape[1] else gradient.T
+            tall = turned @ sketch(0, "w", step, turned.shape[1], min(rank, *shape))
+            for factored in (tall, turned.T @ positive_qr(tall)):
+                condition = max(condition, torch.linalg.cond(factored).item())
+    return max(2e-6, 4 * torch.finfo(torch.float32).eps * condition)
 
 
 OPTIONS = [
@@ -110,7 +132,8 @@ def test_any_shape_and_any_cut(data):
     shape = data.draw(st.tuples(st.integers(1, 24), st.integers(1, 24)))
     ranks = data.draw(st.integers(1, 6))
     cuts = data.draw(st.lists(st.integers(0, shape[0] * shape[1]), min_size=ranks - 1, max_size=ranks - 1))
-    compare(shape, flat_parts(shape, cuts), rank=data.draw(st.integers(1, 6)))
+    rank = data.draw(st.integers(1, 6))
+    compare(shape, flat_parts(shape, cuts), rounding_bound(shape, rank), rank=rank)
 
 
 @pytest.mark.parametrize("split", ["rows", "columns"])
