@@ -5,12 +5,9 @@ An element's update depends on that element alone, so a rank updates the element
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.optim.adamw import adamw
 
-from ds_lowrank.linalg.moments import adam
+from ds_lowrank.linalg.moments import adam, fused_adamw
 from ds_lowrank.methods.base import Options, State
 from ds_lowrank.sharding.zero import Fragment
 
@@ -34,31 +31,19 @@ def step_elementwise(work: list[tuple[Fragment, State]], options: Options, lr: f
         fp32 = fragment.store.dtype == fragment.gradient.dtype == state["exp_avg"].dtype == torch.float32
         (fused if fp32 else single).append((fragment, state))
     if fused:
-        _fused(fused, options, lr)
+        fused_adamw(
+            [fragment.weights for fragment, _ in fused],
+            [fragment.gradient for fragment, _ in fused],
+            [state["exp_avg"] for _, state in fused],
+            [state["exp_avg_sq"] for _, state in fused],
+            [state["step"] for _, state in fused],
+            lr,
+            options.betas,
+            options.eps,
+            options.weight_decay,
+        )
     for fragment, state in single:
         _in_fp32(fragment, state, options, lr)
-
-
-def _fused(work: list[tuple[Fragment, State]], options: Options, lr: float) -> None:
-    steps = [
-        torch.full((), state["step"], dtype=torch.float32, device=fragment.store.device) for fragment, state in work
-    ]
-    arguments: dict[str, Any] = {
-        "lr": lr, "beta1": options.betas[0], "beta2": options.betas[1],
-        "eps": options.eps, "weight_decay": options.weight_decay,
-    }  # fmt: skip
-    adamw(
-        [fragment.weights for fragment, _ in work],
-        [fragment.gradient for fragment, _ in work],
-        [state["exp_avg"] for _, state in work],
-        [state["exp_avg_sq"] for _, state in work],
-        [],
-        steps,
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        **arguments,
-    )
 
 
 def _in_fp32(fragment: Fragment, state: State, options: Options, lr: float) -> None:

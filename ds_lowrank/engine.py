@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -121,8 +122,6 @@ def _without_path(args: Any) -> Any:
     """``args`` for DeepSpeed, which refuses a configuration that comes twice."""
     if getattr(args, "deepspeed_config", None) is None:
         return args
-    import copy
-
     args = copy.copy(args)
     args.deepspeed_config = None
     return args

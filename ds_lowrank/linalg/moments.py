@@ -28,26 +28,45 @@ def adam(
     first, second = exp_avg.float(), exp_avg_sq.float()
     # torch's fused AdamW, at rate -1 on a zero weight without decay, leaves the direction: one pass over memory.
     direction = torch.zeros_like(first)
+    fused_adamw([direction], [gradient], [first], [second], [step - 1], -1.0, betas, eps, weight_decay=0.0)
+    if first is not exp_avg:
+        exp_avg.copy_(first)
+        exp_avg_sq.copy_(second)
+    return direction
+
+
+def fused_adamw(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    steps: list[int],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """torch's fused AdamW kernel on tensors that are all fp32; weights and moments are changed in place.
+
+    Args:
+        steps: how many each tensor has done before.
+    """
     adamw(
-        [direction],
-        [gradient],
-        [first],
-        [second],
+        weights,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [torch.full((), step - 1, dtype=torch.float32, device=first.device)],
+        [torch.full((), step, dtype=torch.float32, device=w.device) for step, w in zip(steps, weights, strict=True)],
         fused=True,
         amsgrad=False,
         maximize=False,
         beta1=betas[0],
         beta2=betas[1],
-        lr=-1.0,
-        weight_decay=0.0,
+        lr=lr,
+        weight_decay=weight_decay,
         eps=eps,
     )
-    if first is not exp_avg:
-        exp_avg.copy_(first)
-        exp_avg_sq.copy_(second)
-    return direction
 
 
 def rotate(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, rotation: torch.Tensor) -> None:

@@ -126,7 +126,7 @@ def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Fragment:
 
 
 def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
-    process_group = next(p._dp_group for own in parameters for p in own if hasattr(p, "_dp_group"))
+    process_group = next(parameter._dp_group for own in parameters for parameter in own)  # type: ignore[attr-defined]
     fragments = [
         [_by_storage(parameter, group["params"][0], process_group) for parameter in own]
         for own, group in zip(parameters, groups, strict=True)
