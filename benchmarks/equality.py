@@ -9,42 +9,39 @@ simulated world. Needs the ``dev`` extra.
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import Numbers, options, report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import Oracle, config, run_engine, worst
+from tests.engines.scenario import METHODS, Oracle, config, run_engine, worst
 from tests.engines.test_wrappers import CASES, settings_of
 from tests.engines.trace import trace_engine, worst_against_references
-from tests.simulated.test_galore import OPTIONS, flat_parts, relative_error
+from tests.simulated.harness import even_parts, relative_error
+from tests.simulated.test_methods import CASES as OPTIONS
+from tests.simulated.test_methods import SHAPES, gradients_for
 
 STEPS = 10
 
 
-def engines(worlds: list[int], stages: list[int]) -> Numbers:
-    """After the first step and after ten, for each clipping threshold; 1 and 4 micro-batches."""
-    rows: Numbers = []
+def engines(method: str, worlds: list[int], stages: list[int]) -> Numbers:
+    """After the first step and after ten; with and without clipping, with 1 and 4 micro-batches."""
+    largest = {"one step": 0.0, "ten steps": 0.0}
     for clip in (0.0, 0.5):
-        oracle = Oracle(clip)
+        oracle = Oracle(clip, method=method)
         weights = []
         for step in range(STEPS):
             oracle.step(step)
             weights.append(oracle.weights())
-        results = [
-            run_ranks(world, run_engine, config(stage, world, gas=gas, clip=clip), STEPS)[0]
-            for world in worlds
-            for stage in stages
-            for gas in (1, 4)
-        ]
-        for what, key, truth in (("one step", "first", weights[0]), ("ten steps", "last", weights[-1])):
-            largest = max(worst(result[key], truth) for result in results)
-            rows.append({"what": f"engines, {what}, clipping {clip}", "largest difference": largest})
-    return rows
+        for world, stage, gas in product(worlds, stages, (1, 4)):
+            result = run_ranks(world, run_engine, config(stage, world, gas=gas, clip=clip, method=method), STEPS)[0]
+            largest["one step"] = max(largest["one step"], worst(result["first"], weights[0]))
+            largest["ten steps"] = max(largest["ten steps"], worst(result["last"], weights[-1]))
+    return [{"what": f"{method}, engines, {what}", "largest difference": found} for what, found in largest.items()]
 
 
 def wrappers(cases: list[dict[str, Any]]) -> float:
@@ -56,14 +53,12 @@ def wrappers(cases: list[dict[str, Any]]) -> float:
     return largest
 
 
-def simulated(ranks: list[int]) -> float:
+def simulated(method: str, ranks: list[int]) -> float:
     """Every option on every world of the simulated tests."""
-    torch.manual_seed(0)
-    shapes = [(17, 9), (9, 17), (12, 12)]
     return max(
-        relative_error(shape, flat_parts(shape, [shape[0] * shape[1] * i // n + 1 for i in range(1, n)]), **chosen)[0]
-        for chosen in OPTIONS
-        for shape in shapes
+        relative_error(method, shape, even_parts(shape, n), gradients=gradients_for(method, shape), **chosen)[0]
+        for chosen in OPTIONS[method]
+        for shape in SHAPES.get(method, [(17, 9), (9, 17), (12, 12)])
         for n in ranks
     )
 
@@ -71,9 +66,12 @@ def simulated(ranks: list[int]) -> float:
 def main() -> None:
     arguments = options(__doc__).parse_args()
     worlds, stages = ([2], [2]) if arguments.quick else ([1, 2, 3], [0, 1, 2, 3])
-    rows = engines(worlds, stages)
-    rows.append({"what": "wrappers, pairwise", "largest difference": wrappers(CASES[:2] if arguments.quick else CASES)})
-    rows.append({"what": "simulated world", "largest difference": simulated([1, 2, 3, 5])})
+    rows: Numbers = []
+    for method in METHODS:
+        rows += engines(method, worlds, stages)
+        rows.append({"what": f"{method}, simulated world", "largest difference": simulated(method, [1, 2, 3, 5])})
+    pairs = CASES[:2] if arguments.quick else CASES
+    rows.append({"what": "GaLore, wrappers, pairwise", "largest difference": wrappers(pairs)})
     report(rows, arguments)
 
 

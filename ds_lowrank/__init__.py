@@ -1,10 +1,19 @@
 """Low-rank gradient projection under an unmodified DeepSpeed, the same update on every layout."""
 
+from typing import Any
+
 from ds_lowrank.engine import initialize, register
 from ds_lowrank.errors import CheckpointError, ConfigError
-from ds_lowrank.optimizers import GaLore
+from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.roles import tag_parameters
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "ConfigError", "GaLore", "initialize", "register", "tag_parameters"]
+__all__ = ["CheckpointError", "ConfigError", "initialize", "register", "tag_parameters", *OPTIMIZERS]
+
+
+def __getattr__(name: str) -> Any:
+    """Every method's optimizer under its name: ``ds_lowrank.GaLore`` and so on."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    raise AttributeError(f"module 'ds_lowrank' has no attribute {name!r}; the methods are {', '.join(OPTIMIZERS)}")

@@ -9,11 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.base import Method, Options
-from ds_lowrank.methods.galore import GaLore
-
-METHODS: dict[str, type[Method]] = {GaLore.name: GaLore}
-"""Every method by the name it has in ``optimizer.type``."""
 
 
 def method_named(name: str) -> type[Method]:
@@ -47,12 +44,14 @@ def parse_options(method: type[Method], params: Mapping[str, Any]) -> Options:
 
 
 def _complaint(method: type[Method], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "params"
-    where = f"optimizer.params.{key} ({method.name})"
+    key = ".".join(str(part) for part in problem["loc"])
+    where = f"optimizer.params{key and '.' + key} ({method.name})"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{_hint(key, method.Options.model_fields)}"
     if problem["input"] == "auto":
         return f"{where}: 'auto' is filled in by the Hugging Face Trainer only; write the value"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}" + (f", got {problem['input']!r}" if problem["loc"] else "")
     return f"{where}: {problem['msg']}, got {problem['input']!r}"
 
 

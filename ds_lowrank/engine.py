@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.config import METHODS, looks_like_method, method_named, parse_options
+from ds_lowrank.config import looks_like_method, method_named, parse_options
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer import LowRankOptimizer
 from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.roles import tag_parameters

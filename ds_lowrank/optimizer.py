@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 import torch
 
 from ds_lowrank.config import parse_options
-from ds_lowrank.elementwise import init_elementwise_state, step_elementwise
+from ds_lowrank.elementwise import step_elementwise
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method, Options, State
+from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.placing import Member, check_fit, make_slots
 from ds_lowrank.report import logger, role_table, state_bytes
-from ds_lowrank.roles import Tag, check_patterns, role_of, tag_from_name, tag_of
-from ds_lowrank.sharding.matrix import MatrixShard, everyone
-from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, lockstep
-from ds_lowrank.sharding.zero import Placement, logical_shape, read_parts, read_placement
-from ds_lowrank.slots import Slot, Work, effective_lr, groups_of, largest_magnitude, waves
+from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
+from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
+from ds_lowrank.sharding.zero import logical_shape, read_placement
+from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,11 +55,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._slots: dict[int, list[Slot]] | None = None
         self._executor: Executor = Alone()
         self.wrapper = "none"
-        self.skipped_updates = 0
-        """Calls of ``step`` that changed nothing because a gradient was not finite.
-
-        Under ZeRO 1 to 3 DeepSpeed skips such a step before it calls; a call there is one group or sub-group.
-        """
+        self._counts = {"skipped_updates": 0, "refreshes": 0}
         super().__init__(params, self._options.model_dump())
         check_patterns(self._names, "target_modules", self._options.target_modules or ())
         check_patterns(self._names, "exclude_modules", self._options.exclude_modules)
@@ -76,7 +72,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _plain_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with validated options and plain parameters that have something to train; their tags are noted."""
         given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
-        options = parse_options(self.method, {**self._options.model_dump(), **given})
+        options = parse_options(self.method, {**self._options.model_dump(exclude_unset=True), **given})
         entries = group["params"]
         entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
@@ -89,7 +85,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if parameter.dtype not in DTYPES:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
-        return {**group, **{key: getattr(options, key) for key in given}, "params": trained}
+        check_fit(self.method, [Member(p, self._tags[p], group, options, {}) for p in trained])
+        values = {key: getattr(options, key) for key in self.method.Options.model_fields}
+        return {**group, **values, "params": trained}
 
     def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
         tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
@@ -116,7 +114,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if placement.process_group is not None and torch.distributed.get_world_size(placement.process_group) > 1:
             self._executor = Distributed(placement.process_group)
         self.wrapper = placement.wrapper
-        slots = self._make_slots(placement)
+        slots = make_slots(self.method, self._members(), placement, self._executor.rank)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")
@@ -136,30 +134,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             table = role_table(slots, (projected, rest), self._executor.size)
             logger.info("%s on %s\n%s", self.method.name, self.wrapper, table)
 
-    def _make_slots(self, placement: Placement) -> list[Slot]:
-        parameters = [p for own in self._own for p in own]
-        groups = [group for own, group in zip(self._own, self._own_groups, strict=True) for _ in own]
-        fragments = [fragment for found in placement.fragments for fragment in found]
-        shapes = [logical_shape(parameter) for parameter in parameters]
-        parts = read_parts(shapes, fragments, placement.process_group)
-        slots, matrices = [], 0
-        for parameter, group, fragment, shape, held in zip(parameters, groups, fragments, shapes, parts, strict=True):
-            tag, options = self._tags[parameter], self._group_options(group)
-            role = role_of(tag, shape, options.target_modules, options.exclude_modules)
-            state: State = self.state[parameter]
-            shard = None
-            if role.projected:
-                side = self.method.side((shape[0], shape[1]), options)
-                holders = [rank for rank, part in enumerate(held) if part.numel]
-                shard = MatrixShard(
-                    tag.name, (shape[0], shape[1]), held, self._executor.rank, side, holders[matrices % len(holders)]
-                )
-                state |= {"step": 0, **self.method.init_state(shard, options, fragment.store.device)}
-                matrices += 1
-            else:
-                state |= {"step": 0, **init_elementwise_state(fragment, options)}
-            slots.append(Slot(tag, role, shape, group, fragment, len(held), shard, state))
-        return slots
+    def _members(self) -> list[Member]:
+        return [
+            Member(parameter, self._tags[parameter], group, self._group_options(group), self.state[parameter])
+            for own, group in zip(self._own, self._own_groups, strict=True)
+            for parameter in own
+        ]
 
     def _group_options(self, group: dict[str, Any]) -> Options:
         return parse_options(self.method, {key: group[key] for key in self.method.Options.model_fields})
@@ -202,35 +182,38 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
         options = {id(group): self._group_options(group) for group in groups_of(slots)}
-        matrices = [Work(slot, slot.shard, options[id(slot.group)]) for slot in slots if slot.shard is not None]
-        rest = [slot for slot in slots if slot.shard is None]
-        for wave in waves(matrices):
-            yield from self._project(wave)
-        found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
-        sizes = yield from self._magnitudes(found)
-        if not all(math.isfinite(size) for size in sizes):
-            self.skipped_updates += 1
-            return
-        for work, size in zip(matrices, sizes, strict=False):
-            work.seen.is_zero = size == 0
-        for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
-            yield from self._update(wave)
+        matrices = [Work(slot, slot.matrix, options[id(slot.group)]) for slot in slots if slot.matrix is not None]
+        rest = [slot for slot in slots if slot.matrix is None]
+        try:
+            for work in matrices:
+                work.shard.attach(work.slot.fragment.gradient)
+            for wave in waves(matrices):
+                yield from self._project(wave)
+            found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
+            sizes = yield from self._magnitudes(found)
+            if not all(math.isfinite(size) for size in sizes):
+                self._counts["skipped_updates"] += 1
+                return
+            for work, size in zip(matrices, sizes, strict=False):
+                work.seen.size = size
+            for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
+                yield from self._update(wave)
+        finally:
+            for work in matrices:
+                work.shard.detach()
         live = [slot for slot, size in zip(rest, sizes[len(matrices) :], strict=True) if slot.has_begun or size > 0]
         for group in groups_of(live):
             own = [(slot.fragment, slot.state) for slot in live if slot.group is group]
-            step_elementwise(own, options[id(group)], effective_lr(group))
+            step_elementwise(own, options[id(group)], options[id(group)].rate)
         for slot in live:
             slot.count_step()
 
     def _project(self, wave: list[Work]) -> Rounds[None]:
-        for work in wave:
-            work.shard.attach(work.slot.fragment.gradient)
         seen = yield from lockstep(
             self.method.project(work.shard, work.slot.state, work.options, work.slot.state["step"]) for work in wave
         )
         for work, projection in zip(wave, seen, strict=True):
             work.seen = projection
-            work.shard.detach()
 
     def _update(self, wave: list[Work]) -> Rounds[None]:
         updates = yield from lockstep(
@@ -238,9 +221,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for work in wave
         )
         for work, update in zip(wave, updates, strict=True):
-            lr = effective_lr(work.slot.group)
-            work.shard.write(work.slot.fragment.weights, update, lr, lr * work.options.weight_decay)
+            rate = work.options.rate
+            work.shard.write(work.slot.fragment.weights, update, rate, rate * work.options.weight_decay)
             work.slot.count_step()
+            self._counts["refreshes"] += work.seen.refreshed and not work.seen.is_zero
             del work.seen
 
     def _magnitudes(self, tensors: list[torch.Tensor]) -> Rounds[list[float]]:
@@ -255,18 +239,40 @@ class LowRankOptimizer(torch.optim.Optimizer):
         sizes: list[float] = total.view(-1).tolist()
         return sizes
 
+    @property
+    def skipped_updates(self) -> int:
+        """Calls of ``step`` that changed nothing because a gradient was not finite.
+
+        Under ZeRO 1 to 3 DeepSpeed skips such a step before it calls; a call there is one group or sub-group.
+        """
+        return self._counts["skipped_updates"]
+
     def metrics(self) -> dict[str, float]:
-        """Counters for a log: parameters that the last optimizer step changed by each rule, and skipped updates."""
+        """Numbers for a log: parameters that the last optimizer step changed by each rule, what happened so far
+        (skipped updates, new bases), and the state of the projected matrices over all ranks that share it.
+        """
         stepped = [slot for slot in self.slots if slot.stepped]
+        matrices = [slot for slot in self.slots if slot.matrix is not None]
         return {
-            "lowrank/projected_matrices": sum(slot.shard is not None for slot in stepped),
-            "lowrank/adamw_parameters": sum(slot.shard is None for slot in stepped),
-            "lowrank/skipped_updates": self.skipped_updates,
+            "lowrank/projected_matrices": sum(slot.matrix is not None for slot in stepped),
+            "lowrank/adamw_parameters": sum(slot.matrix is None for slot in stepped),
+            "lowrank/skipped_updates": self._counts["skipped_updates"],
+            "lowrank/refreshes": self._counts["refreshes"],
+            "lowrank/mean_rank": sum(slot.rank for slot in matrices) / max(1, len(matrices)),
+            "lowrank/state_bytes": sum(slot.state_bytes for slot in matrices),
+        }
+
+    def matrices(self) -> dict[str, dict[str, int]]:
+        """Present rank, and bytes of state over all ranks that share it, of every matrix whose rank is not fixed."""
+        return {
+            slot.tag.name: {"rank": slot.rank, "state_bytes": slot.state_bytes}
+            for slot in self.slots
+            if "rank" in slot.state
         }
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's state under parameter names, in plain values that ``weights_only=True`` loads."""
-        return dump_state(self.method.name, self.slots, self._own_groups, self.skipped_updates)
+        return dump_state(self.method.name, self.slots, self._own_groups, self._counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """Load what :meth:`state_dict` gave on the same layout. Nothing is changed unless all of it fits.
@@ -274,4 +280,4 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; says which.
         """
-        self.skipped_updates = load_state(self.method.name, self.slots, self._own_groups, state_dict)
+        self._counts = load_state(self.method.name, self.slots, self._own_groups, state_dict)

@@ -1,19 +1,19 @@
-"""The optimizers by the names they have in ``optimizer.type``."""
+"""The optimizers by the names they have in ``optimizer.type``: one class for every method."""
 
 from __future__ import annotations
 
-from ds_lowrank.methods import galore
+from ds_lowrank.methods import METHODS
+from ds_lowrank.methods.base import Method
 from ds_lowrank.optimizer import LowRankOptimizer
 
 
-class GaLore(LowRankOptimizer):
-    """GaLore with AdamW for everything that is not projected.
+def _optimizer(method: type[Method]) -> type[LowRankOptimizer]:
+    text = (
+        f"{method.name} with AdamW for everything that is not projected.\n\n"
+        f"``{method.name}(model.named_parameters(), lr=1e-2)``; the options are those of "
+        f":class:`{method.Options.__module__}.{method.Options.__name__}`."
+    )
+    return type(method.name, (LowRankOptimizer,), {"method": method, "__doc__": text, "__module__": __name__})
 
-    ``GaLore(model.named_parameters(), lr=1e-2, rank=128)``; the options are those of
-    :class:`ds_lowrank.methods.galore.GaLoreOptions`.
-    """
 
-    method = galore.GaLore
-
-
-OPTIMIZERS: dict[str, type[LowRankOptimizer]] = {GaLore.method.name: GaLore}
+OPTIMIZERS: dict[str, type[LowRankOptimizer]] = {name: _optimizer(method) for name, method in METHODS.items()}

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from ds_lowrank.methods.base import Options, Projection, State
+from ds_lowrank.methods.base import Layout, Options, Rows, Seen, State
 from ds_lowrank.roles import Role, Tag
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.zero import Fragment
 
 WAVE = 2**28
-"""Matrices of up to so many elements of bases and directions (1 GiB in fp32) are in flight at a time."""
+"""Matrices with up to so many elements of state (1 GiB in fp32) are in flight at a time."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A projected matrix.
+
+    Attributes:
+        rank: with which it starts.
+        rank_text: the rank as the role table shows it.
+        layout: what the method keeps at a rank.
+    """
+
+    shard: MatrixShard
+    rank: int
+    rank_text: str
+    layout: Callable[[int], Layout]
+
+    @cached_property
+    def elements(self) -> int:
+        """Of the state at the start, over all ranks."""
+        return sum(rows.numel for rows in self.layout(self.rank).values() if isinstance(rows, Rows))
+
+    def empty_state(self, device: torch.device) -> State:
+        """The state before the first step."""
+        return {
+            key: torch.zeros(rows.shape, dtype=rows.dtype, device=device) if isinstance(rows, Rows) else rows
+            for key, rows in self.layout(self.rank).items()
+        }
 
 
 @dataclass
@@ -23,7 +52,8 @@ class Slot:
 
     Attributes:
         world: over how many ranks it is split.
-        shard: None where the parameter is not projected.
+        state: what the method keeps, and ``step``.
+        matrix: None where the parameter is not projected.
         stepped: whether the last step changed it.
     """
 
@@ -33,15 +63,24 @@ class Slot:
     group: dict[str, Any]
     fragment: Fragment
     world: int
-    shard: MatrixShard | None
     state: State
+    matrix: Matrix | None = None
     stepped: bool = False
 
     @property
     def rank(self) -> int:
-        """Of a projected matrix."""
-        rank: int = self.state["basis"].shape[1]
+        """The present rank of a projected matrix; 0 for anything else."""
+        if self.matrix is None:
+            return 0
+        rank: int = self.state.get("rank", self.matrix.rank)
         return rank
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a projected matrix's tensors now, over all ranks that share it; 0 for anything else."""
+        if self.matrix is None:
+            return 0
+        return sum(rows.nbytes for rows in self.matrix.layout(self.rank).values() if isinstance(rows, Rows))
 
     @property
     def has_begun(self) -> bool:
@@ -63,17 +102,25 @@ class Work:
     """One projected matrix in one step."""
 
     slot: Slot
-    shard: MatrixShard
+    matrix: Matrix
     options: Options
-    seen: Projection = field(init=False)
+    seen: Seen = field(init=False)
+
+    @property
+    def shard(self) -> MatrixShard:
+        return self.matrix.shard
 
 
 def waves(matrices: Sequence[Work]) -> list[list[Work]]:
-    """Cut the matrices into runs whose bases and directions stay below WAVE elements; the same cut on all ranks."""
+    """Cut the matrices into runs of at most WAVE elements of state; the same cut on all ranks.
+
+    What a step gathers of a matrix, its basis and directions, is about as large as its state at the rank it starts
+    with, which is the largest.
+    """
     cut: list[list[Work]] = []
     size = WAVE
     for work in matrices:
-        own = sum(work.slot.shape) * work.slot.rank
+        own = work.matrix.elements
         if size + own > WAVE:
             cut.append([])
             size = 0
@@ -93,9 +140,3 @@ def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
 def groups_of(slots: Sequence[Slot]) -> list[dict[str, Any]]:
     """The parameter groups of some slots, each once."""
     return list({id(slot.group): slot.group for slot in slots}.values())
-
-
-def effective_lr(group: dict[str, Any]) -> float:
-    """The learning rate of a group: what the scheduler wrote, times the group's own factor."""
-    lr: float = group["lr"] * group["lr_scale"]
-    return lr

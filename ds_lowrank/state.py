@@ -6,37 +6,40 @@ reader on another layout needs to put it together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.slots import Slot
+from ds_lowrank.methods.base import Rows
+from ds_lowrank.slots import Matrix, Slot
 
 FORMAT = 1
 
 
 def dump_state(
-    method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], skipped_updates: int
+    method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """The ``state_dict`` of this rank."""
     names = {id(group): [slot.tag.name for slot in slots if slot.group is group] for group in groups}
     return {
         "format": FORMAT,
         "method": method,
-        "skipped_updates": skipped_updates,
+        "counts": dict(counts),
         "layout": {slot.tag.name: _layout(slot) for slot in slots},
         "state": {slot.tag.name: dict(slot.state) for slot in slots},
         "param_groups": [{**_settings(group), "params": names[id(group)]} for group in groups],
     }
 
 
-def load_state(method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], saved: dict[str, Any]) -> int:
-    """Copy a saved state into the slots and groups.
+def load_state(
+    method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], saved: dict[str, Any]
+) -> dict[str, int]:
+    """Put a saved state into the slots and groups.
 
     Returns:
-        The saved count of skipped updates.
+        The saved counts.
 
     Raises:
         CheckpointError: anything does not fit. Then nothing was changed.
@@ -51,14 +54,11 @@ def load_state(method: str, slots: Sequence[Slot], groups: Sequence[dict[str, An
         )
     for slot in slots:
         for key, value in saved["state"][slot.tag.name].items():
-            if isinstance(value, torch.Tensor):
-                slot.state[key].copy_(value)
-            else:
-                slot.state[key] = value
+            own = slot.state[key]
+            slot.state[key] = value.to(own.device, copy=True) if isinstance(value, torch.Tensor) else value
     for group, stored in zip(groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in stored.items() if key != "params"})
-    skipped: int = saved["skipped_updates"]
-    return skipped
+    return dict(saved["counts"])
 
 
 def _layout(slot: Slot) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _layout(slot: Slot) -> dict[str, Any]:
         "start": slot.fragment.start,
         "end": slot.fragment.end,
         "world": slot.world,
-        "side": slot.shard.side if slot.shard else "none",
+        "side": slot.matrix.shard.side if slot.matrix else "none",
     }
 
 
@@ -106,9 +106,22 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
     tensors = saved["state"][name]
     if set(tensors) != set(slot.state):
         raise CheckpointError(f"{name}: the checkpoint holds {sorted(tensors)}, this run needs {sorted(slot.state)}")
-    for key, value in slot.state.items():
-        if isinstance(value, torch.Tensor) and (tensors[key].shape, tensors[key].dtype) != (value.shape, value.dtype):
+    expected = {key: value for key, value in slot.state.items() if isinstance(value, torch.Tensor)}
+    shapes: Mapping[str, tuple[Any, torch.dtype]] = {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}
+    if slot.matrix is not None and "rank" in slot.state:
+        shapes = _shapes_at(slot.matrix, tensors["rank"], name)
+    for key, (shape, dtype) in shapes.items():
+        found = tensors[key]
+        if (tuple(found.shape), found.dtype) != (shape, dtype):
             raise CheckpointError(
-                f"{name}: {key} is {tuple(tensors[key].shape)} {tensors[key].dtype} in the checkpoint and "
-                f"{tuple(value.shape)} {value.dtype} in this run: use the rank and state_dtype that saved it"
+                f"{name}: {key} is {tuple(found.shape)} {found.dtype} in the checkpoint and {shape} {dtype} in this "
+                "run: use the rank, state_dtype and other optimizer.params that saved it"
             )
+
+
+def _shapes_at(matrix: Matrix, rank: int, name: str) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """The tensors of a matrix whose rank changes, at the rank that was saved."""
+    if rank > matrix.rank:
+        raise CheckpointError(f"{name}: the checkpoint has rank {rank}, this run allows {matrix.rank}: raise rank_max")
+    rows = matrix.layout(rank)
+    return {key: (value.shape, value.dtype) for key, value in rows.items() if isinstance(value, Rows)}

@@ -69,15 +69,19 @@ def fused_adamw(
     )
 
 
-def rotate(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Carry both moments from one basis into another, in place.
-
-    The first moment is linear, ``M <- M rotation``. The second is taken as the variance of independent coordinates,
-    ``V <- V (rotation * rotation)``: the linear rule would make it negative.
+def rotate_first(moment: torch.Tensor, rotation: torch.Tensor) -> None:
+    """Carry a first moment from one basis into another, in place: it is linear, ``M <- M rotation``.
 
     Args:
-        exp_avg, exp_avg_sq: p x r.
+        moment: p x r, any float dtype.
         rotation: r x r, old basis transposed times new basis, fp32.
     """
-    exp_avg.copy_(exp_avg.float() @ rotation)
-    exp_avg_sq.copy_(exp_avg_sq.float() @ rotation.square())
+    moment.copy_(moment.float() @ rotation)
+
+
+def rotate_second(moment: torch.Tensor, rotation: torch.Tensor) -> None:
+    """Carry a second moment: the variance of independent coordinates, ``V <- V (rotation * rotation)``, in place.
+
+    The linear rule of the first moment would make it negative.
+    """
+    moment.copy_(moment.float() @ rotation.square())

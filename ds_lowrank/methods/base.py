@@ -10,13 +10,16 @@ whether every gradient was finite; ``update`` then changes the state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ds_lowrank.sharding.matrix import Factors, MatrixShard, Side
+from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.matrix import MatrixShard, Side, Update
 from ds_lowrank.sharding.reduce import Program
 
 State = dict[str, Any]
@@ -34,6 +37,8 @@ class Options(BaseModel):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     lr_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the group's ``lr``; survives a scheduler that writes one ``lr`` into every group."""
+    proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
+    """``std`` compresses the smaller dimension (columns where both are equal), ``reverse_std`` the other."""
     target_modules: tuple[str, ...] | None = None
     """Globs on parameter names. None: every matrix but embeddings and the output head."""
     exclude_modules: tuple[str, ...] = ()
@@ -48,26 +53,68 @@ class Options(BaseModel):
     def moment_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.state_dtype == "bf16" else torch.float32
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of this step."""
+        return self.lr * self.lr_scale
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A state tensor: ``columns`` numbers for every row along ``axis``, dealt over the ranks by rows."""
+
+    axis: Axis
+    columns: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """On this rank."""
+        return self.axis.owned_rows, self.columns
+
+    @property
+    def numel(self) -> int:
+        """Over all ranks."""
+        return self.axis.size * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Over all ranks."""
+        return self.numel * self.dtype.itemsize
+
+
+Layout = Mapping[str, Rows | int]
+"""The state of one matrix: tensors, and ints with their first values."""
+
 
 @dataclass
-class Projection:
+class Seen:
     """What ``project`` found.
 
     Attributes:
-        own: owned compressed rows x rank: this rank's rows of the basis.
-        basis: held compressed rows x rank, fp32: the rows of the basis that this rank computes with.
-        projected: owned kept rows x rank, fp32: this rank's rows of ``R = H Q``.
-        is_zero: whether the whole ``R`` is zero; filled in by the optimizer before ``update``.
+        projected: this rank's share of the projected gradient, fp32. Over all ranks it is finite and not zero where
+            the gradient is.
+        refreshed: whether a new basis (or projection) belongs to this step.
+        size: about its largest magnitude, the same number on all ranks; zero exactly where all of it is. The optimizer
+            fills it in before ``update``.
     """
 
-    own: torch.Tensor
-    basis: torch.Tensor
     projected: torch.Tensor
-    is_zero: bool = False
+    refreshed: bool
+    size: float = 1.0
+
+    @property
+    def is_zero(self) -> bool:
+        return self.size == 0
+
+    @property
+    def unit(self) -> float:
+        """What to divide by before squaring, so that no square leaves the range of fp32."""
+        return self.size or 1.0
 
 
-class Method(Protocol):
-    """One low-rank method."""
+class Method(ABC):
+    """One low-rank method. Every class in ``ds_lowrank/methods`` that has a ``name`` is known under it."""
 
     name: ClassVar[str]
     Options: ClassVar[type[Options]]
@@ -75,26 +122,53 @@ class Method(Protocol):
     @staticmethod
     def side(shape: tuple[int, int], options: Any) -> Side:
         """Which dimension of a matrix is compressed."""
+        tall = shape[0] >= shape[1]
+        match options.proj_type:
+            case "std":
+                return "right" if tall else "left"
+            case "reverse_std":
+                return "left" if tall else "right"
+            case "left":
+                return "left"
+        return "right"
 
     @staticmethod
+    @abstractmethod
     def rank(shape: tuple[int, int], options: Any) -> int:
-        """The rank that a matrix of this shape gets."""
+        """The rank that a matrix of this shape starts with. State may hold another one, under ``rank``."""
+
+    @classmethod
+    def rank_text(cls, shape: tuple[int, int], options: Any) -> str:
+        """The rank as the role table shows it."""
+        rank = cls.rank(shape, options)
+        return f"{rank} (clipped from {options.rank})" if rank < options.rank else str(rank)
 
     @staticmethod
-    def init_state(shard: MatrixShard, options: Any, device: torch.device) -> State:
-        """The state of one matrix on this rank, complete from the start, except ``step``."""
+    def misfit(shape: tuple[int, int], options: Any) -> str | None:
+        """Why a matrix of this shape cannot be stepped with these options, and what would work; None where it can."""
+        return None
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: Any, step: int) -> Program[Projection]:
-        """Find the basis of this step and project the gradient. Nothing is changed.
+    @abstractmethod
+    def state(shard: MatrixShard, options: Any, rank: int) -> Layout:
+        """What is kept for one matrix at that rank, except ``step``. Tensors start at zero."""
+
+    @staticmethod
+    @abstractmethod
+    def project(shard: MatrixShard, state: State, options: Any, step: int) -> Program[Any]:
+        """Look at the gradient: find the basis of this step and project. Nothing is changed.
 
         Args:
             shard: holds this step's gradient, which need not be finite.
             state: as the last step left it.
             options: the matrix's group, as it is now.
             step: 0 for the first step.
+
+        Returns:
+            A :class:`Seen`.
         """
 
     @staticmethod
-    def update(shard: MatrixShard, state: State, options: Any, step: int, seen: Projection) -> Program[Factors]:
+    @abstractmethod
+    def update(shard: MatrixShard, state: State, options: Any, step: int, seen: Any) -> Program[Update]:
         """Update the state, in place, and return the direction. ``seen`` is finite, and not zero at ``step`` 0."""

@@ -13,66 +13,19 @@ so a method is written once for both sides. A rank computes with the rows of ``Q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
 
-from ds_lowrank.sharding.layout import Part, Range, Spans, deal, length
-from ds_lowrank.sharding.reduce import Program, Request, Route
+from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.layout import Part, Range, Rectangle, whole
+from ds_lowrank.sharding.reduce import Program, Request, Route, everyone
 
 Side = Literal["left", "right"]
-
-
-class Axis:
-    """The rows of a tall tensor (a basis, a projection) along one dimension of a matrix, and how they travel.
-
-    Args:
-        size: the length of the dimension.
-        held: for each rank the range its elements touch.
-        weights: for each rank how many elements it holds.
-        factor_rank: the rank that factors this matrix.
-        rank: this rank.
-    """
-
-    def __init__(self, size: int, held: Sequence[Range], weights: Sequence[int], factor_rank: int, rank: int) -> None:
-        self.size, self.rank = size, rank
-        self.held = held[rank]
-        touched: tuple[Spans, ...] = tuple((span,) if span[0] < span[1] else () for span in held)
-        owned = deal(held, weights)
-        at_factor: tuple[Spans, ...] = tuple(((0, size),) if i == factor_rank else () for i in range(len(held)))
-        self.owned = owned[rank]
-        self._reduce = Route(touched, owned)
-        self._gather = Route(owned, touched)
-        self._collect = Route(owned, at_factor)
-        self._sum = Route(touched, at_factor)
-        self._hand_out = Route(at_factor, owned)
-
-    @property
-    def owned_rows(self) -> int:
-        return length(self.owned)
-
-    def reduce(self, held: torch.Tensor) -> Request:
-        """Sum what every rank computed for the rows it holds; the answer is the rows this rank owns."""
-        return Request(self._reduce, held)
-
-    def gather(self, owned: torch.Tensor) -> Request:
-        """The rows this rank holds, each from its owner."""
-        return Request(self._gather, owned)
-
-    def collect(self, owned: torch.Tensor) -> Request:
-        """All rows on the factoring rank, none elsewhere."""
-        return Request(self._collect, owned)
-
-    def sum_at_factor(self, held: torch.Tensor) -> Request:
-        """All rows on the factoring rank, summed over the ranks that hold parts of them; none elsewhere."""
-        return Request(self._sum, held)
-
-    def hand_out(self, everything: torch.Tensor) -> Request:
-        """The rows this rank owns, from the factoring rank (the others pass a tensor of no rows)."""
-        return Request(self._hand_out, everything)
 
 
 @dataclass(frozen=True)
@@ -82,6 +35,23 @@ class Factors:
     kept: torch.Tensor
     compressed: torch.Tensor
     scale: float
+
+
+@dataclass(frozen=True)
+class Dense:
+    """An update that is not a product of two factors.
+
+    Attributes:
+        make: computes it for the elements this rank holds, flat, fp32. Called once, when it is written, so that one
+            matrix at a time is dense.
+        scale: multiplies it.
+    """
+
+    make: Callable[[], torch.Tensor]
+    scale: float
+
+
+Update = Factors | Dense
 
 
 class MatrixShard:
@@ -102,20 +72,28 @@ class MatrixShard:
         self.name, self.shape, self.side, self.rank = name, shape, side, rank
         self.factor_rank, self.parts = factor_rank, tuple(parts)
         self.part = parts[rank]
-        self.gradient: list[torch.Tensor] = []
-        self.device = torch.device("cpu")
+        self.flat = torch.empty(0)
         self._weights = [part.numel for part in parts]
-        self._totals: dict[int, Axis] = {}
+        self._axes: dict[Hashable, Axis] = {}
+        self._everyone: dict[int, Route] = {}
+        self._views: dict[tuple[int, int], MatrixShard] = {}
+
+    def _axis(self, size: int, held: Sequence[Range]) -> Axis:
+        return Axis(size, held, self._weights, self.factor_rank, self.rank)
 
     @cached_property
     def rows(self) -> Axis:
-        held = [part.rows for part in self.parts]
-        return Axis(self.shape[0], held, self._weights, self.factor_rank, self.rank)
+        return self._axis(self.shape[0], [part.rows for part in self.parts])
 
     @cached_property
     def columns(self) -> Axis:
-        held = [part.cols for part in self.parts]
-        return Axis(self.shape[1], held, self._weights, self.factor_rank, self.rank)
+        return self._axis(self.shape[1], [part.cols for part in self.parts])
+
+    @cached_property
+    def elements(self) -> Axis:
+        """The elements themselves, one row each: every rank owns those it holds."""
+        ends = list(accumulate(self._weights))
+        return self._axis(ends[-1], [(end - weight, end) for end, weight in zip(ends, self._weights, strict=True)])
 
     @property
     def kept(self) -> Axis:
@@ -127,23 +105,76 @@ class MatrixShard:
         """The dimension that the basis compresses."""
         return self.columns if self.side == "right" else self.rows
 
+    def grouped(self, every: int) -> Axis:
+        """The kept dimension, ``every`` rows of it taken as one."""
+        if every == 1:
+            return self.kept
+        if ("grouped", every) not in self._axes:
+            ranges = [part.rows if self.side == "right" else part.cols for part in self.parts]
+            held = [(lo // every, -(-hi // every)) for lo, hi in ranges]
+            self._axes["grouped", every] = self._axis(self.kept.size // every, held)
+        return self._axes["grouped", every]
+
+    def small(self, rows: int) -> Axis:
+        """The rows of a small tensor that every rank with a part of the matrix has whole."""
+        if rows not in self._axes:
+            self._axes[rows] = self._axis(rows, [(0, rows) if weight else (0, 0) for weight in self._weights])
+        return self._axes[rows]
+
     def total(self, value: torch.Tensor) -> Program[torch.Tensor]:
         """Sum a small tensor over the ranks that hold the matrix; each of them gets the sum, the others zeros."""
-        if value.shape[0] not in self._totals:
-            held = [(0, value.shape[0]) if weight else (0, 0) for weight in self._weights]
-            self._totals[value.shape[0]] = Axis(value.shape[0], held, self._weights, self.factor_rank, self.rank)
-        axis = self._totals[value.shape[0]]
-        own = yield axis.reduce(value if self.part.numel else value[:0])
-        total = yield axis.gather(own)
-        return total if self.part.numel else torch.zeros_like(value)
+        axis = self.small(value.shape[0])
+        own = yield axis.reduce(self.having(value))
+        return self.padded((yield axis.gather(own)), value.shape[0])
+
+    def having(self, value: torch.Tensor) -> torch.Tensor:
+        """A small tensor as this rank contributes it: no rows where the rank has no part of the matrix."""
+        return value if self.part.numel else value[:0]
+
+    def padded(self, value: torch.Tensor, rows: int) -> torch.Tensor:
+        """A small tensor to compute with: zeros where the rank has no part of the matrix and was sent none."""
+        return value if self.part.numel else value.new_zeros(rows, value.shape[1])
+
+    def agree(self, value: torch.Tensor) -> Request:
+        """Sum a few numbers, one a row, over all ranks: every rank gets the same bits, so that all decide alike."""
+        rows = value.shape[0]
+        if rows not in self._everyone:
+            self._everyone[rows] = everyone(len(self.parts), rows)
+        return Request(self._everyone[rows], value)
+
+    def viewed(self, shape: tuple[int, int]) -> MatrixShard:
+        """The same elements in the same storage as a matrix of another shape.
+
+        Raises:
+            ValueError: tensor parallelism splits the matrix, so that the storage of a rank is not an interval of it.
+        """
+        if any(part.block.numel != self.shape[0] * self.shape[1] for part in self.parts):
+            raise ValueError(f"{self.name}: a matrix that tensor parallelism splits has no view of another shape")
+        if shape not in self._views:
+            parts = [whole(shape, part.start, part.end) for part in self.parts]
+            self._views[shape] = MatrixShard(self.name, shape, parts, self.rank, self.side, self.factor_rank)
+        view = self._views[shape]
+        view.attach(self.flat)
+        return view
 
     def attach(self, flat: torch.Tensor) -> None:
         """Take this step's gradient: the elements of this rank's part, ``part.numel`` of them."""
-        self.gradient, self.device = self.views(flat), flat.device
+        self.flat = flat
 
     def detach(self) -> None:
         """Let go of the gradient."""
-        self.gradient = []
+        self.flat = self.flat.new_empty(0)
+        for view in self._views.values():
+            view.detach()
+
+    @property
+    def device(self) -> torch.device:
+        return self.flat.device
+
+    @property
+    def gradient(self) -> list[torch.Tensor]:
+        """This step's gradient, one view a rectangle of this rank's part."""
+        return self.views(self.flat)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The rectangles of this rank's part as views of its elements ``flat``."""
@@ -166,53 +197,106 @@ class MatrixShard:
 
     def _product(self, factor: torch.Tensor, from_columns: bool) -> torch.Tensor:
         """``G @ factor`` (from columns to rows) or ``G^T @ factor``, over this rank's rectangles."""
-        (row0, row1), (col0, col1) = self.part.rows, self.part.cols
-        size = row1 - row0 if from_columns else col1 - col0
-        if len(self.gradient) == 1:
-            only = self.gradient[0].float()
+        gradient = self.gradient
+        if len(gradient) == 1:
+            only = gradient[0].float()
             return (only if from_columns else only.T) @ factor
-        result = factor.new_zeros(size, factor.shape[1])
-        for rectangle, piece in zip(self.part.rectangles, self.gradient, strict=True):
-            rows = slice(rectangle.row - row0, rectangle.row - row0 + rectangle.height)
-            cols = slice(rectangle.col - col0, rectangle.col - col0 + rectangle.width)
+        (row0, row1), (col0, col1) = self.part.rows, self.part.cols
+        result = factor.new_zeros(row1 - row0 if from_columns else col1 - col0, factor.shape[1])
+        for rectangle, piece in zip(self.part.rectangles, gradient, strict=True):
+            rows, cols = self.held_rows(rectangle), self.held_columns(rectangle)
             if from_columns:
                 result[rows].addmm_(piece.float(), factor[cols])
             else:
                 result[cols].addmm_(piece.float().T, factor[rows])
         return result
 
+    def held_rows(self, rectangle: Rectangle) -> slice:
+        """Where a rectangle's rows stand among the rows that this rank holds."""
+        first = rectangle.row - self.part.rows[0]
+        return slice(first, first + rectangle.height)
+
+    def held_columns(self, rectangle: Rectangle) -> slice:
+        """Where a rectangle's columns stand among the columns that this rank holds."""
+        first = rectangle.col - self.part.cols[0]
+        return slice(first, first + rectangle.width)
+
+    def kept_of(self, rectangle: Rectangle, held: torch.Tensor) -> torch.Tensor:
+        """The rows of a held kept x 1 tensor that belong to a rectangle, shaped to multiply it."""
+        if self.side == "right":
+            return held[self.held_rows(rectangle)]
+        return held[self.held_columns(rectangle)].T
+
+    def kept_squares(self, unit: float = 1.0) -> torch.Tensor:
+        """This rank's part of the squared norms of the rows of ``H / unit``: held kept rows x 1, fp32."""
+        return self.row_squares(self.flat, unit) if self.side == "right" else self.column_squares(self.flat, unit)
+
+    def row_squares(self, flat: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+        """This rank's part of the squared norms of the rows of a matrix, over ``unit`` squared: held rows x 1, fp32.
+
+        Args:
+            flat: this rank's elements of the matrix.
+            unit: about the size of an element, so that no square leaves the range of fp32.
+        """
+        sums = torch.zeros(self.part.rows[1] - self.part.rows[0], 1, device=flat.device)
+        for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
+            sums[self.held_rows(rectangle)] += _squared_norms(piece, 1, unit).unsqueeze(1)
+        return sums
+
+    def column_squares(self, flat: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+        """The same for the columns: held columns x 1."""
+        sums = torch.zeros(self.part.cols[1] - self.part.cols[0], 1, device=flat.device)
+        for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
+            sums[self.held_columns(rectangle)] += _squared_norms(piece, 0, unit).unsqueeze(1)
+        return sums
+
     def block(self) -> torch.Tensor:
         """This rank's elements in the rows it holds of the whole matrix, zeros elsewhere: held rows x n, fp32."""
         row0, row1 = self.part.rows
         block = torch.zeros(row1 - row0, self.shape[1], device=self.device)
         for rectangle, piece in zip(self.part.rectangles, self.gradient, strict=True):
-            rows = slice(rectangle.row - row0, rectangle.row - row0 + rectangle.height)
-            block[rows, rectangle.col : rectangle.col + rectangle.width] = piece
+            block[self.held_rows(rectangle), rectangle.col : rectangle.col + rectangle.width] = piece
         return block
 
-    def write(self, flat: torch.Tensor, update: Factors, lr: float, decay: float) -> None:
-        """``W <- (1 - decay) W - lr * update`` on the elements this rank holds, in one pass.
+    def lifted(self, factors: Factors) -> torch.Tensor:
+        """``kept @ compressed^T`` without its scale, on the elements this rank holds: flat, fp32."""
+        flat = torch.empty(self.part.numel, device=factors.kept.device)
+        for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
+            by_row, by_column = self._factors_of(rectangle, factors)
+            torch.mm(by_row, by_column.T, out=piece)
+        return flat
+
+    def _factors_of(self, rectangle: Rectangle, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+        by_row, by_column = factors.kept, factors.compressed
+        if self.side == "left":
+            by_row, by_column = by_column, by_row
+        return by_row[self.held_rows(rectangle)], by_column[self.held_columns(rectangle)]
+
+    def write(self, flat: torch.Tensor, update: Update, lr: float, decay: float) -> None:
+        """``W <- (1 - decay) W - lr * update`` on the elements this rank holds.
 
         Args:
             flat: the weights of this rank's part.
-            update: the direction to descend along, as two factors.
+            update: the direction to descend along.
             lr: learning rate.
             decay: the decoupled weight decay of this step, ``lr * weight_decay``.
         """
-        row0, col0 = self.part.rows[0], self.part.cols[0]
-        by_row, by_col = update.kept, update.compressed
-        if self.side == "left":
-            by_row, by_col = by_col, by_row
+        if not self.part.numel:
+            return
+        if isinstance(update, Dense):
+            exact = flat.float()
+            exact.mul_(1 - decay).sub_(update.make(), alpha=lr * update.scale)
+            if exact is not flat:
+                flat.copy_(exact)
+            return
         for rectangle, weight in zip(self.part.rectangles, self.views(flat), strict=True):
-            a = by_row[rectangle.row - row0 : rectangle.row - row0 + rectangle.height]
-            b = by_col[rectangle.col - col0 : rectangle.col - col0 + rectangle.width]
-            exact = weight if weight.dtype == torch.float32 else weight.float()
-            torch.addmm(exact, a, b.T, beta=1 - decay, alpha=-lr * update.scale, out=exact)
+            by_row, by_column = self._factors_of(rectangle, update)
+            exact = weight.float()
+            torch.addmm(exact, by_row, by_column.T, beta=1 - decay, alpha=-lr * update.scale, out=exact)
             if exact is not weight:
                 weight.copy_(exact)
 
 
-def everyone(ranks: int, rows: int) -> Route:
-    """Every rank has all rows and wants their sum. For small tensors: each rank sends all of it to every other."""
-    spans: tuple[Spans, ...] = (((0, rows),),) * ranks
-    return Route(spans, spans)
+def _squared_norms(piece: torch.Tensor, dim: int, unit: float) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(piece, dim=dim, dtype=torch.float64) / unit
+    return norms.square().float()

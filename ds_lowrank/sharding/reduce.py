@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ import torch.distributed as dist
 from ds_lowrank.sharding.layout import Spans, length
 
 T = TypeVar("T")
-Program = Generator["Request", torch.Tensor, T]
-"""One matrix: yields a request, is sent the answer."""
+Program = Generator["Request | tuple[Request, ...]", Any, T]
+"""One matrix: yields a request and is sent the answer, or several at once and is sent a tuple of answers."""
 Rounds = Generator[list["Request"], list[torch.Tensor], T]
 """Many matrices in lockstep: yields the requests of a round, is sent their answers."""
 
@@ -96,23 +96,45 @@ class Request:
     value: torch.Tensor
 
 
+def everyone(ranks: int, rows: int) -> Route:
+    """Every rank has all rows and wants their sum. For small tensors: each rank sends all of it to every other."""
+    spans: tuple[Spans, ...] = (((0, rows),),) * ranks
+    return Route(spans, spans)
+
+
 def lockstep(programs: Iterable[Program[T]]) -> Rounds[list[T]]:
     """Run many programs side by side: all that they ask for in one round is asked for together."""
     running = dict(enumerate(programs))
     results: dict[int, T] = {}
-    answers: dict[int, torch.Tensor] = {}
+    answers: dict[int, Any] = dict.fromkeys(running)
     while True:
-        asked: dict[int, Request] = {}
+        asked: dict[int, Request | tuple[Request, ...]] = {}
         for index, program in list(running.items()):
             try:
-                asked[index] = program.send(answers[index]) if answers else next(program)
+                asked[index] = program.send(answers[index])
             except StopIteration as stop:
                 results[index] = stop.value
                 del running[index]
         if not running:
             return [results[index] for index in sorted(results)]
-        received = yield list(asked.values())
-        answers = dict(zip(asked, received, strict=True))
+        flat = [request for one in asked.values() for request in (one if isinstance(one, tuple) else (one,))]
+        received = iter((yield flat))
+        answers = {
+            index: tuple(next(received) for _ in one) if isinstance(one, tuple) else next(received)
+            for index, one in asked.items()
+        }
+
+
+def abreast(*programs: Program[Any]) -> Program[tuple[Any, ...]]:
+    """Run programs of one matrix side by side, in the rounds of the longest."""
+    rounds = lockstep(programs)
+    answers: list[torch.Tensor] | None = None
+    while True:
+        try:
+            requests = next(rounds) if answers is None else rounds.send(answers)
+        except StopIteration as stop:
+            return tuple(stop.value)
+        answers = list((yield tuple(requests)))
 
 
 class Executor(ABC):

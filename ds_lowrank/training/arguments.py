@@ -46,7 +46,9 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--global-batch-size", type=_positive, help="over train_batch_size of the JSON, in sequences")
     group.add_argument("--micro-batch-size", type=_positive, help="over train_micro_batch_size_per_gpu of the JSON")
     group.add_argument("--lr", type=float, help="over optimizer.params.lr of the JSON")
-    group.add_argument("--matrix-lr-scale", type=float, help="dense optimizers: factor on the layers' matrices' lr")
+    group.add_argument(
+        "--matrix-lr-scale", type=float, help="dense optimizers and VLoRP: factor on the layers' matrices' lr"
+    )
     group.add_argument(
         "--warmup", type=float, default=0.1, help="fraction of the steps, or their number; unused with a JSON scheduler"
     )

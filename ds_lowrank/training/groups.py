@@ -1,23 +1,22 @@
-"""Parameter groups that give a dense baseline the same freedom as a low-rank method."""
+"""Parameter groups that give the matrices a rate of their own where the optimizer has no option for it."""
 
 from typing import Any
 
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from ds_lowrank.config import METHODS
+from ds_lowrank.methods import METHODS
 
 
 def matrix_groups(model: LlamaForCausalLM, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
     """Two groups: embeddings, head and norms at lr, and the matrices inside the layers at lr * scale.
 
     A low-rank method has `scale` of its own for exactly these matrices, so a fair dense baseline needs it too. Raises
-    ValueError for an optimizer that is not a dense one.
+    ValueError for a method that has it (VLoRP has not).
     """
-    if optimizer["type"] in METHODS:
-        raise ValueError(
-            f"--matrix-lr-scale is for dense optimizers; with {optimizer['type']} set optimizer.params.scale"
-        )
+    method = METHODS.get(optimizer["type"])
+    if method is not None and "scale" in method.Options.model_fields:
+        raise ValueError(f"--matrix-lr-scale is not for {method.name}: set optimizer.params.scale")
     lr = optimizer["params"]["lr"]
     apart = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
 

@@ -94,7 +94,7 @@ def _finite(value: Any) -> Any:
 
 
 def console_line(record: dict[str, Any], steps: int) -> str:
-    """One line a log step: step, loss, gradient norm, learning rate, tokens/s, memory."""
+    """One line a log step: step, loss, gradient norm, learning rate, tokens/s, memory, the rank where it changes."""
     norm = record["grad_norm"]
     parts = [
         f"step {record['step']}/{steps}",
@@ -104,6 +104,8 @@ def console_line(record: dict[str, Any], steps: int) -> str:
         f"{record['tokens_per_second']:,.0f} tokens/s",
         f"{record['memory_gib']:.2f} GiB",
     ]
+    if "matrices" in record:
+        parts.append(f"mean rank {record['lowrank/mean_rank']:.1f}")
     if record["skipped_steps"]:
         parts.append(f"{record['skipped_steps']} skipped")
     if "eval_loss" in record:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from ds_lowrank.checkpoint.manifest import Identity, check_manifest
 from ds_lowrank.checkpoint.store import find_checkpoint, step_of
-from ds_lowrank.config import METHODS
+from ds_lowrank.methods import METHODS
 from ds_lowrank.models.llama import load_config
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes

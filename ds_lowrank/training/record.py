@@ -5,6 +5,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.store import Progress
+from ds_lowrank.optimizer import LowRankOptimizer
 from ds_lowrank.training.loop import StepResult, mean_over_ranks, peak_memory_gib
 
 
@@ -17,7 +18,9 @@ def describe(
     this step on this rank. Memory: the peak of the rank that holds most. Collective.
     """
     optimizer = engine.basic_optimizer
-    counters: dict[str, float] = optimizer.metrics() if hasattr(optimizer, "metrics") else {}
+    low_rank = isinstance(optimizer, LowRankOptimizer)
+    counters: dict[str, float] = optimizer.metrics() if low_rank else {}
+    matrices: dict[str, dict[str, int]] = optimizer.matrices() if low_rank else {}
     return {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -33,4 +36,5 @@ def describe(
         # In fp32 at ZeRO 0 DeepSpeed looks for no overflow, and the optimizer's own count is the only one.
         "skipped_steps": engine.skipped_steps + counters.get("lowrank/skipped_updates", 0),
         **counters,
+        **({"matrices": matrices} if matrices else {}),
     }

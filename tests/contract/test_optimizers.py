@@ -9,10 +9,21 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.config import METHODS
+from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizers import OPTIMIZERS
 
+SMALL = {
+    "GaLore": {"rank": 3, "update_proj_gap": 3},
+    "OnlineSubspaceDescent": {"rank": 3, "basis_lr_ratio": 1.0},
+    "VLoRP": {"rank": 3, "granularity": 1, "update_proj_gap": 3},
+    "AdaRankGrad": {"rank_max": 3, "update_proj_gap": 3, "residual_tol": 0.3},
+    "Apollo": {"rank": 3, "update_proj_gap": 3},
+}
+"""Options for small matrices, with refreshes at steps 0, 3, 6, ... where a method has them."""
+
 EVERY = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+WITH_A_BASIS = pytest.mark.parametrize("name", ["AdaRankGrad", "GaLore", "OnlineSubspaceDescent"])
+ADAPTIVE = {"AdaRankGrad"}
 
 
 def small_model(seed=0):
@@ -27,7 +38,16 @@ def gradients(model, step):
 
 
 def build(name, model, **options):
-    return OPTIMIZERS[name](model.named_parameters(), **{"lr": 1e-2, "rank": 3, "update_proj_gap": 3, **options})
+    return OPTIMIZERS[name](model.named_parameters(), **{"lr": 1e-2, **SMALL[name], **options})
+
+
+def single(name, weight, **options):
+    """The optimizer of one matrix."""
+    return OPTIMIZERS[name]([("w", weight)], **{"lr": 0.1, **SMALL[name], **options})
+
+
+def with_rank(name, rank):
+    return {"rank_max" if name in ADAPTIVE else "rank": rank}
 
 
 def run(optimizer, model, steps):
@@ -45,7 +65,7 @@ def test_every_method_has_an_optimizer():
 def test_it_descends_on_a_quadratic(name):
     torch.manual_seed(0)
     target, weight = torch.randn(16, 10), torch.nn.Parameter(torch.zeros(16, 10))
-    optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.02, rank=4, update_proj_gap=5, scale=1.0)
+    optimizer = single(name, weight, **with_rank(name, 4), **({} if name == "VLoRP" else {"scale": 1.0}))
     start = (weight - target).square().sum().item()
     for step in range(1000):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 1000)
@@ -55,19 +75,32 @@ def test_it_descends_on_a_quadratic(name):
     assert (weight - target).square().sum().item() < 0.01 * start
 
 
+def shapes(optimizer):
+    state = optimizer.state_dict()["state"]
+    return {n: {k: tuple(v.shape) for k, v in s.items() if torch.is_tensor(v)} for n, s in state.items()}
+
+
 @EVERY
 def test_state_is_complete_at_the_start_and_keeps_its_shapes(name):
     model = small_model()
     optimizer = build(name, model)
-    before = {
-        n: {k: v.shape for k, v in s.items() if torch.is_tensor(v)} for n, s in optimizer.state_dict()["state"].items()
-    }
+    before, keys = shapes(optimizer), {n: set(s) for n, s in optimizer.state_dict()["state"].items()}
     run(optimizer, model, range(5))
-    after = {
-        n: {k: v.shape for k, v in s.items() if torch.is_tensor(v)} for n, s in optimizer.state_dict()["state"].items()
-    }
-    assert before == after
+    assert {n: set(s) for n, s in optimizer.state_dict()["state"].items()} == keys
     assert set(before) == {n for n, _ in model.named_parameters()}
+    if name not in ADAPTIVE:
+        assert shapes(optimizer) == before
+
+
+@EVERY
+def test_state_bytes_are_what_is_stored(name):
+    """`metrics` and `matrices` compute them; here the tensors are counted."""
+    model = small_model()
+    optimizer = build(name, model, state_dtype="bf16")
+    for _ in range(3):
+        stored = [v for slot in optimizer.slots if slot.matrix for v in slot.state.values() if torch.is_tensor(v)]
+        assert optimizer.metrics()["lowrank/state_bytes"] == sum(v.numel() * v.element_size() for v in stored)
+        run(optimizer, model, range(2))
 
 
 @EVERY
@@ -131,14 +164,16 @@ def test_a_zero_gradient_before_the_first_is_not_a_step(name):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-@EVERY
+@WITH_A_BASIS
 def test_a_zero_gradient_at_a_refresh_keeps_the_old_basis(name):
     model = small_model()
     optimizer = build(name, model)
     run(optimizer, model, range(3))
     twin = copy.deepcopy(model)
-    undue = build(name, twin, update_proj_gap=100)
+    undue = build(name, twin, **({} if name == "OnlineSubspaceDescent" else {"update_proj_gap": 100}))
     undue.load_state_dict({**optimizer.state_dict(), "param_groups": undue.state_dict()["param_groups"]})
+    for slot in undue.slots:
+        slot.state |= {"used_up": 0} if "used_up" in slot.state else {}
     basis = optimizer.state_dict()["state"]["0.weight"]["basis"].clone()
     for one, parameters in ((optimizer, model.parameters()), (undue, twin.parameters())):
         for parameter in parameters:
@@ -159,21 +194,19 @@ def test_a_nan_gradient_changes_nothing_and_is_counted(name):
     model[2].bias.grad[1] = float("inf")
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert optimizer.metrics() == {
-        "lowrank/projected_matrices": 0,
-        "lowrank/adamw_parameters": 0,
-        "lowrank/skipped_updates": 1,
-    }
+    metrics = optimizer.metrics()
+    assert (metrics["lowrank/projected_matrices"], metrics["lowrank/adamw_parameters"]) == (0, 0)
+    assert (metrics["lowrank/skipped_updates"], metrics["lowrank/refreshes"]) == (1, 2)
     assert [slot.state["step"] for slot in optimizer.slots] == [2] * 4
 
 
-@EVERY
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"VLoRP"}))
 def test_a_rank_deficient_gradient_gives_a_finite_update_in_its_own_subspace(name):
-    """Rank 1 gradient, rank 4 asked: the directions that carry nothing are left out instead of filled with noise."""
+    """Rank 1 gradient, rank 3 asked: the directions that carry nothing are left out instead of filled with noise."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(12, 9))
     row = torch.randn(9)
-    optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.1, rank=4)
+    optimizer = single(name, weight)
     before = weight.detach().clone()
     weight.grad = torch.outer(torch.randn(12), row)
     optimizer.step()
@@ -187,13 +220,20 @@ def test_a_rank_deficient_gradient_gives_a_finite_update_in_its_own_subspace(nam
 def test_groups_override_options_and_unknown_group_keys_are_refused(name):
     model = small_model()
     first, rest = list(model.named_parameters())[:1], list(model.named_parameters())[1:]
-    optimizer = OPTIMIZERS[name]([{"params": first, "rank": 2, "lr": 0.5}, {"params": rest, "name": "rest"}], rank=3)
-    state = optimizer.state_dict()["state"]
-    assert state["0.weight"]["basis"].shape[1] == 2
-    assert state["2.weight"]["basis"].shape[1] == 3
+    groups = [{"params": first, "lr": 0.5, **with_rank(name, 2)}, {"params": rest, "name": "rest"}]
+    optimizer = OPTIMIZERS[name](groups, **SMALL[name])
+    assert {slot.tag.name: slot.rank for slot in optimizer.slots if slot.matrix} == {"0.weight": 2, "2.weight": 3}
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-3]
     with pytest.raises(ds_lowrank.ConfigError, match="did you mean 'weight_decay'"):
-        OPTIMIZERS[name]([{"params": rest, "weight_deccay": 0.1}])
+        OPTIMIZERS[name]([{"params": rest, "weight_deccay": 0.1}], **SMALL[name])
+
+
+def test_a_group_may_switch_to_mini_and_gets_its_defaults():
+    model = small_model()
+    first, rest = list(model.named_parameters())[:1], list(model.named_parameters())[1:]
+    optimizer = OPTIMIZERS["Apollo"]([{"params": first, "mini": True}, {"params": rest}], lr=0.1)
+    assert [(group["rank"], group["scale"]) for group in optimizer.param_groups] == [(1, 128**0.5), (128, 1.0)]
+    assert [slot.rank for slot in optimizer.slots if slot.matrix] == [1, 7]
 
 
 @EVERY
@@ -202,7 +242,7 @@ def test_nameless_parameters_are_refused_and_tags_are_enough(name):
     with pytest.raises(ds_lowrank.ConfigError, match="named_parameters"):
         OPTIMIZERS[name](model.parameters())
     ds_lowrank.tag_parameters(model)
-    assert len(OPTIMIZERS[name](model.parameters()).slots) == 4
+    assert len(OPTIMIZERS[name](model.parameters(), **SMALL[name]).slots) == 4
 
 
 @EVERY
@@ -264,7 +304,7 @@ def test_very_small_and_very_large_gradients_take_the_same_step(name, scale):
     for factor in (1.0, scale):
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.zeros(12, 9))
-        optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.1, rank=4, eps=1e-30)
+        optimizer = single(name, weight, eps=1e-30)
         weight.grad = torch.randn(12, 9) * factor
         optimizer.step()
         steps.append(weight.detach())
@@ -294,23 +334,24 @@ def test_a_name_or_a_parameter_given_twice_is_refused(name):
 @EVERY
 def test_a_group_may_come_as_a_generator_and_its_values_are_validated_and_kept(name):
     model = small_model()
-    optimizer = OPTIMIZERS[name]([{"params": model[0].named_parameters(prefix="0"), "lr": 1, "betas": [0.8, 0.9]}])
+    group = {"params": model[0].named_parameters(prefix="0"), "lr": 1, "betas": [0.8, 0.9]}
+    optimizer = OPTIMIZERS[name]([group], **SMALL[name])
     optimizer.add_param_group({"params": model[2].named_parameters(prefix="2")})
     assert len(optimizer.slots) == 4
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]) == (1.0, (0.8, 0.9))
     with pytest.raises(ds_lowrank.ConfigError, match=r"'\*typo\*' matches no parameter"):
-        OPTIMIZERS[name]([{"params": model.named_parameters(), "exclude_modules": ["*typo*"]}])
+        OPTIMIZERS[name]([{"params": model.named_parameters(), "exclude_modules": ["*typo*"]}], **SMALL[name])
 
 
 @EVERY
 def test_what_cannot_be_stepped_is_refused_before_anything_changes(name):
     transposed = torch.nn.Parameter(torch.randn(4, 6).T)
     with pytest.raises(ds_lowrank.ConfigError, match="not contiguous"):
-        OPTIMIZERS[name]([("w", transposed)]).finalize()
+        single(name, transposed).finalize()
     with pytest.raises(ds_lowrank.ConfigError, match="float64; the arithmetic is fp32"):
         OPTIMIZERS[name]([("w", torch.nn.Parameter(torch.zeros(4, 6, dtype=torch.float64)))])
     table = torch.nn.Embedding(5, 4, sparse=True)
-    optimizer = OPTIMIZERS[name](table.named_parameters())
+    optimizer = OPTIMIZERS[name](table.named_parameters(), **SMALL[name])
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()

@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 
-from tests.reference.galore import DenseAdamW, DenseGaLore
+from tests.reference import DENSE
+from tests.reference.galore import DenseAdamW
 
 VOCAB, LENGTH, BATCH = 131, 12, 24
-METHOD = {"lr": 1e-2, "rank": 4, "update_proj_gap": 4, "scale": 0.25}
+METHODS = {
+    "GaLore": {"lr": 1e-2, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
+    "OnlineSubspaceDescent": {"lr": 1e-2, "rank": 4, "basis_lr_ratio": 1.0},
+    "VLoRP": {"lr": 1e-2, "rank": 2, "granularity": 5, "update_proj_gap": 4, "eps": 1e-6},
+    "AdaRankGrad": {"lr": 1e-2, "rank_max": 6, "residual_tol": 0.3, "update_proj_gap": 4},
+    "Apollo": {"lr": 1e-2, "rank": 4, "update_proj_gap": 4},
+}
+"""Options for the scenario's matrices of 40 x 40, 99 x 40 and 40 x 99, with refreshes at steps 0, 4, 8."""
 
 
 def make_model(tied: bool = False, hidden: int = 40, intermediate: int = 99) -> torch.nn.Module:
@@ -36,7 +44,13 @@ def tokens(step: int) -> torch.Tensor:
 
 
 def config(
-    stage: int, world: int, dtype: str = "fp32", gas: int = 1, clip: float = 0.0, **changes: Any
+    stage: int,
+    world: int,
+    dtype: str = "fp32",
+    gas: int = 1,
+    clip: float = 0.0,
+    method: str = "GaLore",
+    **changes: Any,
 ) -> dict[str, Any]:
     """A DeepSpeed configuration of the scenario; ``changes`` replace or add top-level sections."""
     settings: dict[str, Any] = {
@@ -45,7 +59,7 @@ def config(
         "gradient_accumulation_steps": gas,
         "gradient_clipping": clip,
         "steps_per_print": 10**9,
-        "optimizer": {"type": "GaLore", "params": dict(METHOD)},
+        "optimizer": {"type": method, "params": dict(METHODS[method])},
         "zero_optimization": {"stage": stage},
     }
     if dtype == "bf16":
@@ -120,8 +134,9 @@ def run_engine(
         "last": full_weights(engine),
         "wrapper": type(engine.optimizer).__name__,
         "metrics": optimizer.metrics(),
+        "matrices": optimizer.matrices(),
         "bytes": state_bytes(optimizer.slots),
-        "straddles": any(s.shard and s.fragment.start % s.shape[1] for s in optimizer.slots),
+        "straddles": any(s.matrix and s.fragment.start % s.shape[1] for s in optimizer.slots),
         "skipped": optimizer.skipped_updates,
     }
 
@@ -139,16 +154,23 @@ def broadcast_dense_init(model: torch.nn.Module, model_options: dict[str, Any]) 
 class Oracle:
     """The same training in one fp32 process, on whole matrices, by the paper-literal references."""
 
-    def __init__(self, clip: float = 0.0, model: torch.nn.Module | None = None, projected=None, **options: Any) -> None:
+    def __init__(
+        self,
+        clip: float = 0.0,
+        model: torch.nn.Module | None = None,
+        projected=None,
+        method: str = "GaLore",
+        **options: Any,
+    ) -> None:
         self.model = make_model() if model is None else model
         self.clip = clip
-        options = METHOD | options
+        options = METHODS[method] | options
         self.rules = {}
         for name, parameter in self.model.named_parameters():
             is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             if projected is not None:
                 is_matrix = parameter.ndim == 2 and projected(name)
-            rule = DenseGaLore if is_matrix else DenseAdamW
+            rule = DENSE[method] if is_matrix else DenseAdamW
             self.rules[name] = rule(parameter.data, name=name, **options)
 
     def gradients(self, step: int) -> dict[str, torch.Tensor]:

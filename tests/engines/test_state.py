@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import Oracle, config, full_weights, make_model, run_engine, train_step, worst
+from tests.engines.scenario import METHODS, Oracle, config, full_weights, make_model, run_engine, train_step, worst
 
 LARGE = {"hidden": 160, "intermediate": 431}
 
@@ -120,6 +120,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, dtype, int
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"GaLore"}))
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_every_method_resumes_bit_for_bit(stage, dtype, method, tmp_path):
+    """Saved in the middle of an interval; AdaRankGrad's ranks by then are not those it starts with."""
+    settings = config(stage, 2, dtype, method=method)
+    through = run_ranks(2, resume, settings, str(tmp_path), None, 7)
+    resumed = run_ranks(2, resume, settings, str(tmp_path), 5, 7)
+    for a, b in zip(through, resumed, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"GaLore"}))
+@pytest.mark.parametrize(("stage", "bad"), [(0, 0), (2, 4), (3, 2)])
+def test_every_method_skips_a_nan_gradient(stage, bad, method):
+    oracle = Oracle(method=method)
+    for step in range(6):
+        if step != bad:
+            oracle.step(step)
+    for result in run_ranks(2, train_with_a_nan, config(stage, 2, method=method), 6, bad):
+        assert result["skipped"] == 1
+        assert worst(result["weights"], oracle.weights()) < 1e-4
+
+
 def save_only(settings, directory, model_options):
     import ds_lowrank
 
@@ -151,9 +174,10 @@ def load_only(settings, directory):
         ({"params": {"rank": 7}}, r"exp_avg is .*rank and state_dtype that saved it|basis is .*rank"),
         ({"params": {"proj_type": "left"}}, r"side is left in the checkpoint and right in this run"),
         ({"params": {"state_dtype": "bf16"}}, r"bfloat16 in the checkpoint.*state_dtype"),
+        ({"params": {"inner": "lion"}}, r"the checkpoint holds \['basis', 'exp_avg', 'step'\], this run needs"),
         ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"not saved by ds_lowrank"),
     ],
-    ids=["rank", "side", "dtype", "method"],
+    ids=["rank", "side", "dtype", "inner", "method"],
 )
 def test_a_foreign_checkpoint_is_refused_on_every_rank_and_changes_nothing(stage, saved, message, tmp_path):
     if "optimizer" in saved:
@@ -164,6 +188,14 @@ def test_a_foreign_checkpoint_is_refused_on_every_rank_and_changes_nothing(stage
     run_ranks(2, save_only, settings, str(tmp_path), {})
     for error, _ in run_ranks(2, load_only, config(stage, 2), str(tmp_path)):
         assert __import__("re").search(message, error), error
+
+
+def test_a_rank_that_the_run_does_not_allow_is_refused(tmp_path):
+    settings = config(2, 2, method="AdaRankGrad", params={"residual_tol": 0.01})
+    run_ranks(2, save_only, settings, str(tmp_path), {})
+    smaller = config(2, 2, method="AdaRankGrad", params={"rank_max": 3})
+    for error, _ in run_ranks(2, load_only, smaller, str(tmp_path)):
+        assert "this run allows 3: raise rank_max" in error
 
 
 def broken(settings):
@@ -183,6 +215,13 @@ def broken(settings):
         ({"params": {"rank": 0}}, "greater than 0"),
         ({"params": {"rank": -3}}, "greater than 0"),
         ({"params": {"rank": 2.5}}, "valid integer"),
+        ({"params": {"momentum": 0.9}}, "momentum belongs to inner 'sgd', inner is 'adamw'"),
+        ({"method": "AdaRankGrad", "params": {"rank_min": 9}}, "rank_min 9 is above rank_max 6"),
+        ({"method": "AdaRankGrad", "params": {"residual_tol": 1.0}}, "less than 1"),
+        (
+            {"method": "VLoRP", "params": {"granularity": 3}},
+            "40 x 40: granularity 3 does not fit; p/q does for p in {1, 2, 4, 5, 8, 10, 20, 40} and q in {1, 2, 4",
+        ),
         ({"params": {"target_modules": ["*nothing*"]}}, "matches no parameter"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported"),
         ({"amp": {"enabled": True}}, "use bf16 or fp16"),

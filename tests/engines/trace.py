@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tests.engines.scenario import METHOD, make_model, train_step
-from tests.reference.galore import DenseAdamW, DenseGaLore
+from tests.engines.scenario import METHODS, make_model, train_step
+from tests.reference import DENSE
+from tests.reference.galore import DenseAdamW
 
 
 def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) -> dict[str, Any]:
@@ -64,17 +65,17 @@ def assemble(traces: list[dict[str, Any]], step: int, name: str, key: str) -> to
     return whole.view(pieces[0]["shape"])
 
 
-def worst_against_references(traces: list[dict[str, Any]], **options: Any) -> float:
+def worst_against_references(traces: list[dict[str, Any]], method: str = "GaLore", **options: Any) -> float:
     """Every step's weights should be what the dense reference makes of the gradients that the wrapper presented.
 
     Returns:
         The largest relative difference of any parameter after any step.
     """
-    options = METHOD | options
+    options = METHODS[method] | options
     largest = 0.0
     for name, first in traces[0]["records"][0].items():
         weight = assemble(traces, 0, name, "before")
-        rule = (DenseGaLore if first["projected"] else DenseAdamW)(weight, name=name, **options)
+        rule = (DENSE[method] if first["projected"] else DenseAdamW)(weight, name=name, **options)
         for step in range(len(traces[0]["records"])):
             weight.copy_(assemble(traces, step, name, "before"))
             rule.step(assemble(traces, step, name, "gradient"))

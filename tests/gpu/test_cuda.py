@@ -6,20 +6,26 @@ import pytest
 import torch
 
 import ds_lowrank
+from ds_lowrank.optimizers import OPTIMIZERS
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import config, full_weights, make_model, train_step
+from tests.engines.scenario import METHODS, config, full_weights, make_model, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def test_one_step_on_the_device_equals_the_cpu():
+EVERY = pytest.mark.parametrize("method", sorted(METHODS))
+
+
+@EVERY
+def test_one_step_on_the_device_equals_the_cpu(method):
     """Same sketch (drawn on the CPU), products without TF32 (torch's default): only the order of sums differs."""
     weights = []
+    options = METHODS[method] | {"lr": 1e-2}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(96, 64).to(device))
-        gradient = torch.randn(96, 64).to(device)
-        optimizer = ds_lowrank.GaLore([("w", weight)], lr=1e-2, rank=8)
+        weight = torch.nn.Parameter(torch.randn(100, 60).to(device))
+        gradient = torch.randn(100, 60).to(device)
+        optimizer = OPTIMIZERS[method]([("w", weight)], **options)
         weight.grad = gradient
         optimizer.step()
         weights.append(weight.detach().cpu())
@@ -37,9 +43,10 @@ def train_fp16(settings, steps):
     return {"skipped": engine.skipped_steps, "done": done, "finite": bool(finite), "weights": full_weights(engine)}
 
 
+@EVERY
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_fp16_skips_overflowing_steps_and_trains(stage):
-    settings = config(stage, 1, fp16={"enabled": True, "initial_scale_power": 32})
+def test_fp16_skips_overflowing_steps_and_trains(stage, method):
+    settings = config(stage, 1, method=method, fp16={"enabled": True, "initial_scale_power": 32})
     (result,) = run_ranks(1, train_fp16, settings, 30, device="cuda", timeout=300)
     assert result["skipped"] > 0
     assert result["done"] == {30 - result["skipped"]}

@@ -23,6 +23,10 @@ MODEL = {
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    "AdaRankGrad": {
+        "type": "AdaRankGrad",
+        "params": {"lr": 1e-2, "rank_max": 16, "residual_tol": 0.3, "update_proj_gap": 2},
+    },
     "GaLore": {"type": "GaLore", "params": {"lr": 1e-2, "rank": 8, "update_proj_gap": 2}},
 }
 SEQUENCE_LENGTH = 32

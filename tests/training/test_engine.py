@@ -88,7 +88,8 @@ def test_matrices_get_their_own_learning_rate():
     }
     assert len(matrices["params"]) == 14
     assert len(rest["params"]) + 14 == len(names)
-    with pytest.raises(ValueError, match=r"--matrix-lr-scale is for dense optimizers; with GaLore"):
+    assert matrix_groups(model, {"type": "VLoRP", "params": {"lr": 0.01}}, 0.5)[1]["lr"] == 0.005
+    with pytest.raises(ValueError, match=r"--matrix-lr-scale is not for GaLore: set optimizer.params.scale"):
         matrix_groups(model, OPTIMIZERS["GaLore"], 0.25)
 
 

@@ -116,6 +116,33 @@ def test_zero_3_on_two_ranks_under_deepspeed_trains_the_same_model(workspace, fi
     }
 
 
+def test_ranks_that_follow_the_gradient_are_reported_and_resumed(workspace):
+    """AdaRankGrad on two ranks: every record has each matrix's rank and bytes, and a resumed run goes on with them."""
+    config = deepspeed_config("AdaRankGrad")
+    run = workspace.run([*workspace.arguments("adaptive", config=config), "--save-interval", "3"], TORCHRUN)
+    assert run.returncode == 0, run.stderr
+    metrics = workspace.metrics("adaptive")
+    for record in metrics.values():
+        matrices = record["matrices"]
+        assert len(matrices) == record["lowrank/projected_matrices"] == 14
+        for name, found in matrices.items():
+            kept, compressed = (64, 32) if "mlp" in name else (32, 32)
+            assert found["state_bytes"] == 4 * found["rank"] * (2 * kept + compressed)
+        ranks = [found["rank"] for found in matrices.values()]
+        assert record["lowrank/mean_rank"] == pytest.approx(sum(ranks) / 14)
+        assert record["lowrank/state_bytes"] == sum(found["state_bytes"] for found in matrices.values())
+    assert metrics[1]["lowrank/refreshes"] == 14 and metrics[3]["lowrank/refreshes"] == 28
+    assert max(found["rank"] for found in metrics[6]["matrices"].values()) <= 16
+    assert metrics[1]["matrices"] != metrics[6]["matrices"], "no rank changed: the test tests nothing"
+    checkpoint = workspace.path / "adaptive" / "checkpoints" / "global_step3"
+    resumed = [*workspace.arguments("adaptive_resumed", config=config), "--resume", str(checkpoint)]
+    run = workspace.run(resumed, TORCHRUN)
+    assert run.returncode == 0, run.stderr
+    for step, record in workspace.metrics("adaptive_resumed").items():
+        assert record["matrices"] == metrics[step]["matrices"]
+        assert record["loss"] == metrics[step]["loss"]
+
+
 def test_asked_to_stop_a_run_saves_and_can_go_on(workspace):
     config = deepspeed_config("AdamW", zero_stage=0)
     process = workspace.start(workspace.arguments("stopped", config=config, steps=100_000))

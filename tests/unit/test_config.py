@@ -1,10 +1,15 @@
 """Options and their errors; roles; what is refused."""
 
+import re
+from fractions import Fraction
+
 import pytest
 import torch
 
 from ds_lowrank import ConfigError, GaLore, tag_parameters
-from ds_lowrank.config import METHODS, looks_like_method, method_named, parse_options
+from ds_lowrank.config import looks_like_method, method_named, parse_options
+from ds_lowrank.methods import METHODS
+from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.roles import matches, role_of, tag_from_name, tag_of
 from ds_lowrank.support import REFUSALS, check_supported
 
@@ -32,6 +37,117 @@ METHOD = METHODS["GaLore"]
 def test_a_bad_option_says_where_and_what_is_valid(params, message):
     with pytest.raises(ConfigError, match=message):
         parse_options(METHOD, params)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "message"),
+    [
+        ("GaLore", {"inner": "adam"}, "params.inner .*'adamw', 'adafactor', 'lion' or 'sgd'"),
+        ("GaLore", {"momentum": 0.9}, "momentum belongs to inner 'sgd', inner is 'adamw': remove one of them"),
+        ("GaLore", {"inner": "sgd", "momentum": 1.0}, "params.momentum .*less than 1"),
+        ("GaLore", {"lion_sign": "original"}, "lion_sign belongs to inner 'lion', inner is 'adamw'"),
+        ("GaLore", {"inner": "adafactor", "moments": "rotate"}, "'rotate' is not defined for inner 'adafactor'"),
+        ("OnlineSubspaceDescent", {"update_proj_gap": 200}, "update_proj_gap .*unknown key.*Valid: .*basis_lr_ratio"),
+        ("OnlineSubspaceDescent", {"pca_lambda": -0.1}, "params.pca_lambda .*greater than or equal to 0"),
+        ("OnlineSubspaceDescent", {"basis_optimizer": "adamw"}, "'adam', 'sgd', 'lion' or 'adafactor'"),
+        ("OnlineSubspaceDescent", {"alpha": 5}, "alpha .*unknown key"),
+        ("VLoRP", {"granularity": 0}, "a granularity is a positive number or a fraction like '1/4'"),
+        ("VLoRP", {"granularity": -2}, "a granularity is a positive number"),
+        ("VLoRP", {"granularity": "1/0"}, "a granularity is a positive number"),
+        ("VLoRP", {"granularity": "four"}, "a granularity is a positive number"),
+        ("VLoRP", {"granularity": float("nan")}, "a granularity is a positive number"),
+        ("VLoRP", {"granularity": True}, "a granularity is a positive number"),
+        ("VLoRP", {"granularity": None}, "a granularity is a positive number"),
+        (
+            "VLoRP",
+            {"update_scheme": "original_space", "moment_on_resample": "reset"},
+            "set moment_on_resample to 'keep'",
+        ),
+        ("VLoRP", {"update_scheme": "subspace", "eps_position": "inside"}, "eps_position belongs to update_scheme"),
+        ("VLoRP", {"update_scheme": "subspace", "bias_correction": "linear"}, "bias_correction belongs to"),
+        ("VLoRP", {"granularty": 4}, "did you mean 'granularity'"),
+        ("AdaRankGrad", {"rank_min": 9, "rank_max": 8}, "rank_min 9 is above rank_max 8: set rank_min to at most 8"),
+        ("AdaRankGrad", {"rank_multiple": 16, "rank_max": 8}, "rank_multiple 16 is above rank_max 8"),
+        ("AdaRankGrad", {"residual_tol": 0.0}, "params.residual_tol .*greater than 0"),
+        ("AdaRankGrad", {"residual_tol": 1.0}, "params.residual_tol .*less than 1"),
+        ("AdaRankGrad", {"grad_norm_tol": -1}, "params.grad_norm_tol .*greater than or equal to 0"),
+        ("AdaRankGrad", {"rank": 8}, "params.rank .*unknown key; did you mean 'rank_m"),
+        ("Apollo", {"mini": True, "rank": 4}, "mini has rank 1, got rank 4: set rank to 1, or mini to false"),
+        ("Apollo", {"norm_growth_limit": 0.9}, "params.norm_growth_limit .*greater than or equal to 1"),
+    ],
+)
+def test_a_bad_option_of_every_method_says_what_would_work(method, params, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_options(METHODS[method], params)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "value"),
+    [
+        (4, 4, 4),
+        (4.0, 4, 4),
+        ("4", 4, 4),
+        (0.25, "1/4", 1 / 4),
+        ("2/8", "1/4", 1 / 4),
+        (1.5, "3/2", 3 / 2),
+        (1 / 43, "1/43", 1 / 43),
+    ],
+)
+def test_a_granularity_is_kept_as_json_and_a_checkpoint_can_hold_it(given, kept, value):
+    options = parse_options(METHODS["VLoRP"], {"granularity": given})
+    assert options.granularity == kept
+    assert float(options.c) == value
+    assert parse_options(METHODS["VLoRP"], options.model_dump()) == options
+
+
+POWERS = "1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048"
+
+
+@pytest.mark.parametrize(
+    ("shape", "c", "fitting"),
+    [
+        ((2048, 5461), 2, None),
+        ((5461, 2048), "1/43", None),
+        ((5461, 2048), "64/127", None),
+        ((5461, 2048), "1/2", f"p in {{{POWERS}}} and q in {{1, 43, 127, 5461}}"),
+        ((2048, 5461), 3, f"p in {{{POWERS}}} and q in {{1, 43, 127, 5461}}"),
+        ((40, 20), 3, "p in {1, 2, 4, 5, 10, 20} and q in {1, 2, 4, 5, 8, 10, 20, 40}"),
+    ],
+)
+def test_granularity_is_checked_on_the_dimension_it_divides(shape, c, fitting):
+    """c divides the smaller dimension and multiplies the larger: 5461 = 43 x 127 allows few fractions."""
+    problem = METHODS["VLoRP"].misfit(shape, parse_options(METHODS["VLoRP"], {"granularity": c}))
+    assert problem == (fitting and f"granularity {c} does not fit; p/q does for {fitting}")
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (12, 12)])
+def test_the_granularities_that_are_named_are_those_that_fit(shape):
+    method = METHODS["VLoRP"]
+    problem = method.misfit(shape, method.Options(granularity="97/89"))
+    p, q = (set(map(int, numbers.split(", "))) for numbers in re.findall(r"{(.*?)}", problem))
+    for c in {Fraction(a, b) for a in range(1, 15) for b in range(1, 15)}:
+        fits = method.misfit(shape, method.Options(granularity=str(c))) is None
+        assert fits == (c.numerator in p and c.denominator in q)
+
+
+def test_every_matrix_that_does_not_fit_is_named():
+    weights = {
+        name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in (("a", (8, 6)), ("b", (8, 6)), ("c", (9, 7)))
+    }
+    message = (
+        r"(?s)8 x 6: granularity 4 .*q in {1, 2, 4, 8} \(a, b; 2 in all\).*9 x 7: .*q in {1, 3, 9} \(c; 1 in all\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        OPTIMIZERS["VLoRP"](weights.items(), granularity=4)
+    OPTIMIZERS["VLoRP"](weights.items(), granularity=4, target_modules=[])  # none of them is projected
+
+
+def test_every_method_is_an_attribute_of_the_package():
+    import ds_lowrank
+
+    assert {name: getattr(ds_lowrank, name).method for name in METHODS} == METHODS
+    with pytest.raises(AttributeError, match="no attribute 'Galore'; the methods are AdaRankGrad, Apollo, GaLore"):
+        _ = ds_lowrank.Galore
 
 
 def test_published_settings_paste_in():

@@ -5,33 +5,26 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
-import itertools
 import json
 import os
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank import slots
-from ds_lowrank.config import METHODS, parse_options
+from ds_lowrank.config import parse_options
+from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.base import Options
-from ds_lowrank.methods.galore import GaLore, GaLoreOptions
-from ds_lowrank.sharding.layout import length, whole
-from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Alone, lockstep
-from ds_lowrank.sharding.world import SimulatedWorld
+from ds_lowrank.methods.subspace import SubspaceOptions
+from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.support import REFUSALS, check_supported
 from tests.engines.pool import run_ranks
-from tests.simulated.test_galore import whole_step
+from tests.unit.pages import PAGES, ROOT, rows, weights
 from tests.unit.test_architecture import ALLOWED
-
-ROOT = Path(__file__).parents[2]
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("getting_started", "configuration", "sharding")}
 
 
 class Fence(NamedTuple):
@@ -56,13 +49,6 @@ def fences(language: str, info: str | None = None) -> list[Fence]:
             if fence.language == language and (info is None or fence.info.startswith(info)):
                 found.append(fence)
     return found
-
-
-def rows(page: str, heading: str) -> list[list[str]]:
-    """The cells of the first table after a line that starts with ``heading``, without its head."""
-    lines = itertools.dropwhile(lambda line: not line.startswith(heading), PAGES[page].splitlines())
-    table = itertools.takewhile(lambda x: x[:1] == "|", itertools.dropwhile(lambda x: x[:1] != "|", lines))
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in list(table)[2:]]
 
 
 def furnish() -> None:
@@ -174,23 +160,53 @@ def test_every_flag_of_the_script_is_documented_with_its_default(pretrain_parser
             assert default == ("required" if required else str(actions[flag].default)), flag
 
 
-def test_every_option_is_documented_with_its_default():
-    common = {key: default for key, _, default, _ in rows("configuration", "### Keys of every method")}
-    own = {key: default for key, _, default, _ in rows("configuration", "### Keys of GaLore")}
-    fields = GaLoreOptions.model_fields
-    assert {key.strip("`") for key in common} == Options.model_fields.keys()
-    assert {key.strip("`") for key in own} == fields.keys() - Options.model_fields.keys()
-    for key, default in (common | own).items():
-        assert json.loads(default.strip("`")) == json.loads(json.dumps(fields[key.strip("`")].default)), key
+COMMON, SUBSPACE = "### Keys of every method", "### Keys of GaLore and OnlineSubspaceDescent"
+
+
+def documented_keys(heading):
+    """Type and default by key."""
+    return {key.strip("`"): (kind, default.strip("`")) for key, kind, default, _ in rows("configuration", heading)}
+
+
+def own_keys(options):
+    """What a class of options adds to those that it inherits, or changes the default of."""
+    inherited = options.__base__.model_fields
+    fields = options.model_fields.items()
+    return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_is_documented_with_its_choices_and_its_default(method):
+    options = METHODS[method].Options
+    tables = {COMMON: Options, SUBSPACE: SubspaceOptions, f"### Keys of {method}": options}
+    tables = {heading: kind for heading, kind in tables.items() if issubclass(options, kind)}
+    for heading, kind in tables.items():
+        own = kind.model_fields.keys() if kind is Options else own_keys(kind)
+        assert documented_keys(heading).keys() == own, heading
+        for key, (described, default) in documented_keys(heading).items():
+            field = kind.model_fields[key]
+            assert json.loads(default) == json.loads(json.dumps(field.default)), key
+            if get_origin(field.annotation) is Literal:
+                assert re.findall(r"`(\w+)`", described) == list(get_args(field.annotation)), key
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_own_option_is_spoken_of_where_the_method_is(method):
+    section = re.search(rf"^## {method}\n(.*?)^## ", PAGES["methods"], re.M | re.S)[1]
+    mentioned = set(re.findall(r"`(\w+)`", section))
+    assert own_keys(METHODS[method].Options) - {"update_proj_gap"} <= mentioned
+
+
+def test_contradictory_options_get_the_documented_message():
+    for method, params, message in rows("configuration", "### How errors look"):
+        method, params = method.strip("`"), json.loads(params.strip("`"))
+        with pytest.raises(ds_lowrank.ConfigError, match=re.escape(message)):
+            OPTIMIZERS[method](weights((8, 12)), **params)
 
 
 def test_every_refusal_is_documented_with_its_advice():
     documented = {key.strip("`"): advice for key, advice in rows("configuration", "### What is refused")}
     assert documented == {refusal.key: refusal.advice for refusal in REFUSALS}
-
-
-def weights(*shapes, **like):
-    return [(f"w{i}", torch.nn.Parameter(torch.ones(shape, **like))) for i, shape in enumerate(shapes)]
 
 
 def step_with_a_sparse_gradient():
@@ -228,7 +244,18 @@ def test_every_metric_is_documented():
     record = max((node for node in ast.walk(source) if isinstance(node, ast.Dict)), key=lambda node: len(node.keys))
     weight = torch.nn.Parameter(torch.ones(2, 2))
     counters = ds_lowrank.GaLore([("w", weight)]).metrics().keys()
-    assert documented == {key.value for key in record.keys if key is not None} | counters | {"eval_loss"}
+    assert documented == {key.value for key in record.keys if key is not None} | counters | {"eval_loss", "matrices"}
+
+
+def test_the_matrices_of_a_record_are_as_documented():
+    weight = torch.nn.Parameter(torch.ones(6, 4))
+    assert ds_lowrank.AdaRankGrad([("w", weight)], rank_max=3).matrices() == {
+        "w": {"rank": 3, "state_bytes": 4 * 3 * (4 + 2 * 6)}
+    }
+    fixed = [name for name in METHODS if not OPTIMIZERS[name](weights((64, 64))).matrices()]
+    assert fixed == [name for name in METHODS if name != "AdaRankGrad"]
+    text = " ".join(PAGES["getting_started"].split())
+    assert 'an object `{"NAME": {"rank": R, "state_bytes": B}, ...}`' in text
 
 
 def test_the_layers_are_those_that_are_enforced():
@@ -245,133 +272,7 @@ def layer_rows() -> list[tuple[str, str]]:
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         other, _, anchor = target.partition("#")
-        text = PAGES[other.removesuffix(".md") if other else page]
+        text = (ROOT / "docs" / (other or f"{page}.md")).read_text()
         titles = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
         anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
         assert not anchor or anchor in anchors, target
-
-
-ROUNDS = {
-    "ordinary": ({}, 1),
-    "refresh, `randomized`": ({}, 0),
-    "refresh, `svd`": ({"projector": "svd"}, 0),
-}
-
-
-def count(shape, ranks, step, **changes):
-    """One step of one matrix in even shares; the shards, and the world that counted."""
-    options = GaLoreOptions(rank=4, **changes)
-    cuts = [shape[0] * shape[1] * rank // ranks for rank in range(ranks + 1)]
-    parts = [whole(shape, *cut) for cut in itertools.pairwise(cuts)]
-    shards = [MatrixShard("w", shape, parts, i, GaLore.side(shape, options), factor_rank=0) for i in range(ranks)]
-    states = [GaLore.init_state(shard, options, torch.device("cpu")) for shard in shards]
-    gradient, world = torch.randn(shape), SimulatedWorld(ranks)
-    for shard in shards:
-        shard.attach(gradient.view(-1)[shard.part.start : shard.part.end])
-    pairs = zip(shards, states, strict=True)
-    world.run([lockstep([whole_step(shard, state, options, step)]) for shard, state in pairs])
-    return shards, world
-
-
-def formula(shards, rank, kind):
-    """What docs/sharding.md says that a rank sends, in elements."""
-    r, first, others = 4, rank == 0, range(1, len(shards))
-
-    def held(axis, i):
-        lo, hi = getattr(shards[i], axis).held
-        return hi - lo
-
-    def owned(axis, i):
-        return length(getattr(shards[i], axis).owned)
-
-    def copies(axis):
-        spans = getattr(shards[rank], axis).owned
-        peers = [getattr(shards[j], axis).held for j in range(len(shards)) if j != rank]
-        return sum(max(0, min(b, d) - max(a, c)) for a, b in spans for c, d in peers)
-
-    shared = {axis: held(axis, rank) - owned(axis, rank) for axis in ("kept", "compressed")}
-    ordinary = copies("compressed") + shared["kept"] + copies("kept")
-    if kind == "ordinary":
-        return r * ordinary
-    if kind == "refresh, `svd`":
-        low, high = shards[rank].part.rows
-        handed = r * sum(owned("compressed", j) for j in others)
-        return r * ordinary + (handed if first else (high - low) * shards[rank].shape[1])
-    handed = sum(owned("kept", j) + owned("compressed", j) for j in others)
-    collected = owned("kept", rank) + owned("compressed", rank)
-    again = shared["kept"] + copies("kept") + shared["compressed"]
-    return r * (ordinary + again + (handed if first else collected))
-
-
-@pytest.mark.parametrize("kind", ROUNDS)
-@pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_rounds_and_volumes_are_as_documented(kind, shape, ranks):
-    documented = dict(rows("sharding", "## What one step exchanges"))
-    changes, step = ROUNDS[kind]
-    shards, world = count(shape, ranks, step, **changes)
-    assert world.rounds == int(documented[kind])
-    assert world.bytes_sent == [4 * formula(shards, rank, kind) for rank in range(ranks)]
-
-
-@pytest.mark.parametrize("changes", [{}, {"projector": "svd"}], ids=str)
-def test_a_rotation_costs_what_is_documented(changes):
-    documented = dict(rows("sharding", "## What one step exchanges"))
-    (_, plain), (_, rotated) = (count((48, 20), 3, 200, moments=moments, **changes) for moments in ("keep", "rotate"))
-    assert rotated.rounds - plain.rounds == int(documented["refresh after the first with `moments: rotate`, on top"])
-    r, world, dealt = 4, 3, (1, 2, 1)
-    sent = [4 * r * (r + (world - 2) * own) for own in dealt]
-    assert [a - b for a, b in zip(rotated.bytes_sent, plain.bytes_sent, strict=True)] == sent
-
-
-class Counting(Alone):
-    """Counts collectives."""
-
-    def __init__(self):
-        self.rounds = 0
-
-    def exchange(self, requests):
-        self.rounds += 1
-        return super().exchange(requests)
-
-
-def collectives(gradients, matrices=3):
-    """How many each of some calls of ``step`` takes, on matrices of 8 x 8 at rank 2; a gradient is one number."""
-    named = weights(*[(8, 8)] * matrices)
-    optimizer = ds_lowrank.GaLore(named, rank=2, update_proj_gap=2)
-    optimizer._executor = executor = Counting()
-    counts = []
-    for gradient in gradients:
-        for _, weight in named:
-            weight.grad = torch.full_like(weight, gradient)
-        before = executor.rounds
-        optimizer.step()
-        counts.append(executor.rounds - before)
-    return counts
-
-
-def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
-    documented = {kind: int(rounds) for kind, rounds in rows("sharding", "## What one step exchanges")}
-    decision, ordinary = documented["decision: one number a parameter"], documented["ordinary"]
-    refresh, zero = (
-        documented["refresh, `randomized`"],
-        documented["a matrix whose projected gradient is all zero, on top"],
-    )
-    assert collectives([1, 1, 0, 0]) == [
-        refresh + decision,
-        ordinary + decision,
-        refresh + decision + zero,
-        ordinary + decision + zero,
-    ]
-    assert f"a step costs {ordinary + decision} collectives" in PAGES["sharding"]
-    assert f"a step with a randomized refresh {refresh + decision}," in PAGES["sharding"]
-
-
-@pytest.mark.parametrize(("room", "count"), [(1, 3), (32, 3), (64, 2), (96, 1)])
-def test_waves_cost_what_is_documented(monkeypatch, room, count):
-    """Each of the three matrices takes 2 (8 + 8) = 32 elements of the room."""
-    assert "`WAVE` = 2^28" in PAGES["sharding"]
-    assert slots.WAVE == 2**28
-    monkeypatch.setattr(slots, "WAVE", room)
-    assert "3 w + 1\nand 10 w + 1" in PAGES["sharding"]
-    assert collectives([1, 1]) == [10 * count + 1, 3 * count + 1]

@@ -1,0 +1,153 @@
+"""Online Subspace Descent (Liang et al., arXiv 2408.12857, Algorithm 1): the basis moves a little in every step.
+
+With the compressed dimension second, ``H`` is kept x compressed and ``Q`` compressed x rank; ``eps_P = alpha lr``:
+
+    R <- H Q
+    W <- W - lr * scale * rho(R) Q^T - lr * wd * W
+    Q <- Q - eps_P * (rho_P(grad L(Q)) + wd_P * Q)        with the Q that was used for W
+
+    L(Q) = |H~ Q Q^T - H~|^2 + lambda |Q^T Q - I|^2,  H~ = H / |H|        (Equation 6)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from ds_lowrank.linalg.orthonormal import orthonormal
+from ds_lowrank.linalg.sketch import gaussian
+from ds_lowrank.methods.base import Layout, Method, State
+from ds_lowrank.methods.inner import Rule, rule_named
+from ds_lowrank.methods.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.subspace import (
+    Projection,
+    SubspaceOptions,
+    clipped_rank,
+    descend,
+    project_on,
+    subspace_state,
+)
+from ds_lowrank.sharding.matrix import MatrixShard, Update
+from ds_lowrank.sharding.reduce import Program, abreast
+
+
+class OnlineSubspaceDescentOptions(SubspaceOptions):
+    """The paper's own knobs beside GaLore's."""
+
+    pca_lambda: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """lambda: the weight of the term that keeps the basis near orthonormal."""
+    basis_lr_ratio: float = Field(5.0, ge=0, allow_inf_nan=False)
+    """alpha: the basis moves at ``alpha * lr``."""
+    basis_optimizer: Literal["adam", "sgd", "lion", "adafactor"] = "adam"
+    basis_init: Literal["svd", "randomized", "random"] = "randomized"
+    """The first basis: of the first gradient, or a random orthonormal one."""
+    basis_weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """The basis's own decoupled weight decay. None: ``weight_decay``, as in Algorithm 1."""
+
+    @property
+    def basis_rule(self) -> Rule:
+        return rule_named(self.basis_optimizer, self, prefix="basis_")
+
+
+class OnlineSubspaceDescent(Method):
+    """Online Subspace Descent on one matrix."""
+
+    name: ClassVar[str] = "OnlineSubspaceDescent"
+    Options: ClassVar[type[OnlineSubspaceDescentOptions]] = OnlineSubspaceDescentOptions
+
+    @staticmethod
+    def rank(shape: tuple[int, int], options: OnlineSubspaceDescentOptions) -> int:
+        return clipped_rank(shape, options.rank)
+
+    @staticmethod
+    def state(shard: MatrixShard, options: OnlineSubspaceDescentOptions, rank: int) -> Layout:
+        return {
+            **subspace_state(shard, options, rank),
+            **options.basis_rule.state(shard, shard.compressed, rank),
+            "basis_steps": 0,
+        }
+
+    @staticmethod
+    def project(
+        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, step: int
+    ) -> Program[Projection]:
+        own = (yield from first_basis(shard, options)) if step == 0 else state["basis"]
+        return (yield from project_on(shard, own, refreshed=step == 0))
+
+    @staticmethod
+    def update(
+        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, step: int, seen: Projection
+    ) -> Program[Update]:
+        state["basis"] = seen.own
+        descent = descend(shard, state, options, step, seen.projected, seen.basis)
+        was_read_off_this_gradient = step == 0 and options.basis_init != "random"
+        if was_read_off_this_gradient or seen.is_zero:
+            return (yield from descent)
+        update: Update
+        update, _ = yield from abreast(descent, move_basis(shard, state, options, seen))
+        return update
+
+
+def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Program[torch.Tensor]:
+    """This rank's own rows of the basis before the first step, compressed x rank, orthonormal."""
+    rank = clipped_rank(shard.shape, options.rank)
+    match options.basis_init:
+        case "svd":
+            return (yield from singular_basis(shard, rank))
+        case "randomized":
+            return (yield from randomized_range(shard, rank, options.seed, 0))
+    random = torch.empty(0, rank, device=shard.device)
+    if shard.rank == shard.factor_rank:
+        random = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
+    own: torch.Tensor = yield shard.compressed.hand_out(orthonormal(random))
+    return own
+
+
+def move_basis(
+    shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, seen: Projection
+) -> Program[None]:
+    """One step of Opt_P on the PCA loss. Leaves a new tensor in the state: the old one is still needed for W."""
+    basis = state["basis"]
+    gradient = yield from pca_gradient(shard, basis, seen.projected, options.pca_lambda, seen.unit)
+    state["basis_steps"] += 1
+    rule = options.basis_rule
+    direction = yield from rule.direction(shard, shard.compressed, state, gradient, state["basis_steps"])
+    rate = options.basis_lr_ratio * options.rate
+    decay = options.weight_decay if options.basis_weight_decay is None else options.basis_weight_decay
+    state["basis"] = torch.sub(basis * (1 - rate * decay), direction, alpha=rate)
+
+
+def pca_gradient(
+    shard: MatrixShard, basis: torch.Tensor, projected: torch.Tensor, pca_lambda: float, unit: float = 1.0
+) -> Program[torch.Tensor]:
+    """The gradient of Equation 6 in closed form, without a compressed x compressed product.
+
+    ``2 / |H|^2 * (Q (R^T R) + (H^T R) (Q^T Q) - 2 H^T R) + 4 lambda Q (Q^T Q - I)``
+
+    ``H^T R`` is linear in ``H`` once ``R`` has been summed over ranks.
+
+    Args:
+        basis: owned compressed rows x rank.
+        projected: owned kept rows x rank: ``R`` as summed over all ranks.
+        pca_lambda: the paper's lambda.
+        unit: about the size of an element of ``R``, the same on all ranks: keeps every square in the range of fp32.
+
+    Returns:
+        owned compressed rows x rank.
+    """
+    rank = basis.shape[1]
+    projected = projected / unit
+    norm = torch.linalg.vector_norm(shard.flat, dtype=torch.float64) / unit
+    squares = torch.cat([projected.T @ projected, basis.T @ basis, norm.square().float().expand(1, rank)])
+    small = shard.small(2 * rank + 1)
+    tall, squares = yield shard.kept.gather(projected), small.reduce(shard.having(squares))
+    back, squares = yield shard.compressed.reduce(shard.transposed_times(tall) / unit), small.gather(squares)
+    projected_square, basis_square, norm_square = torch.split(shard.padded(squares, 2 * rank + 1), [rank, rank, 1])
+    identity = torch.eye(rank, device=basis.device)
+    reconstruction = basis @ projected_square + back @ (basis_square - 2 * identity)
+    gradient: torch.Tensor = 2 / norm_square * reconstruction
+    if pca_lambda:
+        gradient = gradient + 4 * pca_lambda * basis @ (basis_square - identity)
+    return gradient

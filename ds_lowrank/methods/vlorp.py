@@ -1,0 +1,249 @@
+"""VLoRP with ProjFactor (arXiv 2505.01744): random projections whose unit is a piece of a row, or several rows.
+
+With the compressed dimension second, ``H`` is kept x compressed. A granularity c and a rank r share a budget of c * r
+numbers for every row:
+
+    H~ <- reshape(H, kept * c, compressed / c)
+    R  <- H~ P                            P from N(0, 1/r) or +-1/sqrt(r): a function of (seed, name, resample counter)
+    M  <- beta1 M + (1 - beta1) R         and M P^T, in the shape of H, is the direction
+
+ProjFactor divides it by the root of a second moment that is kept in the original space, in two factors:
+
+    H^ <- reshape(R P^T, kept, compressed)
+    v_row, v_col <- averages of the sums of H^ * H^ over columns and over rows
+    W <- W - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * reshape(M P^T) / (sqrt(v_row v_col / sum v_row) + eps)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
+from ds_lowrank.linalg.sketch import gaussian, rademacher
+from ds_lowrank.methods.base import Layout, Method, Options, Rows, Seen, State
+from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
+from ds_lowrank.sharding.reduce import Program, Request
+from ds_lowrank.sharding.units import Units
+
+
+def _fraction(value: Any) -> Any:
+    """A number or ``"p/q"`` as an int or a ``"p/q"`` in lowest terms: what JSON and a checkpoint can hold."""
+    try:
+        c = Fraction(value) if isinstance(value, str) else Fraction(value).limit_denominator(1_000_000)
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        raise ValueError("a granularity is a positive number or a fraction like '1/4'") from None
+    if c <= 0 or isinstance(value, bool):
+        raise ValueError("a granularity is a positive number or a fraction like '1/4'")
+    return int(c) if c.denominator == 1 else f"{c.numerator}/{c.denominator}"
+
+
+class VLoRPOptions(Options):
+    """The paper's own knobs."""
+
+    eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
+    rank: int = Field(4, gt=0, strict=True)
+    granularity: Annotated[int | str, BeforeValidator(_fraction)] = 64
+    """c: units a row; below 1, one unit is 1/c rows."""
+    update_scheme: Literal["projfactor", "subspace", "original_space"] = "projfactor"
+    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    update_proj_gap: int = Field(100, gt=0, strict=True)
+    """A new projection every so many optimizer steps."""
+    moment_on_resample: Literal["keep", "reset", "reproject"] = "keep"
+    left_view: Literal["transpose", "official"] = "transpose"
+    """How a wide matrix is cut: as its transpose would be, or strided as in the official code."""
+    eps_position: Literal["outside", "inside"] = "outside"
+    """ProjFactor: ``sqrt(v) + eps`` or ``sqrt(v + eps)``."""
+    bias_correction: Literal["sqrt", "linear"] = "sqrt"
+    """ProjFactor: ``sqrt(1 - beta2^t)`` or ``1 - beta2^t`` over ``1 - beta1^t``."""
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        if self.update_scheme == "original_space" and self.moment_on_resample != "keep":
+            raise ValueError(
+                "update_scheme 'original_space' has no moments in the projected space: set moment_on_resample to 'keep'"
+            )
+        for key, neutral in (("eps_position", "outside"), ("bias_correction", "sqrt")):
+            if self.update_scheme != "projfactor" and getattr(self, key) != neutral:
+                raise ValueError(f"{key} belongs to update_scheme 'projfactor': remove it, or set that")
+
+    @property
+    def c(self) -> Fraction:
+        return Fraction(self.granularity)
+
+
+@dataclass
+class Sample(Seen):
+    """``projected``: owned groups x (units a group * rank).
+
+    Attributes:
+        units: the gradient in units.
+        projection: entries of a unit x rank, fp32.
+    """
+
+    units: Units = field(kw_only=True)
+    projection: torch.Tensor = field(kw_only=True)
+
+
+class VLoRP(Method):
+    """VLoRP on one matrix."""
+
+    name: ClassVar[str] = "VLoRP"
+    Options: ClassVar[type[VLoRPOptions]] = VLoRPOptions
+
+    @staticmethod
+    def rank(shape: tuple[int, int], options: VLoRPOptions) -> int:
+        _, compressed = turned(shape, options)
+        return min(options.rank, int(compressed / options.c))
+
+    @classmethod
+    def rank_text(cls, shape: tuple[int, int], options: VLoRPOptions) -> str:
+        return f"{super().rank_text(shape, options)} x {options.granularity} units a row"
+
+    @staticmethod
+    def misfit(shape: tuple[int, int], options: VLoRPOptions) -> str | None:
+        kept, compressed = turned(shape, options)
+        if (kept * options.c).denominator == (compressed / options.c).denominator == 1:
+            return None
+        p, q = (", ".join(map(str, divisors(size))) for size in (compressed, kept))
+        return f"granularity {options.granularity} does not fit; p/q does for p in {{{p}}} and q in {{{q}}}"
+
+    @staticmethod
+    def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> Layout:
+        if options.update_scheme == "original_space":
+            moments = Rows(shard.elements, 1, options.moment_dtype)
+            return {"exp_avg": moments, "exp_avg_sq": moments}
+        units = units_of(shard, options)
+        moment = Rows(units.axis, units.per_group * rank, options.moment_dtype)
+        if options.update_scheme == "subspace":
+            return {"exp_avg": moment, "exp_avg_sq": moment}
+        return {"exp_avg": moment, "row_squares": Rows(shard.rows, 1), "column_squares": Rows(shard.columns, 1)}
+
+    @staticmethod
+    def project(shard: MatrixShard, state: State, options: VLoRPOptions, step: int) -> Program[Sample]:
+        units = units_of(shard, options)
+        projection = draw(units, options, step // options.update_proj_gap)
+        projected = yield units.axis.reduce(units.times(projection))
+        return Sample(projected, step % options.update_proj_gap == 0, units=units, projection=projection)
+
+    @staticmethod
+    def update(shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+        if seen.refreshed and step > 0:
+            resample(state, options, step, seen)
+        match options.update_scheme:
+            case "projfactor":
+                return (yield from projfactor(shard, state, options, step, seen))
+            case "subspace":
+                return (yield from in_subspace(state, options, step, seen))
+        return (yield from in_original_space(state, options, step, seen))
+
+
+def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+    """The update of ProjFactor."""
+    units, projection = seen.units, seen.projection
+    beta1, beta2 = options.betas
+    moment = state["exp_avg"].float().lerp(seen.projected, 1 - beta1)
+    state["exp_avg"].copy_(moment)
+    projected, moment = yield units.axis.gather(seen.projected), units.axis.gather(moment)
+    row_sums, column_sums = yield sums_of_squares(shard, units.lift(projected, projection))
+    row_squares, column_squares = state["row_squares"], state["column_squares"]
+    row_squares.lerp_(row_sums, 1 - beta2)
+    column_squares.lerp_(column_sums, 1 - beta2)
+    row_squares, column_squares, total = yield (
+        shard.rows.gather(row_squares),
+        shard.columns.gather(column_squares),
+        shard.agree(row_squares.sum().view(1, 1)),
+    )
+    # Squares of a projected gradient that is not zero may still underflow to zero, all of them.
+    row_shares = row_squares / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def direction() -> torch.Tensor:
+        flat = units.lift(moment, projection)
+        for rectangle, piece in zip(shard.part.rectangles, shard.views(flat), strict=True):
+            rows, columns = shard.held_rows(rectangle), shard.held_columns(rectangle)
+            variance = row_shares[rows] * column_squares[columns].T
+            inside = options.eps_position == "inside"
+            piece /= variance.add_(options.eps).sqrt_() if inside else variance.sqrt_().add_(options.eps)
+        return flat
+
+    second = 1 - beta2 ** (step + 1)
+    correction = (second if options.bias_correction == "linear" else second**0.5) / (1 - beta1 ** age(options, step))
+    return Dense(direction, correction)
+
+
+def sums_of_squares(shard: MatrixShard, back: torch.Tensor) -> tuple[Request, Request]:
+    """Asks for the squared norms of the rows and of the columns of a matrix of which this rank holds ``back``."""
+    return shard.rows.reduce(shard.row_squares(back)), shard.columns.reduce(shard.column_squares(back))
+
+
+def in_subspace(state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+    """Adam on the projected gradient."""
+    units = seen.units
+    direction = adam(
+        state["exp_avg"], state["exp_avg_sq"], seen.projected, options.betas, options.eps, age(options, step)
+    )
+    direction = yield units.axis.gather(direction)
+    return Dense(lambda: units.lift(direction, seen.projection), 1.0)
+
+
+def in_original_space(state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+    """Adam of full size on the gradient projected and lifted again."""
+    projected = yield seen.units.axis.gather(seen.projected)
+
+    def direction() -> torch.Tensor:
+        back = seen.units.lift(projected, seen.projection).unsqueeze(1)
+        return adam(state["exp_avg"], state["exp_avg_sq"], back, options.betas, options.eps, step + 1).squeeze(1)
+
+    return Dense(direction, 1.0)
+
+
+def resample(state: State, options: VLoRPOptions, step: int, seen: Sample) -> None:
+    """What a new projection does to the moments of the projected gradient."""
+    moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+    if options.moment_on_resample == "reset":
+        for moment in moments:
+            moment.zero_()
+    if options.moment_on_resample == "reproject":
+        old = draw(seen.units, options, step // options.update_proj_gap - 1)
+        rotation = old.T @ seen.projection
+        for moment, rotate in zip(moments, (rotate_first, rotate_second), strict=False):
+            rotate(moment.view(-1, rotation.shape[0]), rotation)
+
+
+def age(options: VLoRPOptions, step: int) -> int:
+    """Steps that the moments of the projected gradient have seen, this one included."""
+    return (step % options.update_proj_gap if options.moment_on_resample == "reset" else step) + 1
+
+
+def turned(shape: tuple[int, int], options: VLoRPOptions) -> tuple[int, int]:
+    """The kept and the compressed dimension."""
+    return shape if VLoRP.side(shape, options) == "right" else (shape[1], shape[0])
+
+
+def units_of(shard: MatrixShard, options: VLoRPOptions) -> Units:
+    """The gradient in units of this granularity."""
+    if shard.side == "left" and options.left_view == "official":
+        kept, compressed = shard.kept.size, shard.compressed.size
+        return Units(shard.viewed((int(compressed / options.c), int(kept * options.c))), Fraction(1))
+    return Units(shard, options.c)
+
+
+def draw(units: Units, options: VLoRPOptions, counter: int) -> torch.Tensor:
+    """The projection, entries of a unit x rank; a rank without elements needs none."""
+    rank = min(options.rank, units.length)
+    shard = units.shard
+    if not shard.part.numel:
+        return torch.empty(units.length, rank, device=shard.device)
+    sample = gaussian if options.distribution == "gaussian" else rademacher
+    return sample(options.seed, shard.name, counter, units.length, rank, shard.device) / math.sqrt(rank)
+
+
+def divisors(n: int) -> list[int]:
+    """All of them, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

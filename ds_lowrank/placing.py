@@ -1,0 +1,93 @@
+"""From parameters to slots: what role each has, which part of it is here, and the state that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_lowrank.elementwise import init_elementwise_state
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.methods.base import Method, Options, State
+from ds_lowrank.roles import Role, Tag, role_of
+from ds_lowrank.sharding.layout import Part
+from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.zero import Placement, logical_shape, read_parts
+from ds_lowrank.slots import Matrix, Slot
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that the optimizer was built with.
+
+    Attributes:
+        options: of its group.
+        state: an empty dict, to be filled.
+    """
+
+    parameter: torch.nn.Parameter
+    tag: Tag
+    group: dict[str, Any]
+    options: Options
+    state: State
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return logical_shape(self.parameter)
+
+    @property
+    def role(self) -> Role:
+        return role_of(self.tag, self.shape, self.options.target_modules, self.options.exclude_modules)
+
+
+def check_fit(method: type[Method], members: Iterable[Member]) -> None:
+    """Refuse matrices that the method cannot step.
+
+    Raises:
+        ConfigError: says for every such shape why, what would work, and which matrices these are.
+    """
+    misfits: dict[str, list[str]] = {}
+    for member in (member for member in members if member.role.projected):
+        m, n = member.shape
+        problem = method.misfit((m, n), member.options)
+        if problem is not None:
+            misfits.setdefault(f"{m} x {n}: {problem}", []).append(member.tag.name)
+    if misfits:
+        lines = [f"  {problem} ({', '.join(names[:2])}; {len(names)} in all)" for problem, names in misfits.items()]
+        advice = "Change the option, give some of them a parameter group of their own, or put them in exclude_modules."
+        raise ConfigError("\n".join([f"{method.name} cannot step these matrices:", *lines, advice]))
+
+
+def make_slots(method: type[Method], members: Sequence[Member], placement: Placement, rank: int) -> list[Slot]:
+    """A slot with fresh state for every member; the ranks that hold a matrix take turns in factoring.
+
+    Args:
+        placement: where DeepSpeed put the elements.
+        rank: this rank's position among those that share the matrices.
+    """
+    fragments = [fragment for found in placement.fragments for fragment in found]
+    parts = read_parts([member.shape for member in members], fragments, placement.process_group)
+    slots: list[Slot] = []
+    matrices = 0
+    for member, fragment, held in zip(members, fragments, parts, strict=True):
+        slot = Slot(member.tag, member.role, member.shape, member.group, fragment, len(held), member.state)
+        slot.state["step"] = 0
+        if slot.role.projected:
+            slot.matrix = _matrix(method, member, held, rank, matrices)
+            slot.state |= slot.matrix.empty_state(fragment.store.device)
+            matrices += 1
+        else:
+            slot.state |= init_elementwise_state(fragment, member.options)
+        slots.append(slot)
+    return slots
+
+
+def _matrix(method: type[Method], member: Member, parts: list[Part], rank: int, index: int) -> Matrix:
+    shape, options = (member.shape[0], member.shape[1]), member.options
+    holders = [rank for rank, part in enumerate(parts) if part.numel]
+    side, factor_rank = method.side(shape, options), holders[index % len(holders)]
+    shard = MatrixShard(member.tag.name, shape, parts, rank, side, factor_rank)
+    start = method.rank(shape, options)
+    return Matrix(shard, start, method.rank_text(shape, options), lambda at: method.state(shard, options, at))

@@ -1,0 +1,23 @@
+"""The pages of the documentation, their tables, and what the tests of both need."""
+
+import itertools
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("getting_started", "configuration", "methods", "sharding")
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading, of which any beginning will do, without its head."""
+    known = [line for line in PAGES[page].splitlines() if line.startswith(heading)]
+    heading = heading if heading in known else known[0]
+    lines = itertools.dropwhile(lambda line: line != heading, PAGES[page].splitlines())
+    table = itertools.takewhile(lambda x: x[:1] == "|", itertools.dropwhile(lambda x: x[:1] != "|", lines))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in list(table)[2:]]
+
+
+def weights(*shapes, **like):
+    return [(f"w{i}", torch.nn.Parameter(torch.ones(shape, **like))) for i, shape in enumerate(shapes)]

@@ -1,0 +1,257 @@
+"""What a step costs is as the documentation says: state, rounds and volume of every method, waves of many matrices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from fractions import Fraction
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+
+import ds_lowrank
+from ds_lowrank import slots
+from ds_lowrank.methods import METHODS
+from ds_lowrank.sharding.layout import length
+from ds_lowrank.sharding.reduce import Alone
+from tests.simulated.harness import Sharded, flat_parts, state_elements
+from tests.unit.pages import PAGES, rows, weights
+
+EXTRA = [
+    ("GaLore", {"inner": "sgd", "momentum": 0.9}),
+    ("GaLore", {"inner": "lion", "lion_sign": "original"}),
+    ("GaLore", {"projector": "svd", "proj_type": "left"}),
+    ("OnlineSubspaceDescent", {"inner": "sgd", "momentum": 0.9}),
+    ("OnlineSubspaceDescent", {"inner": "lion", "lion_sign": "original"}),
+    ("OnlineSubspaceDescent", {"pca_lambda": 0.0, "basis_weight_decay": 0.1}),
+    ("VLoRP", {"left_view": "official", "proj_type": "left"}),
+    ("VLoRP", {"granularity": "1/2"}),
+    ("Apollo", {"mini": True, "norm_growth_limit": None}),
+]
+"""Options that a list of single changes does not reach."""
+
+SMALL = {
+    "GaLore": {"rank": 4, "update_proj_gap": 3},
+    "OnlineSubspaceDescent": {"rank": 4},
+    "VLoRP": {"rank": 3, "granularity": 2, "update_proj_gap": 3},
+    "AdaRankGrad": {"rank_max": 4, "rank_min": 4, "update_proj_gap": 3},
+    "Apollo": {"rank": 4, "update_proj_gap": 3},
+}
+"""Options for matrices of 48 x 20, with a refresh at step 3."""
+
+
+def even_world(method, shape, ranks=3, **options):
+    """One matrix in even shares."""
+    numel = shape[0] * shape[1]
+    small = {key: value for key, value in SMALL[method].items() if not (key == "rank" and options.get("mini"))}
+    cuts = [numel * rank // ranks for rank in range(1, ranks)]
+    return Sharded(method, torch.zeros(shape), flat_parts(shape, cuts), **{**small, **options})
+
+
+def cost_of_each_step(sharded, steps):
+    """Rounds, and the elements that each rank sent."""
+    costs = []
+    for _ in range(steps):
+        rounds, sent = sharded.world.rounds, sharded.world.bytes_sent.copy()
+        sharded.step(torch.randn(sharded.weight.shape))
+        elements = [(after - before) // 4 for after, before in zip(sharded.world.bytes_sent, sent, strict=True)]
+        costs.append((sharded.world.rounds - rounds, elements))
+    return costs
+
+
+def by_method(heading):
+    """The rows of a table of docs/methods.md: method, options, the other cells."""
+    return [
+        (method.strip("`"), json.loads(options.strip("`")), cells)
+        for method, options, *cells in rows("methods", heading)
+    ]
+
+
+def single_changes(method):
+    """Every choice of every option that has choices, alone, where it contradicts no default."""
+    options = METHODS[method].Options
+    fields = options.model_fields.items()
+    choices = {key: get_args(field.annotation) for key, field in fields if get_origin(field.annotation) is Literal}
+    # stagger moves a refresh to another step.
+    choices |= {key: (False, True) for key, field in fields if field.annotation is bool and key != "stagger"}
+    for key, value in ((key, value) for key, values in choices.items() for value in values):
+        with contextlib.suppress(ValueError):
+            options(**{key: value})
+            yield {key: value}
+
+
+def every_choice():
+    """The rows of the table, and whatever it says changes nothing."""
+    cases = [(method, options) for method, options, _ in by_method("### Rounds")]
+    cases += [(method, change) for method in METHODS for change in single_changes(method)]
+    return list({str(case): case for case in cases + EXTRA}.values())
+
+
+def documented_rounds(method, options):
+    """Those of the row that has the most of these options, and no others."""
+    fitting = [(known, cells) for name, known, cells in by_method("### Rounds") if name == method]
+    fitting = [(known, cells) for known, cells in fitting if known.items() <= options.items()]
+    return max(fitting, key=lambda row: len(row[0]))[1]
+
+
+@pytest.mark.parametrize(("method", "options"), every_choice(), ids=str)
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
+def test_rounds_are_as_documented(method, options, shape):
+    first, ordinary, refresh = documented_rounds(method, options)
+    costs = [rounds for rounds, _ in cost_of_each_step(even_world(method, shape, **options), steps=5)]
+    fourth = ordinary if refresh == "-" else refresh
+    assert costs == [int(rounds) for rounds in (first, ordinary, ordinary, fourth, ordinary)]
+
+
+def test_every_method_has_its_rows_in_the_tables_of_costs():
+    for heading in ("### State", "### Rounds", "### Volume"):
+        assert {method for method, _, _ in by_method(heading)} == METHODS.keys()
+
+
+@pytest.mark.parametrize(("method", "options", "cells"), by_method("### State"), ids=str)
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_state_is_as_documented(method, options, cells, shape, proj_type):
+    sharded = even_world(method, shape, proj_type=proj_type, **options)
+    sides = sorted(shape, reverse=proj_type == "std")
+    known = {"D": sides[0], "d": sides[1], "r": sharded.method.rank(shape, sharded.options)}
+    known["c"] = Fraction(getattr(sharded.options, "granularity", 1))
+    expected = eval(cells[0].strip("`"), known)
+    assert state_elements(sharded) == expected
+    sharded.step(torch.randn(shape))
+    assert state_elements(sharded) == expected
+
+
+@pytest.mark.parametrize(("method", "options", "cells"), by_method("### Volume"), ids=str)
+@pytest.mark.parametrize("shape", [(1024, 512), (512, 1024)])
+def test_volume_at_zero_3_is_as_documented(method, options, cells, shape):
+    ranks, wide = 8, shape[0] < shape[1]
+    sharded = even_world(method, shape, ranks, **options)
+    r, c = sharded.method.rank(shape, sharded.options), int(getattr(sharded.options, "granularity", 1))
+    expected = eval(cells[wide].strip("`"), {"r": r, "c": c}) * shape[1] * (ranks - 1) / ranks
+    for sent in cost_of_each_step(sharded, steps=2)[1][1]:
+        assert 0 <= sent - expected <= 8 * (r + 2) ** 2
+
+
+ROUNDS = {
+    "ordinary": ({}, 1),
+    "refresh, `randomized`": ({}, 0),
+    "refresh, `svd`": ({"projector": "svd"}, 0),
+}
+
+
+def without_decision(cost):
+    """The harness takes the decision's round, as the optimizer does: one number to every other rank."""
+    rounds, sent = cost
+    return rounds - 1, [elements - len(sent) + 1 for elements in sent]
+
+
+def formula(shards, rank, kind, factoring):
+    """What docs/sharding.md says that a rank sends, in elements."""
+    r, first, others = 4, rank == factoring, [j for j in range(len(shards)) if j != factoring]
+
+    def held(axis, i):
+        lo, hi = getattr(shards[i], axis).held
+        return hi - lo
+
+    def owned(axis, i):
+        return length(getattr(shards[i], axis).owned)
+
+    def copies(axis):
+        spans = getattr(shards[rank], axis).owned
+        peers = [getattr(shards[j], axis).held for j in range(len(shards)) if j != rank]
+        return sum(max(0, min(b, d) - max(a, c)) for a, b in spans for c, d in peers)
+
+    shared = {axis: held(axis, rank) - owned(axis, rank) for axis in ("kept", "compressed")}
+    ordinary = copies("compressed") + shared["kept"] + copies("kept")
+    if kind == "ordinary":
+        return r * ordinary
+    if kind == "refresh, `svd`":
+        low, high = shards[rank].part.rows
+        handed = r * sum(owned("compressed", j) for j in others)
+        return r * ordinary + (handed if first else (high - low) * shards[rank].shape[1])
+    handed = sum(owned("kept", j) + owned("compressed", j) for j in others)
+    collected = owned("kept", rank) + owned("compressed", rank)
+    again = shared["kept"] + copies("kept") + shared["compressed"]
+    return r * (ordinary + again + (handed if first else collected))
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_rounds_and_volumes_are_as_documented(kind, shape, ranks):
+    documented = dict(rows("sharding", "## What one step exchanges"))
+    changes, step = ROUNDS[kind]
+    sharded = even_world("GaLore", shape, ranks, **changes)
+    rounds, sent = without_decision(cost_of_each_step(sharded, step + 1)[step])
+    factoring = sharded.shards[0].factor_rank
+    assert rounds == int(documented[kind])
+    assert sent == [formula(sharded.shards, rank, kind, factoring) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"projector": "svd"}], ids=str)
+def test_a_rotation_costs_what_is_documented(changes):
+    documented = dict(rows("sharding", "## What one step exchanges"))
+    (plain, sent), (rotated, more) = (
+        cost_of_each_step(even_world("GaLore", (48, 20), moments=moments, **changes), steps=4)[3]
+        for moments in ("keep", "rotate")
+    )
+    assert rotated - plain == int(documented["refresh after the first with `moments: rotate`, on top"])
+    r, world, dealt = 4, 3, (1, 2, 1)
+    assert [a - b for a, b in zip(more, sent, strict=True)] == [r * (r + (world - 2) * own) for own in dealt]
+
+
+class Counting(Alone):
+    """Counts collectives."""
+
+    def __init__(self):
+        self.rounds = 0
+
+    def exchange(self, requests):
+        self.rounds += 1
+        return super().exchange(requests)
+
+
+def collectives(gradients, matrices=3):
+    """How many each of some calls of ``step`` takes, on matrices of 8 x 8 at rank 2; a gradient is one number."""
+    named = weights(*[(8, 8)] * matrices)
+    optimizer = ds_lowrank.GaLore(named, rank=2, update_proj_gap=2)
+    optimizer._executor = executor = Counting()
+    counts = []
+    for gradient in gradients:
+        for _, weight in named:
+            weight.grad = torch.full_like(weight, gradient)
+        before = executor.rounds
+        optimizer.step()
+        counts.append(executor.rounds - before)
+    return counts
+
+
+def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
+    documented = {kind: int(rounds) for kind, rounds in rows("sharding", "## What one step exchanges")}
+    decision, ordinary = documented["decision: one number a parameter"], documented["ordinary"]
+    refresh, zero = (
+        documented["refresh, `randomized`"],
+        documented["a matrix whose projected gradient is all zero, on top"],
+    )
+    assert collectives([1, 1, 0, 0]) == [
+        refresh + decision,
+        ordinary + decision,
+        refresh + decision + zero,
+        ordinary + decision + zero,
+    ]
+    text = " ".join(PAGES["sharding"].split())
+    assert f"a step costs {ordinary + decision} collectives" in text
+    assert f"a step with a randomized refresh {refresh + decision}," in text
+
+
+@pytest.mark.parametrize(("room", "count"), [(1, 3), (48, 3), (96, 2), (144, 1)])
+def test_waves_cost_what_is_documented(monkeypatch, room, count):
+    """Each of the three matrices takes 2 (2 * 8 + 8) = 48 numbers of the room."""
+    text = " ".join(PAGES["sharding"].split())
+    assert "`WAVE` = 2^28" in text
+    assert slots.WAVE == 2**28
+    monkeypatch.setattr(slots, "WAVE", room)
+    assert "3 w + 1 and 10 w + 1" in text
+    assert collectives([1, 1]) == [10 * count + 1, 3 * count + 1]

@@ -1,0 +1,156 @@
+"""The published recipes: what ds_configs/README.md says of them is true, and each could be started as it stands."""
+
+import functools
+import json
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.runtime import config as deepspeed_config
+from transformers import LlamaForCausalLM
+
+from ds_lowrank.config import METHODS, parse_options
+from ds_lowrank.models.llama import load_config
+from ds_lowrank.roles import role_of, tag_from_name
+from ds_lowrank.support import check_supported
+from ds_lowrank.training.arguments import parse
+from ds_lowrank.training.plan import make_plan
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "ds_configs"
+MODELS = sorted((CONFIGS / "models").glob("*.json"))
+README = (CONFIGS / "README.md").read_text()
+PUBLISHED = {
+    "galore": {"60m", "130m", "350m", "1b", "7b"},
+    "online_subspace_descent": {"60m", "350m", "1b", "7b"},
+    "apollo": {"60m", "130m", "350m", "1b", "7b"},
+    "apollo_mini": {"60m", "130m", "350m", "1b", "7b"},
+}
+# What the README's text says of all sizes.
+AT_EVERY_SIZE = {
+    "GaLore": {"eps": 1e-8, "scale": 0.25, "projector": "svd"},
+    "OnlineSubspaceDescent": {"scale": 0.25, "pca_lambda": 0.1, "basis_lr_ratio": 5, "basis_weight_decay": None},
+    "Apollo": {"lr": 0.01, "update_proj_gap": 200, "norm_growth_limit": 1.01},
+}
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The rows of the tables of recipes: a command, and what its row says under keys that are spelt as in the JSON."""
+    found = {}
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.M):
+        head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        for cells in lines if head[0] == "command" else []:
+            row = dict(zip(head, cells, strict=True))
+            found[row["command"].strip("`")] = {
+                key.strip("`"): value for key, value in row.items() if key.startswith("`")
+            }
+    return found
+
+
+RECIPES = documented()
+
+
+def expanded(command: str) -> list[str]:
+    """The arguments that a shell gives launch/pretrain.py for a command of the README."""
+    (function,) = re.findall(r"^```bash\n(.*?)^```$", README, re.M | re.S)
+    script = f"deepspeed() {{ printf '%q ' \"$@\"; }}\n{function}{command}"
+    words = shlex.split(subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout)
+    return words[words.index("launch/pretrain.py") + 1 :]
+
+
+@functools.cache
+def matrices(model: Path) -> dict[str, tuple[int, int]]:
+    """The shapes of what the default rule projects."""
+    with torch.device("meta"):
+        named = LlamaForCausalLM(load_config(model)).named_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in named}
+    return {name: shape for name, shape in shapes.items() if role_of(tag_from_name(name), shape, None, ()).projected}
+
+
+def test_what_is_published_is_there_and_documented():
+    promised = {f"{method}_llama_{size}" for method, sizes in PUBLISHED.items() for size in sizes}
+    assert {path.stem for path in (CONFIGS / "recipes").iterdir()} == promised
+    assert {"{1}_llama_{2}".format(*command.split()) for command in RECIPES} == promised
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_a_recipe_can_be_started_as_documented(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = parse([*expanded(command), "--output", str(tmp_path)])
+    plan = make_plan(arguments, ranks=8)
+    config = plan.config
+    _, name, size, steps = command.split()
+    assert arguments.deepspeed_config.endswith(f"{name}_llama_{size}.json")
+    assert arguments.model.name == f"llama_{size}.json"
+    assert (plan.batch.total, plan.tokens_per_step) == (512, 131072)
+    assert (arguments.steps, plan.warmup) == (int(steps), int(steps) // 10)
+    method = METHODS[config["optimizer"]["type"]]
+    check_supported(config, method.name)
+    options = parse_options(method, config["optimizer"]["params"])
+    for key, value in {"weight_decay": 0, "betas": (0.9, 0.999), **AT_EVERY_SIZE[method.name]}.items():
+        assert getattr(options, key) == value, key
+    assert config["gradient_clipping"] == 0 or method.name != "Apollo"
+    for key, text in RECIPES[command].items():
+        value = config[key] if key in config else getattr(options, key)
+        # The table rounds sqrt(128) to six digits.
+        assert math.isclose(float(text), value, rel_tol=1e-6) if isinstance(value, int | float) else text == value, key
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_a_recipe_fits_every_matrix_of_its_model(command):
+    _, name, size, _ = command.split()
+    block = json.loads((CONFIGS / "recipes" / f"{name}_llama_{size}.json").read_text())["optimizer"]
+    method = METHODS[block["type"]]
+    options = parse_options(method, block["params"])
+    model = CONFIGS / "models" / f"llama_{size}.json"
+    shapes = matrices(model)
+    assert len(shapes) == 7 * load_config(model).num_hidden_layers
+    for shape in set(shapes.values()):
+        assert method.misfit(shape, options) is None
+        assert method.rank(shape, options) == options.rank  # none is so small that it would be clipped
+
+
+def recipes_and_ranks() -> list[tuple[Path, int]]:
+    """Every recipe at the numbers of ranks that the README names."""
+    paths = sorted((CONFIGS / "recipes").iterdir())
+    return [(path, ranks) for path in paths for ranks in (1, 2, 4, 8, 64) if ranks <= 8 or path.stem.endswith("7b")]
+
+
+@pytest.mark.parametrize(("path", "ranks"), recipes_and_ranks(), ids=lambda value: getattr(value, "stem", str(value)))
+def test_deepspeed_accepts_a_recipe(path, ranks, monkeypatch):
+    monkeypatch.setattr(deepspeed_config.dist, "get_rank", lambda *_: 0)
+    mpu = SimpleNamespace(get_data_parallel_world_size=lambda: ranks)
+    read = deepspeed_config.DeepSpeedConfig(str(path), mpu)
+    assert read.world_size == ranks
+    assert read.train_micro_batch_size_per_gpu * read.gradient_accumulation_steps * ranks == 512
+    assert read.bfloat16_config.enabled and read.zero_config.stage == (3 if path.stem.endswith("7b") else 2)
+    assert read.gradient_clipping == json.loads(path.read_text())["gradient_clipping"]  # absent, it would be 1.0
+
+
+READY = [
+    path for path in sorted(CONFIGS.glob("*.json")) if json.loads(path.read_text())["optimizer"]["type"] in METHODS
+]
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_a_ready_configuration_fits_every_model(path):
+    config = json.loads(path.read_text())
+    method = METHODS[config["optimizer"]["type"]]
+    check_supported(config, method.name)
+    options = parse_options(method, config["optimizer"]["params"])
+    for model in MODELS:
+        for shape in set(matrices(model).values()):
+            assert method.misfit(shape, options) is None, model.stem
+
+
+def test_ready_configurations_have_moments_of_the_documented_size():
+    """Numbers a row of the longer side: rank, or units a row times rank."""
+    for path in READY:
+        params = json.loads(path.read_text())["optimizer"]["params"]
+        width = params.get("rank", params.get("rank_max", 1)) * params.get("granularity", 1)
+        assert width == (1 if params.get("mini") else 64), path.stem
