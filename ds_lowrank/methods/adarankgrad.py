@@ -24,7 +24,7 @@ from ds_lowrank.linalg.energy import leading_coordinates, live_directions, small
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Layout, Method, Options, Rows, State
 from ds_lowrank.methods.range_finder import randomized_range
-from ds_lowrank.methods.subspace import Projection, clipped_rank, project_on
+from ds_lowrank.methods.subspace import Projection, project_on
 from ds_lowrank.sharding.matrix import Factors, MatrixShard, Update
 from ds_lowrank.sharding.reduce import Program
 
@@ -76,7 +76,7 @@ class AdaRankGrad(Method):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: AdaRankGradOptions) -> int:
-        return clipped_rank(shape, options.rank_max)
+        return min(options.rank_max, *shape)
 
     @classmethod
     def rank_text(cls, shape: tuple[int, int], options: AdaRankGradOptions) -> str:

@@ -23,7 +23,6 @@ from pydantic import Field, model_validator
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Layout, Method, Options, Rows, Seen, State
 from ds_lowrank.methods.range_finder import held_sketch
-from ds_lowrank.methods.subspace import clipped_rank
 from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
 from ds_lowrank.sharding.reduce import Program
 
@@ -59,10 +58,6 @@ class Apollo(Method):
 
     name: ClassVar[str] = "Apollo"
     Options: ClassVar[type[ApolloOptions]] = ApolloOptions
-
-    @staticmethod
-    def rank(shape: tuple[int, int], options: ApolloOptions) -> int:
-        return clipped_rank(shape, options.rank)
 
     @staticmethod
     def state(shard: MatrixShard, options: ApolloOptions, rank: int) -> Layout:

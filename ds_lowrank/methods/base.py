@@ -133,9 +133,10 @@ class Method(ABC):
         return "right"
 
     @staticmethod
-    @abstractmethod
     def rank(shape: tuple[int, int], options: Any) -> int:
-        """The rank that a matrix of this shape starts with. State may hold another one, under ``rank``."""
+        """The rank that a matrix of this shape starts with. State may hold a smaller one, under ``rank``."""
+        rank: int = min(options.rank, *shape)
+        return rank
 
     @classmethod
     def rank_text(cls, shape: tuple[int, int], options: Any) -> str:

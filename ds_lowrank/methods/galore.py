@@ -21,7 +21,6 @@ from ds_lowrank.methods.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.subspace import (
     Projection,
     SubspaceOptions,
-    clipped_rank,
     descend,
     project_on,
     subspace_state,
@@ -52,10 +51,6 @@ class GaLore(Method):
 
     name: ClassVar[str] = "GaLore"
     Options: ClassVar[type[GaLoreOptions]] = GaLoreOptions
-
-    @staticmethod
-    def rank(shape: tuple[int, int], options: GaLoreOptions) -> int:
-        return clipped_rank(shape, options.rank)
 
     @staticmethod
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> Layout:

@@ -24,7 +24,6 @@ from ds_lowrank.methods.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.subspace import (
     Projection,
     SubspaceOptions,
-    clipped_rank,
     descend,
     project_on,
     subspace_state,
@@ -58,10 +57,6 @@ class OnlineSubspaceDescent(Method):
     Options: ClassVar[type[OnlineSubspaceDescentOptions]] = OnlineSubspaceDescentOptions
 
     @staticmethod
-    def rank(shape: tuple[int, int], options: OnlineSubspaceDescentOptions) -> int:
-        return clipped_rank(shape, options.rank)
-
-    @staticmethod
     def state(shard: MatrixShard, options: OnlineSubspaceDescentOptions, rank: int) -> Layout:
         return {
             **subspace_state(shard, options, rank),
@@ -92,7 +87,7 @@ class OnlineSubspaceDescent(Method):
 
 def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Program[torch.Tensor]:
     """This rank's own rows of the basis before the first step, compressed x rank, orthonormal."""
-    rank = clipped_rank(shard.shape, options.rank)
+    rank = OnlineSubspaceDescent.rank(shard.shape, options)
     match options.basis_init:
         case "svd":
             return (yield from singular_basis(shard, rank))

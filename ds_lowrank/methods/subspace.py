@@ -52,11 +52,6 @@ class Projection(Seen):
     basis: torch.Tensor = field(kw_only=True)
 
 
-def clipped_rank(shape: tuple[int, int], rank: int) -> int:
-    """No more directions than the smaller dimension has."""
-    return min(rank, *shape)
-
-
 def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> Layout:
     """The basis, and the moments of the inner optimizer."""
     return {"basis": Rows(shard.compressed, rank), **options.rule.state(shard, shard.kept, rank)}
