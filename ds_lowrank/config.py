@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from ds_lowrank.errors import ConfigError
@@ -25,7 +26,9 @@ def method_named(name: str) -> type[Method]:
 
 
 def looks_like_method(name: str) -> str | None:
-    """The method that a misspelt ``optimizer.type`` means, if it is that near to one."""
+    """The method that a misspelt ``optimizer.type`` means, if it is that near to one and no optimizer of torch's."""
+    if name.lower() in (known.lower() for known in dir(torch.optim)):
+        return None
     folded = {known.lower(): known for known in METHODS}
     near = get_close_matches(name.lower(), folded, n=1, cutoff=0.75)
     return folded[near[0]] if near else None

@@ -47,6 +47,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     method: ClassVar[type[Method]]
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        self._given = options
         self._options = parse_options(self.method, options)
         self._names: list[str] = []
         self._tags: dict[torch.Tensor, Tag] = {}
@@ -72,7 +73,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _plain_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with validated options and plain parameters that have something to train; their tags are noted."""
         given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
-        options = parse_options(self.method, {**self._options.model_dump(exclude_unset=True), **given})
+        options = parse_options(self.method, {**self._given, **given})
         entries = group["params"]
         entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
@@ -224,7 +225,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             rate = work.options.rate
             work.shard.write(work.slot.fragment.weights, update, rate, rate * work.options.weight_decay)
             work.slot.count_step()
-            self._counts["refreshes"] += work.seen.refreshed and not work.seen.is_zero
+            self._counts["refreshes"] += work.seen.refreshed
             del work.seen
 
     def _magnitudes(self, tensors: list[torch.Tensor]) -> Rounds[list[float]]:
@@ -248,7 +249,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return self._counts["skipped_updates"]
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a log: parameters that the last optimizer step changed by each rule, what happened so far
+        """Numbers for a log: parameters that the last call of ``step`` changed by each rule, what happened so far
         (skipped updates, new bases), and the state of the projected matrices over all ranks that share it.
         """
         stepped = [slot for slot in self.slots if slot.stepped]
@@ -280,4 +281,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; says which.
         """
-        self._counts = load_state(self.method.name, self.slots, self._own_groups, state_dict)
+        structure = self.method.Options.structure
+        self._counts = load_state(self.method.name, self.slots, self._own_groups, state_dict, structure)

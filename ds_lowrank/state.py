@@ -6,7 +6,7 @@ reader on another layout needs to put it together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +15,34 @@ from ds_lowrank.errors import CheckpointError
 from ds_lowrank.methods.base import Rows
 from ds_lowrank.slots import Matrix, Slot
 
-FORMAT = 1
+FORMAT = 2
 
 
 def dump_state(
     method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """The ``state_dict`` of this rank."""
-    names = {id(group): [slot.tag.name for slot in slots if slot.group is group] for group in groups}
     return {
         "format": FORMAT,
         "method": method,
         "counts": dict(counts),
         "layout": {slot.tag.name: _layout(slot) for slot in slots},
         "state": {slot.tag.name: dict(slot.state) for slot in slots},
-        "param_groups": [{**_settings(group), "params": names[id(group)]} for group in groups],
+        "param_groups": [{**_settings(group), "params": _names(slots, group)} for group in groups],
     }
 
 
 def load_state(
-    method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], saved: dict[str, Any]
+    method: str,
+    slots: Sequence[Slot],
+    groups: Sequence[dict[str, Any]],
+    saved: dict[str, Any],
+    structure: Iterable[str],
 ) -> dict[str, int]:
     """Put a saved state into the slots and groups.
+
+    Args:
+        structure: the options that must be those of the saved groups.
 
     Returns:
         The saved counts.
@@ -46,12 +52,9 @@ def load_state(
     """
     _check_origin(method, saved)
     _check_names({slot.tag.name for slot in slots}, set(saved["layout"]))
+    _check_groups(slots, groups, saved["param_groups"], structure)
     for slot in slots:
         _check_slot(slot, saved)
-    if len(saved["param_groups"]) != len(groups):
-        raise CheckpointError(
-            f"the checkpoint has {len(saved['param_groups'])} parameter groups, this run {len(groups)}"
-        )
     for slot in slots:
         for key, value in saved["state"][slot.tag.name].items():
             own = slot.state[key]
@@ -69,6 +72,10 @@ def _layout(slot: Slot) -> dict[str, Any]:
         "world": slot.world,
         "side": slot.matrix.shard.side if slot.matrix else "none",
     }
+
+
+def _names(slots: Sequence[Slot], group: dict[str, Any]) -> list[str]:
+    return [slot.tag.name for slot in slots if slot.group is group]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +102,25 @@ def _check_names(own: set[str], saved: set[str]) -> None:
         )
 
 
+def _check_groups(
+    slots: Sequence[Slot], groups: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]], structure: Iterable[str]
+) -> None:
+    if len(stored) != len(groups):
+        raise CheckpointError(f"the checkpoint has {len(stored)} parameter groups, this run {len(groups)}")
+    for index, (group, saved) in enumerate(zip(groups, stored, strict=True)):
+        if saved["params"] != _names(slots, group):
+            raise CheckpointError(
+                f"parameter group {index} holds other parameters in the checkpoint than in this run: make the groups "
+                "as the run that saved it did"
+            )
+        for key in structure:
+            if saved[key] != group[key]:
+                raise CheckpointError(
+                    f"{key} is {saved[key]!r} in the checkpoint and {group[key]!r} in this run, and the state of one "
+                    "cannot be read as that of the other: use the value that saved it"
+                )
+
+
 def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
     name, own, stored = slot.tag.name, _layout(slot), saved["layout"][slot.tag.name]
     for key, value in own.items():
@@ -109,7 +135,7 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
     expected = {key: value for key, value in slot.state.items() if isinstance(value, torch.Tensor)}
     shapes: Mapping[str, tuple[Any, torch.dtype]] = {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}
     if slot.matrix is not None and "rank" in slot.state:
-        shapes = _shapes_at(slot.matrix, tensors["rank"], name)
+        shapes = _shapes_at(slot.matrix, tensors["rank"])
     for key, (shape, dtype) in shapes.items():
         found = tensors[key]
         if (tuple(found.shape), found.dtype) != (shape, dtype):
@@ -119,9 +145,7 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
             )
 
 
-def _shapes_at(matrix: Matrix, rank: int, name: str) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+def _shapes_at(matrix: Matrix, rank: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """The tensors of a matrix whose rank changes, at the rank that was saved."""
-    if rank > matrix.rank:
-        raise CheckpointError(f"{name}: the checkpoint has rank {rank}, this run allows {matrix.rank}: raise rank_max")
     rows = matrix.layout(rank)
     return {key: (value.shape, value.dtype) for key, value in rows.items() if isinstance(value, Rows)}

@@ -14,13 +14,21 @@ def spectrum(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values and right singular vectors of a tall matrix.
 
     Args:
-        tall: p x k, fp32, finite, p >= k.
+        tall: p x k, fp32, p >= k.
 
     Returns:
-        k values, descending, and k x k vectors, one a column; fp64.
+        k values, descending, and k x k vectors, one a column; fp64. NaN where ``tall`` is not finite, or where the
+        iteration does not converge: an error on the one rank that factors would leave the others waiting.
     """
+    k = tall.shape[1]
+    nothing = tall.new_full((k,), torch.nan, dtype=torch.float64), tall.new_full((k, k), torch.nan, dtype=torch.float64)
+    if not tall.isfinite().all():
+        return nothing
     triangle = torch.linalg.qr(tall, mode="r").R
-    _, values, transposed = torch.linalg.svd(triangle.double())
+    try:
+        _, values, transposed = torch.linalg.svd(triangle.double())
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return nothing
     return values, transposed.T
 
 

@@ -35,13 +35,15 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
     """The first ``rank`` singular vectors of a matrix, by an exact SVD.
 
     Args:
-        matrix: m x n, fp32. With no elements it stands for a rank that does not factor.
+        matrix: m x n, fp32 or fp64. With no elements it stands for a rank that does not factor.
         rank: at most ``min(m, n)``.
         side: ``right`` for right singular vectors, ``left`` for left ones.
 
     Returns:
         n x rank (right) or m x rank (left), fp32. Vectors of singular values that are rounding are zero. Where the
-        iteration does not converge in fp32 it is repeated in fp64 on the normalised matrix.
+        iteration does not converge in fp32 it is repeated in fp64 on the normalised matrix. NaN where that does not
+        converge either, or the matrix is not finite: an error on the one rank that factors would leave the others
+        waiting.
     """
     if matrix.numel() == 0:
         return matrix.new_zeros(0, rank)
@@ -50,7 +52,9 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        u, s, vh = torch.linalg.svd(matrix.double() / matrix.abs().max(), full_matrices=False)
+        if matrix.dtype == torch.float64:
+            return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan, dtype=torch.float32)
+        return leading_singular_vectors(matrix.double() / matrix.abs().max(), rank, side)
     vectors = vh[:rank].T if side == "right" else u[:, :rank]
     alive = s[:rank] > DEPENDENT * s[0]
     basis: torch.Tensor = (vectors * alive).float().contiguous()

@@ -26,19 +26,21 @@ from ds_lowrank.methods.base import Layout, Method, Options, Rows, State
 from ds_lowrank.methods.range_finder import randomized_range
 from ds_lowrank.methods.subspace import Projection, project_on
 from ds_lowrank.sharding.matrix import Factors, MatrixShard, Update
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, abreast
 
 
 class AdaRankGradOptions(Options):
     """The paper's own knobs."""
+
+    structure: ClassVar[tuple[str, ...]] = (*Options.structure, "rank_max")
 
     rank_max: int = Field(128, gt=0, strict=True)
     rank_min: int = Field(1, gt=0, strict=True)
     residual_tol: float = Field(0.2, gt=0, lt=1)
     """eta: how much of the gradient's squared norm a subspace may leave out."""
     rank_multiple: int = Field(1, gt=0, strict=True)
-    """Ranks are rounded up to a multiple of it."""
-    never_grow: bool = False
+    """Ranks are rounded up to a multiple of it, but not beyond ``rank_max`` and the matrix's smaller dimension."""
+    never_grow: bool = Field(False, strict=True)
     """Whether a rank may only shrink."""
     grad_norm_tol: float = Field(1e-4, ge=0, allow_inf_nan=False)
     """The norm of the projected gradient at which a subspace is used up."""
@@ -107,6 +109,7 @@ class AdaRankGrad(Method):
         projected, basis = seen.projected, seen.basis
         if seen.is_zero:
             # No subspace can be read off it: the old one stays, and a due change is tried again in the next step.
+            seen.refreshed = False
             basis = yield shard.compressed.gather(state["basis"])
             projected = projected.new_zeros(projected.shape[0], state["rank"])
         elif isinstance(seen, Fitted):
@@ -131,18 +134,25 @@ def new_subspace(shard: MatrixShard, options: AdaRankGradOptions, present: int, 
         present: the rank of the subspace that is used up.
     """
     most = AdaRankGrad.rank(shard.shape, options)
-    own = yield from randomized_range(shard, most, options.seed, step)
+    own, unit = yield from abreast(randomized_range(shard, most, options.seed, step), largest_element(shard))
     basis = yield shard.compressed.gather(own)
-    projected, norms = yield shard.kept.reduce(shard.times(basis)), shard.kept.reduce(shard.kept_squares())
+    projected, norms = yield shard.kept.reduce(shard.times(basis)), shard.kept.reduce(shard.kept_squares(unit))
     whole, norms = yield shard.kept.collect(projected), shard.kept.collect(norms)
     within, rank = torch.zeros(0, most, device=shard.device), torch.zeros(1, 1, device=shard.device)
     if shard.rank == shard.factor_rank:
-        within, chosen = fitting_subspace(whole, norms, options, present if step else most)
+        within, chosen = fitting_subspace(whole / unit, norms, options, present if step else most)
         rank.fill_(chosen)
     within, rank = yield shard.small(most).tell(within), shard.agree(rank)
     chosen = int(rank.item())
     within = shard.padded(within, most)[:, :chosen]
     return Fitted(projected @ within, True, own=own @ within, basis=basis @ within, rank=chosen)
+
+
+def largest_element(shard: MatrixShard) -> Program[torch.Tensor]:
+    """About the largest magnitude in the gradient, the same on all ranks: keeps squares in the range of fp32."""
+    largest = shard.flat.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
+    total: torch.Tensor = yield shard.agree(largest.float().view(1, 1))
+    return total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def fitting_subspace(
@@ -152,20 +162,20 @@ def fitting_subspace(
 
     Args:
         projected: kept x most, the whole gradient on that range.
-        norms: kept x 1, squared norms of the gradient's rows.
+        norms: kept x 1, squared norms of the gradient's rows, in the same unit.
         present: a rank that ``never_grow`` may not exceed.
 
     Returns:
         most x most, of which the first ``rank`` columns are used, and the rank.
     """
     most = projected.shape[1]
-    if not projected.isfinite().all():
-        return torch.full((most, most), torch.nan, device=projected.device), most
     values, vectors = spectrum(projected)
+    if not values.isfinite().all():
+        return torch.full((most, most), torch.nan, device=projected.device), most
     rank = max(smallest_rank(values, norms.double().sum(), options.residual_tol), options.rank_min)
     rank = -(-rank // options.rank_multiple) * options.rank_multiple
     if options.never_grow:
-        rank = min(rank, present)
+        rank = min(rank, max(present, options.rank_min))
     rank = max(1, min(rank, most, live_directions(values)))
     within = torch.zeros(most, most, device=projected.device)
     within[:, :rank] = leading_coordinates(vectors, rank)

@@ -30,7 +30,9 @@ from ds_lowrank.sharding.reduce import Program
 class ApolloOptions(Options):
     """The paper's own knobs."""
 
-    mini: bool = False
+    structure: ClassVar[tuple[str, ...]] = (*Options.structure, "mini", "rank")
+
+    mini: bool = Field(False, strict=True)
     """APOLLO-Mini: rank 1, one factor a matrix, and a scale of sqrt(128) unless another is given."""
     rank: int = Field(128, gt=0, strict=True)
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)

@@ -31,6 +31,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    structure: ClassVar[tuple[str, ...]] = ("proj_type", "state_dtype")
+    """The keys that decide what the numbers in the state are: a run can only be resumed with the same."""
+
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
@@ -94,7 +97,8 @@ class Seen:
     Attributes:
         projected: this rank's share of the projected gradient, fp32. Over all ranks it is finite and not zero where
             the gradient is.
-        refreshed: whether a new basis (or projection) belongs to this step.
+        refreshed: whether a new basis (or projection) belongs to this step. ``update`` takes it back where it keeps
+            the old one.
         size: about its largest magnitude, the same number on all ranks; zero exactly where all of it is. The optimizer
             fills it in before ``update``.
     """

@@ -37,13 +37,13 @@ class GaLoreOptions(SubspaceOptions):
     projector: Literal["randomized", "svd"] = "randomized"
     moments: Literal["keep", "rotate"] = "keep"
     """What a refresh does to Adam's moments: the official code keeps them in the old coordinates."""
-    stagger: bool = False
+    stagger: bool = Field(False, strict=True)
     """Spread the refreshes of the matrices over the interval instead of doing them all in one step."""
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        if self.moments == "rotate" and self.inner == "adafactor":
-            raise ValueError("moments 'rotate' is not defined for inner 'adafactor': set moments to 'keep'")
+        if self.moments == "rotate" and (self.inner == "adafactor" or (self.inner == "sgd" and not self.momentum)):
+            raise ValueError(f"inner {self.inner!r} has no moments that 'rotate' could carry: set moments to 'keep'")
 
 
 class GaLore(Method):
@@ -69,6 +69,7 @@ class GaLore(Method):
         basis = seen.basis
         if seen.is_zero:
             # No subspace can be read off it: the old basis stays until the next refresh.
+            seen.refreshed = False
             basis = yield shard.compressed.gather(state["basis"])
         elif seen.refreshed:
             yield from change_basis(shard, state, options, seen.own, first=step == 0)

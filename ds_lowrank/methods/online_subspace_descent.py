@@ -35,6 +35,8 @@ from ds_lowrank.sharding.reduce import Program, abreast
 class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The paper's own knobs beside GaLore's."""
 
+    structure: ClassVar[tuple[str, ...]] = (*SubspaceOptions.structure, "basis_optimizer")
+
     pca_lambda: float = Field(0.1, ge=0, allow_inf_nan=False)
     """lambda: the weight of the term that keeps the basis near orthonormal."""
     basis_lr_ratio: float = Field(5.0, ge=0, allow_inf_nan=False)

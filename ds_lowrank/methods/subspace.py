@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,8 @@ from ds_lowrank.sharding.reduce import Program
 
 class SubspaceOptions(Options):
     """The keys of GaLore and Online Subspace Descent."""
+
+    structure: ClassVar[tuple[str, ...]] = (*Options.structure, "rank", "inner")
 
     rank: int = Field(128, gt=0, strict=True)
     scale: float = Field(0.25, ge=0, allow_inf_nan=False)

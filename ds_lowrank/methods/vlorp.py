@@ -46,6 +46,11 @@ def _fraction(value: Any) -> Any:
 class VLoRPOptions(Options):
     """The paper's own knobs."""
 
+    structure: ClassVar[tuple[str, ...]] = (
+        *Options.structure,
+        *("rank", "granularity", "update_scheme", "distribution", "update_proj_gap", "left_view", "seed"),
+    )
+
     eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
     rank: int = Field(4, gt=0, strict=True)
     granularity: Annotated[int | str, BeforeValidator(_fraction)] = 64

@@ -227,11 +227,11 @@ class MatrixShard:
             return held[self.held_rows(rectangle)]
         return held[self.held_columns(rectangle)].T
 
-    def kept_squares(self, unit: float = 1.0) -> torch.Tensor:
+    def kept_squares(self, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """This rank's part of the squared norms of the rows of ``H / unit``: held kept rows x 1, fp32."""
         return self.row_squares(self.flat, unit) if self.side == "right" else self.column_squares(self.flat, unit)
 
-    def row_squares(self, flat: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+    def row_squares(self, flat: torch.Tensor, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """This rank's part of the squared norms of the rows of a matrix, over ``unit`` squared: held rows x 1, fp32.
 
         Args:
@@ -243,7 +243,7 @@ class MatrixShard:
             sums[self.held_rows(rectangle)] += _squared_norms(piece, 1, unit).unsqueeze(1)
         return sums
 
-    def column_squares(self, flat: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+    def column_squares(self, flat: torch.Tensor, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The same for the columns: held columns x 1."""
         sums = torch.zeros(self.part.cols[1] - self.part.cols[0], 1, device=flat.device)
         for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
@@ -297,6 +297,6 @@ class MatrixShard:
                 weight.copy_(exact)
 
 
-def _squared_norms(piece: torch.Tensor, dim: int, unit: float) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(piece, dim=dim, dtype=torch.float64) / unit
-    return norms.square().float()
+def _squared_norms(piece: torch.Tensor, dim: int, unit: float | torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(piece, dim=dim, dtype=torch.float64)
+    return (norms / unit).square().view(-1).float()

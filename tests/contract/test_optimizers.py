@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -228,12 +229,29 @@ def test_groups_override_options_and_unknown_group_keys_are_refused(name):
         OPTIMIZERS[name]([{"params": rest, "weight_deccay": 0.1}], **SMALL[name])
 
 
-def test_a_group_may_switch_to_mini_and_gets_its_defaults():
+def test_a_group_may_switch_mini_on_or_off_and_gets_the_defaults_of_that():
     model = small_model()
     first, rest = list(model.named_parameters())[:1], list(model.named_parameters())[1:]
     optimizer = OPTIMIZERS["Apollo"]([{"params": first, "mini": True}, {"params": rest}], lr=0.1)
     assert [(group["rank"], group["scale"]) for group in optimizer.param_groups] == [(1, 128**0.5), (128, 1.0)]
     assert [slot.rank for slot in optimizer.slots if slot.matrix] == [1, 7]
+    optimizer = OPTIMIZERS["Apollo"]([{"params": first, "mini": False}, {"params": rest}], lr=0.1, mini=True)
+    assert [(group["rank"], group["scale"]) for group in optimizer.param_groups] == [(128, 1.0), (1, 128**0.5)]
+
+
+@EVERY
+def test_the_class_can_be_pickled_and_found_in_the_package(name):
+    assert pickle.loads(pickle.dumps(OPTIMIZERS[name])) is OPTIMIZERS[name] is getattr(ds_lowrank, name)
+
+
+@EVERY
+def test_groups_in_another_order_are_refused(name):
+    model = small_model()
+    first, rest = ({"params": part.named_parameters(prefix=str(i)), "lr": i} for i, part in enumerate(model) if i != 1)
+    saved = OPTIMIZERS[name]([first, rest], **SMALL[name]).state_dict()
+    rest, first = ({"params": part.named_parameters(prefix=str(i)), "lr": i} for i, part in enumerate(model) if i != 1)
+    with pytest.raises(ds_lowrank.CheckpointError, match="parameter group 0 holds other parameters"):
+        OPTIMIZERS[name]([first, rest], **SMALL[name]).load_state_dict(saved)
 
 
 @EVERY

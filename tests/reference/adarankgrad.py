@@ -59,7 +59,7 @@ class DenseAdaRankGrad:
         rank = max(rank, self.rank_min)
         rank = -(-rank // self.rank_multiple) * self.rank_multiple
         if self.never_grow and self.t > 0:
-            rank = min(rank, self.rank)
+            rank = min(rank, max(self.rank, self.rank_min))
         return min(rank, self.rank_max, (s > 1e-6 * s[0]).sum().item())
 
     def new_subspace(self, H):

@@ -189,6 +189,33 @@ def test_a_gradient_of_rank_k_gets_rank_k(k):
     assert optimizer.slots[0].rank == k  # also below rank_min: there are no more directions
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e22])
+def test_the_rank_does_not_depend_on_the_size_of_the_gradient(size):
+    torch.manual_seed(0)
+    gradient = torch.randn(20, 11) * 0.7 ** torch.arange(11)
+    ranks = []
+    for factor in (1.0, size):
+        weight = torch.nn.Parameter(torch.zeros(20, 11))
+        optimizer = OPTIMIZERS["AdaRankGrad"]([("w", weight)], rank_max=8)
+        weight.grad = gradient * factor
+        optimizer.step()
+        ranks.append(optimizer.slots[0].rank)
+    assert ranks[0] == ranks[1] not in (1, 8)
+
+
+def test_a_rank_that_never_grows_still_rises_to_rank_min():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(20, 11))
+    options = {"rank_max": 8, "rank_min": 4, "never_grow": True, "update_proj_gap": 1}
+    optimizer = OPTIMIZERS["AdaRankGrad"]([("w", weight)], **options)
+    ranks = []
+    for k in (1, 11, 11):
+        weight.grad = torch.randn(20, k) @ torch.randn(k, 11)
+        optimizer.step()
+        ranks.append(optimizer.slots[0].rank)
+    assert ranks == [1, 4, 4]
+
+
 def test_coordinates_of_a_subspace_do_not_depend_on_signs_or_order():
     torch.manual_seed(0)
     vectors = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q

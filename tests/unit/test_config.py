@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_lowrank import ConfigError, GaLore, tag_parameters
 from ds_lowrank.config import looks_like_method, method_named, parse_options
@@ -46,7 +47,9 @@ def test_a_bad_option_says_where_and_what_is_valid(params, message):
         ("GaLore", {"momentum": 0.9}, "momentum belongs to inner 'sgd', inner is 'adamw': remove one of them"),
         ("GaLore", {"inner": "sgd", "momentum": 1.0}, "params.momentum .*less than 1"),
         ("GaLore", {"lion_sign": "original"}, "lion_sign belongs to inner 'lion', inner is 'adamw'"),
-        ("GaLore", {"inner": "adafactor", "moments": "rotate"}, "'rotate' is not defined for inner 'adafactor'"),
+        ("GaLore", {"inner": "adafactor", "moments": "rotate"}, "inner 'adafactor' has no moments that 'rotate' could"),
+        ("GaLore", {"inner": "sgd", "moments": "rotate"}, "inner 'sgd' has no moments that 'rotate' could carry"),
+        ("Apollo", {"mini": 1}, "params.mini .*valid boolean"),
         ("OnlineSubspaceDescent", {"update_proj_gap": 200}, "update_proj_gap .*unknown key.*Valid: .*basis_lr_ratio"),
         ("OnlineSubspaceDescent", {"pca_lambda": -0.1}, "params.pca_lambda .*greater than or equal to 0"),
         ("OnlineSubspaceDescent", {"basis_optimizer": "adamw"}, "'adam', 'sgd', 'lion' or 'adafactor'"),
@@ -162,6 +165,11 @@ def test_unknown_methods_name_the_nearest():
         method_named("GaLoree")
     assert looks_like_method("galore") == "GaLore"
     assert looks_like_method("AdamW") is None
+
+
+@pytest.mark.parametrize("name", [*DEEPSPEED_OPTIMIZERS, *(n for n in dir(torch.optim) if n not in METHODS)])
+def test_an_optimizer_of_torch_or_deepspeed_is_not_taken_for_a_misspelt_method(name):
+    assert looks_like_method(name) is None
 
 
 @pytest.mark.parametrize(
