@@ -10,7 +10,6 @@ and DeepSpeed has unscaled and clipped the gradients before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -28,6 +27,8 @@ from ds_lowrank.sharding.zero import logical_shape, read_placement
 from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 
+LARGEST = 1e16
+"""A gradient beyond it is taken as not finite: sums of its squares leave the range of fp32."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
@@ -192,7 +193,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
-            if not all(math.isfinite(size) for size in sizes):
+            if not all(size < LARGEST for size in sizes):
                 self._counts["skipped_updates"] += 1
                 return
             for work, size in zip(matrices, sizes, strict=False):

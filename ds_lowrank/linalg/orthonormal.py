@@ -13,7 +13,8 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
 
     Householder QR with the sign fixed by a positive diagonal, so that the same input up to rounding gives the same
     basis up to rounding. A column that depends linearly on those before it becomes zero: an arbitrary completion would
-    be noise that an adaptive optimizer blows up to full size, and a different one on every layout.
+    be noise that an adaptive optimizer blows up to full size, and a different one on every layout. For the same reason
+    a row of zeros stays one.
 
     Args:
         tall: p x k, fp32, ``p >= k``. With no rows (a rank that does not factor) it comes back as it is.
@@ -27,7 +28,7 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     diagonal = torch.diagonal(r)
     lengths = diagonal.abs()
     alive = lengths > DEPENDENT * lengths.max()
-    basis: torch.Tensor = q * (torch.sign(diagonal) * alive)
+    basis: torch.Tensor = q * (torch.sign(diagonal) * alive) * (tall != 0).any(1, keepdim=True)
     return basis
 
 
@@ -40,10 +41,10 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
         side: ``right`` for right singular vectors, ``left`` for left ones.
 
     Returns:
-        n x rank (right) or m x rank (left), fp32. Vectors of singular values that are rounding are zero. Where the
-        iteration does not converge in fp32 it is repeated in fp64 on the normalised matrix. NaN where that does not
-        converge either, or the matrix is not finite: an error on the one rank that factors would leave the others
-        waiting.
+        n x rank (right) or m x rank (left), fp32. Vectors of singular values that are rounding are zero, and so are
+        entries that belong to a row or column of zeros. Where the iteration does not converge in fp32 it is repeated in
+        fp64 on the normalised matrix. NaN where that does not converge either, or the matrix is not finite: an error on
+        the one rank that factors would leave the others waiting.
     """
     if matrix.numel() == 0:
         return matrix.new_zeros(0, rank)
@@ -57,5 +58,6 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
         return leading_singular_vectors(matrix.double() / matrix.abs().max(), rank, side)
     vectors = vh[:rank].T if side == "right" else u[:, :rank]
     alive = s[:rank] > DEPENDENT * s[0]
-    basis: torch.Tensor = (vectors * alive).float().contiguous()
+    used = (matrix != 0).any(0 if side == "right" else 1).unsqueeze(1)
+    basis: torch.Tensor = (vectors * alive * used).float().contiguous()
     return basis

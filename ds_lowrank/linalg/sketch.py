@@ -16,7 +16,8 @@ def name_hash(*parts: str | int) -> int:
 def gaussian(seed: int, name: str, counter: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """A standard normal matrix that is a function of (run seed, parameter name, counter) and nothing else.
 
-    Drawn on the CPU and moved, because a device's own generator gives other numbers.
+    Drawn on the CPU and moved, because a device's own generator gives other numbers. CPUs with other vector
+    instructions may round the last bit otherwise.
 
     Returns:
         rows x columns, fp32, on ``device``.

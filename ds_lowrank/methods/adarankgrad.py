@@ -5,7 +5,7 @@ every matrix and interval:
 
     when the subspace is used up    Q <- range of H, of rank_max columns                                    (SSRF)
                                     r <- the smallest with |H - H Q_r Q_r^T|^2 <= residual_tol * |H|^2      (IASS)
-                                    C <- Q_old^T Q_r;  M <- M C;  V <- |V C|
+                                    C <- Q_old^T Q_r;  M <- M C;  V <- V (C * C)
     R <- H Q
     N <- Adam(R)
     W <- W - lr * scale * N Q^T
@@ -46,7 +46,7 @@ class AdaRankGradOptions(Options):
     """The norm of the projected gradient at which a subspace is used up."""
     update_proj_gap: int = Field(200, gt=0, strict=True)
     """A subspace lasts at most so many optimizer steps."""
-    second_moment: Literal["abs", "clamp", "squared"] = "abs"
+    second_moment: Literal["abs", "clamp", "squared"] = "squared"
     """What a change of basis C does to V: ``|V C|``, ``max(V C, 0)`` or ``V (C * C)``."""
     scale: float = Field(0.25, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
@@ -140,7 +140,7 @@ def new_subspace(shard: MatrixShard, options: AdaRankGradOptions, present: int, 
     whole, norms = yield shard.kept.collect(projected), shard.kept.collect(norms)
     within, rank = torch.zeros(0, most, device=shard.device), torch.zeros(1, 1, device=shard.device)
     if shard.rank == shard.factor_rank:
-        within, chosen = fitting_subspace(whole / unit, norms, options, present if step else most)
+        within, chosen = fitting_subspace(whole / unit, norms, options, present)
         rank.fill_(chosen)
     within, rank = yield shard.small(most).tell(within), shard.agree(rank)
     chosen = int(rank.item())

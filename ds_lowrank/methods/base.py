@@ -114,7 +114,7 @@ class Seen:
     @property
     def unit(self) -> float:
         """What to divide by before squaring, so that no square leaves the range of fp32."""
-        return self.size or 1.0
+        return max(self.size, 1e-36) if self.size else 1.0
 
 
 class Method(ABC):

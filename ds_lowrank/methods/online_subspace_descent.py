@@ -11,6 +11,7 @@ With the compressed dimension second, ``H`` is kept x compressed and ``Q`` compr
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -88,18 +89,24 @@ class OnlineSubspaceDescent(Method):
 
 
 def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Program[torch.Tensor]:
-    """This rank's own rows of the basis before the first step, compressed x rank, orthonormal."""
+    """This rank's own rows of the basis before the first step, compressed x rank, orthonormal.
+
+    A direction that the first gradient is too poor to give is random: a zero column would stay one for ever.
+    """
     rank = OnlineSubspaceDescent.rank(shard.shape, options)
-    match options.basis_init:
-        case "svd":
-            return (yield from singular_basis(shard, rank))
-        case "randomized":
-            return (yield from randomized_range(shard, rank, options.seed, 0))
-    random = torch.empty(0, rank, device=shard.device)
-    if shard.rank == shard.factor_rank:
-        random = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
-    own: torch.Tensor = yield shard.compressed.hand_out(orthonormal(random))
-    return own
+    random = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
+    if options.basis_init == "random":
+        everything = orthonormal(random) if shard.rank == shard.factor_rank else random[:0]
+        own: torch.Tensor = yield shard.compressed.hand_out(everything)
+        return own
+    if options.basis_init == "svd":
+        own = yield from singular_basis(shard, rank)
+    else:
+        own = yield from randomized_range(shard, rank, options.seed, 0)
+    squares = yield shard.agree(own.square().sum(0).unsqueeze(1))
+    missing = squares.T < 0.5  # of columns that are of length one or zero
+    filled: torch.Tensor = own + missing * shard.compressed.own(random) / math.sqrt(shard.compressed.size)
+    return filled
 
 
 def move_basis(

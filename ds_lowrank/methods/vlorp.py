@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
-from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
+from ds_lowrank.linalg.moments import adam, rotate_first
 from ds_lowrank.linalg.sketch import gaussian, rademacher
 from ds_lowrank.methods.base import Layout, Method, Options, Rows, Seen, State
 from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
@@ -138,7 +138,7 @@ class VLoRP(Method):
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
-        if seen.refreshed and step > 0:
+        if seen.refreshed and step > 0:  # before the first projection there was none
             resample(state, options, step, seen)
         match options.update_scheme:
             case "projfactor":
@@ -208,16 +208,21 @@ def in_original_space(state: State, options: VLoRPOptions, step: int, seen: Samp
 
 
 def resample(state: State, options: VLoRPOptions, step: int, seen: Sample) -> None:
-    """What a new projection does to the moments of the projected gradient."""
-    moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+    """What a new projection does to the moments of the projected gradient.
+
+    ``reproject`` is Flora's rule (arXiv 2402.03293), ``M <- M P_old^T P_new``, over ``sqrt(1 + (L + 1) / r)``, by which
+    it would lengthen the lifted M on average. A second moment has the same expectation in any random coordinates, and
+    stays.
+    """
     if options.moment_on_resample == "reset":
-        for moment in moments:
-            moment.zero_()
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                state[key].zero_()
     if options.moment_on_resample == "reproject":
         old = draw(seen.units, options, step // options.update_proj_gap - 1)
-        rotation = old.T @ seen.projection
-        for moment, rotate in zip(moments, (rotate_first, rotate_second), strict=False):
-            rotate(moment.view(-1, rotation.shape[0]), rotation)
+        length, rank = old.shape
+        rotation = old.T @ seen.projection / math.sqrt(1 + (length + 1) / rank)
+        rotate_first(state["exp_avg"].view(-1, rank), rotation)
 
 
 def age(options: VLoRPOptions, step: int) -> int:

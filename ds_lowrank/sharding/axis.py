@@ -39,6 +39,10 @@ class Axis:
     def owned_rows(self) -> int:
         return length(self.owned)
 
+    def own(self, everything: torch.Tensor) -> torch.Tensor:
+        """The rows that this rank owns of a tensor that it has whole."""
+        return torch.cat([everything[:0], *(everything[lo:hi] for lo, hi in self.owned)])
+
     def reduce(self, held: torch.Tensor) -> Request:
         """Sum what every rank computed for the rows it holds; the answer is the rows this rank owns."""
         return Request(self._reduce, held)

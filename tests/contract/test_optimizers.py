@@ -201,7 +201,7 @@ def test_a_nan_gradient_changes_nothing_and_is_counted(name):
     assert [slot.state["step"] for slot in optimizer.slots] == [2] * 4
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"VLoRP"}))
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"OnlineSubspaceDescent", "VLoRP"}))
 def test_a_rank_deficient_gradient_gives_a_finite_update_in_its_own_subspace(name):
     """Rank 1 gradient, rank 3 asked: the directions that carry nothing are left out instead of filled with noise."""
     torch.manual_seed(0)
@@ -327,6 +327,34 @@ def test_very_small_and_very_large_gradients_take_the_same_step(name, scale):
         optimizer.step()
         steps.append(weight.detach())
     assert torch.allclose(*steps, rtol=0, atol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-25])
+def test_a_gradient_whose_squares_underflow_leaves_everything_finite(name, scale):
+    """The first one, where sums of squares would be divided by each other, and one in between."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(12, 9))
+    optimizer = single(name, weight)
+    for factor in (scale, 1.0, scale, 1.0):
+        weight.grad = torch.randn(12, 9) * factor
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert all(v.isfinite().all() for v in optimizer.slots[0].state.values() if torch.is_tensor(v))
+    assert optimizer.skipped_updates == 0
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [1e17, 1e30])
+def test_a_gradient_whose_squares_overflow_is_skipped_and_counted(name, scale):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(12, 9))
+    optimizer = single(name, weight)
+    for factor in (1.0, scale, 1.0):
+        weight.grad = torch.randn(12, 9) * factor
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert (optimizer.skipped_updates, optimizer.slots[0].state["step"]) == (1, 2)
 
 
 @EVERY

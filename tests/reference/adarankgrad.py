@@ -34,7 +34,7 @@ class DenseAdaRankGrad:
         never_grow=False,
         grad_norm_tol=1e-4,
         update_proj_gap=200,
-        second_moment="abs",
+        second_moment="squared",
         scale=0.25,
         proj_type="std",
         betas=(0.9, 0.999),

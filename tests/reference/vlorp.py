@@ -79,7 +79,8 @@ class DenseVLoRP:
         lr = self.lr if lr is None else lr
         P = self.projection(self.t // self.gap)
         if self.t > 0 and self.t % self.gap == 0:
-            self.resample(self.projection(self.t // self.gap - 1).T @ P)
+            C = self.projection(self.t // self.gap - 1).T @ P
+            self.resample(C / (1 + (self.length + 1) / self.rank) ** 0.5)
         R = self.view(G) @ P
         if self.update_scheme == "projfactor":
             update = self.projfactor(R, P)
@@ -97,7 +98,7 @@ class DenseVLoRP:
         elif self.moment_on_resample == "reproject" and self.update_scheme == "projfactor":
             self.M = self.M @ C
         elif self.moment_on_resample == "reproject":
-            self.adam.rotate(C)
+            self.adam.M = self.adam.M @ C
 
     def projfactor(self, R, P):
         beta1, beta2 = self.betas

@@ -10,7 +10,7 @@ from ds_lowrank.linalg.energy import leading_coordinates, smallest_rank, spectru
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.adarankgrad import Fitted, change_subspace
 from ds_lowrank.methods.online_subspace_descent import pca_gradient
-from ds_lowrank.methods.vlorp import VLoRPOptions, draw
+from ds_lowrank.methods.vlorp import Sample, VLoRPOptions, draw, resample
 from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -115,6 +115,21 @@ def test_the_projection_is_drawn_once_a_step_and_changes_every_gap_only(monkeypa
     assert seen == [0, 0, 1, 1, 2]
 
 
+def test_a_reprojected_moment_keeps_its_expected_length():
+    """The mean over seeds of the lifted moment's squared length, after over before: 1 within four standard errors."""
+    torch.manual_seed(0)
+    units, ratios = Units(shard_of(torch.randn(8, 24)), Fraction(2)), []
+    for seed in range(2000):
+        options = VLoRPOptions(rank=3, granularity=2, update_proj_gap=5, moment_on_resample="reproject", seed=seed)
+        old, new = (draw(units, options, counter) for counter in (0, 1))
+        moment = torch.randn(8, 6)
+        state = {"exp_avg": moment.clone()}
+        resample(state, options, 5, Sample(torch.empty(0), True, units=units, projection=new))
+        ratios.append(units.lift(state["exp_avg"], new).square().sum() / units.lift(moment, old).square().sum())
+    ratios = torch.stack(ratios)
+    assert abs(ratios.mean() - 1) < 4 * ratios.std() / len(ratios) ** 0.5
+
+
 # Online Subspace Descent
 
 
@@ -160,7 +175,37 @@ def test_descending_on_a_fixed_gradient_finds_its_leading_subspace():
     assert (gradient - gradient @ basis @ basis.T).norm() < 1e-3 * gradient.norm()
 
 
+@pytest.mark.parametrize("basis_init", ["svd", "randomized"])
+def test_a_first_gradient_of_rank_1_does_not_cap_the_basis_for_ever(basis_init):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(30, 16))
+    options = {"rank": 8, "basis_init": basis_init, "lr": 1e-2}
+    optimizer = OPTIMIZERS["OnlineSubspaceDescent"]([("w", weight)], **options)
+    weight.grad = torch.outer(torch.randn(30), torch.randn(16))
+    for _ in range(50):
+        optimizer.step()
+        weight.grad = torch.randn(30, 16)
+    assert torch.linalg.svdvals(optimizer.slots[0].state["basis"]).min() > 0.3
+
+
 # AdaRankGrad
+
+
+def test_the_default_rule_for_the_second_moment_keeps_the_size_of_a_step_over_a_change_of_subspace():
+    """A stationary gradient of 6 directions and noise: the step after the change is as long as that before."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(64, 32))
+    left, right = torch.randn(64, 6), torch.randn(6, 32)
+    options = {"rank_max": 12, "update_proj_gap": 60, "residual_tol": 0.2, "grad_norm_tol": 0.0}
+    optimizer = OPTIMIZERS["AdaRankGrad"]([("w", weight)], lr=1.0, **options)
+    lengths = []
+    for _ in range(61):
+        before = weight.detach().clone()
+        weight.grad = left @ right + 0.5 * torch.randn(64, 32)
+        optimizer.step()
+        lengths.append((weight.detach() - before).norm().item())
+    assert optimizer.metrics()["lowrank/refreshes"] == 2
+    assert 0.5 * lengths[59] < lengths[60] < 2 * lengths[59]
 
 
 def test_the_residual_is_what_the_singular_values_leave_and_a_rank_k_matrix_has_rank_k():
@@ -189,7 +234,7 @@ def test_a_gradient_of_rank_k_gets_rank_k(k):
     assert optimizer.slots[0].rank == k  # also below rank_min: there are no more directions
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e22])
+@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e14])
 def test_the_rank_does_not_depend_on_the_size_of_the_gradient(size):
     torch.manual_seed(0)
     gradient = torch.randn(20, 11) * 0.7 ** torch.arange(11)
