@@ -78,12 +78,15 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report(rows: Numbers, arguments: argparse.Namespace) -> None:
+def report(rows: Numbers, arguments: argparse.Namespace, **more: Numbers) -> None:
     """Print the table, and write the numbers with all that is needed to judge them where ``--json`` asks for it.
 
     Every benchmark runs each process on one thread, and the record says so.
+
+    Args:
+        more: further tables, by their keys in the record.
     """
-    print(table(rows))
+    print(*(table(numbers) for numbers in (rows, *more.values())), sep="\n\n")
     if arguments.json is None:
         return
     record = {
@@ -93,6 +96,7 @@ def report(rows: Numbers, arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "hardware": hardware(),
         "numbers": rows,
+        **more,
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,10 +1,13 @@
-"""Cost and quality of GaLore's randomized subspace refresh, against the exact SVD that it stands in for.
+"""Cost and quality of GaLore's randomized refresh and cost of Online Subspace Descent's PCA step, against an exact SVD.
 
 python benchmarks/refresh.py
 
 The matrices are gradients of a 2-layer LLaMA of the 350M shapes on the standard library's source, byte by byte, at
 initialisation and after ten AdamW steps. One thread, fp32. *Energy* is what the basis captures of the gradient's
 square over what the best basis of that rank would: the smallest of all repeats, each with a sketch of its own.
+
+*PCA step* is one step on the basis, its gradient and Adam's move. Finding the projected gradient is not part of it, nor
+of the refreshes: every training step does that. Gaussian matrices stand for the shapes of other models.
 """
 
 from __future__ import annotations
@@ -12,20 +15,26 @@ from __future__ import annotations
 import random
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from statistics import median
 
 import torch
-from common import Numbers, interleaved, options, report
+from common import Numbers, interleaved, medians, options, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_lowrank.methods.galore import randomized_range
+from ds_lowrank.methods.online_subspace_descent import (
+    OnlineSubspaceDescent,
+    OnlineSubspaceDescentOptions,
+    move_basis,
+)
+from ds_lowrank.methods.range_finder import randomized_range
+from ds_lowrank.methods.subspace import Projection
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Alone, lockstep
 
-SPEED_TARGET, ENERGY_TARGET = 15.0, 0.99
+SPEED_TARGET, ENERGY_TARGET, PCA_TARGET = 15.0, 0.99, 20.0
 SEQUENCES, LENGTH, STEPS = 16, 256, 10
 MATRICES = {
     "model.layers.0.mlp.down_proj.weight": (256, 128, 32),
@@ -34,6 +43,8 @@ MATRICES = {
     "model.layers.1.mlp.up_proj.weight": (256, 128, 32),
 }
 """The ranks that each is refreshed at. The targets are for ``down_proj``, 1024 x 2736, at rank 256."""
+OTHER_SHAPES = {(512, 1376): 128, (2048, 5461): 512}
+"""Of the 60M and 1B models, and a quarter of the hidden size."""
 
 
 def gradients(seed: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -79,27 +90,75 @@ def source_bytes(seed: int, files: int = 200) -> torch.Tensor:
 
 def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: int) -> torch.Tensor:
     """The basis as one process finds it, compressed x rank."""
-    m, n = gradient.shape
-    shard = MatrixShard(name, (m, n), [whole((m, n))], 0, "right" if m >= n else "left", 0)
-    shard.attach(gradient.flatten())
-    (basis,) = Alone().run(lockstep([randomized_range(shard, rank, seed, counter)]))
+    (basis,) = Alone().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
     return basis
 
 
+def _shard(name: str, gradient: torch.Tensor) -> MatrixShard:
+    m, n = gradient.shape
+    shard = MatrixShard(name, (m, n), [whole((m, n))], 0, "right" if m >= n else "left", 0)
+    shard.attach(gradient.flatten())
+    return shard
+
+
+def _turned(gradient: torch.Tensor) -> torch.Tensor:
+    """With the compressed dimension, the smaller, second."""
+    return gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
+
+
+def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], object]:
+    """A function that takes one step on the basis, compressed x rank, whenever it is called, as one process does."""
+    shard, options = _shard("matrix", gradient), OnlineSubspaceDescentOptions(rank=basis.shape[1])
+    layout = OnlineSubspaceDescent.state(shard, options, options.rank)
+    state = {key: kept if isinstance(kept, int) else torch.zeros(kept.shape) for key, kept in layout.items()}
+    seen = Projection(_turned(gradient) @ basis, refreshed=False, own=basis, basis=basis)
+    state["basis"] = basis
+    return lambda: Alone().run(lockstep([move_basis(shard, state, options, seen)]))
+
+
 def measure(seed: int, repeats: int) -> Numbers:
-    """One record for each gradient and rank."""
-    threads = torch.get_num_threads()
-    found = gradients(seed)
-    torch.set_num_threads(1)
-    try:
-        return [
-            _compare(when, name, gradient, rank, seed, repeats)
-            for when, matrices in found.items()
-            for name, gradient in matrices.items()
-            for rank in MATRICES[name]
-        ]
-    finally:
-        torch.set_num_threads(threads)
+    """The refreshes: one record for each gradient and rank."""
+    return [
+        _compare(when, name, gradient, rank, seed, repeats)
+        for when, matrices in gradients(seed).items()
+        for name, gradient in matrices.items()
+        for rank in MATRICES[name]
+    ]
+
+
+def measure_pca(seed: int, repeats: int) -> Numbers:
+    """The PCA step: one record for each gradient of the target's shape, and for each of the other shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [
+        (_title(name, when), gradient, MATRICES[name][0])
+        for when, found in gradients(seed).items()
+        for name, gradient in found.items()
+        if "down_proj" in name
+    ]
+    matrices += [("Gaussian", torch.randn(shape, generator=generator), rank) for shape, rank in OTHER_SHAPES.items()]
+    return [_compare_pca(title, gradient, rank, repeats) for title, gradient, rank in matrices]
+
+
+def _compare_pca(title: str, gradient: torch.Tensor, rank: int, repeats: int) -> dict[str, object]:
+    basis, _ = torch.linalg.qr(torch.randn(min(gradient.shape), rank))
+    candidates = {
+        "svd": lambda: torch.linalg.svd(gradient, full_matrices=False),
+        "pca": pca_steps(gradient, basis),
+    }
+    seconds = medians(interleaved(candidates, repeats))
+    return {
+        "gradient": title,
+        "shape": "x".join(map(str, gradient.shape)),
+        "rank": rank,
+        "svd s": seconds["svd"],
+        "PCA step s": seconds["pca"],
+        "times faster": seconds["svd"] / seconds["pca"],
+    }
+
+
+def _title(name: str, when: str) -> str:
+    layer, matrix = name.split(".")[2], name.split(".")[-2]
+    return f"layer {layer} {matrix}, {when}"
 
 
 def _compare(when: str, name: str, gradient: torch.Tensor, rank: int, seed: int, repeats: int) -> dict[str, object]:
@@ -113,17 +172,16 @@ def _compare(when: str, name: str, gradient: torch.Tensor, rank: int, seed: int,
         },
         repeats,
     )
-    turned = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
+    turned = _turned(gradient)
     best = singular_values[:rank].square().sum()
-    svd, ours = median(seconds["svd"]), median(seconds["randomized"])
-    layer, matrix = name.split(".")[2], name.split(".")[-2]
+    taken = medians(seconds)
     return {
-        "gradient": f"layer {layer} {matrix}, {when}",
+        "gradient": _title(name, when),
         "shape": "x".join(map(str, gradient.shape)),
         "rank": rank,
-        "svd s": svd,
-        "randomized s": ours,
-        "times faster": svd / ours,
+        "svd s": taken["svd"],
+        "randomized s": taken["randomized"],
+        "times faster": taken["svd"] / taken["randomized"],
         "energy": min(float((turned @ basis).square().sum() / best) for basis in bases),
         "best share": float(best / singular_values.square().sum()),
     }
@@ -133,9 +191,14 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    rows = measure(arguments.seed, 1 if arguments.quick else arguments.repeats)
-    report(rows, arguments)
-    print(f"\nTargets, 1024x2736 at rank 256: {SPEED_TARGET:g} times faster, energy {ENERGY_TARGET}.")
+    repeats = 1 if arguments.quick else arguments.repeats
+    gradients(arguments.seed)
+    torch.set_num_threads(1)
+    report(measure(arguments.seed, repeats), arguments, pca=measure_pca(arguments.seed, repeats))
+    print(
+        f"\nTargets, 1024x2736 at rank 256: {SPEED_TARGET:g} times faster, energy {ENERGY_TARGET}; "
+        f"the PCA step {PCA_TARGET:g} times faster."
+    )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,6 @@ the hidden size. Ordinary steps, and *amortised* over an interval of 200 steps, 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import logging
-import os
-import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,45 +17,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from common import Numbers, interleaved, options, report
+from ranks import engines, on_ranks
 
 MODEL = Path(__file__).parents[1] / "ds_configs/models/llama_quickstart.json"
 GAP = 200
 PARTS = ("forward", "backward", "step")
 
 
-def engines(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
+def both(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
     """A DeepSpeed engine with each optimizer, on models of their own with the same weights."""
-    import ds_lowrank
     from ds_lowrank.models import llama
 
     model = llama.load_config(MODEL)
-    optimizers = {
-        "GaLore": {"lr": 1e-2, "rank": model.hidden_size // 4, "update_proj_gap": GAP},
-        "AdamW": {"lr": 1e-3, "torch_adam": True},
-    }
-    built = {}
-    for name, params in optimizers.items():
-        config = {
-            "train_micro_batch_size_per_gpu": micro,
-            "train_batch_size": micro * ranks,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": stage},
-            "optimizer": {"type": name, "params": params},
-        }
-        network = llama.build(model, seed, copy.deepcopy(config))
-        engine, *_ = ds_lowrank.initialize(model=network, model_parameters=network.parameters(), config=config)
-        engine.train()
-        built[name] = engine
-    return built
+    galore = {"lr": 1e-2, "rank": model.hidden_size // 4, "update_proj_gap": GAP}
+    adamw = {"lr": 1e-3, "torch_adam": True}
+    optimizers = {"GaLore": {"type": "GaLore", "params": galore}, "AdamW": {"type": "AdamW", "params": adamw}}
+    return engines(optimizers, model, stage, micro, ranks, seed)
 
 
 def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
     """Median seconds of each optimizer's forward, backward, step and of a step that refreshes. On each rank."""
     from ds_lowrank.training.loop import StepResult, train_step
 
-    built = engines(stage, micro, dist.get_world_size(), seed)
+    built = both(stage, micro, dist.get_world_size(), seed)
     vocabulary = built["AdamW"].module.config.vocab_size
     batch = torch.randint(vocabulary, (micro, length), generator=torch.Generator().manual_seed(seed))
     results: dict[str, list[StepResult]] = {name: [] for name in built}
@@ -84,33 +63,9 @@ def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> 
     return found
 
 
-def _rank(rank: int, port: int, ranks: int, run: tuple[int, int, int, int, int], found: Path) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    from ds_lowrank.training import distributed
-
-    distributed.join()
-    logging.disable(logging.WARNING)
-    times = time_steps(*run)
-    if rank == 0:
-        found.write_text(json.dumps(times))
-    distributed.leave()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def measure(stage: int, ranks: int, micro: int, length: int, repeats: int, seed: int) -> Numbers:
     """One record for each optimizer at one ZeRO stage, as rank 0 sees it."""
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "found.json")
-        mp.spawn(_rank, (_free_port(), ranks, (stage, micro, length, repeats, seed), file), nprocs=ranks)
-        found = json.loads(file.read_text())
+    found = on_ranks(ranks, time_steps, stage, micro, length, repeats, seed)
     rows: Numbers = []
     adamw = sum(found["AdamW"][part] for part in PARTS)
     for name, seconds in found.items():

@@ -1,0 +1,85 @@
+"""Time of a whole training step with many optimizers: for benchmarks/methods.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import runs
+from common import interleaved
+from ranks import engines, on_ranks
+
+TIMED_GAP = 10
+"""The interval of the timed engines, so that few steps have many refreshes."""
+
+
+def time_in_turns(
+    optimizers: Mapping[str, Mapping[str, Any]], work: Path, sizes: tuple[int, int], gap: int, repeats: int, seed: int
+) -> dict[str, float]:
+    """Seconds of a training step (forward, backward and step) on one rank, amortised over an interval of ``gap`` steps.
+
+    Args:
+        optimizers: DeepSpeed's ``optimizer`` entries.
+        work: holds the model's configuration and the cache of the text.
+        sizes: sequences a step, and their tokens.
+        repeats: steps of each.
+    """
+    entries = {name: {"type": entry["type"], "params": dict(entry["params"])} for name, entry in optimizers.items()}
+    for entry in entries.values():
+        if "update_proj_gap" in entry["params"]:
+            entry["params"]["update_proj_gap"] = TIMED_GAP
+    steps = on_ranks(1, _take_turns, entries, work, sizes, repeats, seed)
+    return {name: _amortised(taken, gap) for name, taken in steps.items()}
+
+
+def _take_turns(
+    optimizers: Mapping[str, Mapping[str, Any]], work: Path, sizes: tuple[int, int], repeats: int, seed: int
+) -> dict[str, list[tuple[bool, float]]]:
+    """For every step of each engine, whether it refreshed and its seconds. All see the same batches."""
+    from ds_lowrank.models import llama
+    from ds_lowrank.training.loop import train_step
+
+    batches = _batches(work, sizes, 1 + repeats, seed)
+    built = engines(optimizers, llama.load_config(work / "model.json"), 0, sizes[0], 1, seed)
+    taken: dict[str, list[tuple[bool, float]]] = {name: [] for name in built}
+
+    def step(name: str) -> Callable[[], None]:
+        def call() -> None:
+            engine, own = built[name], taken[name]
+            before = _refreshes(engine)
+            result = train_step(engine, batches[len(own)], measure=True)
+            seconds = result.forward_seconds + result.backward_seconds + result.step_seconds
+            own.append((_refreshes(engine) > before, seconds))
+
+        return call
+
+    interleaved({name: step(name) for name in built}, repeats)
+    return {name: own[1:] for name, own in taken.items()}
+
+
+def _batches(work: Path, sizes: tuple[int, int], steps: int, seed: int) -> list[Any]:
+    from ds_lowrank.data.batches import BatchStream
+    from ds_lowrank.training.text import open_text
+
+    sequences, length = sizes
+    text = open_text(
+        "stdlib", "bpe", vocab_size=runs.VOCABULARY, model_vocab=runs.VOCABULARY, sequence_length=length,
+        held_out=False, cache=work / "cache",
+    )  # fmt: skip
+    batch = {"global_batch_size": sequences, "micro_batch_size": sequences, "rank": 0, "world_size": 1}
+    stream = BatchStream(text.train, **batch, seed=seed)
+    return [stream.next_step() for _ in range(steps)]
+
+
+def _refreshes(engine: Any) -> float:
+    optimizer = engine.basic_optimizer
+    return float(optimizer.metrics()["lowrank/refreshes"]) if hasattr(optimizer, "metrics") else 0.0
+
+
+def _amortised(steps: Sequence[tuple[bool, float]], gap: int) -> float:
+    """The mean over an interval of which one step refreshes, from the medians of either kind."""
+    ordinary = median(seconds for refreshed, seconds in steps if not refreshed)
+    refreshing = [seconds for refreshed, seconds in steps if refreshed]
+    return ordinary + (median(refreshing) - ordinary) / gap if refreshing else ordinary

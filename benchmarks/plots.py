@@ -1,0 +1,117 @@
+"""The pictures of benchmarks/validation_loss.py and benchmarks/methods.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from statistics import mean
+
+from common import Numbers
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from runs import Found, Records, Setting
+
+COLOURS = {"GaLore": "tab:blue", "AdamW": "tab:orange"}
+OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan")
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """The same for GaLore and AdamW in every picture."""
+    others = cycle(OTHERS)
+    return {name: COLOURS.get(name) or next(others) for name in names}
+
+
+@contextmanager
+def picture(path: Path, size: tuple[float, float], widths: Sequence[float]) -> Iterator[Sequence[Axes]]:
+    """Panels side by side, written as a PNG when they are drawn."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Sequence[Axes] = figure.subplots(1, len(widths), width_ratios=widths)
+    yield panels
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def mean_curve(runs: Sequence[Records]) -> dict[int, float]:
+    """The mean validation loss of some runs by step, as far as none has diverged."""
+    curve = {}
+    for records in zip(*runs, strict=True):
+        losses = [record["eval_loss"] for record in records]
+        if None in losses:
+            break
+        curve[records[0]["step"]] = mean(losses)
+    return curve
+
+
+def draw_curve(axes: Axes, curve: Mapping[int, float], label: str, colour: str) -> None:
+    """Losses over the steps."""
+    axes.plot(list(curve), list(curve.values()), "o-", markersize=4, color=colour, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def draw_sweep(runs: Found, best: Mapping[str, Setting], path: Path) -> None:
+    """The loss of the best runs over the steps, and the final loss of every run over its learning rate."""
+    colour = colours(list(best))
+    with picture(path, (10, 4.2), (2, 1)) as (curves, rates):
+        for name, setting in best.items():
+            label = f"{name}, lr {setting.lr:g}, matrices x {setting.scale:g}"
+            draw_curve(curves, mean_curve([runs[setting]]), label, colour[name])
+        _draw_rates(rates, runs, colour)
+
+
+def _draw_rates(axes: Axes, runs: Found, colour: Mapping[str, str]) -> None:
+    styles = {1: "-", 2: "--", 3: ":"}
+    lines = sorted({(setting.optimizer, setting.scale) for setting in runs}, reverse=True)
+    for name, scale in lines:
+        points = sorted(
+            (setting.lr, records[-1]["eval_loss"])
+            for setting, records in runs.items()
+            if (setting.optimizer, setting.scale) == (name, scale) and records[-1]["eval_loss"] is not None
+        )
+        if not points:
+            continue
+        number = [line for line in lines if line[0] == name].index((name, scale)) + 1
+        label = f"{name}, matrices x {scale:g}"
+        axes.plot(
+            *zip(*points, strict=True), styles.get(number, "-."), marker="o", markersize=4,
+            color=colour[name], label=label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    lrs = sorted({setting.lr for setting in runs})
+    axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    axes.minorticks_off()
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("final validation loss")
+
+
+def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Path) -> None:
+    """Each method at its best, a mean over seeds: the loss over the steps, what it is above AdamW's in the last two
+    thirds, and the final one over the bytes of state.
+
+    Args:
+        runs: of each method at its best setting, with every seed.
+        rows: the methods' table.
+    """
+    colour = colours(list(runs))
+    curves = {name: mean_curve(own) for name, own in runs.items()}
+    base = curves["AdamW"]
+    with picture(path, (14, 4.6), (1.2, 1.2, 1)) as (whole, above, states):
+        for row in rows:
+            name = row["optimizer"]
+            draw_curve(whole, curves[name], f"{name}, lr {row['lr']:g}", colour[name])
+            late = [step for step in curves[name] if step in base and 3 * step >= max(base)]
+            above.plot(late, [curves[name][step] - base[step] for step in late], "o-", color=colour[name], markersize=4)
+            states.plot(row["state bytes"] / 2**10, row["validation loss"], "o", markersize=9, color=colour[name])
+        above.set_xlabel("optimizer step")
+        above.set_ylabel("validation loss above AdamW's")
+        states.set_xscale("log")
+        states.set_xlabel("state of the matrices at the end (KiB)")
+        states.set_ylabel("final validation loss")

@@ -1,0 +1,82 @@
+"""Engines with different optimizers side by side in the same gloo ranks, so that their steps can take turns."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.multiprocessing as mp
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+def on_ranks(ranks: int, measure: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``measure`` returns on rank 0, called on every one of some gloo ranks, one thread each.
+
+    Args:
+        measure: a function of a module; it returns what JSON can hold.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "found.json")
+        mp.spawn(_rank, (_free_port(), ranks, measure, arguments, file), nprocs=ranks)
+        return json.loads(file.read_text())
+
+
+def _rank(
+    rank: int, port: int, ranks: int, measure: Callable[..., Any], arguments: tuple[Any, ...], found: Path
+) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from ds_lowrank.training import distributed
+
+    distributed.join()
+    logging.disable(logging.WARNING)
+    result = measure(*arguments)
+    if rank == 0:
+        found.write_text(json.dumps(result))
+    distributed.leave()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def engines(
+    optimizers: Mapping[str, Mapping[str, Any]], model: LlamaConfig, stage: int, micro: int, ranks: int, seed: int
+) -> dict[str, Any]:
+    """A DeepSpeed engine with each optimizer, on models of their own with the same weights. Collective.
+
+    Args:
+        optimizers: DeepSpeed's ``optimizer`` entries, by the names of the engines.
+        micro: sequences a rank.
+    """
+    import ds_lowrank
+    from ds_lowrank.models import llama
+
+    built = {}
+    for name, optimizer in optimizers.items():
+        config = {
+            "train_micro_batch_size_per_gpu": micro,
+            "train_batch_size": micro * ranks,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+            "optimizer": copy.deepcopy(dict(optimizer)),
+        }
+        network = llama.build(model, seed, copy.deepcopy(config))
+        engine, *_ = ds_lowrank.initialize(model=network, model_parameters=network.parameters(), config=config)
+        engine.train()
+        built[name] = engine
+    return built
