@@ -22,11 +22,13 @@ def gaussian(seed: int, name: str, counter: int, rows: int, columns: int, device
     Returns:
         rows x columns, fp32, on ``device``.
     """
-    generator = torch.Generator().manual_seed(name_hash(seed, name, counter))
-    return torch.randn(rows, columns, generator=generator).to(device)
+    return torch.randn(rows, columns, generator=_generator(seed, name, counter)).to(device)
 
 
 def rademacher(seed: int, name: str, counter: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """The same with entries -1 and 1, each with probability one half."""
-    generator = torch.Generator().manual_seed(name_hash(seed, name, counter))
-    return (torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1).float().to(device)
+    return (torch.randint(0, 2, (rows, columns), generator=_generator(seed, name, counter)) * 2 - 1).float().to(device)
+
+
+def _generator(seed: int, name: str, counter: int) -> torch.Generator:
+    return torch.Generator().manual_seed(name_hash(seed, name, counter))

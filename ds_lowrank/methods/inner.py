@@ -91,16 +91,15 @@ class Lion(Rule):
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
     ) -> Program[torch.Tensor]:
-        mixed: torch.Tensor = yield from self.interpolated(state, gradient)
-        return mixed.sign()
+        return self.interpolated(state, gradient).sign()
+        yield  # a program without rounds
 
-    def interpolated(self, state: State, gradient: torch.Tensor) -> Program[torch.Tensor]:
+    def interpolated(self, state: State, gradient: torch.Tensor) -> torch.Tensor:
         beta1, beta2 = self.options.betas
         average = state[self._key("exp_avg")]
         mixed: torch.Tensor = average.float().lerp(gradient, 1 - beta1)
         average.copy_(average.float().lerp(gradient, 1 - beta2))
         return mixed
-        yield  # a program without rounds
 
     def rotate(self, state: State, rotation: torch.Tensor) -> None:
         rotate_first(state[self._key("exp_avg")], rotation)

@@ -77,8 +77,7 @@ def descend(
     """
     rule = options.rule
     if isinstance(rule, Lion) and options.lion_sign == "original":
-        mixed = yield from rule.interpolated(state, projected)
-        mixed = yield shard.kept.gather(mixed)
+        mixed = yield shard.kept.gather(rule.interpolated(state, projected))
         factors = Factors(mixed, basis, options.scale)
         return Dense(lambda: shard.lifted(factors).sign_(), options.scale)
     direction = yield from rule.direction(shard, shard.kept, state, projected, step + 1)
