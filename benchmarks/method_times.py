@@ -70,7 +70,7 @@ def _batches(work: Path, sizes: tuple[int, int], steps: int, seed: int) -> list[
     )  # fmt: skip
     batch = {"global_batch_size": sequences, "micro_batch_size": sequences, "rank": 0, "world_size": 1}
     stream = BatchStream(text.train, **batch, seed=seed)
-    return [stream.next_step() for _ in range(steps)]
+    return [[{"input_ids": t, "labels": t} for t in stream.next_step()] for _ in range(steps)]
 
 
 def _refreshes(engine: Any) -> float:

@@ -46,7 +46,9 @@ def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> 
     results: dict[str, list[StepResult]] = {name: [] for name in built}
 
     def step(name: str) -> Callable[[], None]:
-        return lambda: results[name].append(train_step(built[name], [batch], measure=True))
+        return lambda: results[name].append(
+            train_step(built[name], [{"input_ids": batch, "labels": batch}], measure=True)
+        )
 
     def refreshing() -> float:
         for slot in built["GaLore"].basic_optimizer.slots:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ds_lowrank.backward import forward_backward
 from ds_lowrank.engine import initialize, register
 from ds_lowrank.errors import CheckpointError, ConfigError
 from ds_lowrank.optimizers import OPTIMIZERS
@@ -9,7 +10,15 @@ from ds_lowrank.roles import tag_parameters
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "ConfigError", "initialize", "register", "tag_parameters", *OPTIMIZERS]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "forward_backward",
+    "initialize",
+    "register",
+    "tag_parameters",
+    *OPTIMIZERS,
+]
 
 
 def __getattr__(name: str) -> Any:

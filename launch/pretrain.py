@@ -110,7 +110,8 @@ def train(job: Job) -> None:
             records = final or evaluates or step == 1 or due(step, arguments.log_interval)
             lr = engine.get_lr()[0]
             started = time.perf_counter()
-            result = train_step(engine, job.stream.next_step(), measure=records)
+            batches = [{"input_ids": tokens, "labels": tokens} for tokens in job.stream.next_step()]
+            result = train_step(engine, batches, measure=records)
             progress.step, progress.tokens = step, progress.tokens + job.plan.tokens_per_step
             progress.seconds += time.perf_counter() - started
             report.advance()

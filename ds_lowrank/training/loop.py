@@ -3,13 +3,16 @@
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, distributed
+
+from ds_lowrank.backward import forward_backward
 
 
 @dataclass
@@ -41,32 +44,33 @@ class Stopwatch:
         return elapsed
 
 
-def train_step(engine: DeepSpeedEngine, batches: Sequence[Tensor], measure: bool) -> StepResult:
-    """Forward and backward over `batches`, each int64 [sequences, length], then one optimizer step.
+def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:
+    """Forward and backward over `batches`, the keyword arguments of the model, then one optimizer step.
 
-    With `measure` the gradient norm is found and the times are exact; without it both are left at what is free.
+    With `measure` the gradient norm is found and the times are exact; without it both are left at what is free. What an
+    optimizer needs beyond one forward a batch counts as forward.
     """
     watch = Stopwatch(exact=measure)
-    loss = torch.zeros((), device=engine.device)
-    grad_norm = None
-    forward = backward = update = 0.0
-    for number, batch in enumerate(batches, 1):
-        batch = batch.to(engine.device)
-        micro_loss = engine(input_ids=batch, labels=batch).loss
+    forward = backward = 0.0
+
+    def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
+        nonlocal forward, backward
+        backward += watch.read()  # of the micro-batch before
+        loss: Tensor = engine(**{key: value.to(engine.device) for key, value in batch.items()}).loss
         forward += watch.read()
-        engine.backward(micro_loss)
-        loss += micro_loss.detach() / len(batches)
-        backward += watch.read()
-        if measure and number == len(batches) and _engine_keeps_no_norm(engine):
-            grad_norm = float(
-                torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
-            )
-            watch.read()
-        engine.step()
-        update += watch.read()
+        return loss
+
+    losses = forward_backward(engine, [partial(loss_of, batch) for batch in batches])
+    backward += watch.read()
+    grad_norm = None
+    if measure and _engine_keeps_no_norm(engine):
+        grad_norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]))
+        watch.read()
+    engine.step()
+    update = watch.read()
     if not _engine_keeps_no_norm(engine):
         grad_norm = _number(engine.get_global_grad_norm())
-    return StepResult(loss, grad_norm, forward, backward, update)
+    return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, update)
 
 
 def _engine_keeps_no_norm(engine: DeepSpeedEngine) -> bool:

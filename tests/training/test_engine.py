@@ -45,7 +45,7 @@ def _engine(zero_stage: int, clipping: float, bf16: bool) -> Any:
 def _measured_step(zero_stage: int, clipping: float, bf16: bool) -> tuple[float, float | None]:
     engine = _engine(zero_stage, clipping, bf16)
     own = TOKENS[4 * engine.global_rank :][:4]
-    result = train_step(engine, own.split(2), measure=True)
+    result = train_step(engine, [{"input_ids": part, "labels": part} for part in own.split(2)], measure=True)
     assert min(result.forward_seconds, result.backward_seconds, result.step_seconds) > 0
     return mean_over_ranks(result.loss), result.grad_norm
 

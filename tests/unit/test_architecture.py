@@ -36,13 +36,25 @@ ALLOWED = {
     },
     "optimizers": {"methods", "optimizer"},
     "support": {"errors"},
+    "backward": set(),
     "engine": {"config", "errors", "methods", "optimizer", "optimizers", "roles", "support"},
     # Beside the step: the parts of the training script.
     "together": set(),
     "data": {"together"},
     "models": {"errors", "together"},
     "checkpoint": {"data", "errors", "together"},
-    "training": {"checkpoint", "config", "data", "engine", "errors", "methods", "models", "optimizer", "together"},
+    "training": {
+        "backward",
+        "checkpoint",
+        "config",
+        "data",
+        "engine",
+        "errors",
+        "methods",
+        "models",
+        "optimizer",
+        "together",
+    },
 }
 
 
