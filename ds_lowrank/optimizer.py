@@ -24,7 +24,7 @@ from ds_lowrank.report import logger, role_table, state_bytes
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
 from ds_lowrank.sharding.zero import logical_shape, read_placement
-from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
+from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, slot_of, waves
 from ds_lowrank.state import dump_state, load_state
 
 LARGEST = 1e16
@@ -184,12 +184,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
         options = {id(group): self._group_options(group) for group in groups_of(slots)}
-        matrices = [Work(slot, slot.matrix, options[id(slot.group)]) for slot in slots if slot.matrix is not None]
-        rest = [slot for slot in slots if slot.matrix is None]
+        matrices = [Work(slot, options[id(slot.group)]) for slot in slots if slot.is_projected]
+        rest = [slot for slot in slots if not slot.is_projected]
         try:
             for work in matrices:
                 work.shard.attach(work.slot.fragment.gradient)
-            for wave in waves(matrices):
+            for wave in waves(matrices, slot_of):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
@@ -198,15 +198,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 return
             for work, size in zip(matrices, sizes, strict=False):
                 work.seen.size = size
-            for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
+            for wave in waves([w for w in matrices if w.slot.has_begun or not w.seen.is_zero], slot_of):
                 yield from self._update(wave)
         finally:
             for work in matrices:
                 work.shard.detach()
         live = [slot for slot, size in zip(rest, sizes[len(matrices) :], strict=True) if slot.has_begun or size > 0]
-        for group in groups_of(live):
-            own = [(slot.fragment, slot.state) for slot in live if slot.group is group]
-            step_elementwise(own, options[id(group)], options[id(group)].rate)
+        yield from step_elementwise(live, options)
         for slot in live:
             slot.count_step()
 
@@ -218,13 +216,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
             work.seen = projection
 
     def _update(self, wave: list[Work]) -> Rounds[None]:
+        states = [work.slot.keep.opened(work.slot.state) for work in wave]
         updates = yield from lockstep(
-            self.method.update(work.shard, work.slot.state, work.options, work.slot.state["step"], work.seen)
-            for work in wave
+            self.method.update(work.shard, state, work.options, state["step"], work.seen)
+            for work, state in zip(wave, states, strict=True)
         )
-        for work, update in zip(wave, updates, strict=True):
+        for work, state, update in zip(wave, states, updates, strict=True):
             rate = work.options.rate
             work.shard.write(work.slot.fragment.weights, update, rate, rate * work.options.weight_decay)
+            work.slot.keep.close(work.slot.state, state)
             work.slot.count_step()
             self._counts["refreshes"] += work.seen.refreshed
             del work.seen
@@ -254,10 +254,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         (skipped updates, new bases), and the state of the projected matrices over all ranks that share it.
         """
         stepped = [slot for slot in self.slots if slot.stepped]
-        matrices = [slot for slot in self.slots if slot.matrix is not None]
+        matrices = [slot for slot in self.slots if slot.is_projected]
         return {
-            "lowrank/projected_matrices": sum(slot.matrix is not None for slot in stepped),
-            "lowrank/adamw_parameters": sum(slot.matrix is None for slot in stepped),
+            "lowrank/projected_matrices": sum(slot.is_projected for slot in stepped),
+            "lowrank/adamw_parameters": sum(not slot.is_projected for slot in stepped),
             "lowrank/skipped_updates": self._counts["skipped_updates"],
             "lowrank/refreshes": self._counts["refreshes"],
             "lowrank/mean_rank": sum(slot.rank for slot in matrices) / max(1, len(matrices)),

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.linalg.sketch import name_hash
-from ds_lowrank.methods.base import Layout, Method, State
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.keep import Layout, State
 from ds_lowrank.methods.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.subspace import (
     Projection,

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.methods.base import Layout, Options, Rows, Seen, State
+from ds_lowrank.methods.base import Options, Seen
 from ds_lowrank.methods.inner import Lion, Rule, RuleName, rule_named
+from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update
 from ds_lowrank.sharding.reduce import Program
 

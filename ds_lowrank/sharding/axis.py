@@ -19,13 +19,16 @@ class Axis:
         weights: for each rank how many elements it holds.
         factor_rank: the rank that factors this matrix.
         rank: this rank.
+        run: so many rows have one owner together.
     """
 
-    def __init__(self, size: int, held: Sequence[Range], weights: Sequence[int], factor_rank: int, rank: int) -> None:
+    def __init__(
+        self, size: int, held: Sequence[Range], weights: Sequence[int], factor_rank: int, rank: int, run: int = 1
+    ) -> None:
         self.size, self.rank = size, rank
         self.held = held[rank]
         touched: tuple[Spans, ...] = tuple((span,) if span[0] < span[1] else () for span in held)
-        owned = deal(held, weights)
+        owned = deal(held, weights, run)
         at_factor: tuple[Spans, ...] = tuple(((0, size),) if i == factor_rank else () for i in range(len(held)))
         self.owned = owned[rank]
         self._reduce = Route(touched, owned)
@@ -38,6 +41,11 @@ class Axis:
     @property
     def owned_rows(self) -> int:
         return length(self.owned)
+
+    @property
+    def owned_indices(self) -> torch.Tensor:
+        """Which rows this rank owns, int64."""
+        return torch.cat([torch.arange(0), *(torch.arange(lo, hi) for lo, hi in self.owned)])
 
     def own(self, everything: torch.Tensor) -> torch.Tensor:
         """The rows that this rank owns of a tensor that it has whole."""

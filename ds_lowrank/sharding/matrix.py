@@ -64,12 +64,20 @@ class MatrixShard:
         rank: this rank's position in the group.
         side: ``right`` compresses the columns, ``left`` the rows.
         factor_rank: the rank that runs this matrix's factorisations.
+        run: rows of the state that one rank owns together.
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, int], parts: Sequence[Part], rank: int, side: Side, factor_rank: int
+        self,
+        name: str,
+        shape: tuple[int, int],
+        parts: Sequence[Part],
+        rank: int,
+        side: Side,
+        factor_rank: int,
+        run: int = 1,
     ) -> None:
-        self.name, self.shape, self.side, self.rank = name, shape, side, rank
+        self.name, self.shape, self.side, self.rank, self.run = name, shape, side, rank, run
         self.factor_rank, self.parts = factor_rank, tuple(parts)
         self.part = parts[rank]
         self.flat = torch.empty(0)
@@ -79,7 +87,7 @@ class MatrixShard:
         self._views: dict[tuple[int, int], MatrixShard] = {}
 
     def _axis(self, size: int, held: Sequence[Range]) -> Axis:
-        return Axis(size, held, self._weights, self.factor_rank, self.rank)
+        return Axis(size, held, self._weights, self.factor_rank, self.rank, self.run)
 
     @cached_property
     def rows(self) -> Axis:
@@ -152,7 +160,7 @@ class MatrixShard:
             raise ValueError(f"{self.name}: a matrix that tensor parallelism splits has no view of another shape")
         if shape not in self._views:
             parts = [whole(shape, part.start, part.end) for part in self.parts]
-            self._views[shape] = MatrixShard(self.name, shape, parts, self.rank, self.side, self.factor_rank)
+            self._views[shape] = MatrixShard(self.name, shape, parts, self.rank, self.side, self.factor_rank, self.run)
         view = self._views[shape]
         view.attach(self.flat)
         return view

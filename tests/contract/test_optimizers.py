@@ -99,7 +99,7 @@ def test_state_bytes_are_what_is_stored(name):
     model = small_model()
     optimizer = build(name, model, state_dtype="bf16")
     for _ in range(3):
-        stored = [v for slot in optimizer.slots if slot.matrix for v in slot.state.values() if torch.is_tensor(v)]
+        stored = [v for slot in optimizer.slots if slot.is_projected for v in slot.state.values() if torch.is_tensor(v)]
         assert optimizer.metrics()["lowrank/state_bytes"] == sum(v.numel() * v.element_size() for v in stored)
         run(optimizer, model, range(2))
 
@@ -223,7 +223,7 @@ def test_groups_override_options_and_unknown_group_keys_are_refused(name):
     first, rest = list(model.named_parameters())[:1], list(model.named_parameters())[1:]
     groups = [{"params": first, "lr": 0.5, **with_rank(name, 2)}, {"params": rest, "name": "rest"}]
     optimizer = OPTIMIZERS[name](groups, **SMALL[name])
-    assert {slot.tag.name: slot.rank for slot in optimizer.slots if slot.matrix} == {"0.weight": 2, "2.weight": 3}
+    assert {slot.tag.name: slot.rank for slot in optimizer.slots if slot.is_projected} == {"0.weight": 2, "2.weight": 3}
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-3]
     with pytest.raises(ds_lowrank.ConfigError, match="did you mean 'weight_decay'"):
         OPTIMIZERS[name]([{"params": rest, "weight_deccay": 0.1}], **SMALL[name])
@@ -234,7 +234,7 @@ def test_a_group_may_switch_mini_on_or_off_and_gets_the_defaults_of_that():
     first, rest = list(model.named_parameters())[:1], list(model.named_parameters())[1:]
     optimizer = OPTIMIZERS["Apollo"]([{"params": first, "mini": True}, {"params": rest}], lr=0.1)
     assert [(group["rank"], group["scale"]) for group in optimizer.param_groups] == [(1, 128**0.5), (128, 1.0)]
-    assert [slot.rank for slot in optimizer.slots if slot.matrix] == [1, 7]
+    assert [slot.rank for slot in optimizer.slots if slot.is_projected] == [1, 7]
     optimizer = OPTIMIZERS["Apollo"]([{"params": first, "mini": False}, {"params": rest}], lr=0.1, mini=True)
     assert [(group["rank"], group["scale"]) for group in optimizer.param_groups] == [(128, 1.0), (1, 128**0.5)]
 

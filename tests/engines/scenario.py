@@ -136,7 +136,7 @@ def run_engine(
         "metrics": optimizer.metrics(),
         "matrices": optimizer.matrices(),
         "bytes": state_bytes(optimizer.slots),
-        "straddles": any(s.matrix and s.fragment.start % s.shape[1] for s in optimizer.slots),
+        "straddles": any(s.is_projected and s.fragment.start % s.shape[1] for s in optimizer.slots),
         "skipped": optimizer.skipped_updates,
     }
 

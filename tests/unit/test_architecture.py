@@ -20,8 +20,8 @@ ALLOWED = {
     "slots": {"methods", "roles", "sharding"},
     "report": {"slots"},
     "state": {"errors", "methods", "slots"},
-    "elementwise": {"linalg", "methods", "sharding"},
-    "placing": {"elementwise", "errors", "methods", "roles", "sharding", "slots"},
+    "elementwise": {"linalg", "methods", "sharding", "slots"},
+    "placing": {"errors", "methods", "roles", "sharding", "slots"},
     "optimizer": {
         "config",
         "elementwise",
