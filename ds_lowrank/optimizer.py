@@ -18,7 +18,8 @@ import torch
 from ds_lowrank.config import parse_options
 from ds_lowrank.elementwise import step_elementwise
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.methods.base import Climb, Method, Options
+from ds_lowrank.perturbation import Perturbation
 from ds_lowrank.placing import Member, check_fit, make_slots
 from ds_lowrank.report import logger, role_table, state_bytes
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
@@ -29,6 +30,11 @@ from ds_lowrank.state import dump_state, load_state
 
 LARGEST = 1e16
 """A gradient beyond it is taken as not finite: sums of its squares leave the range of fp32."""
+NOT_LOOKED_AROUND = (
+    "{} takes its gradient where the loss is higher than at the weights, and this one was taken at the weights: call "
+    "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), or set "
+    "perturbation_radius to 0"
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
@@ -58,6 +64,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._executor: Executor = Alone()
         self.wrapper = "none"
         self._counts = {"skipped_updates": 0, "refreshes": 0}
+        self._perturbation: Perturbation | None = None
         super().__init__(params, self._options.model_dump())
         check_patterns(self._names, "target_modules", self._options.target_modules or ())
         check_patterns(self._names, "exclude_modules", self._options.exclude_modules)
@@ -188,7 +195,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         rest = [slot for slot in slots if not slot.is_projected]
         try:
             for work in matrices:
-                work.shard.attach(work.slot.fragment.gradient)
+                work.shard.attach(work.slot.fragment.gradient, work.slot.fragment.weights)
             for wave in waves(matrices, slot_of):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
@@ -198,6 +205,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 return
             for work, size in zip(matrices, sizes, strict=False):
                 work.seen.size = size
+                if work.options.climb is not None and not work.slot.looked_around and size:
+                    raise RuntimeError(NOT_LOOKED_AROUND.format(self.method.name))
             for wave in waves([w for w in matrices if w.slot.has_begun or not w.seen.is_zero], slot_of):
                 yield from self._update(wave)
         finally:
@@ -242,6 +251,30 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return sizes
 
     @property
+    def options(self) -> dict[int, Options]:
+        """Of each group as it is now, by the group's id."""
+        return {id(group): self._group_options(group) for group in self._own_groups}
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """What moves the weights before the gradient is taken, for a method that asks for it."""
+        self.finalize()
+        if self._perturbation is None and (climb := self._climb()) is not None:
+            slots = [slot for slot in self.slots if slot.is_projected]
+            self._perturbation = Perturbation(self.method, slots, climb, self._executor)
+        return self._perturbation
+
+    def _climb(self) -> Climb | None:
+        """The one of all groups: their matrices are moved together."""
+        climbs = {options.climb for options in self.options.values()}
+        if len(climbs) > 1:
+            raise ConfigError(
+                f"{self.method.name}: all parameter groups are perturbed together, and must agree on probes, "
+                "probe_radius, perturbation_radius, two_sided, norm and accumulation"
+            )
+        return next(iter(climbs), None)
+
+    @property
     def skipped_updates(self) -> int:
         """Calls of ``step`` that changed nothing because a gradient was not finite.
 
@@ -262,7 +295,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "lowrank/refreshes": self._counts["refreshes"],
             "lowrank/mean_rank": sum(slot.rank for slot in matrices) / max(1, len(matrices)),
             "lowrank/state_bytes": sum(slot.state_bytes for slot in matrices),
+            **self._perturbation_metrics(),
         }
+
+    def _perturbation_metrics(self) -> dict[str, float]:
+        perturbation = self._perturbation
+        if perturbation is None:
+            return {}
+        return {"lowrank/perturbation_norm": perturbation.norm, "lowrank/without_slope": perturbation.without}
 
     def matrices(self) -> dict[str, dict[str, int]]:
         """Present rank, and bytes of state over all ranks that share it, of every matrix whose rank is not fixed."""

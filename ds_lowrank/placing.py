@@ -38,9 +38,10 @@ class Member:
     def shape(self) -> tuple[int, ...]:
         return logical_shape(self.parameter)
 
-    @property
-    def role(self) -> Role:
-        return role_of(self.tag, self.shape, self.options.target_modules, self.options.exclude_modules)
+    def role(self, method: type[Method]) -> Role:
+        role = role_of(self.tag, self.shape, self.options.target_modules, self.options.exclude_modules)
+        reason = method.leaves_out(self.tag.name, self.options)
+        return Role(False, reason) if role.projected and reason else role
 
 
 def check_fit(method: type[Method], members: Iterable[Member]) -> None:
@@ -50,7 +51,7 @@ def check_fit(method: type[Method], members: Iterable[Member]) -> None:
         ConfigError: says for every such shape why, what would work, and which matrices these are.
     """
     misfits: dict[str, list[str]] = {}
-    for member in (member for member in members if member.role.projected):
+    for member in (member for member in members if member.role(method).projected):
         m, n = member.shape
         problem = method.misfit((m, n), member.options)
         if problem is not None:
@@ -73,7 +74,8 @@ def make_slots(method: type[Method], members: Sequence[Member], placement: Place
     slots: list[Slot] = []
     matrices = 0
     for member, fragment, held in zip(members, fragments, parts, strict=True):
-        if member.role.projected:
+        role = member.role(method)
+        if role.projected:
             shard, keep, rank_text = _projected(method, member, held, rank, matrices)
             matrices += 1
         else:
@@ -82,7 +84,7 @@ def make_slots(method: type[Method], members: Sequence[Member], placement: Place
         slots.append(
             Slot(
                 member.tag,
-                member.role,
+                role,
                 member.shape,
                 member.group,
                 fragment,
@@ -90,6 +92,7 @@ def make_slots(method: type[Method], members: Sequence[Member], placement: Place
                 keep,
                 rank_text,
                 member.state,
+                member.parameter,
             )
         )
     return slots

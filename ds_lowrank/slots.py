@@ -29,7 +29,9 @@ class Slot:
         keep: how its state is laid out and stored.
         rank_text: the rank as the role table shows it.
         state: what the method keeps, and ``step``.
+        parameter: of the model.
         stepped: whether the last step changed it.
+        looked_around: whether its gradient was taken as the method's ``climb`` asks.
     """
 
     tag: Tag
@@ -41,7 +43,9 @@ class Slot:
     keep: Keep
     rank_text: str
     state: State
+    parameter: torch.nn.Parameter
     stepped: bool = False
+    looked_around: bool = False
 
     @property
     def is_projected(self) -> bool:
@@ -70,7 +74,7 @@ class Slot:
     def count_step(self) -> None:
         """Note that the parameter was changed."""
         self.state["step"] += 1
-        self.stepped = True
+        self.stepped, self.looked_around = True, False
 
 
 @dataclass

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ds_lowrank.linalg.codes import EXACT, BFloat16, Code, Logarithmic
 from ds_lowrank.methods.keep import Layout, Rows, State
+from ds_lowrank.methods.probing import Directions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard, Side, Update
 from ds_lowrank.sharding.reduce import Program
@@ -73,6 +74,11 @@ class Options(BaseModel):
         return self._code(signed=True).run
 
     @property
+    def climb(self) -> Climb | None:
+        """How the loss around the weights is looked at; None where it is not."""
+        return None
+
+    @property
     def rate(self) -> float:
         """The learning rate of this step."""
         return self.lr * self.lr_scale
@@ -103,6 +109,26 @@ class Seen:
     def unit(self) -> float:
         """What to divide by before squaring, so that no square leaves the range of fp32."""
         return max(self.size, 1e-36) if self.size else 1.0
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How a method looks for higher loss around the weights before the gradient is taken; the same for all matrices.
+
+    Attributes:
+        probes: random directions a step.
+        probe_radius: how far along each.
+        radius: the norm of the perturbation, and where it is per matrix, of each matrix's.
+        two_sided: whether each direction is tried on both sides.
+        per_micro_batch: whether every micro-batch has a perturbation of its own.
+    """
+
+    probes: int
+    probe_radius: float
+    radius: float
+    two_sided: bool
+    per_matrix: bool
+    per_micro_batch: bool
 
 
 class Method(ABC):
@@ -137,6 +163,11 @@ class Method(ABC):
         return f"{rank} (clipped from {options.rank})" if rank < options.rank else str(rank)
 
     @staticmethod
+    def leaves_out(name: str, options: Any) -> str | None:
+        """Why a matrix that the patterns select is left to AdamW for its name's sake; None where it is not."""
+        return None
+
+    @staticmethod
     def misfit(shape: tuple[int, int], options: Any) -> str | None:
         """Why a matrix of this shape cannot be stepped with these options, and what would work; None where it can."""
         return None
@@ -145,6 +176,17 @@ class Method(ABC):
     @abstractmethod
     def state(shard: MatrixShard, options: Any, rank: int) -> Layout:
         """What is kept for one matrix at that rank, except ``step``. Every number starts at zero."""
+
+    @staticmethod
+    def directions(shard: MatrixShard, state: State, options: Any, target: MatrixShard) -> Program[Directions]:
+        """Along which directions a matrix is probed, for methods with a ``climb``. Not asked for before a first step
+        where the state has a ``basis``, which is not there yet.
+
+        Args:
+            state: as the last step left it.
+            target: the elements that are to be moved: those of ``shard``, or the whole matrix.
+        """
+        raise NotImplementedError("a method without a climb has no directions")
 
     @staticmethod
     @abstractmethod

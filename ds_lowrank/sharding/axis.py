@@ -33,6 +33,8 @@ class Axis:
         self.owned = owned[rank]
         self._reduce = Route(touched, owned)
         self._gather = Route(owned, touched)
+        everything: tuple[Spans, ...] = (((0, size),),) * len(held)
+        self._spread = Route(owned, everything)
         self._collect = Route(owned, at_factor)
         self._sum = Route(touched, at_factor)
         self._hand_out = Route(at_factor, owned)
@@ -58,6 +60,10 @@ class Axis:
     def gather(self, owned: torch.Tensor) -> Request:
         """The rows this rank holds, each from its owner."""
         return Request(self._gather, owned)
+
+    def spread(self, owned: torch.Tensor) -> Request:
+        """All rows, on every rank."""
+        return Request(self._spread, owned)
 
     def collect(self, owned: torch.Tensor) -> Request:
         """All rows on the factoring rank, none elsewhere."""

@@ -19,11 +19,15 @@ SMALL = {
     "VLoRP": {"rank": 3, "granularity": 1, "update_proj_gap": 3},
     "AdaRankGrad": {"rank_max": 3, "update_proj_gap": 3, "residual_tol": 0.3},
     "Apollo": {"rank": 3, "update_proj_gap": 3},
+    "GradNormLoRP": {"rank": 3, "update_proj_gap": 3},
+    "Lorenza": {"rank": 3, "update_proj_gap": 3, "perturbation_radius": 0.0},
 }
 """Options for small matrices, with refreshes at steps 0, 3, 6, ... where a method has them."""
 
 EVERY = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-WITH_A_BASIS = pytest.mark.parametrize("name", ["AdaRankGrad", "GaLore", "OnlineSubspaceDescent"])
+WITH_A_BASIS = pytest.mark.parametrize(
+    "name", ["AdaRankGrad", "GaLore", "GradNormLoRP", "Lorenza", "OnlineSubspaceDescent"]
+)
 ADAPTIVE = {"AdaRankGrad"}
 
 
@@ -201,7 +205,7 @@ def test_a_nan_gradient_changes_nothing_and_is_counted(name):
     assert [slot.state["step"] for slot in optimizer.slots] == [2] * 4
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"OnlineSubspaceDescent", "VLoRP"}))
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"GradNormLoRP", "OnlineSubspaceDescent", "VLoRP"}))
 def test_a_rank_deficient_gradient_gives_a_finite_update_in_its_own_subspace(name):
     """Rank 1 gradient, rank 3 asked: the directions that carry nothing are left out instead of filled with noise."""
     torch.manual_seed(0)

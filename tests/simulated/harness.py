@@ -36,7 +36,7 @@ class Sharded:
 
     def attach(self, gradient):
         for shard in self.shards:
-            shard.attach(self.cut(gradient, shard.part))
+            shard.attach(self.cut(gradient, shard.part), self.cut(self.weight, shard.part))
 
     def programs(self, gradient):
         self.attach(gradient)
@@ -93,13 +93,17 @@ def tensor_parallel_parts(shape, split):
 def relative_error(method, shape, parts, steps=4, gradients=None, **options):
     """Some steps from zero weights: the difference of the summed updates, and the matrix.
 
+    GradNormLoRP starts from others, as it has nothing to norm there, and rewrites a weight as a whole: the difference
+    of its weights.
+
     With the usual epsilon Adam's direction is all but a sign: it turns a rounding error of 1e-7 in a projected element
     that happens to be 1e-3 into an error of 1e-4. One of 0.1 bounds the factor by ten.
     """
     torch.manual_seed(0)
     options = {"lr": 1e-2, "eps": 0.1, **options}
-    dense = DENSE[method](torch.zeros(shape), **options)
-    sharded = Sharded(method, torch.zeros(shape), parts, **options)
+    start = torch.randn(shape) if method == "GradNormLoRP" else torch.zeros(shape)
+    dense = DENSE[method](start.clone(), **options)
+    sharded = Sharded(method, start, parts, **options)
     for step in range(steps):
         gradient = torch.randn(shape) if gradients is None else gradients(step)
         dense.step(gradient)

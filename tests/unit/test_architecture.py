@@ -27,6 +27,7 @@ ALLOWED = {
         "elementwise",
         "errors",
         "methods",
+        "perturbation",
         "placing",
         "report",
         "roles",
@@ -36,7 +37,8 @@ ALLOWED = {
     },
     "optimizers": {"methods", "optimizer"},
     "support": {"errors"},
-    "backward": set(),
+    "backward": {"errors", "optimizer", "together"},
+    "perturbation": {"methods", "sharding", "slots"},
     "engine": {"config", "errors", "methods", "optimizer", "optimizers", "roles", "support"},
     # Beside the step: the parts of the training script.
     "together": set(),
