@@ -8,21 +8,23 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from ds_lowrank.data.tokenizer import TextTokenizer
+from ds_lowrank.models.adapter import merged_weights
 from ds_lowrank.together import global_rank, together
 
 
 def export(engine: DeepSpeedEngine, tokenizer: TextTokenizer | None, directory: Path) -> None:
     """Write config.json, model.safetensors in the training dtype, and the tokenizer; replaces an earlier export.
 
-    At ZeRO 3 parameters are gathered one at a time, and only rank 0 keeps them. Collective; an error of rank 0 is
-    raised on all ranks and leaves an earlier export as it was.
+    Adapters are merged: the folder has the original architecture. At ZeRO 3 parameters are gathered one at a time, and
+    only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export as it
+    was.
     """
     weights = _gather(engine)
     with together():
         if global_rank() == 0:
             aside = directory.with_name(f".{directory.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
-            engine.module.save_pretrained(aside, state_dict=weights)
+            engine.module.save_pretrained(aside, state_dict=merged_weights(engine.module, weights))
             if tokenizer is not None:
                 tokenizer.save(aside)
             if directory.exists():

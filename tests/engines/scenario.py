@@ -97,11 +97,16 @@ def train_step(engine: Any, step: int, device: str = "cpu") -> None:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The fp32 weights of the whole model, gathered on every rank."""
+    """The fp32 weights of the whole model, gathered on every rank; a frozen one has those of its dtype only."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().float().clone()
+            continue
         whole = safe_get_full_fp32_param(parameter)
         if whole is None:
             whole = parameter if parameter.dtype == torch.float32 else master_of(engine, parameter)

@@ -43,8 +43,8 @@ ALLOWED = {
     # Beside the step: the parts of the training script.
     "together": set(),
     "data": {"together"},
-    "models": {"errors", "together"},
-    "checkpoint": {"data", "errors", "together"},
+    "models": {"errors", "linalg", "roles", "together"},
+    "checkpoint": {"data", "errors", "models", "together"},
     "training": {
         "backward",
         "checkpoint",
