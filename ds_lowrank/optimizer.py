@@ -66,6 +66,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
         super().__init__(params, self._options.model_dump())
+        if problem := self.method.lacks(self._names, self._options):
+            raise ConfigError(f"{self.method.name}: {problem}")
         check_patterns(self._names, "target_modules", self._options.target_modules or ())
         check_patterns(self._names, "exclude_modules", self._options.exclude_modules)
 
@@ -119,6 +121,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
         if self._slots is not None:
             return
+        self._climb()
         placement = read_placement(self._own, self._own_groups)
         if placement.process_group is not None and torch.distributed.get_world_size(placement.process_group) > 1:
             self._executor = Distributed(placement.process_group)

@@ -39,9 +39,10 @@ class Member:
         return logical_shape(self.parameter)
 
     def role(self, method: type[Method]) -> Role:
-        role = role_of(self.tag, self.shape, self.options.target_modules, self.options.exclude_modules)
-        reason = method.leaves_out(self.tag.name, self.options)
-        return Role(False, reason) if role.projected and reason else role
+        choice = method.chooses(self.tag.name, self.options) if len(self.shape) == 2 else None
+        if choice is not None:
+            return Role(*choice)
+        return role_of(self.tag, self.shape, self.options.target_modules, self.options.exclude_modules)
 
 
 def check_fit(method: type[Method], members: Iterable[Member]) -> None:

@@ -11,6 +11,7 @@ whether every gradient was finite; ``update`` then changes the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -163,8 +164,13 @@ class Method(ABC):
         return f"{rank} (clipped from {options.rank})" if rank < options.rank else str(rank)
 
     @staticmethod
-    def leaves_out(name: str, options: Any) -> str | None:
-        """Why a matrix that the patterns select is left to AdamW for its name's sake; None where it is not."""
+    def chooses(name: str, options: Any) -> tuple[bool, str] | None:
+        """Whether a matrix of that name is stepped, and why, for a method that does not leave it to the patterns."""
+        return None
+
+    @staticmethod
+    def lacks(names: Collection[str], options: Any) -> str | None:
+        """What is missing among the names of all parameters, and what to do about it; None where nothing is."""
         return None
 
     @staticmethod

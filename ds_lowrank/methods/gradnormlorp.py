@@ -16,6 +16,7 @@ on the gradients of A and B.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -31,7 +32,7 @@ from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update, Weights
 from ds_lowrank.sharding.reduce import Program
 
-ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout")
+ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "modules_to_save")
 FACTORS = ("lora_A", "lora_B")
 
 
@@ -50,6 +51,8 @@ class GradNormLoRPOptions(GaLoreOptions):
     """``B A`` counts ``adapter_alpha / adapter_rank`` times."""
     adapter_dropout: float = Field(0.0, ge=0, lt=1)
     """On the input of the adapter's path."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Globs of modules that are trained as they are beside the adapters. None: new task heads."""
 
     def model_post_init(self, context: object) -> None:
         super().model_post_init(context)
@@ -83,9 +86,19 @@ class GradNormLoRP(Method):
     Options: ClassVar[type[GradNormLoRPOptions]] = GradNormLoRPOptions
 
     @staticmethod
-    def leaves_out(name: str, options: GradNormLoRPOptions) -> str | None:
-        is_factor = name.rpartition(".")[2] in FACTORS
-        return "no adapter" if options.parametrization == "adapter" and not is_factor else None
+    def chooses(name: str, options: GradNormLoRPOptions) -> tuple[bool, str] | None:
+        if options.parametrization == "full":
+            return None
+        return (True, "adapter") if is_factor(name) else (False, "no adapter")
+
+    @staticmethod
+    def lacks(names: Collection[str], options: GradNormLoRPOptions) -> str | None:
+        found = any(map(is_factor, names))
+        if options.parametrization == "adapter" and not found:
+            return "parametrization 'adapter' needs a model with adapters: call ds_lowrank.add_adapters(model) first"
+        if options.parametrization == "full" and found:
+            return "the model has adapters, and parametrization is 'full': set it to 'adapter', or leave them out"
+        return None
 
     @staticmethod
     def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> Layout:
@@ -154,6 +167,11 @@ class GradNormLoRP(Method):
         state["direction_norm"].copy_(direction_norm)
         factor = yield axis.gather(torch.where(direction_norm > 0, magnitude / direction_norm, 0.0))
         return Weights(lambda: direction.flat(factor))
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is an adapter's A or B."""
+    return name.rpartition(".")[2] in FACTORS
 
 
 def units(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:

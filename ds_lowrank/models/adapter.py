@@ -21,7 +21,7 @@ from ds_lowrank.roles import check_patterns, matches, output_layers, tag_from_na
 
 __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
 
-TASK_HEADS = ("score", "classifier")
+TASK_HEADS = ("score", "classifier", "qa_outputs")
 """Heads that a pre-trained model does not bring: what Hugging Face calls them in models for classification."""
 FACTORS = ("lora_A", "lora_B", "magnitude")
 

@@ -211,7 +211,8 @@ class Oracle:
 
     def step(self, step: int, lr: float | None = None) -> None:
         for name, gradient in self.gradients(step).items():
-            self.rules[name].step(gradient, lr)
+            if self.rules[name].t or gradient.any():  # the first step waits for a gradient
+                self.rules[name].step(gradient, lr)
         self.t += 1
 
     def weights(self) -> dict[str, torch.Tensor]:

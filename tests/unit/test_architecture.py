@@ -39,7 +39,7 @@ ALLOWED = {
     "support": {"errors"},
     "backward": {"errors", "optimizer", "together"},
     "perturbation": {"methods", "sharding", "slots"},
-    "engine": {"config", "errors", "methods", "optimizer", "optimizers", "roles", "support"},
+    "engine": {"config", "errors", "methods", "models", "optimizer", "optimizers", "roles", "support"},
     # Beside the step: the parts of the training script.
     "together": set(),
     "data": {"together"},
