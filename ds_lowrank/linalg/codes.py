@@ -115,7 +115,7 @@ class Logarithmic(Code):
 
     run: ClassVar[int] = BLOCK
     SNAP: ClassVar[float] = 1e-3
-    """A number so near above or below a power, in codes, is that power: log2 is not exact."""
+    """A largest number so near above a power, in codes, has that power as its scale: log2 is not exact."""
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
@@ -140,7 +140,7 @@ class Logarithmic(Code):
         relative = sizes / by_row(scales, sizes.shape[0])
         # The code as a real number; in the linear gap below the lowest power, zero and that power are neighbours.
         position = torch.log2(relative).mul_(self.per_octave).add_(self.top)
-        lower = torch.floor(position + self.SNAP).clamp_(0, self.top)
+        lower = torch.floor(position).clamp_(0, self.top)
         power = torch.exp2((lower - self.top) / self.per_octave)
         share = (relative / power - 1) / (2 ** (1 / self.per_octave) - 1)
         lowest = 2 ** ((1 - self.top) / self.per_octave)

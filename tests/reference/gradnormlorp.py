@@ -26,6 +26,10 @@ class DenseGradNormLoRP:
         self.adam = make_inner("adamw", betas, eps, 0.0, "subspace")
 
     @property
+    def t(self):
+        return self.galore.t
+
+    @property
     def rank(self):
         return self.galore.rank
 
