@@ -2,9 +2,9 @@
 
 The average of a second moment moves by a thousandth in a step, far less than eight or sixteen bits resolve, so rounding
 to the nearest code would stop it for ever. Here a number between two codes goes to the upper one exactly as often as
-its position between them says. *How often* is counted off by an additive sequence in (row, column, step) instead of a
-random generator: it costs two additions, fills the interval more evenly than chance, and is the same on every layout,
-device and resume.
+its position between them says. What decides is evenly spread over the elements of a tensor, and moved as a whole by a
+random amount in every step: two additions an element, the same on every layout, device and resume. All of it is integer
+arithmetic on the bits of fp32: adding to the bits that are to go carries into those that stay.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ import torch
 
 BLOCK = 64
 """Rows that share a scale, in each column."""
-MODULUS = 2**24
-SEQUENCE = (13743434, 11258244, 9222444)
-"""Powers of the inverse of the root of x^4 = x + 1, times MODULUS: the additive sequence that fills a cube evenly."""
+DITHER_BITS = 24
+SPREAD = (12664746, 9560334)
+"""Powers of the inverse of the root of x^3 = x + 1, times 2^24: their multiples fill a square evenly."""
+MANTISSA_BITS = 23
+MAGNITUDE = 2**31 - 1
 
 Dither = Callable[[], torch.Tensor]
-"""Makes the fractions in [0, 1) that numbers are rounded by, one for each."""
+"""Makes what numbers are rounded by: for each a whole number below 2^24, int32."""
 
 
-def fractions(rows: torch.Tensor, columns: int, step: int, salt: int) -> torch.Tensor:
-    """Numbers in [0, 1), evenly spread over rows, columns and steps.
+def spread(rows: torch.Tensor, columns: int, offset: int) -> torch.Tensor:
+    """Whole numbers below 2^24, evenly spread over rows and columns.
 
     Args:
         rows: p, int64: which rows of the whole tensor these are.
         columns: q.
-        step: of the optimizer.
-        salt: sets tensors apart.
+        offset: added to all; a random one makes each of them random.
 
     Returns:
-        p x q, fp32.
+        p x q, int32.
     """
-    by_row = (rows * SEQUENCE[0] + (step * SEQUENCE[2] + salt) % MODULUS) % MODULUS
-    by_column = torch.arange(columns, device=rows.device) * SEQUENCE[1] % MODULUS
-    whole = by_row.int().unsqueeze(1) + by_column.int()
-    return (whole & (MODULUS - 1)).float() / MODULUS
+    mask = 2**DITHER_BITS - 1
+    by_row = (rows * SPREAD[0] + offset).bitwise_and_(mask).int().unsqueeze(1)
+    by_column = (torch.arange(columns, device=rows.device) * SPREAD[1]).bitwise_and_(mask).int()
+    whole: torch.Tensor = by_row + by_column
+    return whole.bitwise_and_(mask)
 
 
 class Code(ABC):
@@ -96,73 +98,110 @@ class BFloat16(Code):
         return stored[""].float()
 
     def encode(self, values: torch.Tensor, dither: Dither) -> dict[str, torch.Tensor]:
-        lower = (dither() * 2**16).int()
-        bits = (values.view(torch.int32) + lower) & -(2**16)
-        return {"": bits.view(torch.float32).bfloat16()}
+        bits = values.view(torch.int32) + (dither() >> (DITHER_BITS - 16))
+        return {"": bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()}
 
 
-class Logarithmic(Code):
-    """Eight bits: powers of ``base``, in a window below the largest number of a block.
+class Int8(Code):
+    """Eight bits of each number: a sign if it has one, a few bits of its exponent, the first three of its mantissa.
 
-    A block is BLOCK rows of one column. The powers are the same everywhere; a block's scale, one of them, only says
-    where its window ends. So a number that does not change keeps its code when its neighbours grow, and what is rounded
-    in a step is what moved in it. Code 0 is zero.
+    A block is BLOCK rows of one column. Its scale is the power of two below its largest number, or above where rounding
+    up would reach that; exponents are counted down from there. Codes stand for the same numbers under every scale that
+    reaches them, so a number that does not change keeps its value when its neighbours grow, and what is rounded in a
+    step is what moved in it. Code 0 is zero.
 
     Attributes:
         signed: whether the first bit is a sign.
-        per_octave: codes from one power of two to the next.
+        octaves: powers of two that the exponent reaches over: 16 with a sign, 32 without.
     """
 
     run: ClassVar[int] = BLOCK
-    SNAP: ClassVar[float] = 1e-3
-    """A largest number so near above a power, in codes, has that power as its scale: log2 is not exact."""
+    KEPT: ClassVar[int] = 3
+    """Bits of the mantissa: numbers are between 6 % and 12.5 % apart."""
+    DROPPED: ClassVar[int] = MANTISSA_BITS - KEPT
+    CHUNK: ClassVar[int] = 2**16
+    """Numbers that a CPU codes at a time, so that what lies between stays in its cache."""
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
         self.top = 127 if signed else 255
-        self.per_octave = 8 if signed else 11  # 9.1 % apart down to 2^-15.75; 6.5 % down to 2^-23
+        self.octaves = (self.top + 1) >> self.KEPT
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         scales = (-(-rows // BLOCK), columns)
         return {"": ((rows, columns), torch.uint8), "_scale": (scales, torch.float32)}
 
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        codes = stored[""]
-        scales = by_row(stored["_scale"], codes.shape[0])
-        level = (codes & self.top) if self.signed else codes
-        # (code - top) / per_octave is at most the exponent of the power, relative to the scale.
-        values = torch.exp2((level.float() - self.top) / self.per_octave).mul_(scales).mul_(level > 0)
-        return torch.where(codes > self.top, -values, values) if self.signed else values
+        codes, scales = stored[""], stored["_scale"]
+        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for rows, blocks in self._chunks(codes):
+            values[rows] = _unblocked(self._decoded(_blocked(codes[rows]), scales[blocks]), codes[rows])
+        return values
 
     def encode(self, values: torch.Tensor, dither: Dither) -> dict[str, torch.Tensor]:
-        sizes = values.abs()
-        scales = self._scales(sizes)
-        relative = sizes / by_row(scales, sizes.shape[0])
-        # The code as a real number; in the linear gap below the lowest power, zero and that power are neighbours.
-        position = torch.log2(relative).mul_(self.per_octave).add_(self.top)
-        lower = torch.floor(position).clamp_(0, self.top)
-        power = torch.exp2((lower - self.top) / self.per_octave)
-        share = (relative / power - 1) / (2 ** (1 / self.per_octave) - 1)
-        lowest = 2 ** ((1 - self.top) / self.per_octave)
-        share = torch.where(lower > 0, share, relative / lowest)
-        if not self.signed:
-            # A second moment that became zero would be divided by: it stays at the lowest power.
-            share = torch.where((lower == 0) & (relative > 0), 1.0, share)
-        codes = lower.add_(share > dither()).clamp_(max=self.top).to(torch.uint8)
-        if self.signed:
-            codes |= (values < 0).to(torch.uint8) << 7
-        return {"": codes, "_scale": scales}
+        by = dither()
+        stored = {
+            suffix: torch.empty(shape, dtype=dtype, device=values.device)
+            for suffix, (shape, dtype) in self.tensors(*values.shape).items()
+        }
+        for rows, blocks in self._chunks(values):
+            codes, stored["_scale"][blocks] = self._encoded(_blocked(values[rows]), _blocked(by[rows]))
+            stored[""][rows] = _unblocked(codes, values[rows])
+        return stored
 
-    def _scales(self, sizes: torch.Tensor) -> torch.Tensor:
-        """For each block the least power that is not below its largest number; one for a block of zeros."""
-        rows, columns = sizes.shape
+    def _chunks(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
+        """Rows that are coded together, and the blocks that they are."""
+        rows, columns = tensor.shape
         blocks = -(-rows // BLOCK)
-        padded = torch.nn.functional.pad(sizes, (0, 0, 0, blocks * BLOCK - rows))
-        largest = padded.view(blocks, BLOCK, columns).amax(1) if blocks else sizes
-        exponent = torch.ceil(torch.log2(largest) * self.per_octave - self.SNAP) / self.per_octave
-        return torch.where(largest > 0, torch.exp2(exponent.clamp(-126, 127)), 1.0)
+        step = blocks if tensor.device.type != "cpu" else max(1, self.CHUNK // (BLOCK * max(1, columns)))
+        return [
+            (slice(at * BLOCK, min((at + step) * BLOCK, rows)), slice(at, min(at + step, blocks)))
+            for at in range(0, blocks, max(1, step))
+        ]
+
+    def _encoded(self, values: torch.Tensor, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of blocks: blocks x BLOCK x columns, and blocks x columns."""
+        bits = values.view(torch.int32).bitwise_and(MAGNITUDE)
+        largest = bits.amax(1)
+        # The exponent that rounding up would give, and high enough for the lowest code not to be a subnormal number.
+        scales = largest.add_(2**self.DROPPED - 1).bitwise_and_(-(2**MANTISSA_BITS))
+        scales = scales.clamp_(min=self.octaves << MANTISSA_BITS)
+        base = self._base(scales)
+        codes = bits.add(by >> (DITHER_BITS - self.DROPPED)).bitwise_right_shift_(self.DROPPED).sub_(base)
+        lowest = ((base + 1) << self.DROPPED).view(torch.float32)
+        # In the gap between zero and the lowest number. A second moment that became zero would be divided by.
+        share = bits.view(torch.float32).div(lowest).mul_(2**DITHER_BITS)
+        is_low = share < 2**DITHER_BITS
+        low = share.add_(by) >= 2**DITHER_BITS if self.signed else bits > 0
+        codes = torch.where(is_low, low.int(), codes).clamp_(max=self.top)
+        if self.signed:
+            codes.add_((values < 0).int() << 7)
+        return codes.to(torch.uint8), scales.view(torch.float32)
+
+    def _decoded(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        whole = codes.int()
+        level = whole & self.top
+        base = self._base(scales.contiguous().view(torch.int32))
+        values = ((level + base) << self.DROPPED).view(torch.float32).mul_(level > 0)
+        return torch.where(whole > self.top, -values, values) if self.signed else values
+
+    def _base(self, scales: torch.Tensor) -> torch.Tensor:
+        """What to add to a code for the bits of its number: blocks x 1 x columns.
+
+        Args:
+            scales: their bits, blocks x columns, int32.
+        """
+        return ((scales >> self.DROPPED) - ((self.octaves - 1) << self.KEPT)).unsqueeze(1)
 
 
-def by_row(blocks: torch.Tensor, rows: int) -> torch.Tensor:
-    """One row a block, repeated for every row that belongs to it."""
-    return blocks.repeat_interleave(BLOCK, 0)[:rows]
+def _blocked(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows x columns as blocks x BLOCK x columns, zeros at the end."""
+    rows, columns = tensor.shape
+    missing = -rows % BLOCK
+    if missing:
+        tensor = torch.cat([tensor, tensor.new_zeros(missing, columns)])
+    return tensor.reshape(-1, BLOCK, columns)
+
+
+def _unblocked(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return blocks.view(-1, blocks.shape[2])[: like.shape[0]]

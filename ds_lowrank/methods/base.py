@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ds_lowrank.linalg.codes import EXACT, BFloat16, Code, Logarithmic
+from ds_lowrank.linalg.codes import EXACT, BFloat16, Code, Int8
 from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.methods.probing import Directions
 from ds_lowrank.sharding.axis import Axis
@@ -66,7 +66,7 @@ class Options(BaseModel):
             case "bf16":
                 return BFloat16()
             case "int8":
-                return Logarithmic(signed)
+                return Int8(signed)
         return EXACT
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.linalg.codes import EXACT, Code, fractions
+from ds_lowrank.linalg.codes import DITHER_BITS, EXACT, Code, spread
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.sharding.axis import Axis
 
@@ -47,10 +47,10 @@ class Rows:
             values: owned rows x columns, fp32.
             key: sets this tensor's rounding apart from that of others.
         """
-        rows = self.axis.owned_indices
-        return self.code.encode(
-            values, lambda: fractions(rows.to(values.device), values.shape[1], step, name_hash(key) % 2**24)
-        )
+        return self.code.encode(values, lambda: self._dither(values, name_hash(key, step)))
+
+    def _dither(self, values: torch.Tensor, offset: int) -> torch.Tensor:
+        return spread(self.axis.owned_indices.to(values.device), values.shape[1], offset % 2**DITHER_BITS)
 
 
 Layout = Mapping[str, Rows | int]
