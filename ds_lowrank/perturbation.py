@@ -151,10 +151,8 @@ class Perturbation:
             movable.move(movable.coordinates([probe], [1.0]), distance)
         self._release()
         if "probe_radius" not in self._told:
-            asked = abs(distance) * math.sqrt(
-                sum(m.directions.square(m.coordinates([probe], [1.0])) for m in self._moved)
-            )
-            self._tell("probe_radius", asked, self._distance())
+            square = sum(movable.directions.square(movable.coordinates([probe], [1.0])) for movable in self._moved)
+            self._realised("probe_radius", abs(distance) * math.sqrt(square))
 
     def _climb(self, probes: Sequence[str], shares: Sequence[float]) -> None:
         squares = [movable.directions.square(movable.coordinates(probes, shares)) for movable in self._moved]
@@ -163,9 +161,22 @@ class Perturbation:
             length = math.sqrt(square if self.climb.per_matrix else total)
             movable.move(movable.coordinates(probes, shares), self.climb.radius / length if length else 0.0)
         self._release()
-        self.norm = self._distance()
         asked = self.climb.radius * (math.sqrt(count) if self.climb.per_matrix else 1.0)
-        self._tell("perturbation_radius", asked, self.norm)
+        self.norm = self._realised("perturbation_radius", asked)
+
+    def _realised(self, key: str, asked: float) -> float:
+        """How much of a move rounding has left. Where that is little, the user is told once what to raise."""
+        if all(movable.weights.dtype == torch.float32 for movable in self._moved):
+            return asked
+        got = self._distance()
+        if got < SURVIVING * asked and key not in self._told:
+            logger.warning(
+                "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
+                "train in fp32",
+                *(key, self._moved[0].weights.dtype, asked, got, key),
+            )
+        self._told.add(key)
+        return got
 
     def _distance(self) -> float:
         """How far the weights are from where they were: over all matrices, and all ranks that hold parts of them."""
@@ -177,18 +188,6 @@ class Perturbation:
         if len(self._moved[0].shard.parts) > 1:
             (own,) = self._executor.exchange([Request(everyone(self._executor.size, 1), own)])
         return math.sqrt(own.item())
-
-    def _tell(self, key: str, asked: float, got: float) -> None:
-        """Once for each key, and only where there is something to say."""
-        if key in self._told:
-            return
-        self._told.add(key)
-        if got < SURVIVING * asked:
-            logger.warning(
-                "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
-                "train in fp32",
-                *(key, self._moved[0].weights.dtype, asked, got, key),
-            )
 
     def _release(self) -> None:
         release_gathered(slot.parameter for slot in self._slots)

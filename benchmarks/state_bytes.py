@@ -1,0 +1,76 @@
+"""Bytes of optimizer state at a model's shapes, from the accounting of the role table.
+
+python benchmarks/state_bytes.py
+
+Nothing is allocated: the model and the state are meta tensors. Counted is every tensor of the state at rank 128, over
+all ranks: of the projected matrices (moments, bases, magnitudes, scales of codes) and of the rest (AdamW's moments and
+their scales). AdamW in bf16 keeps two moments of two bytes for every parameter; *below* is how much less that is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Numbers, options, report
+
+import ds_lowrank
+from ds_lowrank.report import state_bytes
+
+MODELS = Path(__file__).parents[1] / "ds_configs/models"
+RANK = 128
+METHODS = ("GaLore", "GradNormLoRP", "Lorenza")
+STATE_DTYPES = ("fp32", "bf16", "int8")
+
+
+def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple[int, int]:
+    """Of the projected matrices and of the rest."""
+    optimizer = getattr(ds_lowrank, name)(model.named_parameters(), **params)
+    optimizer.finalize()
+    return state_bytes(optimizer.slots)
+
+
+def measure(size: str) -> Numbers:
+    """One record for each optimizer, the last AdamW."""
+    from ds_lowrank.models import llama
+
+    config = llama.load_config(MODELS / f"llama_{size}.json")
+    with torch.device("meta"):
+        model = llama.LlamaForCausalLM(config)
+    adamw = 4 * sum(parameter.numel() for parameter in model.parameters())
+    found = {
+        f"{name}, {state_dtype}": bytes_of(model, name, {"rank": RANK, "state_dtype": state_dtype})
+        for name in METHODS
+        for state_dtype in STATE_DTYPES
+    }
+    return [
+        {
+            "model": size,
+            "optimizer": label,
+            "matrices GB": matrices / 1e9,
+            "rest GB": rest / 1e9,
+            "all GB": (matrices + rest) / 1e9,
+            "below AdamW in bf16": 1 - (matrices + rest) / adamw,
+        }
+        for label, (matrices, rest) in (found | {"AdamW, bf16": (0, adamw)}).items()
+    ]
+
+
+def parse() -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--sizes", nargs="+", default=["60m", "1b", "7b"])
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    logging.disable(logging.WARNING)
+    sizes = arguments.sizes[:1] if arguments.quick else arguments.sizes
+    report([row for size in sizes for row in measure(size)], arguments)
+
+
+if __name__ == "__main__":
+    main()
