@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,megatron,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,finetune,megatron,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps galore-torch==1.0
 	touch $@
 

@@ -24,8 +24,10 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors in the training dtype, and the tokenizer; replaces an earlier export.
 
-    notes: further files, name and text. LoRA is merged into the weights beside it. At ZeRO 3 parameters are gathered one at a time, and only rank 0 keeps them. Collective; an error of rank 0 is
-    raised on all ranks and leaves an earlier export as it was.
+    At ZeRO 3 parameters are gathered one at a time, and only rank 0 keeps them. LoRA is merged into the weights beside
+    it. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export as it was.
+
+    notes: further files, name and text.
     """
     model, weights = engine.module, _gather(engine)
     if lora.has_lora(model):

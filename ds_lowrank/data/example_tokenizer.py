@@ -88,5 +88,5 @@ def _published(spec: str) -> Any:
         return AutoTokenizer.from_pretrained(os.path.expanduser(spec))
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise DataError(
-            f"no tokenizer in {spec!r} ({error}); put the files of the checkpoint's own there, or name it as --tokenizer"
+            f"no tokenizer in {spec!r} ({error}); put the checkpoint's own files there, or name it as --tokenizer"
         ) from error

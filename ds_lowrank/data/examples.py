@@ -1,7 +1,7 @@
 """Encoded examples, and batches of them that do not depend on how many ranks share them.
 
-The k-th global batch is one fixed list of examples. Rank `r` of `W` takes examples `r G/W` to `(r+1) G/W` of its `G`, in
-order, `micro_batch_size` at a time. Each micro-batch is padded on the right to its own longest example.
+The k-th global batch is one fixed list of examples. Rank `r` of `W` takes examples `r G/W` to `(r+1) G/W` of its `G`,
+in order, `micro_batch_size` at a time. Each micro-batch is padded on the right to its own longest example.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ UNLABELLED = -100  # Hugging Face's losses leave such tokens out
 
 
 class Example(NamedTuple):
-    """`input_ids`, `token_types`: int32 `[length]`; `labels`: a class, a number, or int32 `[length]` for a causal LM."""
+    """`input_ids`, `token_types`: int32 `[length]`; `labels`: a class, a number, or int32 `[length]` of tokens."""
 
     input_ids: npt.NDArray[np.int32]
     labels: int | float | npt.NDArray[np.int32]

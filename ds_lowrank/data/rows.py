@@ -82,9 +82,7 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Row
 
 def _file(path: Path) -> list[Row]:
     if not path.is_file():
-        raise DataError(
-            f"no data at '{path}': give an existing file, '{FUNCTIONS}', 'glue:TASK' or 'hf:NAME[:CONFIG]'"
-        )
+        raise DataError(f"no data at '{path}': give an existing file, '{FUNCTIONS}', 'glue:TASK' or 'hf:NAME[:CONFIG]'")
     if file_format(path) not in ROW_FORMATS:
         raise DataError(f"{path}: not a format with columns; give {', '.join(ROW_FORMATS)}")
     return list(read_rows(path))

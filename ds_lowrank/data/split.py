@@ -1,8 +1,8 @@
 """Which documents are held out for validation.
 
 A document is held out when the 64-bit hash of its key falls in the lowest part of the range, by default a twentieth.
-The key is the document's own (its path, its record number, its text): adding or removing other documents moves no document from one split to the
-other.
+The key is the document's own (its path, its record number, its text): adding or removing other documents moves no
+document from one split to the other.
 """
 
 import hashlib

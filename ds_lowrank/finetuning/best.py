@@ -27,7 +27,7 @@ class Best:
         self._engine = engine
         self._tokenizer = tokenizer
         self._folder = output / FOLDER
-        self._metric = metric
+        self.metric = metric
         self._found: dict[str, Any] | None = None
 
     @property
@@ -36,10 +36,10 @@ class Best:
         return self._found
 
     def consider(self, step: int, value: float) -> None:
-        """Write the model of this step if the metric, the same number on every rank, is better than ever. Collective."""
-        if not better(self._metric, value, None if self._found is None else self._found["value"]):
+        """Write the model of this step if the metric, the same number on every rank, is better than before. Collective."""
+        if not better(self.metric, value, None if self._found is None else self._found["value"]):
             return
-        self._found = {"metric": self._metric, "value": value, "step": step}
+        self._found = {"metric": self.metric, "value": value, "step": step}
         export(self._engine, self._tokenizer, self._folder, {FILE: json.dumps(self._found, indent=2) + "\n"})
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def predictions_of_all(
     gathered: list[tuple[float, list[tuple[float, float]]]] = [(0.0, [])] * distributed.get_world_size()
     distributed.all_gather_object(gathered, (total, own))
     pairs = [pair for _, share in gathered for pair in share]
-    loss = sum(part for part, _ in gathered) / len(pairs)
-    return loss, [prediction for prediction, _ in pairs], [label for _, label in pairs]
+    mean = sum(part for part, _ in gathered) / len(pairs)
+    return mean, [prediction for prediction, _ in pairs], [label for _, label in pairs]
 
 
 @torch.no_grad()

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hugging_face_logging
 
@@ -98,10 +103,7 @@ def build_model(source: Source, task: str, labels: Labels | None, pad_id: int, s
         config.num_labels = len(names)
         config.problem_type = "regression" if labels.regression else "single_label_classification"
     config.get_text_config().use_cache = False
-    if source.random:
-        model = llama.build(config, seed, ds_config, LLAMA[task])
-    else:
-        model = _load(source, task)
+    model = llama.build(config, seed, ds_config, LLAMA[task]) if source.random else _load(source, task)
     if labels is not None:
         # Afterwards, as an embedding made with it would hold the gradient of that row at zero.
         config_of_text = model.config.get_text_config()

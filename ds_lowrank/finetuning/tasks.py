@@ -26,8 +26,8 @@ from ds_lowrank.finetuning.metrics import measure
 class Task(Protocol):
     """`metrics`: names of what `measure` finds, apart from the loss; the first decides which checkpoint is best."""
 
-    name: str
-    metrics: tuple[str, ...]
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
 
     def texts(self, rows: Sequence[Row]) -> Iterator[str]:
         """All text of the rows, to train a tokenizer on."""
@@ -35,7 +35,7 @@ class Task(Protocol):
     def encode(
         self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
     ) -> list[Example]:
-        """Raises DataError for a row that cannot be used. `segments`: the model tells two texts apart by token types."""
+        """Raises DataError for a row that cannot be used. `segments`: two texts are told apart by token types."""
 
     def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
         """The loss and the metrics over the batches of all ranks, the same numbers on each. Collective."""
@@ -49,7 +49,6 @@ class Classification:
     label_column: str
     labels: Labels
     metrics: tuple[str, ...]
-    name: str = "classification"
 
     def texts(self, rows: Sequence[Row]) -> Iterator[str]:
         return (row[column] for row in rows for column in self.columns)
@@ -59,9 +58,7 @@ class Classification:
     ) -> list[Example]:
         columns = [[row[column] for row in rows] for column in self.columns]
         examples = []
-        for number, (row, found) in enumerate(
-            zip(rows, tokenizer.encode(columns, max_length, segments), strict=True)
-        ):
+        for number, (row, found) in enumerate(zip(rows, tokenizer.encode(columns, max_length, segments), strict=True)):
             if not len(found["input_ids"]):
                 raise DataError(f"row {number} has no text in {' and '.join(self.columns)}; remove it")
             label = self.labels.number(row[self.label_column], f"row {number}")
@@ -85,7 +82,6 @@ class CausalLM:
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] = ("perplexity",)
-    name: str = "causal-lm"
 
     def texts(self, rows: Sequence[Row]) -> Iterator[str]:
         return (row[column] for row in rows for column in self.columns)

@@ -42,7 +42,7 @@ ALLOWED = {
     "together": set(),
     "data": {"together"},
     "models": {"errors", "together"},
-    "checkpoint": {"data", "errors", "together"},
+    "checkpoint": {"data", "errors", "models", "together"},
     "training": {
         "backward",
         "checkpoint",
@@ -55,6 +55,7 @@ ALLOWED = {
         "optimizer",
         "together",
     },
+    "finetuning": {"checkpoint", "data", "models", "together", "training"},
 }
 
 
