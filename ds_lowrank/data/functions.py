@@ -8,7 +8,6 @@ that stands in several places counts once, at the first, in the order of paths.
 
 import ast
 import sysconfig
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +66,10 @@ def functions_in(text: str) -> Iterator[str]:
     for function in _outermost(module):
         assert function.end_lineno is not None
         if function.end_lineno - function.lineno + 1 >= LINES:
-            yield textwrap.dedent("".join(lines[function.lineno - 1 : function.end_lineno])).rstrip()
+            own = lines[function.lineno - 1 : function.end_lineno]
+            # Not textwrap.dedent: a text of several lines inside may reach further to the left.
+            indentation = own[0][: -len(own[0].lstrip())]
+            yield "".join(line.removeprefix(indentation) for line in own).rstrip()
 
 
 def _outermost(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

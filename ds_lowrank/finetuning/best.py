@@ -36,7 +36,10 @@ class Best:
         return self._found
 
     def consider(self, step: int, value: float) -> None:
-        """Write the model of this step if the metric, the same number on every rank, is better than before. Collective."""
+        """Write the model of this step if the metric, the same number on every rank, is better than before.
+
+        Collective.
+        """
         if not better(self.metric, value, None if self._found is None else self._found["value"]):
             return
         self._found = {"metric": self.metric, "value": value, "step": step}

@@ -30,7 +30,10 @@ def add_lora(model: torch.nn.Module, task: str, rank: int, alpha: float, targets
         lora_dropout=0.0,
         target_modules="all-linear" if targets is None else list(targets),
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"--lora-rank {rank}, --lora-targets {targets}: {error}") from error
 
 
 def has_lora(model: torch.nn.Module) -> bool:
