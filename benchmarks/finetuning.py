@@ -38,7 +38,7 @@ GAP = 50
 MOMENTS = 2 * 4  # bytes of state for a number that AdamW trains
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """``flags``: of launch/finetune.py, beside those that all share."""
 
@@ -52,8 +52,8 @@ class Contender:
 ADAMW = {"torch_adam": True}
 CONTENDERS: tuple[Contender, ...] = (
     Contender("AdamW", "AdamW", ADAMW, (5e-4, 1e-3, 2e-3)),
-    Contender("LoRA", "AdamW", ADAMW, (2e-3, 5e-3, 1e-2), {"lora-rank": RANK, "lora-alpha": 2 * RANK}),
-    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (5e-4, 1e-3, 2e-3)),
+    Contender("LoRA", "AdamW", ADAMW, (1e-3, 2e-3, 5e-3), {"lora-rank": RANK, "lora-alpha": 2 * RANK}),
+    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (1e-3, 2e-3, 4e-3)),
 )
 """One line a method; a method with adapters of its own is one more, with its options as ``params``."""
 

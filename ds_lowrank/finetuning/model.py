@@ -21,6 +21,7 @@ from transformers.utils import logging as hugging_face_logging
 
 from ds_lowrank.finetuning.labels import Labels
 from ds_lowrank.models import llama
+from ds_lowrank.together import global_rank
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -130,7 +131,7 @@ def _load(source: Source, task: str) -> Any:
             f"--model {source.name} is no checkpoint of a {type(model).__name__}: it has no weights that fit for "
             f"{len(body)} parameters, {_some(body)}"
         )
-    if new:
+    if new and global_rank() == 0:
         logger.info("new, not from the checkpoint: %s", _some(new))
     return model
 

@@ -1,6 +1,7 @@
 """From the command line of launch/finetune.py to a run that is ready for its first step."""
 
 import importlib.util
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from ds_lowrank.training.output import check_output
 from ds_lowrank.training.plan import checkpoint_to_resume, identify, settle_config
 from ds_lowrank.training.run import Run, start_engine
 from ds_lowrank.training.schedule import scheduler_factory, warmup_steps
+
+logger = logging.getLogger("ds_lowrank")
 
 
 def set_up(arguments: Namespace) -> Run:
@@ -46,8 +49,9 @@ def set_up(arguments: Namespace) -> Run:
     if arguments.eval_interval is None:
         arguments.eval_interval = stream.steps_per_epoch
     model = _build(arguments, source, inputs, config)
-    trainable = trainable_parameters(model)
     engine = start_engine(model, config, scheduler_factory(steps, warmup, arguments.schedule))
+    if get_rank() == 0:
+        logger.info("%s numbers are trained", f"{trainable_parameters(engine.module):,}")
     seed_everything(arguments.seed + get_rank())  # from here on for dropout, which no two ranks should share
     best = Best(engine, inputs.tokenizer, arguments.output, inputs.best_metric)
     validation = {
@@ -56,7 +60,7 @@ def set_up(arguments: Namespace) -> Run:
     run = Run(arguments, engine, steps, identity, stream, inputs.tokenizer)
     run.evaluate = _evaluator(engine, inputs.task, validation, best)
     run.parts = {"best": best}
-    run.facts = lambda: {"trainable_parameters": trainable, "best": best.found}
+    run.facts = lambda: {"trainable_parameters": trainable_parameters(engine.module), "best": best.found}
     run.resume(checkpoint)
     return run
 
@@ -64,9 +68,8 @@ def set_up(arguments: Namespace) -> Run:
 def _check_lora(arguments: Namespace, config: Mapping[str, Any]) -> None:
     if arguments.lora_rank is None:
         return
-    adapter = [key for key in config["optimizer"]["params"] if key.startswith("adapter")]
-    if adapter:
-        raise ValueError(f"--lora-rank beside optimizer.params.{adapter[0]}: two kinds of adapters; leave one out")
+    if config["optimizer"]["params"].get("parametrization") == "adapter":
+        raise ValueError("--lora-rank and parametrization 'adapter' are two kinds of adapters: leave one of them out")
 
 
 def _check_packages() -> None:

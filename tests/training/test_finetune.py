@@ -111,13 +111,20 @@ def test_completions_alone_are_learnt_and_every_token_weighs_the_same(folder):
     AutoModelForCausalLM.from_pretrained(folder / "lm2" / "export")
 
 
-def test_numbers_of_pairs_are_regressed_by_an_encoder(folder):
-    more = ("--model", str(folder / "roberta"), "--text-column", "text", "other", "--label-column", "number")
-    result = run_ranks(2, finetune, command_line(folder, "regression", *more))[0]
+@pytest.mark.parametrize("rank", [4, 8])
+def test_numbers_of_pairs_are_regressed_by_an_encoder_with_the_glue_settings(folder, rank):
+    config = json.loads((ROOT / "ds_configs" / "glue" / f"galore_rank{rank}.json").read_text())
+    columns = ("--text-column", "text", "other", "--label-column", "number")
+    more = ("--model", str(folder / "roberta"), *columns, "--lr", "1e-3", "--schedule", "linear", "--warmup", "0")
+    arguments = command_line(folder, f"regression{rank}", *more, "--eval-interval", "8", config=config, epochs=8)
+    result = run_ranks(2, finetune, arguments)[0]
+    assert [record["lr"] for record in result["records"]] == pytest.approx([1e-3 * (1 - k / 16) for k in range(16)])
+    assert result["records"][0]["lowrank/projected_matrices"] == 2 * 6
+    assert result["records"][0]["lowrank/mean_rank"] == rank
     assert result["best"]["metric"] == "pearson"
-    assert result["records"][-1]["loss"] < result["records"][0]["loss"]
+    assert result["records"][-1]["eval_loss"] < 1.0 < result["records"][0]["loss"]
     assert {"eval_loss", "eval_pearson", "eval_spearman"} <= result["records"][-1].keys()
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "regression" / "export")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / f"regression{rank}" / "export")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
 
 

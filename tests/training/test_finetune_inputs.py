@@ -97,9 +97,9 @@ def test_what_one_rank_finds_wrong_ends_both(folder):
 
 def test_two_kinds_of_adapters_are_refused(folder):
     config = deepspeed_config()
-    config["optimizer"]["params"]["adapter_rank"] = 4
+    config["optimizer"]["params"]["parametrization"] = "adapter"
     (message,) = run_ranks(1, refused, command_line(folder, "twice", "--lora-rank", "4", config=config))
-    assert "--lora-rank beside optimizer.params.adapter_rank" in message
+    assert "--lora-rank and parametrization 'adapter' are two kinds of adapters" in message
 
 
 @pytest.mark.parametrize(
