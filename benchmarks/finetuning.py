@@ -25,10 +25,10 @@ from statistics import mean
 from typing import Any
 
 import runs
-import torch
 from common import Numbers, options, report
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from ds_lowrank import add_adapters
 from ds_lowrank.data.functions import CLASSES
 from ds_lowrank.roles import role_of, tag_from_name
 
@@ -53,9 +53,18 @@ ADAMW = {"torch_adam": True}
 CONTENDERS: tuple[Contender, ...] = (
     Contender("AdamW", "AdamW", ADAMW, (5e-4, 1e-3, 2e-3)),
     Contender("LoRA", "AdamW", ADAMW, (1e-3, 2e-3, 5e-3), {"lora-rank": RANK, "lora-alpha": 2 * RANK}),
-    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (1e-3, 2e-3, 4e-3)),
-)
-"""One line a method; a method with adapters of its own is one more, with its options as ``params``."""
+    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (2e-3, 4e-3, 8e-3)),
+    Contender(
+        "GradNormLoRP", "GradNormLoRP", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (2e-3, 4e-3, 8e-3)
+    ),
+    Contender(
+        "GradNormLoRP adapter", "GradNormLoRP",
+        {"rank": RANK // 2, "update_proj_gap": GAP, "scale": 1.0, "parametrization": "adapter",
+         "adapter_rank": RANK, "adapter_alpha": 2.0 * RANK}, (1e-3, 2e-3, 5e-3),
+    ),
+    Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (1e-3, 2e-3, 4e-3)),
+)  # fmt: skip
+"""One line a method; ranks are LoRA's, but half of it for the factors of an adapter, which are no wider."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name}_lr{self.lr:g}_seed{self.seed}"
+        return f"{self.contender.name.replace(' ', '_')}_lr{self.lr:g}_seed{self.seed}"
 
 
 Found = dict[Setting, dict[str, Any]]
@@ -113,19 +122,20 @@ def finetune(setting: Setting, checkpoint: Path, work: Path, arguments: argparse
     return {**summary, "lowrank": last.get("lowrank/state_bytes")}
 
 
-def projected_numbers() -> int:
+def projected_numbers(contender: Contender) -> int:
     """In the matrices that a low-rank method projects."""
-    with torch.device("meta"):
-        model = LlamaForSequenceClassification(LlamaConfig(**json.loads(MODEL.read_text()), num_labels=CLASSES))
-    named = model.named_parameters()
+    model = LlamaForSequenceClassification(LlamaConfig(**json.loads(MODEL.read_text()), num_labels=CLASSES))
+    if contender.params.get("parametrization") == "adapter":
+        add_adapters(model, adapter_rank=contender.params["adapter_rank"])
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return sum(p.numel() for name, p in named if role_of(tag_from_name(name), tuple(p.shape), None, ()).projected)
 
 
-def state_bytes(summary: Mapping[str, Any]) -> int:
+def state_bytes(contender: Contender, summary: Mapping[str, Any]) -> int:
     trained = int(summary["trainable_parameters"])
     if summary["lowrank"] is None:
         return MOMENTS * trained
-    return int(summary["lowrank"]) + MOMENTS * (trained - projected_numbers())
+    return int(summary["lowrank"]) + MOMENTS * (trained - projected_numbers(contender))
 
 
 def table(found: Found) -> Numbers:
@@ -143,7 +153,7 @@ def table(found: Found) -> Numbers:
                     "accuracy": mean(accuracies),
                     "seeds": ", ".join(f"{accuracy:.3f}" for accuracy in accuracies),
                     "trainable": each[0]["trainable_parameters"],
-                    "state bytes": state_bytes(each[0]),
+                    "state bytes": state_bytes(contender, each[0]),
                     "seconds": mean(summary["seconds"] for summary in each),
                 }
             )

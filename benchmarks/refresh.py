@@ -97,7 +97,7 @@ def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: in
 def _shard(name: str, gradient: torch.Tensor) -> MatrixShard:
     m, n = gradient.shape
     shard = MatrixShard(name, (m, n), [whole((m, n))], 0, "right" if m >= n else "left", 0)
-    shard.attach(gradient.flatten())
+    shard.attach(gradient.flatten(), torch.zeros(gradient.numel()))
     return shard
 
 

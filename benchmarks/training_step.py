@@ -1,10 +1,10 @@
-"""Time of a whole training step with GaLore against AdamW, at the same ZeRO stage, on the quick-start model.
+"""Time of a whole training step with several optimizers, at the same ZeRO stage, on the quick-start model.
 
 python benchmarks/training_step.py --stages 0 1 2 3
 
-Both engines live in the same gloo ranks, one thread each, and take turns step by step. GaLore's rank is a quarter of
-the hidden size. Ordinary steps, and *amortised* over an interval of 200 steps, one of which refreshes every basis.
-*ratio* is GaLore's amortised step over AdamW's step.
+All engines live in the same gloo ranks, one thread each, and take turns step by step. The rank is a quarter of the
+hidden size; LORENZA probes once, on two sides. Ordinary steps, and *amortised* over an interval of 200 steps, one of
+which refreshes every basis. The ratios are of amortised steps.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ GAP = 200
 PARTS = ("forward", "backward", "step")
 
 
-def both(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
+def contenders(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
     """A DeepSpeed engine with each optimizer, on models of their own with the same weights."""
     from ds_lowrank.models import llama
 
     model = llama.load_config(MODEL)
     galore = {"lr": 1e-2, "rank": model.hidden_size // 4, "update_proj_gap": GAP}
     adamw = {"lr": 1e-3, "torch_adam": True}
-    optimizers = {"GaLore": {"type": "GaLore", "params": galore}, "AdamW": {"type": "AdamW", "params": adamw}}
+    optimizers = {
+        "AdamW": {"type": "AdamW", "params": adamw},
+        "GaLore": {"type": "GaLore", "params": galore},
+        "GaLore, int8": {"type": "GaLore", "params": {**galore, "state_dtype": "int8"}},
+        "GradNormLoRP": {"type": "GradNormLoRP", "params": galore},
+        "Lorenza": {"type": "Lorenza", "params": {**galore, "perturbation_radius": 0.05}},
+    }
     return engines(optimizers, model, stage, micro, ranks, seed)
 
 
@@ -40,7 +46,7 @@ def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> 
     """Median seconds of each optimizer's forward, backward, step and of a step that refreshes. On each rank."""
     from ds_lowrank.training.loop import StepResult, train_step
 
-    built = both(stage, micro, dist.get_world_size(), seed)
+    built = contenders(stage, micro, dist.get_world_size(), seed)
     vocabulary = built["AdamW"].module.config.vocab_size
     batch = torch.randint(vocabulary, (micro, length), generator=torch.Generator().manual_seed(seed))
     results: dict[str, list[StepResult]] = {name: [] for name in built}
@@ -50,18 +56,19 @@ def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> 
             train_step(built[name], [{"input_ids": batch, "labels": batch}], measure=True)
         )
 
-    def refreshing() -> float:
-        for slot in built["GaLore"].basic_optimizer.slots:
+    def refreshing(name: str) -> float:
+        for slot in built[name].basic_optimizer.slots:
             slot.state["step"] = GAP
-        step("GaLore")()
-        return results["GaLore"].pop().step_seconds
+        step(name)()
+        return results[name].pop().step_seconds
 
     interleaved({name: step(name) for name in built}, repeats, warm_up=2)
     found = {
         name: {part: median(getattr(result, f"{part}_seconds") for result in taken[2:]) for part in PARTS}
         for name, taken in results.items()
     }
-    found["GaLore"]["refresh"] = median(refreshing() for _ in range(3))
+    for name in (name for name in built if name != "AdamW"):
+        found[name]["refresh"] = median(refreshing(name) for _ in range(3))
     return found
 
 
@@ -69,19 +76,22 @@ def measure(stage: int, ranks: int, micro: int, length: int, repeats: int, seed:
     """One record for each optimizer at one ZeRO stage, as rank 0 sees it."""
     found = on_ranks(ranks, time_steps, stage, micro, length, repeats, seed)
     rows: Numbers = []
-    adamw = sum(found["AdamW"][part] for part in PARTS)
+    ordinary = {name: sum(seconds[part] for part in PARTS) for name, seconds in found.items()}
+    amortised = {
+        name: ordinary[name] + (seconds.get("refresh", seconds["step"]) - seconds["step"]) / GAP
+        for name, seconds in found.items()
+    }
     for name, seconds in found.items():
-        ordinary = sum(seconds[part] for part in PARTS)
-        amortised = ordinary + (seconds.get("refresh", seconds["step"]) - seconds["step"]) / GAP
         rows.append(
             {
                 "ZeRO": stage,
                 "optimizer": name,
                 **{f"{part} ms": 1e3 * seconds[part] for part in PARTS},
                 "refresh ms": 1e3 * seconds["refresh"] if "refresh" in seconds else None,
-                "ordinary ms": 1e3 * ordinary,
-                "amortised ms": 1e3 * amortised,
-                "ratio": amortised / adamw,
+                "ordinary ms": 1e3 * ordinary[name],
+                "amortised ms": 1e3 * amortised[name],
+                "over AdamW": amortised[name] / amortised["AdamW"],
+                "over GaLore": amortised[name] / amortised["GaLore"],
             }
         )
     return rows

@@ -5,6 +5,7 @@ from typing import Any
 from ds_lowrank.backward import forward_backward
 from ds_lowrank.engine import initialize, register
 from ds_lowrank.errors import CheckpointError, ConfigError
+from ds_lowrank.models.adapter import add_adapters, merge_adapters
 from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.roles import tag_parameters
 
@@ -13,8 +14,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "add_adapters",
     "forward_backward",
     "initialize",
+    "merge_adapters",
     "register",
     "tag_parameters",
     *OPTIMIZERS,

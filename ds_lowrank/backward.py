@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.optimizer import LowRankOptimizer
+from ds_lowrank.together import RemoteError, is_distributed
+
+logger = logging.getLogger("ds_lowrank")
 
 Forward = Callable[[], torch.Tensor]
 """Runs the model on one micro-batch and returns its loss, a scalar. May be called several times."""
@@ -14,21 +23,161 @@ Forward = Callable[[], torch.Tensor]
 def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list[torch.Tensor]:
     """Forward and backward of one optimizer step's micro-batches; ``engine.step()`` comes next.
 
-    The same call serves every optimizer: for one that looks at the loss around the weights first, it does that too.
+    The same call serves every optimizer. For a method that looks at the loss around the weights (``Lorenza``) it probes
+    first, without gradients, on the same micro-batches with the same random state, moves the weights for the passes
+    whose losses it returns, and puts them back, also when anything raises.
 
     Args:
-        engine: of DeepSpeed.
+        engine: of DeepSpeed; or, without DeepSpeed, an optimizer of this package.
         forwards: one for every micro-batch of the step, in order; a single one may stand for a list of one.
 
     Returns:
-        The losses, detached, in order.
+        The losses of the passes that gave the gradient, detached, in order.
+
+    Raises:
+        ConfigError: the method shares one perturbation among the micro-batches of a step, and this is not all of them.
+        RemoteError: a probe failed on another rank; says which.
     """
     steps = [forwards] if callable(forwards) else list(forwards)
-    losses = []
-    for number, forward in enumerate(steps, 1):
-        loss = forward()
-        engine.backward(loss)
-        losses.append(loss.detach())
-        if number < len(steps):
-            engine.step()  # inside an accumulation window it only counts
+    optimizer = engine if isinstance(engine, LowRankOptimizer) else getattr(engine, "basic_optimizer", None)
+    passes = _Passes(engine, len(steps))
+    if not isinstance(optimizer, LowRankOptimizer) or optimizer.perturbation is None:
+        return [passes.run(forward) for forward in steps]
+    climb = optimizer.perturbation.climb
+    if not climb.per_micro_batch:
+        passes.check_whole_step()
+    if not climb.two_sided:
+        _warn_of_dropout(engine)
+    windows = [[forward] for forward in steps] if climb.per_micro_batch else [steps]
+    losses = [loss for window in windows for loss in _climb_and_run(optimizer, window, passes)]
+    optimizer.perturbation.mark()
     return losses
+
+
+def _climb_and_run(optimizer: LowRankOptimizer, window: Sequence[Forward], passes: _Passes) -> list[torch.Tensor]:
+    """The passes of some micro-batches at weights that were moved for them."""
+    perturbation = optimizer.perturbation
+    assert perturbation is not None
+    random = _RandomState()
+    try:
+        with torch.no_grad():
+            perturbation.ascend(_Probe(window, random, passes), optimizer.options, passes.position)
+        random.rewind()
+        return [passes.run(forward) for forward in window]
+    finally:
+        with torch.no_grad():
+            perturbation.restore()
+
+
+class _Passes:
+    """Backward passes as the engine wants them; without DeepSpeed, as plain torch does."""
+
+    def __init__(self, engine: Any, count: int) -> None:
+        self._engine, self._count, self._done = engine, count, 0
+        self._is_plain = isinstance(engine, LowRankOptimizer)
+
+    @property
+    def position(self) -> int:
+        """How many micro-batches of this step came before."""
+        if self._is_plain:
+            return self._done
+        return int(self._engine.micro_steps % self._engine.gradient_accumulation_steps())
+
+    @property
+    def device(self) -> torch.device:
+        if self._is_plain:
+            device: torch.device = self._engine.slots[0].parameter.device
+            return device
+        return torch.device(self._engine.device)
+
+    @property
+    def group(self) -> Any:
+        """The data-parallel ranks; None for all."""
+        return None if self._is_plain else getattr(self._engine, "seq_data_parallel_group", None)
+
+    def check_whole_step(self) -> None:
+        if self._is_plain:
+            return
+        asked = self._engine.gradient_accumulation_steps()
+        if self._count != asked:
+            raise ConfigError(
+                f"accumulation 'per_step' needs all {asked} micro-batches of a step in one call of forward_backward, "
+                f"got {self._count}: pass a list of {asked}, or set accumulation to 'per_micro_batch'"
+            )
+
+    def run(self, forward: Forward) -> torch.Tensor:
+        loss = forward()
+        self._done += 1
+        if self._is_plain:
+            (loss / self._count).backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        self._engine.backward(loss)
+        if self._done < self._count:
+            self._engine.step()  # inside an accumulation window it only counts
+        return loss.detach()
+
+
+class _Probe:
+    """The mean loss of some micro-batches over all ranks, at whatever weights the model has."""
+
+    def __init__(self, forwards: Sequence[Forward], random: _RandomState, passes: _Passes) -> None:
+        self._forwards, self._random, self._passes = forwards, random, passes
+
+    def __call__(self) -> float:
+        self._random.rewind()
+        error: Exception | None = None
+        loss = math.nan
+        try:
+            losses = [forward() for forward in self._forwards]
+            loss = float(torch.stack(losses).double().mean())
+        except Exception as caught:
+            error = caught
+        return self._mean(loss, error)
+
+    def _mean(self, loss: float, error: Exception | None) -> float:
+        """The number is the same on all ranks, and so is whether one failed."""
+        own = torch.tensor([loss, error is not None], dtype=torch.float64, device=self._passes.device)
+        found = [own]
+        if is_distributed():
+            group = self._passes.group
+            found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(found, own, group=group)
+        if error is not None:
+            raise error
+        failed = [str(rank) for rank, (_, flag) in enumerate(found) if flag]
+        if failed:
+            raise RemoteError(f"a probe's forward pass failed on rank {', '.join(failed)} of the data-parallel group")
+        return sum(float(value) for value, _ in found) / len(found)
+
+
+class _RandomState:
+    """The random state that every pass over the same micro-batches starts from: dropout then drops the same."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = torch.accelerator.current_accelerator()
+        self._own = self._module().get_rng_state() if self._device is not None else None
+
+    def _module(self) -> Any:
+        return torch.get_device_module(self._device)
+
+    def rewind(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._own is not None:
+            self._module().set_rng_state(self._own)
+
+
+_warned_of_dropout = False
+
+
+def _warn_of_dropout(engine: Any) -> None:
+    global _warned_of_dropout
+    module = getattr(engine, "module", None)
+    if _warned_of_dropout or module is None or not module.training:
+        return
+    if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules()):
+        _warned_of_dropout = True
+        logger.warning(
+            "two_sided is false and the model has dropout: a one-sided difference is of first order in probe_radius, "
+            "and dropout makes the loss rougher. Both passes drop the same elements; two_sided: true is more exact"
+        )

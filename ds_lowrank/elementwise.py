@@ -1,56 +1,64 @@
 """AdamW for everything that is not projected: embeddings, the head, norms, biases.
 
-An element's update depends on that element alone, so a rank updates the elements it holds and no rank needs another.
+An element's update depends on that element alone, so a rank updates the elements it holds and no rank needs another;
+but for moments of eight bits, where the elements of a block that two ranks hold are stepped by one of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ds_lowrank.linalg.moments import adam, fused_adamw
-from ds_lowrank.methods.base import Options, State
-from ds_lowrank.sharding.zero import Fragment
+from ds_lowrank.linalg.moments import fused_adamw
+from ds_lowrank.methods.base import Options
+from ds_lowrank.methods.full_size import full_size_adam
+from ds_lowrank.sharding.reduce import Rounds, lockstep
+from ds_lowrank.slots import Slot, waves
 
 
-def init_elementwise_state(fragment: Fragment, options: Options) -> State:
-    """Two moments of this rank's elements, flat."""
-    size, device = fragment.end - fragment.start, fragment.store.device
-    return {
-        "exp_avg": torch.zeros(size, dtype=options.moment_dtype, device=device),
-        "exp_avg_sq": torch.zeros(size, dtype=options.moment_dtype, device=device),
-    }
+def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
+    """One AdamW step on each, by torch's fused kernel where everything is fp32.
+
+    Args:
+        options: of each group, by its id.
+    """
+    fused = [slot for slot in slots if _is_fp32(slot)]
+    for group in list({id(slot.group): slot.group for slot in fused}.values()):
+        _step_fused([slot for slot in fused if slot.group is group and slot.shard.part.numel], options[id(group)])
+    coded = [slot for slot in slots if not _is_fp32(slot)]
+    for wave in waves(coded, lambda slot: slot):
+        yield from _step_coded(wave, options)
 
 
-def step_elementwise(work: list[tuple[Fragment, State]], options: Options, lr: float) -> None:
-    """One AdamW step on each fragment, by torch's fused kernel where everything is fp32."""
-    fused: list[tuple[Fragment, State]] = []
-    single: list[tuple[Fragment, State]] = []
-    for fragment, state in work:
-        if fragment.start == fragment.end:
-            continue
-        fp32 = fragment.store.dtype == fragment.gradient.dtype == state["exp_avg"].dtype == torch.float32
-        (fused if fp32 else single).append((fragment, state))
-    if fused:
-        fused_adamw(
-            [fragment.weights for fragment, _ in fused],
-            [fragment.gradient for fragment, _ in fused],
-            [state["exp_avg"] for _, state in fused],
-            [state["exp_avg_sq"] for _, state in fused],
-            [state["step"] for _, state in fused],
-            lr,
-            options.betas,
-            options.eps,
-            options.weight_decay,
-        )
-    for fragment, state in single:
-        _in_fp32(fragment, state, options, lr)
+def _is_fp32(slot: Slot) -> bool:
+    """The same on all ranks, also on those that hold nothing of the parameter."""
+    return slot.keep.is_exact and slot.fragment.store.dtype == slot.fragment.gradient.dtype == torch.float32
 
 
-def _in_fp32(fragment: Fragment, state: State, options: Options, lr: float) -> None:
-    gradient = fragment.gradient.float()
-    direction = adam(state["exp_avg"], state["exp_avg_sq"], gradient, options.betas, options.eps, state["step"] + 1)
-    weights = fragment.weights
-    exact = weights.float()
-    exact.mul_(1 - lr * options.weight_decay).sub_(direction, alpha=lr)
-    if exact is not weights:
-        weights.copy_(exact)
+def _step_fused(slots: Sequence[Slot], options: Options) -> None:
+    if not slots:
+        return
+    fused_adamw(
+        [slot.fragment.weights for slot in slots],
+        [slot.fragment.gradient for slot in slots],
+        [slot.state["exp_avg"].squeeze(1) for slot in slots],
+        [slot.state["exp_avg_sq"].squeeze(1) for slot in slots],
+        [slot.state["step"] for slot in slots],
+        options.rate,
+        options.betas,
+        options.eps,
+        options.weight_decay,
+    )
+
+
+def _step_coded(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
+    opened = [slot.keep.opened(slot.state) for slot in slots]
+    updates = yield from lockstep(
+        full_size_adam(slot.shard, state, options[id(slot.group)], state["step"], slot.fragment.gradient.float)
+        for slot, state in zip(slots, opened, strict=True)
+    )
+    for slot, state, update in zip(slots, opened, updates, strict=True):
+        own = options[id(slot.group)]
+        slot.shard.write(slot.fragment.weights, update, own.rate, own.rate * own.weight_decay)
+        slot.keep.close(slot.state, state)

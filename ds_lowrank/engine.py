@@ -11,10 +11,14 @@ import torch
 from ds_lowrank.config import looks_like_method, method_named, parse_options
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods import METHODS
+from ds_lowrank.models.adapter import add_adapters, has_adapters
 from ds_lowrank.optimizer import LowRankOptimizer
 from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.roles import tag_parameters
 from ds_lowrank.support import check_model, check_supported
+
+PLACES = ("target_modules", "exclude_modules", "modules_to_save")
+ADAPTER_OPTIONS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "norm_axis", "seed", *PLACES)
 
 
 def register() -> None:
@@ -78,6 +82,8 @@ def initialize(
         method = name if optimizer is None else optimizer.method.name
         check_supported(settings, method)
         check_model(model, mpu, method)
+        if optimizer is None:
+            settings = _with_adapters(model, settings, model_parameters)
         tag_parameters(model)
         _allow_under_zero()
         if optimizer is None:
@@ -148,6 +154,30 @@ def _factory(settings: Mapping[str, Any]) -> Callable[[Iterable[Any]], LowRankOp
         return optimizer
 
     return build
+
+
+def _with_adapters(
+    model: torch.nn.Module, settings: dict[str, Any], model_parameters: Iterable[Any] | None
+) -> dict[str, Any]:
+    """Give the model the adapters that ``optimizer.params`` asks for, unless it has them.
+
+    Returns:
+        The settings for the optimizer, without the patterns that chose the adapters' places.
+    """
+    block = settings["optimizer"]
+    params = dict(block.get("params", {}))
+    options = parse_options(method_named(block["type"]), params)
+    if getattr(options, "parametrization", None) != "adapter":
+        return settings
+    if not has_adapters(model):
+        if model_parameters is not None:
+            raise ConfigError(
+                "parametrization 'adapter' changes the model's parameters, and model_parameters were chosen before: "
+                "call ds_lowrank.add_adapters(model) and choose them then, or leave model_parameters out"
+            )
+        add_adapters(model, **{key: getattr(options, key) for key in ADAPTER_OPTIONS})
+    kept = {key: value for key, value in params.items() if key not in PLACES}
+    return {**settings, "optimizer": {**block, "params": kept}}
 
 
 def _keep_ratios(optimizer: LowRankOptimizer) -> None:

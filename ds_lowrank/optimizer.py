@@ -18,17 +18,23 @@ import torch
 from ds_lowrank.config import parse_options
 from ds_lowrank.elementwise import step_elementwise
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.methods.base import Climb, Method, Options
+from ds_lowrank.perturbation import Perturbation
 from ds_lowrank.placing import Member, check_fit, make_slots
 from ds_lowrank.report import logger, role_table, state_bytes
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
 from ds_lowrank.sharding.zero import logical_shape, read_placement
-from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
+from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, slot_of, waves
 from ds_lowrank.state import dump_state, load_state
 
 LARGEST = 1e16
 """A gradient beyond it is taken as not finite: sums of its squares leave the range of fp32."""
+NOT_LOOKED_AROUND = (
+    "{} takes its gradient where the loss is higher than at the weights, and this one was taken at the weights: call "
+    "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), or set "
+    "perturbation_radius to 0"
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
@@ -58,7 +64,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._executor: Executor = Alone()
         self.wrapper = "none"
         self._counts = {"skipped_updates": 0, "refreshes": 0}
+        self._perturbation: Perturbation | None = None
         super().__init__(params, self._options.model_dump())
+        if problem := self.method.lacks(self._names, self._options):
+            raise ConfigError(f"{self.method.name}: {problem}")
         check_patterns(self._names, "target_modules", self._options.target_modules or ())
         check_patterns(self._names, "exclude_modules", self._options.exclude_modules)
 
@@ -112,6 +121,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
         if self._slots is not None:
             return
+        self._climb()
         placement = read_placement(self._own, self._own_groups)
         if placement.process_group is not None and torch.distributed.get_world_size(placement.process_group) > 1:
             self._executor = Distributed(placement.process_group)
@@ -184,12 +194,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
         options = {id(group): self._group_options(group) for group in groups_of(slots)}
-        matrices = [Work(slot, slot.matrix, options[id(slot.group)]) for slot in slots if slot.matrix is not None]
-        rest = [slot for slot in slots if slot.matrix is None]
+        matrices = [Work(slot, options[id(slot.group)]) for slot in slots if slot.is_projected]
+        rest = [slot for slot in slots if not slot.is_projected]
         try:
             for work in matrices:
-                work.shard.attach(work.slot.fragment.gradient)
-            for wave in waves(matrices):
+                work.shard.attach(work.slot.fragment.gradient, work.slot.fragment.weights)
+            for wave in waves(matrices, slot_of):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
@@ -198,15 +208,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 return
             for work, size in zip(matrices, sizes, strict=False):
                 work.seen.size = size
-            for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
+                if work.options.climb is not None and not work.slot.looked_around and size:
+                    raise RuntimeError(NOT_LOOKED_AROUND.format(self.method.name))
+            for wave in waves([w for w in matrices if w.slot.has_begun or not w.seen.is_zero], slot_of):
                 yield from self._update(wave)
         finally:
             for work in matrices:
                 work.shard.detach()
         live = [slot for slot, size in zip(rest, sizes[len(matrices) :], strict=True) if slot.has_begun or size > 0]
-        for group in groups_of(live):
-            own = [(slot.fragment, slot.state) for slot in live if slot.group is group]
-            step_elementwise(own, options[id(group)], options[id(group)].rate)
+        yield from step_elementwise(live, options)
         for slot in live:
             slot.count_step()
 
@@ -218,13 +228,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
             work.seen = projection
 
     def _update(self, wave: list[Work]) -> Rounds[None]:
+        states = [work.slot.keep.opened(work.slot.state) for work in wave]
         updates = yield from lockstep(
-            self.method.update(work.shard, work.slot.state, work.options, work.slot.state["step"], work.seen)
-            for work in wave
+            self.method.update(work.shard, state, work.options, state["step"], work.seen)
+            for work, state in zip(wave, states, strict=True)
         )
-        for work, update in zip(wave, updates, strict=True):
+        for work, state, update in zip(wave, states, updates, strict=True):
             rate = work.options.rate
             work.shard.write(work.slot.fragment.weights, update, rate, rate * work.options.weight_decay)
+            work.slot.keep.close(work.slot.state, state)
             work.slot.count_step()
             self._counts["refreshes"] += work.seen.refreshed
             del work.seen
@@ -242,6 +254,30 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return sizes
 
     @property
+    def options(self) -> dict[int, Options]:
+        """Of each group as it is now, by the group's id."""
+        return {id(group): self._group_options(group) for group in self._own_groups}
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """What moves the weights before the gradient is taken, for a method that asks for it."""
+        self.finalize()
+        if self._perturbation is None and (climb := self._climb()) is not None:
+            slots = [slot for slot in self.slots if slot.is_projected]
+            self._perturbation = Perturbation(self.method, slots, climb, self._executor)
+        return self._perturbation
+
+    def _climb(self) -> Climb | None:
+        """The one of all groups: their matrices are moved together."""
+        climbs = {options.climb for options in self.options.values()}
+        if len(climbs) > 1:
+            raise ConfigError(
+                f"{self.method.name}: all parameter groups are perturbed together, and must agree on probes, "
+                "probe_radius, perturbation_radius, two_sided, norm and accumulation"
+            )
+        return next(iter(climbs), None)
+
+    @property
     def skipped_updates(self) -> int:
         """Calls of ``step`` that changed nothing because a gradient was not finite.
 
@@ -254,15 +290,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
         (skipped updates, new bases), and the state of the projected matrices over all ranks that share it.
         """
         stepped = [slot for slot in self.slots if slot.stepped]
-        matrices = [slot for slot in self.slots if slot.matrix is not None]
+        matrices = [slot for slot in self.slots if slot.is_projected]
         return {
-            "lowrank/projected_matrices": sum(slot.matrix is not None for slot in stepped),
-            "lowrank/adamw_parameters": sum(slot.matrix is None for slot in stepped),
+            "lowrank/projected_matrices": sum(slot.is_projected for slot in stepped),
+            "lowrank/adamw_parameters": sum(not slot.is_projected for slot in stepped),
             "lowrank/skipped_updates": self._counts["skipped_updates"],
             "lowrank/refreshes": self._counts["refreshes"],
             "lowrank/mean_rank": sum(slot.rank for slot in matrices) / max(1, len(matrices)),
             "lowrank/state_bytes": sum(slot.state_bytes for slot in matrices),
+            **self._perturbation_metrics(),
         }
+
+    def _perturbation_metrics(self) -> dict[str, float]:
+        perturbation = self._perturbation
+        if perturbation is None:
+            return {}
+        return {"lowrank/perturbation_norm": perturbation.norm, "lowrank/without_slope": perturbation.without}
 
     def matrices(self) -> dict[str, dict[str, int]]:
         """Present rank, and bytes of state over all ranks that share it, of every matrix whose rank is not fixed."""

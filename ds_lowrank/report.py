@@ -27,8 +27,8 @@ class Row:
 
 def state_bytes(slots: Sequence[Slot]) -> tuple[int, int]:
     """Bytes of state on this rank: of the projected matrices (moments and bases), and of everything else."""
-    projected = [slot for slot in slots if slot.matrix is not None]
-    rest = [slot for slot in slots if slot.matrix is None]
+    projected = [slot for slot in slots if slot.is_projected]
+    rest = [slot for slot in slots if not slot.is_projected]
     return _bytes(projected), _bytes(rest)
 
 
@@ -53,7 +53,7 @@ def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> st
     lines = [header, *((r.name, str(n), r.role, r.shape, r.side, r.rank) for r, n in counts.items())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    matrices = sum(1 for slot in slots if slot.matrix is not None)
+    matrices = sum(1 for slot in slots if slot.is_projected)
     here = state_bytes(slots)
     return (
         f"{table}\n{matrices} of {len(slots)} parameters are projected, the others take AdamW.\n"
@@ -65,9 +65,9 @@ def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> st
 def _row(slot: Slot) -> Row:
     name = re.sub(r"(?<![A-Za-z_])\d+(?![A-Za-z_])", "*", slot.tag.name)
     shape = "x".join(map(str, slot.shape)) or "scalar"
-    if slot.matrix is None:
+    if not slot.is_projected:
         return Row(name, f"AdamW ({slot.role.reason})", shape, "", "")
-    return Row(name, "projected", shape, slot.matrix.shard.side, slot.matrix.rank_text)
+    return Row(name, "projected", shape, slot.shard.side, slot.rank_text)
 
 
 def _mib(count: int) -> str:

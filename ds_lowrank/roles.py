@@ -55,7 +55,7 @@ def tag_parameters(model: torch.nn.Module) -> None:
     Needed before stock ``deepspeed.initialize`` when only :func:`ds_lowrank.register` was called.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    heads = {id(module.weight) for module in _output_layers(model)}
+    heads = {id(module.weight) for module in output_layers(model)}
     for name, parameter in model.named_parameters():
         kind: Kind = (
             "embedding" if id(parameter) in embeddings else "head" if id(parameter) in heads else _kind_of(name)
@@ -63,7 +63,7 @@ def tag_parameters(model: torch.nn.Module) -> None:
         parameter.ds_lowrank_tag = Tag(name, kind)  # type: ignore[attr-defined]
 
 
-def _output_layers(model: torch.nn.Module) -> list[Any]:
+def output_layers(model: torch.nn.Module) -> list[Any]:
     """The output head as Hugging Face models name it."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None

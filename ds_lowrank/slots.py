@@ -4,46 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ds_lowrank.methods.base import Layout, Options, Rows, Seen, State
+from ds_lowrank.methods.base import Options, Seen
+from ds_lowrank.methods.keep import Keep, State
 from ds_lowrank.roles import Role, Tag
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.zero import Fragment
 
+T = TypeVar("T")
+
 WAVE = 2**28
 """Matrices with up to so many elements of state (1 GiB in fp32) are in flight at a time."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A projected matrix.
-
-    Attributes:
-        rank: with which it starts.
-        rank_text: the rank as the role table shows it.
-        layout: what the method keeps at a rank.
-    """
-
-    shard: MatrixShard
-    rank: int
-    rank_text: str
-    layout: Callable[[int], Layout]
-
-    @cached_property
-    def elements(self) -> int:
-        """Of the state at the start, over all ranks."""
-        return sum(rows.numel for rows in self.layout(self.rank).values() if isinstance(rows, Rows))
-
-    def empty_state(self, device: torch.device) -> State:
-        """The state before the first step."""
-        return {
-            key: torch.zeros(rows.shape, dtype=rows.dtype, device=device) if isinstance(rows, Rows) else rows
-            for key, rows in self.layout(self.rank).items()
-        }
 
 
 @dataclass
@@ -51,10 +25,13 @@ class Slot:
     """One parameter: what it is, where this rank's elements of it are, and its state.
 
     Attributes:
-        world: over how many ranks it is split.
+        shard: this rank's part; a parameter that is not a matrix counts as one row.
+        keep: how its state is laid out and stored.
+        rank_text: the rank as the role table shows it.
         state: what the method keeps, and ``step``.
-        matrix: None where the parameter is not projected.
+        parameter: of the model.
         stepped: whether the last step changed it.
+        looked_around: whether its gradient was taken as the method's ``climb`` asks.
     """
 
     tag: Tag
@@ -62,25 +39,28 @@ class Slot:
     shape: tuple[int, ...]
     group: dict[str, Any]
     fragment: Fragment
-    world: int
+    shard: MatrixShard
+    keep: Keep
+    rank_text: str
     state: State
-    matrix: Matrix | None = None
+    parameter: torch.nn.Parameter
     stepped: bool = False
+    looked_around: bool = False
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether the method steps it; AdamW does otherwise."""
+        return self.role.projected
 
     @property
     def rank(self) -> int:
         """The present rank of a projected matrix; 0 for anything else."""
-        if self.matrix is None:
-            return 0
-        rank: int = self.state.get("rank", self.matrix.rank)
-        return rank
+        return self.keep.rank_of(self.state) if self.is_projected else 0
 
     @property
     def state_bytes(self) -> int:
-        """Of a projected matrix's tensors now, over all ranks that share it; 0 for anything else."""
-        if self.matrix is None:
-            return 0
-        return sum(rows.nbytes for rows in self.matrix.layout(self.rank).values() if isinstance(rows, Rows))
+        """Of its tensors now, over all ranks that share it."""
+        return self.keep.nbytes(self.state)
 
     @property
     def has_begun(self) -> bool:
@@ -94,37 +74,45 @@ class Slot:
     def count_step(self) -> None:
         """Note that the parameter was changed."""
         self.state["step"] += 1
-        self.stepped = True
+        self.stepped, self.looked_around = True, False
 
 
 @dataclass
 class Work:
-    """One projected matrix in one step."""
+    """One projected matrix in one step.
+
+    Attributes:
+        seen: what its method found in the gradient; set by the first half of the step.
+    """
 
     slot: Slot
-    matrix: Matrix
     options: Options
     seen: Seen = field(init=False)
 
     @property
     def shard(self) -> MatrixShard:
-        return self.matrix.shard
+        return self.slot.shard
 
 
-def waves(matrices: Sequence[Work]) -> list[list[Work]]:
-    """Cut the matrices into runs of at most WAVE elements of state; the same cut on all ranks.
+def slot_of(work: Work) -> Slot:
+    """Whose step it is."""
+    return work.slot
+
+
+def waves(items: Sequence[T], slot_of: Callable[[T], Slot]) -> list[list[T]]:
+    """Cut a sequence into runs of at most WAVE elements of state; the same cut on all ranks.
 
     What a step gathers of a matrix, its basis and directions, is about as large as its state at the rank it starts
     with, which is the largest.
     """
-    cut: list[list[Work]] = []
+    cut: list[list[T]] = []
     size = WAVE
-    for work in matrices:
-        own = work.matrix.elements
+    for item in items:
+        own = slot_of(item).keep.numel
         if size + own > WAVE:
             cut.append([])
             size = 0
-        cut[-1].append(work)
+        cut[-1].append(item)
         size += own
     return cut
 

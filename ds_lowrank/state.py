@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.methods.base import Rows
-from ds_lowrank.slots import Matrix, Slot
+from ds_lowrank.slots import Slot
 
-FORMAT = 2
+FORMAT = 3
 
 
 def dump_state(
@@ -69,8 +68,8 @@ def _layout(slot: Slot) -> dict[str, Any]:
         "shape": list(slot.shape),
         "start": slot.fragment.start,
         "end": slot.fragment.end,
-        "world": slot.world,
-        "side": slot.matrix.shard.side if slot.matrix else "none",
+        "world": len(slot.shard.parts),
+        "side": slot.shard.side if slot.is_projected else "none",
     }
 
 
@@ -132,20 +131,10 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
     tensors = saved["state"][name]
     if set(tensors) != set(slot.state):
         raise CheckpointError(f"{name}: the checkpoint holds {sorted(tensors)}, this run needs {sorted(slot.state)}")
-    expected = {key: value for key, value in slot.state.items() if isinstance(value, torch.Tensor)}
-    shapes: Mapping[str, tuple[Any, torch.dtype]] = {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}
-    if slot.matrix is not None and "rank" in slot.state:
-        shapes = _shapes_at(slot.matrix, tensors["rank"])
-    for key, (shape, dtype) in shapes.items():
+    for key, (shape, dtype) in slot.keep.tensors(slot.keep.rank_of(tensors)).items():
         found = tensors[key]
         if (tuple(found.shape), found.dtype) != (shape, dtype):
             raise CheckpointError(
                 f"{name}: {key} is {tuple(found.shape)} {found.dtype} in the checkpoint and {shape} {dtype} in this "
                 "run: use the rank, state_dtype and other optimizer.params that saved it"
             )
-
-
-def _shapes_at(matrix: Matrix, rank: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-    """The tensors of a matrix whose rank changes, at the rank that was saved."""
-    rows = matrix.layout(rank)
-    return {key: (value.shape, value.dtype) for key, value in rows.items() if isinstance(value, Rows)}

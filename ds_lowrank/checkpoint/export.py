@@ -10,6 +10,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from ds_lowrank.models import lora
+from ds_lowrank.models.adapter import merged_weights
 from ds_lowrank.together import global_rank, together
 
 
@@ -24,8 +25,9 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors in the training dtype, and the tokenizer; replaces an earlier export.
 
-    At ZeRO 3 parameters are gathered one at a time, and only rank 0 keeps them. LoRA is merged into the weights beside
-    it. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export as it was.
+    Adapters and LoRA are merged: the folder has the original architecture. At ZeRO 3 parameters are gathered one at a
+    time, and only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export
+    as it was.
 
     notes: further files, name and text.
     """
@@ -36,7 +38,7 @@ def export(
         if global_rank() == 0:
             aside = directory.with_name(f".{directory.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside, state_dict=weights)
+            model.save_pretrained(aside, state_dict=merged_weights(model, weights))
             if tokenizer is not None:
                 tokenizer.save(aside)
             for name, text in (notes or {}).items():

@@ -17,7 +17,7 @@ def adam(
     """One step of textbook Adam (Kingma and Ba, Algorithm 1: epsilon outside the root of the corrected moment).
 
     Args:
-        exp_avg, exp_avg_sq: the moments, any float dtype, updated in place. The arithmetic is fp32.
+        exp_avg, exp_avg_sq: the moments, fp32, updated in place.
         gradient: same shape, fp32.
         betas, eps: Adam's.
         step: 1 for the first step.
@@ -25,13 +25,9 @@ def adam(
     Returns:
         The direction to descend along, fp32, same shape.
     """
-    first, second = exp_avg.float(), exp_avg_sq.float()
     # torch's fused AdamW, at rate -1 on a zero weight without decay, leaves the direction: one pass over memory.
-    direction = torch.zeros_like(first)
-    fused_adamw([direction], [gradient], [first], [second], [step - 1], -1.0, betas, eps, weight_decay=0.0)
-    if first is not exp_avg:
-        exp_avg.copy_(first)
-        exp_avg_sq.copy_(second)
+    direction = torch.zeros_like(exp_avg)
+    fused_adamw([direction], [gradient], [exp_avg], [exp_avg_sq], [step - 1], -1.0, betas, eps, weight_decay=0.0)
     return direction
 
 
@@ -73,10 +69,10 @@ def rotate_first(moment: torch.Tensor, rotation: torch.Tensor) -> None:
     """Carry a first moment from one basis into another, in place: it is linear, ``M <- M rotation``.
 
     Args:
-        moment: p x r, any float dtype.
+        moment: p x r, fp32.
         rotation: r x r, old basis transposed times new basis, fp32.
     """
-    moment.copy_(moment.float() @ rotation)
+    moment.copy_(moment @ rotation)
 
 
 def rotate_second(moment: torch.Tensor, rotation: torch.Tensor) -> None:
@@ -84,4 +80,4 @@ def rotate_second(moment: torch.Tensor, rotation: torch.Tensor) -> None:
 
     The linear rule of the first moment would make it negative.
     """
-    moment.copy_(moment.float() @ rotation.square())
+    moment.copy_(moment @ rotation.square())

@@ -13,7 +13,7 @@ def name_hash(*parts: str | int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def gaussian(seed: int, name: str, counter: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def gaussian(seed: int, name: str, counter: int | str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """A standard normal matrix that is a function of (run seed, parameter name, counter) and nothing else.
 
     Drawn on the CPU and moved, because a device's own generator gives other numbers. CPUs with other vector
@@ -25,10 +25,10 @@ def gaussian(seed: int, name: str, counter: int, rows: int, columns: int, device
     return torch.randn(rows, columns, generator=_generator(seed, name, counter)).to(device)
 
 
-def rademacher(seed: int, name: str, counter: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def rademacher(seed: int, name: str, counter: int | str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """The same with entries -1 and 1, each with probability one half."""
     return (torch.randint(0, 2, (rows, columns), generator=_generator(seed, name, counter)) * 2 - 1).float().to(device)
 
 
-def _generator(seed: int, name: str, counter: int) -> torch.Generator:
+def _generator(seed: int, name: str, counter: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(name_hash(seed, name, counter))

@@ -22,7 +22,8 @@ from pydantic import Field
 
 from ds_lowrank.linalg.energy import leading_coordinates, live_directions, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam
-from ds_lowrank.methods.base import Layout, Method, Options, Rows, State
+from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.methods.range_finder import randomized_range
 from ds_lowrank.methods.subspace import Projection, project_on
 from ds_lowrank.sharding.matrix import Factors, MatrixShard, Update
@@ -86,11 +87,10 @@ class AdaRankGrad(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> Layout:
-        moments = Rows(shard.kept, rank, options.moment_dtype)
         return {
             "basis": Rows(shard.compressed, rank),
-            "exp_avg": moments,
-            "exp_avg_sq": moments,
+            "exp_avg": options.average(shard.kept, rank),
+            "exp_avg_sq": options.average_of_squares(shard.kept, rank),
             "rank": rank,
             "age": 0,
             "used_up": 1,
@@ -185,8 +185,8 @@ def fitting_subspace(
 def change_subspace(shard: MatrixShard, state: State, options: AdaRankGradOptions, seen: Fitted) -> Program[None]:
     """Carry both moments into the new subspace; the state takes its size."""
     rotation = yield from shard.total(state["basis"].T @ seen.own)
-    first = state["exp_avg"].float() @ rotation
-    second = state["exp_avg_sq"].float()
+    first = state["exp_avg"] @ rotation
+    second = state["exp_avg_sq"]
     match options.second_moment:
         case "abs":
             second = (second @ rotation).abs()
@@ -194,5 +194,5 @@ def change_subspace(shard: MatrixShard, state: State, options: AdaRankGradOption
             second = (second @ rotation).clamp_min(0)
         case "squared":
             second = second @ rotation.square()
-    state["exp_avg"], state["exp_avg_sq"] = first.to(options.moment_dtype), second.to(options.moment_dtype)
+    state["exp_avg"], state["exp_avg_sq"] = first, second
     state["basis"], state["rank"], state["age"] = seen.own, seen.rank, 0

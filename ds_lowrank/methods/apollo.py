@@ -21,7 +21,8 @@ import torch
 from pydantic import Field, model_validator
 
 from ds_lowrank.linalg.moments import adam
-from ds_lowrank.methods.base import Layout, Method, Options, Rows, Seen, State
+from ds_lowrank.methods.base import Method, Options, Seen
+from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.methods.range_finder import held_sketch
 from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
 from ds_lowrank.sharding.reduce import Program
@@ -63,8 +64,11 @@ class Apollo(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: ApolloOptions, rank: int) -> Layout:
-        moments = Rows(shard.kept, rank, options.moment_dtype)
-        return {"exp_avg": moments, "exp_avg_sq": moments, "scaled_norm": Rows(shard.small(1), 1)}
+        return {
+            "exp_avg": options.average(shard.kept, rank),
+            "exp_avg_sq": options.average_of_squares(shard.kept, rank),
+            "scaled_norm": Rows(shard.small(1), 1),
+        }
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: ApolloOptions, step: int) -> Program[Seen]:

@@ -11,19 +11,19 @@ whether every gradient was finite; ``update`` then changes the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ds_lowrank.linalg.codes import EXACT, BFloat16, Code, Int8
+from ds_lowrank.methods.keep import Layout, Rows, State
+from ds_lowrank.methods.probing import Directions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard, Side, Update
 from ds_lowrank.sharding.reduce import Program
-
-State = dict[str, Any]
-"""Tensors and ints under fixed keys. ``step`` (the optimizer's) is always there."""
 
 
 class Options(BaseModel):
@@ -45,49 +45,44 @@ class Options(BaseModel):
     target_modules: tuple[str, ...] | None = None
     """Globs on parameter names. None: every matrix but embeddings and the output head."""
     exclude_modules: tuple[str, ...] = ()
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How moments are stored. Methods compute on them in fp32."""
     seed: int = Field(0, ge=0)
 
     def model_post_init(self, _: Any) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
 
+    def average(self, axis: Axis, columns: int) -> Rows:
+        """A moment of either sign along an axis."""
+        return Rows(axis, columns, self._code(signed=True))
+
+    def average_of_squares(self, axis: Axis, columns: int) -> Rows:
+        """A moment that is never negative."""
+        return Rows(axis, columns, self._code(signed=False))
+
+    def _code(self, signed: bool) -> Code:
+        match self.state_dtype:
+            case "bf16":
+                return BFloat16()
+            case "int8":
+                return Int8(signed)
+        return EXACT
+
     @property
-    def moment_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.state_dtype == "bf16" else torch.float32
+    def run(self) -> int:
+        """Rows that must lie on one rank for the sake of how moments are stored."""
+        return self._code(signed=True).run
+
+    @property
+    def climb(self) -> Climb | None:
+        """How the loss around the weights is looked at; None where it is not."""
+        return None
 
     @property
     def rate(self) -> float:
         """The learning rate of this step."""
         return self.lr * self.lr_scale
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A state tensor: ``columns`` numbers for every row along ``axis``, dealt over the ranks by rows."""
-
-    axis: Axis
-    columns: int
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """On this rank."""
-        return self.axis.owned_rows, self.columns
-
-    @property
-    def numel(self) -> int:
-        """Over all ranks."""
-        return self.axis.size * self.columns
-
-    @property
-    def nbytes(self) -> int:
-        """Over all ranks."""
-        return self.numel * self.dtype.itemsize
-
-
-Layout = Mapping[str, Rows | int]
-"""The state of one matrix: tensors, and ints with their first values."""
 
 
 @dataclass
@@ -115,6 +110,26 @@ class Seen:
     def unit(self) -> float:
         """What to divide by before squaring, so that no square leaves the range of fp32."""
         return max(self.size, 1e-36) if self.size else 1.0
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How a method looks for higher loss around the weights before the gradient is taken; the same for all matrices.
+
+    Attributes:
+        probes: random directions a step.
+        probe_radius: how far along each.
+        radius: the norm of the perturbation, and where it is per matrix, of each matrix's.
+        two_sided: whether each direction is tried on both sides.
+        per_micro_batch: whether every micro-batch has a perturbation of its own.
+    """
+
+    probes: int
+    probe_radius: float
+    radius: float
+    two_sided: bool
+    per_matrix: bool
+    per_micro_batch: bool
 
 
 class Method(ABC):
@@ -149,6 +164,16 @@ class Method(ABC):
         return f"{rank} (clipped from {options.rank})" if rank < options.rank else str(rank)
 
     @staticmethod
+    def chooses(name: str, options: Any) -> tuple[bool, str] | None:
+        """Whether a matrix of that name is stepped, and why, for a method that does not leave it to the patterns."""
+        return None
+
+    @staticmethod
+    def lacks(names: Collection[str], options: Any) -> str | None:
+        """What is missing among the names of all parameters, and what to do about it; None where nothing is."""
+        return None
+
+    @staticmethod
     def misfit(shape: tuple[int, int], options: Any) -> str | None:
         """Why a matrix of this shape cannot be stepped with these options, and what would work; None where it can."""
         return None
@@ -156,7 +181,18 @@ class Method(ABC):
     @staticmethod
     @abstractmethod
     def state(shard: MatrixShard, options: Any, rank: int) -> Layout:
-        """What is kept for one matrix at that rank, except ``step``. Tensors start at zero."""
+        """What is kept for one matrix at that rank, except ``step``. Every number starts at zero."""
+
+    @staticmethod
+    def directions(shard: MatrixShard, state: State, options: Any, target: MatrixShard) -> Program[Directions]:
+        """Along which directions a matrix is probed, for methods with a ``climb``. Not asked for before a first step
+        where the state has a ``basis``, which is not there yet.
+
+        Args:
+            state: as the last step left it.
+            target: the elements that are to be moved: those of ``shard``, or the whole matrix.
+        """
+        raise NotImplementedError("a method without a climb has no directions")
 
     @staticmethod
     @abstractmethod
@@ -165,7 +201,7 @@ class Method(ABC):
 
         Args:
             shard: holds this step's gradient, which need not be finite.
-            state: as the last step left it.
+            state: as the last step left it; moments, which it has no use for, may be stored in fewer bits.
             options: the matrix's group, as it is now.
             step: 0 for the first step.
 
@@ -176,4 +212,7 @@ class Method(ABC):
     @staticmethod
     @abstractmethod
     def update(shard: MatrixShard, state: State, options: Any, step: int, seen: Any) -> Program[Update]:
-        """Update the state, in place, and return the direction. ``seen`` is finite, and not zero at ``step`` 0."""
+        """Update the state and return the direction. ``seen`` is finite, and not zero at ``step`` 0.
+
+        Every tensor of the state is fp32 here, and is changed or replaced at will.
+        """

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.linalg.sketch import name_hash
-from ds_lowrank.methods.base import Layout, Method, State
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.keep import Layout, State
 from ds_lowrank.methods.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.subspace import (
     Projection,
@@ -25,7 +26,7 @@ from ds_lowrank.methods.subspace import (
     project_on,
     subspace_state,
 )
-from ds_lowrank.sharding.matrix import MatrixShard, Update
+from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
 
@@ -65,7 +66,7 @@ class GaLore(Method):
     @staticmethod
     def update(
         shard: MatrixShard, state: State, options: GaLoreOptions, step: int, seen: Projection
-    ) -> Program[Update]:
+    ) -> Program[Factors | Dense]:
         basis = seen.basis
         if seen.is_zero:
             # No subspace can be read off it: the old basis stays until the next refresh.

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
-from ds_lowrank.methods.base import Layout, Options, Rows, State
+from ds_lowrank.methods.base import Options
+from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
@@ -63,8 +64,10 @@ class Adam(Rule):
     """Kingma and Ba, Algorithm 1. Decoupled weight decay is the optimizer's."""
 
     def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
-        rows = Rows(axis, columns, self.options.moment_dtype)
-        return {self._key("exp_avg"): rows, self._key("exp_avg_sq"): rows}
+        return {
+            self._key("exp_avg"): self.options.average(axis, columns),
+            self._key("exp_avg_sq"): self.options.average_of_squares(axis, columns),
+        }
 
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
@@ -86,7 +89,7 @@ class Lion(Rule):
     """
 
     def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
-        return {self._key("exp_avg"): Rows(axis, columns, self.options.moment_dtype)}
+        return {self._key("exp_avg"): self.options.average(axis, columns)}
 
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
@@ -97,8 +100,8 @@ class Lion(Rule):
     def interpolated(self, state: State, gradient: torch.Tensor) -> torch.Tensor:
         beta1, beta2 = self.options.betas
         average = state[self._key("exp_avg")]
-        mixed: torch.Tensor = average.float().lerp(gradient, 1 - beta1)
-        average.copy_(average.float().lerp(gradient, 1 - beta2))
+        mixed: torch.Tensor = average.lerp(gradient, 1 - beta1)
+        average.lerp_(gradient, 1 - beta2)
         return mixed
 
     def rotate(self, state: State, rotation: torch.Tensor) -> None:
@@ -111,7 +114,7 @@ class SGD(Rule):
     def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
         if self.momentum == 0:
             return {}
-        return {self._key("momentum_buffer"): Rows(axis, columns, self.options.moment_dtype)}
+        return {self._key("momentum_buffer"): self.options.average(axis, columns)}
 
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int

@@ -19,8 +19,9 @@ from pydantic import Field
 
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import gaussian
-from ds_lowrank.methods.base import Layout, Method, State
+from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.inner import Rule, rule_named
+from ds_lowrank.methods.keep import Layout, State
 from ds_lowrank.methods.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.subspace import (
     Projection,

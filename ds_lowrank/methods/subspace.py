@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.methods.base import Layout, Options, Rows, Seen, State
+from ds_lowrank.methods.base import Options, Seen
 from ds_lowrank.methods.inner import Lion, Rule, RuleName, rule_named
-from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update
+from ds_lowrank.methods.keep import Layout, Rows, State
+from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
 
@@ -68,7 +69,7 @@ def project_on(shard: MatrixShard, own: torch.Tensor, refreshed: bool) -> Progra
 
 def descend(
     shard: MatrixShard, state: State, options: SubspaceOptions, step: int, projected: torch.Tensor, basis: torch.Tensor
-) -> Program[Update]:
+) -> Program[Factors | Dense]:
     """``N <- rho(R)``; the update is ``scale * N Q^T``.
 
     Args:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -26,7 +27,9 @@ from pydantic import BeforeValidator, Field
 
 from ds_lowrank.linalg.moments import adam, rotate_first
 from ds_lowrank.linalg.sketch import gaussian, rademacher
-from ds_lowrank.methods.base import Layout, Method, Options, Rows, Seen, State
+from ds_lowrank.methods.base import Method, Options, Seen
+from ds_lowrank.methods.full_size import full_size_adam, full_size_state
+from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
 from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.units import Units
@@ -121,12 +124,12 @@ class VLoRP(Method):
     @staticmethod
     def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> Layout:
         if options.update_scheme == "original_space":
-            moments = Rows(shard.elements, 1, options.moment_dtype)
-            return {"exp_avg": moments, "exp_avg_sq": moments}
+            return full_size_state(shard, options)
         units = units_of(shard, options)
-        moment = Rows(units.axis, units.per_group * rank, options.moment_dtype)
+        columns = units.per_group * rank
+        moment = options.average(units.axis, columns)
         if options.update_scheme == "subspace":
-            return {"exp_avg": moment, "exp_avg_sq": moment}
+            return {"exp_avg": moment, "exp_avg_sq": options.average_of_squares(units.axis, columns)}
         return {"exp_avg": moment, "row_squares": Rows(shard.rows, 1), "column_squares": Rows(shard.columns, 1)}
 
     @staticmethod
@@ -145,15 +148,14 @@ class VLoRP(Method):
                 return (yield from projfactor(shard, state, options, step, seen))
             case "subspace":
                 return (yield from in_subspace(state, options, step, seen))
-        return (yield from in_original_space(state, options, step, seen))
+        return (yield from in_original_space(shard, state, options, step, seen))
 
 
 def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
     """The update of ProjFactor."""
     units, projection = seen.units, seen.projection
     beta1, beta2 = options.betas
-    moment = state["exp_avg"].float().lerp(seen.projected, 1 - beta1)
-    state["exp_avg"].copy_(moment)
+    moment = state["exp_avg"].lerp_(seen.projected, 1 - beta1)
     projected, moment = yield units.axis.gather(seen.projected), units.axis.gather(moment)
     row_sums, column_sums = yield sums_of_squares(shard, units.lift(projected, projection))
     row_squares, column_squares = state["row_squares"], state["column_squares"]
@@ -196,15 +198,13 @@ def in_subspace(state: State, options: VLoRPOptions, step: int, seen: Sample) ->
     return Dense(lambda: units.lift(direction, seen.projection), 1.0)
 
 
-def in_original_space(state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+def in_original_space(
+    shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample
+) -> Program[Update]:
     """Adam of full size on the gradient projected and lifted again."""
     projected = yield seen.units.axis.gather(seen.projected)
-
-    def direction() -> torch.Tensor:
-        back = seen.units.lift(projected, seen.projection).unsqueeze(1)
-        return adam(state["exp_avg"], state["exp_avg_sq"], back, options.betas, options.eps, step + 1).squeeze(1)
-
-    return Dense(direction, 1.0)
+    lifted = partial(seen.units.lift, projected, seen.projection)
+    return (yield from full_size_adam(shard, state, options, step, lifted))
 
 
 def resample(state: State, options: VLoRPOptions, step: int, seen: Sample) -> None:

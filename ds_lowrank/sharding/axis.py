@@ -19,17 +19,22 @@ class Axis:
         weights: for each rank how many elements it holds.
         factor_rank: the rank that factors this matrix.
         rank: this rank.
+        run: so many rows have one owner together.
     """
 
-    def __init__(self, size: int, held: Sequence[Range], weights: Sequence[int], factor_rank: int, rank: int) -> None:
+    def __init__(
+        self, size: int, held: Sequence[Range], weights: Sequence[int], factor_rank: int, rank: int, run: int = 1
+    ) -> None:
         self.size, self.rank = size, rank
         self.held = held[rank]
         touched: tuple[Spans, ...] = tuple((span,) if span[0] < span[1] else () for span in held)
-        owned = deal(held, weights)
+        owned = deal(held, weights, run)
         at_factor: tuple[Spans, ...] = tuple(((0, size),) if i == factor_rank else () for i in range(len(held)))
         self.owned = owned[rank]
         self._reduce = Route(touched, owned)
         self._gather = Route(owned, touched)
+        everything: tuple[Spans, ...] = (((0, size),),) * len(held)
+        self._spread = Route(owned, everything)
         self._collect = Route(owned, at_factor)
         self._sum = Route(touched, at_factor)
         self._hand_out = Route(at_factor, owned)
@@ -38,6 +43,11 @@ class Axis:
     @property
     def owned_rows(self) -> int:
         return length(self.owned)
+
+    @property
+    def owned_indices(self) -> torch.Tensor:
+        """Which rows this rank owns, int64."""
+        return torch.cat([torch.arange(0), *(torch.arange(lo, hi) for lo, hi in self.owned)])
 
     def own(self, everything: torch.Tensor) -> torch.Tensor:
         """The rows that this rank owns of a tensor that it has whole."""
@@ -50,6 +60,10 @@ class Axis:
     def gather(self, owned: torch.Tensor) -> Request:
         """The rows this rank holds, each from its owner."""
         return Request(self._gather, owned)
+
+    def spread(self, owned: torch.Tensor) -> Request:
+        """All rows, on every rank."""
+        return Request(self._spread, owned)
 
     def collect(self, owned: torch.Tensor) -> Request:
         """All rows on the factoring rank, none elsewhere."""

@@ -101,17 +101,22 @@ def whole(shape: Sequence[int], start: int = 0, end: int | None = None) -> Part:
     return Part(Block((0, m), (0, n)), start, m * n if end is None else end)
 
 
-def deal(held: Sequence[Range], weights: Sequence[int]) -> tuple[Spans, ...]:
+def deal(held: Sequence[Range], weights: Sequence[int], run: int = 1) -> tuple[Spans, ...]:
     """One owner for every row that anybody holds.
 
     Args:
         held: for each rank, the range of rows that its elements touch. Ranges may overlap.
         weights: for each rank, how many elements it holds.
+        run: so many rows, counted from row 0, stay together.
 
     Returns:
-        For each rank the spans of rows that it owns. Each lies within what the rank holds, and they are disjoint. Rows
-        that several ranks hold are shared out in proportion to the weights.
+        For each rank the spans of rows that it owns, disjoint. Rows that several ranks hold are shared out in
+        proportion to the weights. Each span lies within what the rank holds, or within the runs that it touches.
     """
+    if run > 1:
+        last = max((hi for _, hi in held), default=0)
+        runs = deal([(lo // run, -(-hi // run)) if lo < hi else (0, 0) for lo, hi in held], weights)
+        return tuple(tuple((lo * run, min(hi * run, last)) for lo, hi in spans) for spans in runs)
     bounds = sorted({edge for lo, hi in held if lo < hi for edge in (lo, hi)})
     owned: list[list[Range]] = [[] for _ in held]
     for lo, hi in pairwise(bounds):

@@ -51,7 +51,18 @@ class Dense:
     scale: float
 
 
-Update = Factors | Dense
+@dataclass(frozen=True)
+class Weights:
+    """The new weights themselves, where they are no sum of the old ones and an update: rate and decay are applied.
+
+    Attributes:
+        make: computes them for the elements this rank holds, flat, fp32. Called once, when they are written.
+    """
+
+    make: Callable[[], torch.Tensor]
+
+
+Update = Factors | Dense | Weights
 
 
 class MatrixShard:
@@ -64,22 +75,31 @@ class MatrixShard:
         rank: this rank's position in the group.
         side: ``right`` compresses the columns, ``left`` the rows.
         factor_rank: the rank that runs this matrix's factorisations.
+        run: rows of the state that one rank owns together.
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, int], parts: Sequence[Part], rank: int, side: Side, factor_rank: int
+        self,
+        name: str,
+        shape: tuple[int, int],
+        parts: Sequence[Part],
+        rank: int,
+        side: Side,
+        factor_rank: int,
+        run: int = 1,
     ) -> None:
-        self.name, self.shape, self.side, self.rank = name, shape, side, rank
+        self.name, self.shape, self.side, self.rank, self.run = name, shape, side, rank, run
         self.factor_rank, self.parts = factor_rank, tuple(parts)
         self.part = parts[rank]
-        self.flat = torch.empty(0)
+        self.flat, self.weights = torch.empty(0), torch.empty(0)
+        self._seen_as: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
         self._weights = [part.numel for part in parts]
         self._axes: dict[Hashable, Axis] = {}
         self._everyone: dict[int, Route] = {}
         self._views: dict[tuple[int, int], MatrixShard] = {}
 
     def _axis(self, size: int, held: Sequence[Range]) -> Axis:
-        return Axis(size, held, self._weights, self.factor_rank, self.rank)
+        return Axis(size, held, self._weights, self.factor_rank, self.rank, self.run)
 
     @cached_property
     def rows(self) -> Axis:
@@ -152,18 +172,27 @@ class MatrixShard:
             raise ValueError(f"{self.name}: a matrix that tensor parallelism splits has no view of another shape")
         if shape not in self._views:
             parts = [whole(shape, part.start, part.end) for part in self.parts]
-            self._views[shape] = MatrixShard(self.name, shape, parts, self.rank, self.side, self.factor_rank)
+            self._views[shape] = MatrixShard(self.name, shape, parts, self.rank, self.side, self.factor_rank, self.run)
         view = self._views[shape]
-        view.attach(self.flat)
+        view.attach(self.flat, self.weights)
         return view
 
-    def attach(self, flat: torch.Tensor) -> None:
-        """Take this step's gradient: the elements of this rank's part, ``part.numel`` of them."""
-        self.flat = flat
+    def attach(self, flat: torch.Tensor, weights: torch.Tensor) -> None:
+        """Take this step's gradient and the weights: the elements of this rank's part, ``part.numel`` of them."""
+        self.flat, self.weights, self._seen_as = flat, weights, None
+
+    def see_gradient_as(self, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
+        """From now on ``gradient``, and every product with it, is of the changed gradient.
+
+        Args:
+            change: from the gradient's rectangles to others of their shapes, fp32. Called for each product, so that
+                one matrix at a time is held twice.
+        """
+        self._seen_as = change
 
     def detach(self) -> None:
-        """Let go of the gradient."""
-        self.flat = self.flat.new_empty(0)
+        """Let go of the gradient and the weights."""
+        self.flat, self.weights, self._seen_as = self.flat.new_empty(0), self.weights.new_empty(0), None
         for view in self._views.values():
             view.detach()
 
@@ -174,7 +203,8 @@ class MatrixShard:
     @property
     def gradient(self) -> list[torch.Tensor]:
         """This step's gradient, one view a rectangle of this rank's part."""
-        return self.views(self.flat)
+        pieces = self.views(self.flat)
+        return pieces if self._seen_as is None else self._seen_as(pieces)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The rectangles of this rank's part as views of its elements ``flat``."""
@@ -250,6 +280,25 @@ class MatrixShard:
             sums[self.held_columns(rectangle)] += _squared_norms(piece, 0, unit).unsqueeze(1)
         return sums
 
+    def along(self, axis: Axis, rectangle: Rectangle, held: torch.Tensor) -> torch.Tensor:
+        """What a rectangle needs of a tensor along ``rows`` or ``columns``, held x 1, shaped to multiply it."""
+        return held[self.held_rows(rectangle)] if axis is self.rows else held[self.held_columns(rectangle)].T
+
+    def squares_along(self, axis: Axis, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the squared norms of a matrix's rows or columns: held x 1, fp32."""
+        return self.row_squares(flat) if axis is self.rows else self.column_squares(flat)
+
+    def dots_along(self, axis: Axis, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the products of two matrices' rows (or columns) with each other: held x 1, fp32."""
+        sums = torch.zeros(axis.held[1] - axis.held[0], 1, device=a.device)
+        for rectangle, one, other in zip(self.part.rectangles, self.views(a), self.views(b), strict=True):
+            product = one.float() * other.float()
+            if axis is self.rows:
+                sums[self.held_rows(rectangle)] += product.sum(1, keepdim=True)
+            else:
+                sums[self.held_columns(rectangle)] += product.sum(0).unsqueeze(1)
+        return sums
+
     def block(self) -> torch.Tensor:
         """This rank's elements in the rows it holds of the whole matrix, zeros elsewhere: held rows x n, fp32."""
         row0, row1 = self.part.rows
@@ -265,6 +314,11 @@ class MatrixShard:
             by_row, by_column = self._factors_of(rectangle, factors)
             torch.mm(by_row, by_column.T, out=piece)
         return flat
+
+    def dense(self, update: Factors | Dense) -> torch.Tensor:
+        """An update, its scale included, on the elements this rank holds: flat, fp32."""
+        flat = update.make() if isinstance(update, Dense) else self.lifted(update)
+        return flat * update.scale
 
     def _factors_of(self, rectangle: Rectangle, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
         by_row, by_column = factors.kept, factors.compressed
@@ -282,6 +336,9 @@ class MatrixShard:
             decay: the decoupled weight decay of this step, ``lr * weight_decay``.
         """
         if not self.part.numel:
+            return
+        if isinstance(update, Weights):
+            flat.copy_(update.make())
             return
         if isinstance(update, Dense):
             exact = flat.float()

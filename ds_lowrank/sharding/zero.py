@@ -13,7 +13,7 @@ Stage 3                  one flat fp32 partition a sub-group; ``param._z3_optimi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,27 @@ def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
             found.append(Fragment(zero.fp32_partitioned_groups_flat[sub_group], start, end, offset))
         fragments.append(found)
     return Placement("ZeRO stage 3 partitions", fragments, process_group)
+
+
+def forward_weights(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, bool]:
+    """What a forward pass on this rank computes with: the elements, flat, and whether they are its partition only.
+
+    At stage 3 a forward pass gathers the partitions. It does not see a change of a partition whose parameter is
+    gathered already: :func:`release_gathered` comes first.
+    """
+    tensor: Any = parameter
+    if getattr(tensor, "ds_tensor", None) is None:
+        return parameter.data.view(-1), False
+    size = tensor.partition_numel()
+    start = min(size * dist.get_rank(tensor.ds_process_group), tensor.ds_numel)
+    return tensor.ds_tensor.data[: min(size, tensor.ds_numel - start)], True
+
+
+def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """At stage 3, let go of every parameter of the model that is gathered; the next forward pass gathers it again."""
+    wrappers = {id(p._z3_optimizer): p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")}
+    for wrapper in wrappers.values():
+        wrapper.parameter_offload.partition_all_parameters()
 
 
 def read_parts(

@@ -8,6 +8,7 @@ import torch
 
 from tests.reference import DENSE
 from tests.reference.galore import DenseAdamW
+from tests.reference.lorenza import DenseLorenza, climb
 
 VOCAB, LENGTH, BATCH = 131, 12, 24
 METHODS = {
@@ -16,6 +17,15 @@ METHODS = {
     "VLoRP": {"lr": 1e-2, "rank": 2, "granularity": 5, "update_proj_gap": 4, "eps": 1e-6},
     "AdaRankGrad": {"lr": 1e-2, "rank_max": 6, "residual_tol": 0.3, "update_proj_gap": 4},
     "Apollo": {"lr": 1e-2, "rank": 4, "update_proj_gap": 4},
+    "GradNormLoRP": {"lr": 1e-2, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
+    "Lorenza": {
+        "lr": 1e-2,
+        "rank": 4,
+        "update_proj_gap": 4,
+        "probes": 2,
+        "probe_radius": 0.3,
+        "perturbation_radius": 0.5,
+    },
 }
 """Options for the scenario's matrices of 40 x 40, 99 x 40 and 40 x 99, with refreshes at steps 0, 4, 8."""
 
@@ -78,18 +88,25 @@ def train_step(engine: Any, step: int, device: str = "cpu") -> None:
     """One optimizer step on this rank's share of the global batch, in as many micro-batches as configured."""
     import torch.distributed as dist
 
+    import ds_lowrank
+
     mine = tokens(step).to(device).chunk(dist.get_world_size())[dist.get_rank()]
-    for micro in mine.chunk(engine.gradient_accumulation_steps()):
-        engine.backward(engine(input_ids=micro, labels=micro).loss)
-        engine.step()
+    micros = mine.chunk(engine.gradient_accumulation_steps())
+    ds_lowrank.forward_backward(engine, [lambda m=micro: engine(input_ids=m, labels=m).loss for micro in micros])
+    engine.step()
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The fp32 weights of the whole model, gathered on every rank."""
+    """The fp32 weights of the whole model, gathered on every rank; a frozen one has those of its dtype only."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().float().clone()
+            continue
         whole = safe_get_full_fp32_param(parameter)
         if whole is None:
             whole = parameter if parameter.dtype == torch.float32 else master_of(engine, parameter)
@@ -136,7 +153,7 @@ def run_engine(
         "metrics": optimizer.metrics(),
         "matrices": optimizer.matrices(),
         "bytes": state_bytes(optimizer.slots),
-        "straddles": any(s.matrix and s.fragment.start % s.shape[1] for s in optimizer.slots),
+        "straddles": any(s.is_projected and s.fragment.start % s.shape[1] for s in optimizer.slots),
         "skipped": optimizer.skipped_updates,
     }
 
@@ -163,8 +180,8 @@ class Oracle:
         **options: Any,
     ) -> None:
         self.model = make_model() if model is None else model
-        self.clip = clip
-        options = METHODS[method] | options
+        self.clip, self.t = clip, 0
+        self.options = options = METHODS[method] | options
         self.rules = {}
         for name, parameter in self.model.named_parameters():
             is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
@@ -173,10 +190,19 @@ class Oracle:
             rule = DENSE[method] if is_matrix else DenseAdamW
             self.rules[name] = rule(parameter.data, name=name, **options)
 
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
     def gradients(self, step: int) -> dict[str, torch.Tensor]:
         self.model.zero_grad()
         batch = tokens(step)
-        self.model(input_ids=batch, labels=batch).loss.backward()
+        climbers = [rule for rule in self.rules.values() if isinstance(rule, DenseLorenza)]
+        saved = [rule.weight.clone() for rule in climbers]
+        with torch.no_grad():
+            climb(climbers, lambda: self.loss(batch), self.t, **self.options)
+        self.loss(batch).backward()
+        for rule, weight in zip(climbers, saved, strict=True):
+            rule.weight.copy_(weight)
         found = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in found.values()]))
         if self.clip and norm > self.clip:
@@ -185,7 +211,9 @@ class Oracle:
 
     def step(self, step: int, lr: float | None = None) -> None:
         for name, gradient in self.gradients(step).items():
-            self.rules[name].step(gradient, lr)
+            if self.rules[name].t or gradient.any():  # the first step waits for a gradient
+                self.rules[name].step(gradient, lr)
+        self.t += 1
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}

@@ -24,6 +24,7 @@ from tests.simulated.harness import (
 GALORE = {"rank": 4, "update_proj_gap": 2}
 ADARANKGRAD = {"rank_max": 6, "update_proj_gap": 2, "eps": 1.0}
 APOLLO = {"rank": 4, "update_proj_gap": 2}
+LORENZA = {"rank": 4, "update_proj_gap": 2}
 VLORP = {"rank": 2, "update_proj_gap": 2}
 
 CASES = {
@@ -79,6 +80,22 @@ CASES = {
         *(APOLLO | {"norm_growth_limit": limit} for limit in (None, 1.0)),
         APOLLO | {"proj_type": "left", "weight_decay": 0.1, "scale": 2.0},
         {"mini": True, "update_proj_gap": 2},
+    ],
+    "GradNormLoRP": [
+        GALORE,
+        GALORE | {"norm_axis": "input"},
+        GALORE | {"norm_axis": "input", "proj_type": "reverse_std", "weight_decay": 0.1},
+        GALORE | {"projector": "svd", "moments": "rotate", "scale": 1.0},
+        GALORE | {"inner": "adafactor", "weight_decay": 0.1},
+        GALORE | {"inner": "lion", "lion_sign": "original", "norm_axis": "input"},
+    ],
+    "Lorenza": [
+        LORENZA,
+        *(LORENZA | {"moment_on_refresh": rule} for rule in ("keep", "reset")),
+        *(LORENZA | {"orthogonal_component": True, "orthogonal_scale": s} for s in (1.0, 0.5, "norm_ratio")),
+        LORENZA | {"probe_form": "gaussian", "proj_type": "reverse_std", "weight_decay": 0.1, "scale": 0.5},
+        {"rank": None},
+        {"rank": None, "weight_decay": 0.1, "betas": (0.8, 0.95)},
     ],
 }
 OFFICIAL_VIEW = [
@@ -140,6 +157,37 @@ def test_ranks_without_a_part_and_parts_of_one_element(method, options):
     shape = (18, 12) if method == "VLoRP" else (17, 9)
     cuts = [0, 40, 40, 41, shape[0] * shape[1]]
     compare(method, shape, flat_parts(shape, cuts), gradients=gradients_for(method, shape), **options)
+
+
+@pytest.mark.parametrize(("method", "options"), EVERY, ids=str)
+def test_moments_of_eight_bits_are_the_same_on_every_world(method, options):
+    """Blocks of 64 rows stay whole wherever a rank's share ends, and rounding is a function of row, column and step.
+
+    Where two layouts' sums differ in the last bit, a number that lies on the boundary of its rounding may go either
+    way: hardly more than one of the some hundred here, and that by a tenth.
+    """
+    shape = (144, 72) if method == "VLoRP" else (150, 70)
+    for turned in (shape, shape[::-1]):
+        gradients = gradients_for(method, turned)
+        dense, one, three = worlds_of_eight_bits(method, turned, options)
+        for step in range(4):
+            torch.manual_seed(100 + step)
+            gradient = torch.randn(turned) if gradients is None else gradients(step)
+            for matrix in (dense, one, three):
+                matrix.step(gradient)
+            if step == 0:  # nothing was rounded before; VLoRP is at 1.1e-6
+                assert (one.weight - dense.weight).norm() < 2e-6 * dense.weight.norm()
+            assert (one.weight - three.weight).norm() < 1e-3 * one.weight.norm()
+
+
+def worlds_of_eight_bits(method, shape, options):
+    torch.manual_seed(0)
+    options = {"lr": 1e-2, "eps": 0.1, **options}
+    start = torch.randn(shape) if method == "GradNormLoRP" else torch.zeros(shape)
+    worlds = [
+        Sharded(method, start.clone(), even_parts(shape, ranks), state_dtype="int8", **options) for ranks in (1, 3)
+    ]
+    return DENSE[method](start.clone(), **options), *worlds
 
 
 def random_layout(data):
@@ -270,12 +318,7 @@ def test_state_over_all_ranks_is_the_published_formula(shape, method, options, f
         sharded = Sharded(method, torch.zeros(shape), even_parts(shape, ranks), **options)
         for step in range(2):
             assert state_elements(sharded) == formula(30, 20)
-            rows = [
-                rows
-                for rows in sharded.matrices[0].layout(sharded.matrices[0].rank).values()
-                if not isinstance(rows, int)
-            ]
-            assert sum(one.numel for one in rows) == formula(30, 20)
+            assert sharded.keeps[0].numel == formula(30, 20)
             torch.manual_seed(step)
             sharded.step(torch.randn(shape))
 
@@ -321,7 +364,8 @@ def test_rounds_do_not_grow_with_the_number_of_matrices(method, options):
 def test_a_later_gradient_of_zeros_keeps_everything_finite(method, options):
     """Also where a refresh is due (step 2), and for parts that are empty.
 
-    GaLore then keeps its old basis, where the paper would take the singular vectors of zero: tests/contract has that.
+    Methods that read a subspace off the gradient at fixed steps then keep the old one, where the paper would take the
+    singular vectors of zero: tests/contract has that.
     """
     shape = (18, 12) if method == "VLoRP" else (17, 9)
     choose = gradients_for(method, shape) or (lambda step: torch.randn(shape))
@@ -334,5 +378,5 @@ def test_a_later_gradient_of_zeros_keeps_everything_finite(method, options):
         **options,
     )
     assert sharded.weight.isfinite().all()
-    if method != "GaLore":
+    if "basis" not in sharded.states[0] or method in ("AdaRankGrad", "OnlineSubspaceDescent"):
         assert error < 1e-6

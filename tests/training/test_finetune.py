@@ -154,6 +154,26 @@ def test_lora_is_exported_as_the_plain_model_that_it_computes(folder, zero_stage
     torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
 
 
+METHODS = {
+    "adapter": {"type": "GradNormLoRP", "params": {"rank": 2, "parametrization": "adapter", "adapter_rank": 4}},
+    "full": {"type": "GradNormLoRP", "params": {"rank": 4}},
+    "ascent": {"type": "Lorenza", "params": {"rank": 4}},
+}
+
+
+@pytest.mark.parametrize(("method", "zero_stage"), [("adapter", 3), ("full", 2), ("ascent", 1)])
+def test_other_parametrisations_and_passes_need_no_word_of_their_own(folder, method, zero_stage):
+    """The export is a plain model that computes what the trained one does."""
+    config = deepspeed_config(zero_stage=zero_stage) | {"optimizer": METHODS[method]}
+    result = run_ranks(2, finetune, command_line(folder, method, "--lr", "0.01", config=config))[0]
+    assert result["records"][-1]["loss"] < result["records"][0]["loss"]
+    assert (result["trainable_parameters"] < 30336) == (method == "adapter")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / method / "export")
+    with torch.no_grad():
+        logits = model(torch.arange(2 * 8).reshape(2, 8) + 40).logits
+    torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
+
+
 def test_the_script_leaves_what_a_run_leaves(folder):
     """By torchrun on two ranks."""
     arguments = [*command_line(folder, "script", "--save-interval", "8"), "--export"]

@@ -25,7 +25,7 @@ def alone(program):
 
 def shard_of(gradient, side="right", name="w"):
     shard = MatrixShard(name, tuple(gradient.shape), [whole(gradient.shape)], 0, side, 0)
-    shard.attach(gradient.reshape(-1))
+    shard.attach(gradient.reshape(-1), torch.zeros(gradient.numel()))
     return shard
 
 

@@ -31,7 +31,7 @@ METHOD = METHODS["GaLore"]
         ({"lr": -1}, "greater than or equal to 0"),
         ({"lr": float("nan")}, "finite"),
         ({"weight_decay": -0.1}, "greater than or equal to 0"),
-        ({"state_dtype": "int8"}, "'fp32' or 'bf16'"),
+        ({"state_dtype": "fp4"}, "'fp32', 'bf16' or 'int8'"),
         ({"rank": 0, "gap": 3}, "(?s)rank.*gap|gap.*rank"),
     ],
 )

@@ -28,6 +28,11 @@ EXTRA = [
     ("VLoRP", {"left_view": "official", "proj_type": "left"}),
     ("VLoRP", {"granularity": "1/2"}),
     ("Apollo", {"mini": True, "norm_growth_limit": None}),
+    ("GradNormLoRP", {"parametrization": "adapter", "adapter_rank": 4, "adapter_dropout": 0.1}),
+    ("GradNormLoRP", {"projector": "svd", "norm_axis": "input"}),
+    ("Lorenza", {"rank": None}),
+    ("Lorenza", {"orthogonal_component": True, "orthogonal_scale": "norm_ratio"}),
+    ("Lorenza", {"probe_form": "gaussian", "moment_on_refresh": "keep"}),
 ]
 """Options that a list of single changes does not reach."""
 
@@ -37,6 +42,8 @@ SMALL = {
     "VLoRP": {"rank": 3, "granularity": 2, "update_proj_gap": 3},
     "AdaRankGrad": {"rank_max": 4, "rank_min": 4, "update_proj_gap": 3},
     "Apollo": {"rank": 4, "update_proj_gap": 3},
+    "GradNormLoRP": {"rank": 4, "update_proj_gap": 3},
+    "Lorenza": {"rank": 4, "update_proj_gap": 3},
 }
 """Options for matrices of 48 x 20, with a refresh at step 3."""
 

@@ -1,0 +1,199 @@
+"""Climbing: moving the weights to where the loss is higher, for the one backward pass, and back.
+
+Every probe moves all matrices at once, so that it costs one or two forward passes however many matrices there are. The
+losses are averaged over the data-parallel ranks before they are used, and directions are functions of (seed, name,
+step), so all ranks move alike. What is moved is what forward passes read: whole parameters, or at ZeRO 3 this rank's
+partitions. A copy of it restores every bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_lowrank.methods.base import Climb, Method
+from ds_lowrank.methods.probing import Directions
+from ds_lowrank.sharding.layout import whole
+from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.reduce import Executor, Request, everyone, lockstep
+from ds_lowrank.sharding.zero import forward_weights, release_gathered
+from ds_lowrank.slots import Slot
+
+logger = logging.getLogger("ds_lowrank")
+
+SURVIVING = 0.5
+"""Where rounding to the weights' dtype leaves less than this share of a move, the user is told, once."""
+
+
+@dataclass
+class Movable:
+    """One matrix in one ascent.
+
+    Attributes:
+        weights: what forward passes read, flat.
+        saved: a copy of them from before.
+        shard: which elements of the matrix these are.
+        step: of its optimizer.
+    """
+
+    weights: torch.Tensor
+    saved: torch.Tensor
+    shard: MatrixShard
+    directions: Directions
+    step: int
+
+    def coordinates(self, probes: Sequence[str], shares: Sequence[float]) -> torch.Tensor:
+        """Of a sum of this step's probes."""
+        return self.directions.combined([f"{self.step} {probe}" for probe in probes], shares)
+
+    def move(self, coordinates: torch.Tensor, distance: float) -> None:
+        """To ``distance`` times a direction from where the weights were."""
+        self.weights.copy_(self.saved)
+        self.shard.write(self.weights, self.directions.at(coordinates), -distance, 0.0)
+
+
+class Perturbation:
+    """What moves the weights of an optimizer's matrices.
+
+    Args:
+        method: of the optimizer.
+        slots: the matrices that are perturbed.
+        climb: how higher loss is looked for.
+        executor: of the optimizer.
+    """
+
+    def __init__(self, method: type[Method], slots: Sequence[Slot], climb: Climb, executor: Executor) -> None:
+        self.climb = climb
+        self._method, self._slots, self._executor = method, slots, executor
+        self._moved: list[Movable] = []
+        self._told: set[str] = set()
+        self.norm = 0.0
+        """Of the last perturbation, as the weights' dtype left it."""
+        self.without = 0
+        """Ascents so far that found no slope: a loss that is not finite, or the same on all sides."""
+
+    def ascend(self, loss: Callable[[], float], options: dict[int, Any], micro_batch: int = 0) -> None:
+        """Probe, then leave the weights where the loss is higher, until :meth:`restore`.
+
+        Before a method has found its first subspace nothing is probed.
+
+        Args:
+            loss: at the present weights, the same number on all ranks.
+            options: of each slot's group, by its id.
+            micro_batch: sets the directions of a step's micro-batches apart.
+        """
+        self.norm = 0.0
+        slots = [slot for slot in self._slots if slot.has_begun or "basis" not in slot.state]
+        if not slots:
+            return
+        self._save(slots, options)
+        probes = [f"probe {micro_batch}.{number}" for number in range(self.climb.probes)]
+        slopes = self._slopes(loss, probes)
+        if all(map(math.isfinite, slopes)) and any(slopes):
+            self._climb(probes, [slope / self.climb.probes for slope in slopes])
+        else:
+            self.without += 1
+            self.restore()
+
+    def restore(self) -> None:
+        """Put every bit back. Idempotent."""
+        for movable in self._moved:
+            movable.weights.copy_(movable.saved)
+        if self._moved:
+            self._release()
+        self._moved = []
+
+    def mark(self) -> None:
+        """Note that the gradients to come were taken as ``climb`` asks."""
+        for slot in self._slots:
+            slot.looked_around = True
+
+    def _save(self, slots: Sequence[Slot], options: dict[int, Any]) -> None:
+        self._release()
+        moved = []
+        for slot in slots:
+            weights, is_partition = forward_weights(slot.parameter)
+            shard = slot.shard if is_partition else _whole(slot.shard)
+            shard.attach(weights, weights)  # tells directions their device
+            moved.append((weights, shard))
+        directions = self._executor.run(
+            lockstep(
+                self._method.directions(slot.shard, slot.state, options[id(slot.group)], shard)
+                for slot, (_, shard) in zip(slots, moved, strict=True)
+            )
+        )
+        self._moved = [
+            Movable(weights, weights.clone(), shard, found, slot.state["step"])
+            for slot, (weights, shard), found in zip(slots, moved, directions, strict=True)
+        ]
+
+    def _slopes(self, loss: Callable[[], float], probes: Sequence[str]) -> list[float]:
+        """The paper's c_j."""
+        radius, slopes = self.climb.probe_radius, []
+        here = None if self.climb.two_sided else loss()
+        for probe in probes:
+            self._move_all(probe, radius)
+            ahead = loss()
+            if here is None:
+                self._move_all(probe, -radius)
+                slopes.append((ahead - loss()) / (2 * radius))
+            else:
+                slopes.append((ahead - here) / radius)
+        return slopes
+
+    def _move_all(self, probe: str, distance: float) -> None:
+        for movable in self._moved:
+            movable.move(movable.coordinates([probe], [1.0]), distance)
+        self._release()
+        if "probe_radius" not in self._told:
+            asked = abs(distance) * math.sqrt(
+                sum(m.directions.square(m.coordinates([probe], [1.0])) for m in self._moved)
+            )
+            self._tell("probe_radius", asked, self._distance())
+
+    def _climb(self, probes: Sequence[str], shares: Sequence[float]) -> None:
+        squares = [movable.directions.square(movable.coordinates(probes, shares)) for movable in self._moved]
+        total, count = sum(squares), sum(square > 0 for square in squares)
+        for movable, square in zip(self._moved, squares, strict=True):
+            length = math.sqrt(square if self.climb.per_matrix else total)
+            movable.move(movable.coordinates(probes, shares), self.climb.radius / length if length else 0.0)
+        self._release()
+        self.norm = self._distance()
+        asked = self.climb.radius * (math.sqrt(count) if self.climb.per_matrix else 1.0)
+        self._tell("perturbation_radius", asked, self.norm)
+
+    def _distance(self) -> float:
+        """How far the weights are from where they were: over all matrices, and all ranks that hold parts of them."""
+        squares = [
+            torch.linalg.vector_norm(m.weights.float() - m.saved.float(), dtype=torch.float64).square()
+            for m in self._moved
+        ]
+        own = torch.stack(squares).sum().float().view(1, 1)
+        if len(self._moved[0].shard.parts) > 1:
+            (own,) = self._executor.exchange([Request(everyone(self._executor.size, 1), own)])
+        return math.sqrt(own.item())
+
+    def _tell(self, key: str, asked: float, got: float) -> None:
+        """Once for each key, and only where there is something to say."""
+        if key in self._told:
+            return
+        self._told.add(key)
+        if got < SURVIVING * asked:
+            logger.warning(
+                "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
+                "train in fp32",
+                *(key, self._moved[0].weights.dtype, asked, got, key),
+            )
+
+    def _release(self) -> None:
+        release_gathered(slot.parameter for slot in self._slots)
+
+
+def _whole(shard: MatrixShard) -> MatrixShard:
+    """The same matrix, all of it on this rank."""
+    return MatrixShard(shard.name, shard.shape, [whole(shard.shape)], 0, shard.side, 0)

@@ -1,0 +1,41 @@
+"""Moments of eight and sixteen bits under real engines: the same on every layout, and a quarter of the bytes."""
+
+import functools
+
+import pytest
+
+from tests.engines.pool import run_ranks
+from tests.engines.scenario import METHODS, Oracle, config, run_engine, worst
+
+STEPS = 6  # a refresh at step 4
+
+
+def settings_of(stage, world, method, state_dtype):
+    return config(stage, world, method=method, params={"state_dtype": state_dtype})
+
+
+@functools.cache
+def alone(method, state_dtype):
+    (result,) = run_ranks(1, run_engine, settings_of(0, 1, method, state_dtype), STEPS)
+    return result
+
+
+@functools.cache
+def first_step(method):
+    oracle = Oracle(method=method)
+    oracle.step(0)
+    return oracle.weights()
+
+
+@pytest.mark.parametrize(("method", "state_dtype"), [*((m, "int8") for m in METHODS), ("GaLore", "bf16")])
+@pytest.mark.parametrize(("stage", "world"), [(1, 3), (3, 2)])
+def test_every_stage_takes_the_steps_of_one_process(stage, world, method, state_dtype):
+    """The first step is the oracle's: nothing was rounded before. Later ones are those of one process, but for single
+    numbers on the boundary of their rounding: one code, a tenth, in one of the 40 numbers of a norm is 2 % of what
+    changed in it, and in these steps a tenth of it changes."""
+    results = run_ranks(world, run_engine, settings_of(stage, world, method, state_dtype), STEPS)
+    for result in results:
+        assert worst(result["first"], first_step(method)) < 1e-5
+        assert worst(result["last"], alone(method, state_dtype)["last"]) < 2e-3
+    total = [sum(result["bytes"][part] for result in results) for part in (0, 1)]
+    assert total == list(alone(method, state_dtype)["bytes"])

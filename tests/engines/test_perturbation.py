@@ -1,0 +1,188 @@
+"""The ascent of LORENZA under real engines: every bit comes back, and what it does to the gradient."""
+
+import pytest
+import torch
+
+from tests.engines.pool import run_ranks
+from tests.engines.scenario import BATCH, Oracle, config, full_weights, make_model, run_engine, tokens, worst
+from tests.reference.lorenza import climb
+
+STEPS = 4
+
+
+def lorenza(stage, world, dtype="fp32", gas=1, **changes):
+    params = {"probe_radius": 0.3, "perturbation_radius": 0.5, **changes.pop("params", {})}
+    return config(stage, world, dtype, gas, method="Lorenza", params=params, **changes)
+
+
+def forwards_of(engine, step):
+    import torch.distributed as dist
+
+    mine = tokens(step).chunk(dist.get_world_size())[dist.get_rank()]
+    micros = mine.chunk(engine.gradient_accumulation_steps())
+    return [lambda micro=micro: engine(input_ids=micro, labels=micro).loss for micro in micros]
+
+
+def model_weights(engine):
+    """What forward passes compute with, in the model's own dtype."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def weights_around_a_step(settings, zero_init=False):
+    """Whether the ascent left the weights, and with a learning rate of zero the step, with the bits they had."""
+    import deepspeed
+
+    import ds_lowrank
+
+    if zero_init:
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = make_model()
+    else:
+        model = make_model()
+    engine, *_ = ds_lowrank.initialize(model=model, config=settings)
+    same, norms = [], []
+    for step in range(3):
+        before = model_weights(engine)
+        ds_lowrank.forward_backward(engine, forwards_of(engine, step))
+        between = model_weights(engine)
+        engine.step()
+        after = model_weights(engine)
+        same.append(all(torch.equal(before[name], other[name]) for other in (between, after) for name in before))
+        norms.append(engine.basic_optimizer.metrics()["lowrank/perturbation_norm"])
+    return same, norms
+
+
+CASES = [
+    *((stage, dtype, {}, False) for stage in range(4) for dtype in ("fp32", "bf16")),
+    (2, "bf16_fp32_accumulation", {}, False),
+    (3, "fp32", {"stage3_param_persistence_threshold": 0}, False),
+    (3, "bf16", {"stage3_param_persistence_threshold": 0}, True),
+]
+
+
+@pytest.mark.parametrize(("stage", "dtype", "zero", "zero_init"), CASES, ids=str)
+def test_with_a_learning_rate_of_zero_every_bit_comes_back(stage, dtype, zero, zero_init):
+    settings = lorenza(stage, 2, dtype, gas=2, params={"lr": 0.0}, zero_optimization=zero)
+    for same, norms in run_ranks(2, weights_around_a_step, settings, zero_init):
+        assert all(same)
+        assert norms[0] == 0, "there was no subspace before the first step"
+        # bf16 keeps eight bits of a move that is a tenth of the weights.
+        assert norms[1:] == pytest.approx([0.5] * 2, rel=1e-5 if dtype == "fp32" else 0.05)
+
+
+@pytest.mark.parametrize("params", [{"rank": None, "probe_form": "gaussian"}, {"probe_form": "gaussian"}], ids=str)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_other_directions_take_the_steps_of_the_dense_oracle(stage, params):
+    """A Gaussian direction is long, so the same distance needs a smaller radius.
+
+    A slope is a difference of losses, good to 1e-4, and where the gradient is taken follows it. Adam of full size at
+    its usual epsilon would make a sign of every element of that gradient, however small.
+    """
+    params = {**params, "probe_radius": 0.02, "norm": "per_matrix", "perturbation_radius": 0.1, "eps": 1e-2}
+    zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    results = run_ranks(2, run_engine, lorenza(stage, 2, gas=2, params=params, zero_optimization=zero), STEPS)
+    oracle = Oracle(method="Lorenza", **params)
+    oracle.step(0)
+    first = oracle.weights()
+    for step in range(1, STEPS):
+        oracle.step(step)
+    for result in results:
+        assert worst(result["first"], first) < 1e-5
+        assert worst(result["last"], oracle.weights()) < 1e-4
+
+
+class ByMicroBatch(Oracle):
+    """Every micro-batch of a step has a perturbation of its own."""
+
+    def gradients(self, step, world=2, gas=2):
+        micros = [part.chunk(gas) for part in tokens(step).chunk(world)]
+        rules = [rule for rule in self.rules.values() if hasattr(rule, "direction") and hasattr(rule, "gap")]
+        found = {}
+        for number in range(gas):
+            batch = torch.cat([part[number] for part in micros])
+            saved = [rule.weight.clone() for rule in rules]
+            with torch.no_grad():
+                climb(rules, lambda batch=batch: self.loss(batch), self.t, number, **self.options)
+            self.model.zero_grad()
+            self.loss(batch).backward()
+            for rule, weight in zip(rules, saved, strict=True):
+                rule.weight.copy_(weight)
+            for name, parameter in self.model.named_parameters():
+                found[name] = found.get(name, 0) + parameter.grad / gas
+        return found
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_perturbation_for_every_micro_batch(stage):
+    settings = lorenza(stage, 2, gas=2, params={"accumulation": "per_micro_batch"})
+    results = run_ranks(2, run_engine, settings, STEPS)
+    oracle = ByMicroBatch(method="Lorenza")
+    for step in range(STEPS):
+        oracle.step(step)
+    for result in results:
+        assert worst(result["last"], oracle.weights()) < 1e-4
+
+
+def refusals(settings):
+    """Messages of what is not done right, and whether the weights are as they were."""
+    import torch.distributed as dist
+
+    import ds_lowrank
+
+    engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
+    told = []
+
+    def attempt(forwards):
+        before = full_weights(engine)
+        try:
+            ds_lowrank.forward_backward(engine, forwards)
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+        after = full_weights(engine)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    attempt(forwards_of(engine, 0)[:1])
+    ds_lowrank.forward_backward(engine, forwards_of(engine, 0))
+    engine.step()
+
+    def broken():
+        if dist.get_rank() == 1:
+            raise ValueError("no such batch")
+        return forwards_of(engine, 1)[0]()
+
+    attempt([broken, broken])
+    return told
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_bad_calls_are_refused_on_every_rank_and_nothing_hangs(stage):
+    one, two = run_ranks(2, refusals, lorenza(stage, 2, gas=2))
+    assert one[0] == two[0] and "needs all 2 micro-batches of a step in one call" in one[0]
+    assert one[1].startswith("RemoteError: a probe's forward pass failed on rank 1")
+    assert two[1] == "ValueError: no such batch"
+
+
+def step_without_the_ascent(settings):
+    import ds_lowrank
+
+    engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
+    loss = engine(input_ids=tokens(0)[: BATCH // 2], labels=tokens(0)[: BATCH // 2]).loss
+    engine.backward(loss)
+    try:
+        engine.step()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_step_without_the_ascent_is_refused(stage, dtype):
+    for text in run_ranks(2, step_without_the_ascent, lorenza(stage, 2, dtype)):
+        assert "call ds_lowrank.forward_backward" in text

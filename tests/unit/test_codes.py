@@ -1,0 +1,157 @@
+"""How moments are stored in eight and sixteen bits: the codes, their rounding, and what an average makes of them."""
+
+import math
+
+import pytest
+import torch
+
+from ds_lowrank.linalg.codes import BLOCK, EXACT, BFloat16, Int8, spread
+from ds_lowrank.linalg.sketch import name_hash
+
+CODES = {"signed": Int8(signed=True), "unsigned": Int8(signed=False), "bf16": BFloat16()}
+SPACING = {"signed": 1 / 8, "unsigned": 1 / 8, "bf16": 2**-7}
+"""How far apart two neighbours are, at most, relative to the smaller one."""
+
+
+def values(name, rows=150, columns=5, seed=0):
+    drawn = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return drawn.square() if name == "unsigned" else drawn
+
+
+def dither(rows, columns, step):
+    return lambda: spread(torch.arange(rows), columns, name_hash("test", step) % 2**24)
+
+
+def stored(name, value, step=0):
+    code = CODES[name]
+    return code.decode(code.encode(value, dither(*value.shape, step)))
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_number_goes_to_one_of_its_neighbours(name):
+    value = values(name)
+    error = (stored(name, value) - value).abs() / value.abs()
+    assert error.max() < SPACING[name]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_the_mean_over_steps_is_the_number(name):
+    """Of n roundings the mean is off by at most half a gap over the root of n, four times that for the worst of 750."""
+    value, steps = values(name), 1000
+    mean = sum(stored(name, value, step).double() for step in range(steps)) / steps
+    assert ((mean - value) / value).abs().max() < 4 * 0.5 * SPACING[name] / steps**0.5
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_what_is_stored_once_stays(name):
+    """A moment that does not move must not wander, whatever its neighbours do: codes stand for the same numbers."""
+    value = stored(name, values(name))
+    for step in range(1, 20):
+        louder = value.clone()
+        louder[0] *= 4
+        again = stored(name, louder, step)[1:]
+        assert torch.equal(again, value[1:])
+
+
+@pytest.mark.parametrize("goal", [0.5, 0.53, 0.93])
+@pytest.mark.parametrize("name", CODES)
+def test_an_average_that_moves_less_than_a_code_a_step_still_arrives(name, goal):
+    """V <- 0.999 V + 0.001 g for a constant g: rounding to the nearest would never leave where it began.
+
+    Each number is a random walk between codes, pulled back by a thousandth a step. Within a thousand steps it forgets;
+    of the last five thousand its mean is that of five, each off by about half a gap.
+    """
+    average, total = stored(name, torch.full((BLOCK, 4), 1.0)), 0.0
+    for step in range(10000):
+        average = stored(name, average + 0.001 * (goal - average), step)
+        total = total + average.mean().item() * (step >= 5000) / 5000
+    assert total == pytest.approx(goal, rel=SPACING[name] / 5**0.5)
+
+
+def by_the_definition(value, signed, fraction):
+    """The code of one block of one column, number by number."""
+    octaves, top = (16, 127) if signed else (32, 255)
+    largest = max(abs(v) for v in value)
+    scale = 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+    scale = max(2 * scale if largest > 1.875 * scale else scale, 2.0 ** (octaves - 127))
+    numbers = [
+        0.0,
+        *(scale * 2.0 ** (code // 8 - octaves + 1) * (1 + code % 8 / 8) for code in range(1, top + 1)),
+    ]
+    codes = []
+    for v, f in zip(value, fraction, strict=True):
+        below = max(code for code in range(top + 1) if numbers[code] <= abs(v))
+        above = min(below + 1, top)
+        gap = numbers[above] - numbers[below]
+        share = (abs(v) - numbers[below]) / gap if gap else 0.0
+        if not signed and below == 0 and v > 0:
+            share = 1.0
+        codes.append((above if share + f >= 1 else below) | (128 if v < 0 else 0))
+    return codes, scale
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_and_scales_are_as_defined(signed):
+    """A share is compared with 20 bits of the fraction: in a million numbers one may be decided otherwise."""
+    name = "signed" if signed else "unsigned"
+    value = values(name, rows=150, columns=3) ** 5
+    value[10:20, 1] = 0
+    value[64:128, 2] = 0
+    code = CODES[name]
+    found = code.encode(value, dither(150, 3, 7))
+    fraction = dither(150, 3, 7)() / 2**24
+    assert found[""].dtype == torch.uint8 and found["_scale"].shape == (3, 3)
+    for block in range(3):
+        rows = slice(64 * block, min(64 * block + 64, 150))
+        for column in range(3):
+            codes, scale = by_the_definition(value[rows, column].tolist(), signed, fraction[rows, column].tolist())
+            assert codes == found[""][rows, column].tolist()
+            assert found["_scale"][block, column].item() == scale
+
+
+@pytest.mark.parametrize("name", ["signed", "unsigned"])
+def test_a_tensor_coded_in_chunks_is_coded_the_same(name, monkeypatch):
+    value = values(name, rows=1000, columns=7)
+    whole = CODES[name].encode(value, dither(1000, 7, 1))
+    monkeypatch.setattr(Int8, "CHUNK", 64 * 7 * 3)
+    pieces = CODES[name].encode(value, dither(1000, 7, 1))
+    assert all(torch.equal(pieces[key], whole[key]) for key in whole)
+    assert torch.equal(CODES[name].decode(whole), stored(name, value, 1))
+
+
+def test_a_small_second_moment_never_becomes_zero_and_a_zero_stays_one():
+    value = torch.tensor([[1.0], [1e-30], [0.0], [1e-7]])
+    once = stored("unsigned", value)
+    assert (once[1] > 0).all() and once[2] == 0
+    assert stored("signed", torch.tensor([[1.0], [-1e-30]]), 0)[1] == 0
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("scale", [1e-28, 1e-20, 1e20, 1e37])
+def test_extreme_sizes_stay_finite(name, scale):
+    value = values(name) * scale
+    once = stored(name, value)
+    assert once.isfinite().all()
+    assert (once - value).double().norm() < SPACING[name] * value.double().norm()
+
+
+def test_tensors_without_rows_are_ordinary():
+    for code in (*CODES.values(), EXACT):
+        empty = code.encode(torch.empty(0, 4), dither(0, 4, 0))
+        assert {key: tuple(t.shape) for key, t in empty.items()} == {
+            key: s for key, (s, _) in code.tensors(0, 4).items()
+        }
+        assert code.decode(empty).shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", ["signed", "unsigned"])
+def test_bytes_are_little_more_than_a_quarter(name):
+    assert CODES[name].nbytes(4096, 128) == 4096 * 128 + 64 * 128 * 4
+    assert CODES[name].nbytes(4096, 128) / EXACT.nbytes(4096, 128) < 0.27
+
+
+def test_what_decides_is_evenly_spread_over_rows_and_over_columns():
+    for found in (spread(torch.arange(5000), 1, 77), spread(torch.arange(1), 5000, 77)):
+        even = (torch.arange(5000) + 0.5) / 5000
+        assert (found.flatten().sort().values / 2**24 - even).abs().max() < 2e-3  # chance would leave 1e-2
+    assert torch.equal(spread(torch.arange(7, 9), 4, 5), spread(torch.arange(20), 4, 5)[7:9])

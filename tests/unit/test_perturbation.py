@@ -1,0 +1,308 @@
+"""The ascent of LORENZA in one process: what the probes measure, where the weights go, and that they come back."""
+
+import logging
+
+import pytest
+import torch
+
+import ds_lowrank
+from ds_lowrank.backward import forward_backward
+from ds_lowrank.sharding.layout import Block, Part
+from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.reduce import lockstep
+from ds_lowrank.sharding.world import SimulatedWorld
+from tests.reference.lorenza import DenseLorenza, climb
+from tests.simulated.harness import Sharded, even_parts
+
+FORMS = [
+    {"rank": 3},
+    {"rank": 3, "probe_form": "gaussian"},
+    {"rank": 3, "proj_type": "reverse_std"},
+    {"rank": None},
+]
+
+
+def quadratic(shape, seed=0):
+    """f(W) = <A W, W> / 2 + <B, W>, and its gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(shape[0], shape[0], generator=generator)
+    a, b = a @ a.T / shape[0], torch.randn(shape, generator=generator)
+    return (lambda w: (a @ w * w).sum() / 2 + (b * w).sum()), (lambda w: a @ w + b)
+
+
+def trained(shape=(12, 9), dtype=torch.float32, **options):
+    """An optimizer of one matrix that has taken a first step, and so has a subspace."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    optimizer = ds_lowrank.Lorenza([("w", weight)], **{"lr": 1e-2, "rank": 3, **options})
+    loss, _ = quadratic(shape)
+    forward_backward(optimizer, lambda: loss(weight.float()))
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer, weight, loss
+
+
+def slopes_of(optimizer, loss, weight):
+    """What the perturbation measures, and where it leaves the weights."""
+    perturbation, found = optimizer.perturbation, []
+    measure = perturbation._slopes
+    perturbation._slopes = lambda *args: found.extend(measure(*args)) or found
+    with torch.no_grad():
+        perturbation.ascend(lambda: loss(weight.double()).item(), optimizer.options)
+    return found
+
+
+def dense_twin(optimizer, weight, **options):
+    """The dense reference after the same first step."""
+    torch.manual_seed(0)
+    twin = DenseLorenza(torch.randn(weight.shape), **{"lr": 1e-2, "rank": 3, **options})
+    twin.step(quadratic(tuple(weight.shape))[1](twin.weight))
+    assert (twin.weight - weight).abs().max() < 1e-5
+    return twin
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("radius", [1e-2, 1.0, 30.0])
+def test_two_sided_slopes_are_exact_on_a_quadratic(form, radius):
+    """A quadratic's odd part is linear, so the radius does not matter. The weights are fp32: a step of 1e-2 on weights
+    of one keeps five digits."""
+    options = {"probes": 3, "probe_radius": radius, **form}
+    optimizer, weight, _ = trained(**options)
+    start = weight.detach().clone()
+    twin = dense_twin(optimizer, weight, **form)
+    slopes = slopes_of(optimizer, quadratic_in_double(), weight)
+    gradient = quadratic(tuple(weight.shape))[1](start)
+    expected = [(gradient * twin.direction(f"1 probe 0.{j}")).sum().item() for j in range(3)]
+    assert slopes == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def quadratic_in_double(shape=(12, 9)):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(shape[0], shape[0], generator=generator)
+    a, b = a @ a.T / shape[0], torch.randn(shape, generator=generator)
+    a, b = a.double(), b.double()
+    return lambda w: (a @ w * w).sum() / 2 + (b * w).sum()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_sided_slopes_are_off_by_the_first_order_in_the_radius(form):
+    """By mu / 2 <A Pi, Pi>: ten times the radius, ten times the error."""
+    errors = []
+    for radius in (0.1, 1.0):
+        optimizer, weight, _ = trained(probe_radius=radius, two_sided=False, **form)
+        start, twin = weight.detach().clone(), dense_twin(None, trained(**form)[1], **form)
+        (slope,) = slopes_of(optimizer, quadratic_in_double(), weight)
+        direction = twin.direction("1 probe 0.0")
+        errors.append(slope - (quadratic((12, 9))[1](start) * direction).sum().item())
+    assert errors[1] == pytest.approx(10 * errors[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("norm", ["global", "per_matrix"])
+def test_the_weights_go_where_the_dense_reference_goes(form, norm):
+    options = {"probes": 2, "probe_radius": 0.1, "perturbation_radius": 0.7, "norm": norm, **form}
+    shapes = {"a": (12, 9), "b": (9, 14)}
+    torch.manual_seed(0)
+    weights = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    twins = [DenseLorenza(w.detach().clone(), name=name, **options) for name, w in weights.items()]
+    optimizer = ds_lowrank.Lorenza(list(weights.items()), lr=1e-2, **options)
+    losses = {name: quadratic(shape) for name, shape in shapes.items()}
+
+    def loss():
+        return sum(losses[name][0](w) for name, w in weights.items())
+
+    forward_backward(optimizer, loss)
+    if form["rank"] is not None:  # otherwise the first gradient is taken elsewhere already
+        for twin, (name, _) in zip(twins, weights.items(), strict=True):
+            twin.step(losses[name][1](twin.weight))
+        optimizer.step()
+    with torch.no_grad():
+        optimizer.perturbation.ascend(lambda: loss().item(), optimizer.options)
+    climb(twins, lambda: sum(losses[t.name][0](t.weight) for t in twins), 0 if form["rank"] is None else 1, **options)
+    for twin, weight in zip(twins, weights.values(), strict=True):
+        assert (weight - twin.weight).norm() < 1e-4 * options["perturbation_radius"]
+    assert optimizer.perturbation.norm == pytest.approx(0.7 * (2**0.5 if norm == "per_matrix" else 1.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_perturbation_climbs(form):
+    """On every quadratic, for the two-sided slope is the gradient's component along the probe."""
+    for seed in range(10):
+        optimizer, weight, loss = trained(perturbation_radius=1e-2, seed=seed, **form)
+        before = loss(weight).item()
+        with torch.no_grad():
+            optimizer.perturbation.ascend(lambda loss=loss, weight=weight: loss(weight).item(), optimizer.options)
+        assert loss(weight).item() > before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_with_a_learning_rate_of_zero_every_bit_comes_back(form, dtype):
+    optimizer, weight, loss = trained(dtype=dtype, lr=0.0, perturbation_radius=2.0, probes=2, **form)
+    before, seen = weight.detach().clone(), []
+
+    def forward():
+        seen.append(weight.detach().clone())
+        return loss(weight.float())
+
+    for _ in range(3):
+        forward_backward(optimizer, forward)
+        assert torch.equal(weight, before)
+        optimizer.step()
+    assert torch.equal(weight, before)
+    assert len(seen) == 3 * 5
+    assert all(not torch.equal(other, before) for other in seen)
+
+
+def test_the_gradient_is_that_of_the_moved_weights():
+    optimizer, weight, loss = trained(perturbation_radius=2.0)
+    seen = []
+    forward_backward(optimizer, lambda: seen.append(weight.detach().clone()) or loss(weight))
+    assert (weight.grad - quadratic((12, 9))[1](seen[-1])).norm() < 1e-5 * weight.grad.norm()
+    assert (seen[-1] - weight).norm().item() == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_the_weights_come_back_when_a_pass_raises(failing):
+    """The third is the one that would give the gradient."""
+    optimizer, weight, loss = trained(perturbation_radius=2.0)
+    before, calls = weight.detach().clone(), []
+
+    def forward():
+        calls.append(1)
+        if len(calls) == failing:
+            raise ZeroDivisionError("no batch")
+        return loss(weight)
+
+    with pytest.raises(ZeroDivisionError, match="no batch"):
+        forward_backward(optimizer, forward)
+    assert torch.equal(weight, before)
+    with pytest.raises(RuntimeError, match=r"call ds_lowrank\.forward_backward"):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+
+
+def test_a_step_without_the_ascent_is_refused():
+    weight = torch.nn.Parameter(torch.randn(12, 9))
+    optimizer = ds_lowrank.Lorenza([("w", weight)], rank=3)
+    weight.square().sum().backward()
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match="perturbation_radius to 0"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_where_no_slope_is_found_the_gradient_is_taken_at_the_weights_and_counted(bad):
+    optimizer, weight, loss = trained()
+    seen = []
+
+    def forward():
+        seen.append(weight.detach().clone())
+        return loss(weight) if torch.is_grad_enabled() else weight.sum() * 0 + bad
+
+    before = weight.detach().clone()
+    forward_backward(optimizer, forward)
+    assert torch.equal(seen[-1], before)
+    metrics = optimizer.metrics()
+    assert (metrics["lowrank/without_slope"], metrics["lowrank/perturbation_norm"]) == (1, 0.0)
+
+
+def test_probes_run_without_grad_and_drop_the_same_elements():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Dropout(0.5), torch.nn.Linear(12, 4))
+    optimizer = ds_lowrank.Lorenza(model.named_parameters(), rank=None, probes=2)
+    masks, grad = [], []
+    model[1].register_forward_hook(lambda module, args, output: masks.append(output == 0))
+
+    def forward():
+        grad.append(torch.is_grad_enabled())
+        return model(torch.ones(5, 9)).square().mean()
+
+    start = torch.get_rng_state()
+    forward_backward(optimizer, [forward, forward])
+    assert grad == [False] * 8 + [True] * 2
+    pairs = [masks[i : i + 2] for i in range(0, len(masks), 2)]
+    assert all(torch.equal(a, b) for pair in pairs for a, b in zip(pair, pairs[0], strict=True))
+    assert not torch.equal(*pairs[0])
+    # The random state has gone on as if the model had run once on each micro-batch.
+    after = torch.rand(3)
+    torch.set_rng_state(start)
+    for _ in range(2):
+        model(torch.ones(5, 9))
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_micro_batches_with_a_perturbation_of_their_own():
+    optimizer, weight, loss = trained(accumulation="per_micro_batch", perturbation_radius=2.0)
+    seen = []
+
+    def forward():
+        if torch.is_grad_enabled():
+            seen.append(weight.detach().clone())
+        return loss(weight)
+
+    forward_backward(optimizer, [forward, forward])
+    gradients = [quadratic((12, 9))[1](at) for at in seen]
+    assert not torch.equal(*seen)
+    assert (weight.grad - sum(gradients) / 2).norm() < 1e-5 * weight.grad.norm()
+
+
+def test_bf16_weights_that_swallow_the_perturbation_are_told_of_once(caplog):
+    optimizer, weight, loss = trained(dtype=torch.bfloat16, probe_radius=1e-6, perturbation_radius=1e-4)
+    with caplog.at_level(logging.WARNING, logger="ds_lowrank"):
+        for _ in range(2):
+            forward_backward(optimizer, lambda: loss(weight.float()))
+            optimizer.step()
+    told = [record.getMessage() for record in caplog.records]
+    # A probe that moves nothing finds no slope, so there is no perturbation to speak of.
+    assert len(told) == 1
+    assert "Raise probe_radius" in told[0] and "lost to rounding" in told[0]
+
+
+def test_one_sided_probes_with_dropout_are_warned_of_once(caplog, monkeypatch):
+    monkeypatch.setattr("ds_lowrank.backward._warned_of_dropout", False)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Dropout(0.5))
+    engine = ds_lowrank.Lorenza(model.named_parameters(), rank=None, two_sided=False)
+    engine.module = model
+    with caplog.at_level(logging.WARNING, logger="ds_lowrank"):
+        for _ in range(2):
+            forward_backward(engine, lambda: model(torch.ones(5, 9)).square().mean())
+    assert [record.getMessage().count("dropout") > 0 for record in caplog.records] == [True]
+
+
+def test_groups_that_disagree_on_the_ascent_are_refused():
+    first, second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5)
+    groups = [{"params": first.named_parameters("a")}, {"params": second.named_parameters("b"), "probes": 2}]
+    with pytest.raises(ds_lowrank.ConfigError, match="must agree on probes"):
+        ds_lowrank.Lorenza(groups, rank=2).finalize()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(17, 9), (9, 17)])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks, shape, form):
+    torch.manual_seed(0)
+    gradient = torch.randn(shape)
+    twin = DenseLorenza(torch.zeros(shape), **form)
+    sharded = Sharded("Lorenza", torch.zeros(shape), even_parts(shape, ranks), lr=1e-2, **form)
+    twin.step(gradient)
+    sharded.step(gradient)
+    expected = twin.direction("1 probe 0.0")
+    everything = [
+        MatrixShard("w", shape, [Part(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())], 0, s.side, 0)
+        for s in sharded.shards
+    ]
+    for targets in (sharded.shards, everything):
+        for target, shard in zip(targets, sharded.shards, strict=True):
+            target.attach(torch.empty(target.part.numel), torch.empty(0))
+            shard.attach(torch.empty(shard.part.numel), torch.empty(0))
+        programs = [
+            lockstep([sharded.method.directions(shard, state, sharded.options, target)])
+            for shard, state, target in zip(sharded.shards, sharded.states, targets, strict=True)
+        ]
+        for target, (found,) in zip(targets, SimulatedWorld(ranks).run(programs), strict=True):
+            coordinates = found.draw("1 probe 0.0")
+            got = target.dense(found.at(coordinates))
+            assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
+            assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
