@@ -1,4 +1,4 @@
-"""Whole runs of launch/pretrain.py that a benchmark compares: the same model, data, order and tokens.
+"""Whole runs of the launch scripts that a benchmark compares: the same model, data, order and tokens.
 
 Every run is one rank on one core, on the standard library's source. The model is small: ``llama_9m`` with a vocabulary
 of its own size.

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -81,7 +82,8 @@ def _check_packages() -> None:
 def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[str, Any]) -> Any:
     """The model, the same on every rank: what is new in it is drawn from the seed."""
     seed_everything(arguments.seed)
-    with together():
+    # Random weights are made in collectives at ZeRO 3, and the same on every rank, so that none can fail alone.
+    with nullcontext() if source.random else together():
         labels = getattr(inputs.task, "labels", None)
         model = build_model(source, arguments.task, labels, inputs.pad_id, arguments.seed, config)
         if arguments.activation_checkpointing:
