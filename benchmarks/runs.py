@@ -1,4 +1,4 @@
-"""Whole runs of launch/pretrain.py that a benchmark compares: the same model, data, order and tokens.
+"""Whole runs of the launch scripts that a benchmark compares: the same model, data, order and tokens.
 
 Every run is one rank on one core, on the standard library's source. The model is small: ``llama_9m`` with a vocabulary
 of its own size.
@@ -90,7 +90,7 @@ def train(
     output = work / _sizes(arguments) / setting.name
     config = json.dumps({"gradient_clipping": 1.0, "optimizer": optimizer})
     file = output.parent / f"{setting.name}.json"
-    if not _finished(output, file, config):
+    if not finished(output, file, config):
         shutil.rmtree(output, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(config)
@@ -104,14 +104,19 @@ def train(
         }  # fmt: skip
         if matrix_lr_scale is not None:
             flags["matrix-lr-scale"] = matrix_lr_scale
-        command = [sys.executable, str(ROOT / "launch/pretrain.py"), *(f"--{key}={flags[key]}" for key in flags)]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{setting.name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        launch("pretrain.py", flags)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "eval_loss" in record]
     print(f"{setting.name}: {final(records):.4f}", file=sys.stderr, flush=True)
     return records
+
+
+def launch(script: str, flags: Mapping[str, Any], *switches: str) -> None:
+    """Run a script of launch/ on one rank and one core; raises RuntimeError with the end of its output."""
+    command = [sys.executable, str(ROOT / "launch" / script), *(f"--{key}={flags[key]}" for key in flags), *switches]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{flags['output']} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def _sizes(arguments: argparse.Namespace) -> str:
@@ -120,7 +125,8 @@ def _sizes(arguments: argparse.Namespace) -> str:
     return f"steps{arguments.steps}_batch{batch}_eval{arguments.eval_sequences}"
 
 
-def _finished(output: Path, file: Path, config: str) -> bool:
+def finished(output: Path, file: Path, config: str) -> bool:
+    """Whether `output` holds a whole run with the configuration that `file` has."""
     summary = output / "summary.json"
     if not summary.exists() or not file.exists() or file.read_text() != config:
         return False

@@ -26,6 +26,10 @@ HEAD_NAMES = (
     "*.head.*",
     "*.output.weight",
     "output.weight",
+    "score.*",
+    "classifier.*",
+    "*.score.*",
+    "*.classifier.*",
 )
 
 

@@ -1,32 +1,48 @@
 """A trained model as a Hugging Face folder."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from ds_lowrank.data.tokenizer import TextTokenizer
+from ds_lowrank.models import lora
 from ds_lowrank.models.adapter import merged_weights
 from ds_lowrank.together import global_rank, together
 
 
-def export(engine: DeepSpeedEngine, tokenizer: TextTokenizer | None, directory: Path) -> None:
+class Savable(Protocol):
+    """What writes files that belong to a model: a tokenizer."""
+
+    def save(self, directory: Path) -> None: ...
+
+
+def export(
+    engine: DeepSpeedEngine, tokenizer: Savable | None, directory: Path, notes: Mapping[str, str] | None = None
+) -> None:
     """Write config.json, model.safetensors in the training dtype, and the tokenizer; replaces an earlier export.
 
-    Adapters are merged: the folder has the original architecture. At ZeRO 3 parameters are gathered one at a time, and
-    only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export as it
-    was.
+    Adapters and LoRA are merged: the folder has the original architecture. At ZeRO 3 parameters are gathered one at a
+    time, and only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export
+    as it was.
+
+    notes: further files, name and text.
     """
-    weights = _gather(engine)
+    model, weights = engine.module, _gather(engine)
+    if lora.has_lora(model):
+        model, weights = lora.merge(model, weights)
     with together():
         if global_rank() == 0:
             aside = directory.with_name(f".{directory.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
-            engine.module.save_pretrained(aside, state_dict=merged_weights(engine.module, weights))
+            model.save_pretrained(aside, state_dict=merged_weights(model, weights))
             if tokenizer is not None:
                 tokenizer.save(aside)
+            for name, text in (notes or {}).items():
+                (aside / name).write_text(text)
             if directory.exists():
                 shutil.rmtree(directory)
             aside.rename(directory)

@@ -29,13 +29,13 @@ class Identity:
 
 
 REMEDIES = {
-    "model": "give the --model it was trained with",
+    "model": "give the --model, --task and LoRA flags it was trained with",
     "optimizer": "name the same optimizer.type in the DeepSpeed configuration",
-    "optimizer_params": "use the same optimizer.params, --lr and --matrix-lr-scale",
+    "optimizer_params": "use the same optimizer.params, --lr, --matrix-lr-scale and --schedule",
     "precision": "use the same bf16 and fp16 blocks in the DeepSpeed configuration",
     "zero_stage": "use the same zero_optimization.stage",
     "ranks": "start as many ranks",
-    "sequence_length": "give the same --sequence-length",
+    "sequence_length": "give the same --sequence-length or --max-length",
     "train_batch_size": "give the same --global-batch-size",
     "micro_batch_size": "give the same --micro-batch-size",
     "seed": "give the same --seed",

@@ -5,6 +5,7 @@ in order, `micro_batch_size` at a time: neither the number of ranks nor the micr
 The labels of a sequence are the sequence itself; Hugging Face models shift them.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.order import EpochOrder
 from ds_lowrank.data.packing import PackedBlocks, PackedStream, encoded
 from ds_lowrank.data.stream import StreamReader
 
@@ -42,10 +44,7 @@ class BatchStream:
         this shows when its end is reached).
         """
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank {rank} is not one of the {world_size} data-parallel ranks, 0 to {world_size - 1}")
-        share = global_batch_size // world_size
-        self._rows = slice(rank * share, (rank + 1) * share)
+        self._rows = rows_of(rank, world_size, global_batch_size)
         self._micro_batch_size = micro_batch_size
         self._identity: dict[str, int | str] = {
             "fingerprint": data.fingerprint,
@@ -85,19 +84,16 @@ class BatchStream:
 
         Raises DataError if the data, the tokenizer, the sequence length, the global batch size or the seed differ.
         """
-        different = [
-            f"{name} was {state.get(name)!r} and is {value!r}"
-            for name, value in self._identity.items()
-            if state.get(name) != value
-        ]
-        if different:
-            raise DataError(
-                "the saved data position belongs to another run: "
-                + "; ".join(different)
-                + ". Restore these settings (the fingerprint is of the data and the tokenizer), or start a new run"
-            )
+        check_position(state, self._identity)
         self._order.load_state_dict(state["order"])
         self._step = state["step"]
+
+
+class Step(NamedTuple):
+    """One rank's part of an optimizer step: micro-batches as keyword arguments of a model; tokens on all ranks."""
+
+    batches: list[dict[str, torch.Tensor]]
+    tokens: int
 
 
 class ValidationBatch(NamedTuple):
@@ -143,36 +139,49 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
         )
 
 
+def check_position(state: Mapping[str, Any], identity: Mapping[str, int | str]) -> None:
+    """Raises DataError unless the saved position `state` has the same `identity`: data, sizes and seed."""
+    different = [
+        f"{name} was {state.get(name)!r} and is {value!r}"
+        for name, value in identity.items()
+        if state.get(name) != value
+    ]
+    if different:
+        raise DataError(
+            "the saved data position belongs to another run: "
+            + "; ".join(different)
+            + ". Restore these settings (the fingerprint is of the data and the tokenizer), or start a new run"
+        )
+
+
+def rows_of(rank: int, world_size: int, global_batch_size: int) -> slice:
+    """A rank's rows of a global batch. Raises DataError for a rank that is not one of the ranks."""
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} is not one of the {world_size} data-parallel ranks, 0 to {world_size - 1}")
+    share = global_batch_size // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
 class _ShuffledBlocks:
     """The order of finite data. A step number says everything about a position."""
 
     def __init__(self, data: PackedBlocks, global_batch_size: int, seed: int) -> None:
-        self._steps_per_epoch = len(data) // global_batch_size
-        if not self._steps_per_epoch:
+        if len(data) < global_batch_size:
             raise DataError(_too_small(data.name, f"{len(data)} sequences", global_batch_size, data.sequence_length))
         self._data = data
-        self._global_batch_size = global_batch_size
-        self._seed = seed
-        self._drawn: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._order = EpochOrder(len(data), global_batch_size, seed)
 
     def epoch(self, step: int) -> int:
-        return step // self._steps_per_epoch
+        return self._order.epoch(step)
 
     def global_batch(self, step: int, rows: slice) -> torch.Tensor:
-        start = step % self._steps_per_epoch * self._global_batch_size
-        return self._data.rows(self._permutation(self.epoch(step))[start : start + self._global_batch_size][rows])
+        return self._data.rows(self._order.items(step)[rows])
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        if self._drawn is None or self._drawn[0] != epoch:
-            generator = np.random.default_rng([self._seed, epoch])
-            self._drawn = (epoch, generator.permutation(len(self._data)))
-        return self._drawn[1]
 
 
 class _StreamOrder:

@@ -1,5 +1,6 @@
-"""Reads one local file: plain text, JSON, JSON Lines or parquet, as it is or compressed with gzip or zstandard."""
+"""Reads one local file: plain text, JSON, JSON Lines, CSV or parquet, as it is or compressed with gzip or zstandard."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -17,6 +18,7 @@ from ds_lowrank.data.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst")
 RECORD_FORMATS = (".jsonl", ".json", ".parquet")
+ROW_FORMATS = (*RECORD_FORMATS, ".csv")
 
 
 def file_format(path: Path) -> str:
@@ -41,6 +43,36 @@ def read_records(path: Path, text_field: str) -> Iterator[str]:
     records = _parquet_records(path, text_field) if file_format(path) == ".parquet" else _json_records(path)
     for number, record in enumerate(records):
         yield record_text(record, text_field, f"{path}, record {number}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All records under their column names, in order. Raises DataError naming the record that is not usable.
+
+    A CSV file has the names in its first line, and its values are text.
+    """
+    if file_format(path) == ".csv":
+        return _csv_rows(path)
+    if file_format(path) == ".parquet":
+        try:
+            return cast(list[dict[str, Any]], pyarrow.parquet.read_table(path).to_pylist())
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: cannot be read as parquet, it may be damaged or cut short ({error})") from error
+    rows = list(_json_records(path))
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, record {number}: expected an object with columns, found {type(row).__name__}")
+    return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file of UTF-8 text ({error})") from error
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise DataError(f"{path}, record {number}: not as many values as the first line has columns; quote commas")
+    return rows
 
 
 def record_text(record: Any, text_field: str, where: str) -> str:

@@ -111,7 +111,7 @@ def open_source(spec: str, split: Split, *, text_field: str = "text") -> Source:
         return _standard_library(split)
     path = Path(spec).expanduser()
     if path.is_dir():
-        files = _files_below(path, lambda name: name.startswith("."))
+        files = files_below(path, lambda name: name.startswith("."))
         return TextFiles(spec, path, files, split, text_field, whole=True)
     if path.is_file():
         return TextFiles(spec, path.parent, (path,), split, text_field, whole=False)
@@ -147,10 +147,10 @@ def _standard_library(split: Split) -> TextFiles:
         # _sysconfigdata_*.py records how this interpreter was built: it differs between equal versions.
         return name in ("site-packages", "dist-packages") or name.startswith("_sysconfigdata")
 
-    return TextFiles("stdlib", root, _files_below(root, left_out, suffix=".py"), split, "text", whole=True)
+    return TextFiles("stdlib", root, files_below(root, left_out, suffix=".py"), split, "text", whole=True)
 
 
-def _files_below(root: Path, left_out: Callable[[str], bool], suffix: str = "") -> tuple[Path, ...]:
+def files_below(root: Path, left_out: Callable[[str], bool], suffix: str = "") -> tuple[Path, ...]:
     """Files that end in `suffix`, in the order of their relative path; `left_out` prunes names of files and folders."""
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):

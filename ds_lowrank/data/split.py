@@ -1,8 +1,8 @@
 """Which documents are held out for validation.
 
-A document is held out when the 64-bit hash of its key falls in the lowest twentieth of the range. The key is the
-document's own (its path, its record number, its text): adding or removing other documents moves no document from one
-split to the other.
+A document is held out when the 64-bit hash of its key falls in the lowest part of the range, by default a twentieth.
+The key is the document's own (its path, its record number, its text): adding or removing other documents moves no
+document from one split to the other.
 """
 
 import hashlib
@@ -21,8 +21,11 @@ def check_split(split: str) -> None:
         raise DataError(f"unknown split {split!r}: use 'train' or 'validation'")
 
 
-def split_of(key: str) -> Split:
-    """The split of the document with this key."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    held_out = int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
-    return "validation" if held_out else "train"
+def split_of(key: str, held_out: float = HELD_OUT_FRACTION) -> Split:
+    """The split of the document with this key, where a fraction `held_out` of all is for validation."""
+    return "validation" if split_key(key) < held_out * 2**64 else "train"
+
+
+def split_key(key: str) -> int:
+    """The 64-bit hash that decides."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")

@@ -24,6 +24,7 @@ class TextTokenizer:
 
     No special token is added, and text that spells one (`<|endoftext|>`) is encoded as ordinary text.
 
+    tokenizer: Hugging Face's own object.
     eos_id: the id that separates documents.
     vocab_size: one more than the largest id.
     fingerprint: hash of everything that decides the encoding.
@@ -35,7 +36,7 @@ class TextTokenizer:
             raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); convert it or use another")
         if tokenizer.eos_token_id is None:
             raise DataError(f"tokenizer {name!r} has no eos_token, which separates documents; set one in its config")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -56,7 +57,7 @@ class TextTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write a folder that `AutoTokenizer.from_pretrained` reads."""
-        self._tokenizer.save_pretrained(str(directory))
+        self.tokenizer.save_pretrained(str(directory))
 
 
 def load_tokenizer(

@@ -14,7 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -68,8 +68,13 @@ def _check_keys(entries: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: model_type is {entries['model_type']!r}, and only 'llama' can be built")
 
 
-def build(config: LlamaConfig, seed: int, ds_config: dict[str, Any] | None = None) -> LlamaForCausalLM:
-    """Build the model with weights that depend on `seed` and the configuration alone.
+def build(
+    config: LlamaConfig,
+    seed: int,
+    ds_config: dict[str, Any] | None = None,
+    architecture: type[PreTrainedModel] = LlamaForCausalLM,
+) -> Any:
+    """Build a LLaMA of the given architecture with weights that depend on `seed` and the configuration alone.
 
     At ZeRO stage 3 of `ds_config` the parameters are partitioned as they are made, so that no rank ever holds the whole
     model, and their dtype is that of `ds_config`; otherwise they are whole, fp32 and on the CPU.
@@ -79,7 +84,7 @@ def build(config: LlamaConfig, seed: int, ds_config: dict[str, Any] | None = Non
     if partitioned:
         context = deepspeed.zero.Init(config_dict_or_path=ds_config)
     with context, no_init_weights():
-        model = LlamaForCausalLM(config)
+        model = architecture(config)
         model.tie_weights()
     # zero.Init makes every tensor in the training dtype, and rotation angles of a bf16 frequency are far off.
     rotary = model.model.rotary_emb

@@ -1,4 +1,4 @@
-"""The command line of launch/pretrain.py."""
+"""The command line of launch/pretrain.py, and those parts of it that all scripts share."""
 
 import argparse
 import os
@@ -11,23 +11,40 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_low
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; the `deepspeed` launcher adds --local_rank to what the user wrote."""
+    """Parse the command line of launch/pretrain.py."""
+    parser = script_parser("Pre-train a LLaMA with the optimizer that the DeepSpeed configuration names.")
+    _add_inputs(parser.add_argument_group("model and data"))
+    run = parser.add_argument_group("run")
+    run.add_argument("--steps", type=positive, required=True, help="optimizer steps in all")
+    add_run(run)
+    run.add_argument(
+        "--matrix-lr-scale", type=float, help="dense optimizers and VLoRP: factor on the layers' matrices' lr"
+    )
+    run.add_argument("--eval-interval", type=count, default=0, help="steps; 0 evaluates at the end only")
+    run.add_argument("--eval-sequences", type=count, default=64, help="held-out sequences on all ranks; 0 for none")
+    add_outputs(parser.add_argument_group("output"))
+    return parsed(parser, arguments)
+
+
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """What every script takes; the `deepspeed` launcher adds --local_rank to what the user wrote."""
     parser = argparse.ArgumentParser(
-        description="Pre-train a LLaMA with the optimizer that the DeepSpeed configuration names.",
+        description=description,
         epilog="Run it by `deepspeed`, `torchrun`, or `python` for a single process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     deepspeed.add_config_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    _add_inputs(parser.add_argument_group("model and data"))
-    _add_run(parser.add_argument_group("run"))
-    _add_outputs(parser.add_argument_group("output"))
-    parsed = parser.parse_args(arguments)
-    if parsed.deepspeed_config is None:
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    found = parser.parse_args(arguments)
+    if found.deepspeed_config is None:
         parser.error("the following arguments are required: --deepspeed_config")
-    if parsed.save is None:
-        parsed.save = parsed.output / "checkpoints"
-    return parsed
+    if found.save is None:
+        found.save = found.output / "checkpoints"
+    return found
 
 
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
@@ -36,45 +53,41 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tokenizer", help="bpe (trained on the data; the default for text), bytes, or a folder or hub name"
     )
-    group.add_argument("--vocab-size", type=_positive, default=4096, help="entries of a bpe tokenizer")
-    group.add_argument("--sequence-length", type=_positive, default=256, help="tokens a sequence")
+    group.add_argument("--vocab-size", type=positive, default=4096, help="entries of a bpe tokenizer")
+    group.add_argument("--sequence-length", type=positive, default=256, help="tokens a sequence")
     group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="tokenizers and tokenized text")
 
 
-def _add_run(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--steps", type=_positive, required=True, help="optimizer steps in all")
-    group.add_argument("--global-batch-size", type=_positive, help="over train_batch_size of the JSON, in sequences")
-    group.add_argument("--micro-batch-size", type=_positive, help="over train_micro_batch_size_per_gpu of the JSON")
+def add_run(group: argparse._ArgumentGroup) -> None:
+    """How a run trains, but for its length and its evaluation."""
+    group.add_argument("--global-batch-size", type=positive, help="over train_batch_size of the JSON")
+    group.add_argument("--micro-batch-size", type=positive, help="over train_micro_batch_size_per_gpu of the JSON")
     group.add_argument("--lr", type=float, help="over optimizer.params.lr of the JSON")
-    group.add_argument(
-        "--matrix-lr-scale", type=float, help="dense optimizers and VLoRP: factor on the layers' matrices' lr"
-    )
     group.add_argument(
         "--warmup", type=float, default=0.1, help="fraction of the steps, or their number; unused with a JSON scheduler"
     )
     group.add_argument("--seed", type=int, default=0, help="of weights and data order")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument("--eval-interval", type=_count, default=0, help="steps; 0 evaluates at the end only")
-    group.add_argument("--eval-sequences", type=_count, default=64, help="held-out sequences on all ranks; 0 for none")
 
 
-def _add_outputs(group: argparse._ArgumentGroup) -> None:
+def add_outputs(group: argparse._ArgumentGroup) -> None:
+    """What a run leaves behind."""
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="metrics, plot, summary, export")
-    group.add_argument("--log-interval", type=_positive, default=10, help="steps")
+    group.add_argument("--log-interval", type=positive, default=10, help="steps")
     group.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
-    group.add_argument("--save-interval", type=_count, default=1000, help="steps; 0 saves only when asked to stop")
-    group.add_argument("--keep-checkpoints", type=_positive, default=2, help="newest ones to keep")
+    group.add_argument("--save-interval", type=count, default=1000, help="steps; 0 saves only when asked to stop")
+    group.add_argument("--keep-checkpoints", type=positive, default=2, help="newest ones to keep")
     group.add_argument(
         "--resume", nargs="?", const="", metavar="TAG_OR_PATH", help="continue from the newest checkpoint, or this one"
     )
     group.add_argument("--export", action="store_true", help="write a Hugging Face folder, OUTPUT/export, at the end")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     return _whole(text, 1)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     return _whole(text, 0)
 
 

@@ -108,6 +108,5 @@ def console_line(record: dict[str, Any], steps: int) -> str:
         parts.append(f"mean rank {record['lowrank/mean_rank']:.1f}")
     if record["skipped_steps"]:
         parts.append(f"{record['skipped_steps']} skipped")
-    if "eval_loss" in record:
-        parts.append(f"eval loss {record['eval_loss']:.4f}")
+    parts += [f"{key.replace('_', ' ')} {value:.4f}" for key, value in record.items() if key.startswith("eval_")]
     return " | ".join(parts)

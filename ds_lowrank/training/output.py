@@ -1,7 +1,9 @@
 """The output directory of a run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ds_lowrank.training.metrics import FILE, read_metrics
 from ds_lowrank.training.plot import plot_loss
@@ -22,8 +24,11 @@ def check_output(output: Path, resuming: bool) -> None:
     read_metrics(metrics)
 
 
-def write_results(output: Path, steps: int) -> None:
-    """Draw loss.png, write summary.json and print it, all from the metrics. `steps` is the run's full length."""
+def write_results(output: Path, steps: int, facts: Mapping[str, Any] | None = None) -> None:
+    """Draw loss.png, write summary.json and print it, all from the metrics and the `facts` beside them.
+
+    `steps` is the run's full length.
+    """
     records = read_metrics(output / FILE)
     plot_loss(records, output / PLOT)
     last = records[-1]
@@ -35,9 +40,11 @@ def write_results(output: Path, steps: int) -> None:
         "seconds": last["seconds"],
         "tokens_per_second": last["tokens"] / last["seconds"],
         "loss": last["loss"],
-        "eval_loss": evaluated[-1]["eval_loss"] if evaluated else None,
+        "eval_loss": None,
+        **({key: value for key, value in evaluated[-1].items() if key.startswith("eval_")} if evaluated else {}),
         "memory_gib": last["memory_gib"],
         "skipped_steps": last["skipped_steps"],
+        **(facts or {}),
     }
     aside = output / f".{SUMMARY}.partial"
     aside.write_text(json.dumps(summary, indent=2) + "\n")

@@ -38,11 +38,7 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
 
     Raises ValueError or OSError for whatever cannot be honoured. Not a collective.
     """
-    config = ds_config.read_config(arguments.deepspeed_config)
-    ds_config.set_learning_rate(config, arguments.lr)
-    if config["optimizer"]["type"] in METHODS:
-        config["optimizer"]["params"].setdefault("seed", arguments.seed)
-    batch = ds_config.set_batch_sizes(config, ranks, arguments.global_batch_size, arguments.micro_batch_size)
+    config, batch = settle_config(arguments, ranks)
     model = load_config(arguments.model)
     if arguments.sequence_length > model.max_position_embeddings:
         raise ValueError(
@@ -51,38 +47,60 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
         )
     warmup = warmup_steps(arguments.warmup, arguments.steps)
     check_output(arguments.output, resuming=arguments.resume is not None)
-    identity = _identity(arguments, config, model, batch, ranks)
-    checkpoint = _checkpoint(arguments, identity)
+    scale = arguments.matrix_lr_scale
+    identity = identify(
+        arguments,
+        config,
+        batch,
+        ranks,
+        model=model.to_diff_dict(),
+        sequence_length=arguments.sequence_length,
+        **({} if scale is None else {"matrix_lr_scale": scale}),
+    )
+    checkpoint = checkpoint_to_resume(arguments, identity, arguments.steps)
     return Plan(config, model, batch, warmup, identity, checkpoint)
 
 
-def _identity(
-    arguments: Namespace, config: dict[str, Any], model: LlamaConfig, batch: BatchSizes, ranks: int
+def settle_config(arguments: Namespace, ranks: int) -> tuple[dict[str, Any], BatchSizes]:
+    """DeepSpeed's configuration with what the command line puts over it. Raises ValueError or OSError."""
+    config = ds_config.read_config(arguments.deepspeed_config)
+    ds_config.set_learning_rate(config, arguments.lr)
+    if config["optimizer"]["type"] in METHODS:
+        config["optimizer"]["params"].setdefault("seed", arguments.seed)
+    return config, ds_config.set_batch_sizes(config, ranks, arguments.global_batch_size, arguments.micro_batch_size)
+
+
+def identify(
+    arguments: Namespace,
+    config: dict[str, Any],
+    batch: BatchSizes,
+    ranks: int,
+    *,
+    model: dict[str, Any],
+    sequence_length: int,
+    **optimizer_params: Any,
 ) -> Identity:
-    params = dict(config["optimizer"]["params"])
-    if arguments.matrix_lr_scale is not None:
-        params["matrix_lr_scale"] = arguments.matrix_lr_scale
+    """The run's identity; `optimizer_params` are those beside the configuration's."""
     return Identity(
-        model=model.to_diff_dict(),
+        model=model,
         optimizer=config["optimizer"]["type"],
-        optimizer_params=params,
+        optimizer_params={**config["optimizer"]["params"], **optimizer_params},
         precision=ds_config.precision(config),
         zero_stage=ds_config.zero_stage(config),
         ranks=ranks,
-        sequence_length=arguments.sequence_length,
+        sequence_length=sequence_length,
         train_batch_size=batch.total,
         micro_batch_size=batch.micro,
         seed=arguments.seed,
     )
 
 
-def _checkpoint(arguments: Namespace, identity: Identity) -> Path | None:
+def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -> Path | None:
+    """What --resume names, checked; None without that flag. `steps` is the length of the run."""
     if arguments.resume is None:
         return None
     checkpoint = find_checkpoint(arguments.save, arguments.resume)
     check_manifest(checkpoint, identity)
-    if step_of(checkpoint) >= arguments.steps:
-        raise ValueError(
-            f"{checkpoint} is already at --steps {arguments.steps}: the run is finished; give more --steps"
-        )
+    if step_of(checkpoint) >= steps:
+        raise ValueError(f"{checkpoint} is already at --steps {steps}: the run is finished; give more --steps")
     return checkpoint

@@ -17,7 +17,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

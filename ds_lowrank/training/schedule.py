@@ -1,4 +1,4 @@
-"""The learning-rate schedule used when the DeepSpeed configuration names none: linear warm-up, then a cosine."""
+"""The learning-rate schedules used when the DeepSpeed configuration names none: linear warm-up, then down."""
 
 import math
 from collections.abc import Callable
@@ -35,6 +35,20 @@ def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
     return factor
 
 
-def scheduler_factory(steps: int, warmup: int) -> Callable[[Optimizer], LambdaLR]:
+def warmup_linear(steps: int, warmup: int) -> Callable[[int], float]:
+    """The same warm-up, then a straight line from 1 at step `warmup` to 0 at step `steps`, after the last one."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return max(0.0, (steps - step) / max(1, steps - warmup))
+
+    return factor
+
+
+SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
+
+
+def scheduler_factory(steps: int, warmup: int, schedule: str = "cosine") -> Callable[[Optimizer], LambdaLR]:
     """What `initialize` takes as `lr_scheduler`: every group keeps its own base learning rate under the same factor."""
-    return lambda optimizer: LambdaLR(optimizer, warmup_cosine(steps, warmup))
+    return lambda optimizer: LambdaLR(optimizer, SCHEDULES[schedule](steps, warmup))

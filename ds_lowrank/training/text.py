@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ds_lowrank.data.batches import BatchStream, Step
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.indexed import IndexedTokens
 from ds_lowrank.data.packing import PackedBlocks, PackedStream, pack
@@ -20,6 +22,23 @@ class Text:
     train: Packed
     validation: Packed | None
     tokenizer: TextTokenizer | None
+
+
+@dataclass
+class TextSteps:
+    """A stream of sequences as what a causal LM takes; `tokens` are those of a step."""
+
+    stream: BatchStream
+    tokens: int
+
+    def next_step(self) -> Step:
+        return Step([{"input_ids": rows, "labels": rows} for rows in self.stream.next_step()], self.tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
 
 
 def open_text(

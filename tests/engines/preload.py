@@ -8,13 +8,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import deepspeed
 import deepspeed.ops
+import scipy.stats
+import sklearn.metrics
 import torch
 import transformers
 
 import ds_lowrank
+import ds_lowrank.finetuning.setup
 
 # DeepSpeed's shared-memory all-reduce compiles for half a minute and leaves files in /dev/shm.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
-_ = transformers.LlamaForCausalLM, ds_lowrank.GaLore
+_ = transformers.LlamaForSequenceClassification, transformers.RobertaForSequenceClassification
+_ = ds_lowrank.GaLore, ds_lowrank.finetuning.setup, scipy.stats, sklearn.metrics

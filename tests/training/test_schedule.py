@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ds_lowrank.training.schedule import scheduler_factory, warmup_cosine, warmup_steps
+from ds_lowrank.training.schedule import scheduler_factory, warmup_cosine, warmup_linear, warmup_steps
 
 
 def test_rises_to_the_peak_at_the_last_warmup_step_and_ends_at_a_tenth():
@@ -17,6 +17,11 @@ def test_rises_to_the_peak_at_the_last_warmup_step_and_ends_at_a_tenth():
 def test_without_warmup_every_step_is_on_the_cosine():
     factor = warmup_cosine(steps=2, warmup=0)
     assert [factor(0), factor(1)] == pytest.approx([0.55, 0.1], abs=1e-15)
+
+
+def test_the_line_is_at_its_peak_after_the_warmup_and_at_zero_after_the_last_step():
+    assert [warmup_linear(steps=6, warmup=2)(step) for step in range(8)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert [warmup_linear(steps=2, warmup=0)(step) for step in range(2)] == [1.0, 0.5]
 
 
 def test_warmup_may_take_the_whole_run():

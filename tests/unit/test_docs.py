@@ -52,8 +52,8 @@ def fences(language: str, info: str | None = None) -> list[Fence]:
 
 
 def furnish() -> None:
-    """What the snippets read: the metrics and the export of a finished run, in the current folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """What the snippets read: the metrics and the exports of finished runs, in the current folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from ds_lowrank.data.tokenizer import load_tokenizer
 
@@ -63,7 +63,10 @@ def furnish() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes))
     model.save_pretrained("runs/galore_60m/export")
-    load_tokenizer("bytes", lambda: iter(()), cache_dir=Path("cache")).save(Path("runs/galore_60m/export"))
+    classifier = LlamaForSequenceClassification(LlamaConfig(vocab_size=257, pad_token_id=256, **sizes))
+    classifier.save_pretrained("runs/finetuned/best")
+    for folder in ("galore_60m/export", "finetuned/best"):
+        load_tokenizer("bytes", lambda: iter(()), cache_dir=Path("cache")).save(Path("runs", folder))
 
 
 def execute(code: str, folder: str) -> None:
@@ -107,22 +110,30 @@ class ParserError(Exception):
 
 
 @pytest.fixture(scope="module")
-def pretrain_parser():
-    from ds_lowrank.training import arguments
+def parsers():
+    """Those of both scripts, by the page that documents their flags."""
+    from ds_lowrank.finetuning import arguments as finetune
+    from ds_lowrank.training import arguments as pretrain
 
     def grab(parser, *_):
         raise ParserError(parser)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ParserError) as caught:
-        patch.setattr(argparse.ArgumentParser, "parse_args", grab)
-        arguments.parse([])
-    return caught.value.args[0]
+    found = {}
+    for page, module in (("configuration", pretrain), ("finetuning", finetune)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ParserError) as caught:
+            patch.setattr(argparse.ArgumentParser, "parse_args", grab)
+            module.parse([])
+        found[page] = caught.value.args[0]
+    return found
+
+
+SCRIPTS = {"launch/pretrain.py", "launch/finetune.py"}
 
 
 def commands() -> list[list[str]]:
     lines = [line for fence in fences("bash") for line in fence.text.replace("\\\n", " ").splitlines()]
     split = [shlex.split(line, comments=True) for line in lines]
-    return [command for command in split if "launch/pretrain.py" in command]
+    return [command for command in split if SCRIPTS & set(command)]
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command)[:60])
@@ -130,29 +141,32 @@ def test_commands_parse_and_name_files_that_exist(command):
     from deepspeed.launcher import runner
     from torch.distributed.run import get_args_parser
 
-    from ds_lowrank.training.arguments import parse
+    from ds_lowrank.finetuning import arguments as finetune
+    from ds_lowrank.training import arguments as pretrain
 
-    split = command.index("launch/pretrain.py")
+    (script,) = SCRIPTS & set(command)
+    split = command.index(script)
     launchers = {"deepspeed": runner.parse_args, "torchrun": lambda args: get_args_parser().parse_args(args)}
     if command[0] != "python":
         launchers[command[0]](command[1:])
-    arguments = parse(command[split + 1 :])
+    arguments = (finetune if "finetune" in script else pretrain).parse(command[split + 1 :])
     assert (ROOT / arguments.deepspeed_config).is_file()
-    assert (ROOT / arguments.model).is_file()
+    assert "finetune" in script or (ROOT / arguments.model).is_file()
 
 
-def test_every_flag_that_is_mentioned_exists(pretrain_parser):
+def test_every_flag_that_is_mentioned_exists(parsers):
     elsewhere = {"--num_gpus", "--hostfile", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend"}
     elsewhere |= {"--rdzv_endpoint", "--constraint", "--logdir", "--help"}
-    known = set(pretrain_parser._option_string_actions) | elsewhere
+    known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, page
 
 
-def test_every_flag_of_the_script_is_documented_with_its_default(pretrain_parser):
+@pytest.mark.parametrize("page", ["configuration", "finetuning"])
+def test_every_flag_of_a_script_is_documented_with_its_default(parsers, page):
     hidden = {"--help", "--local_rank", "--deepscale", "--deepscale_config"}
-    documented = {flag.strip("`"): default.strip("`") for flag, default, _ in rows("configuration", "## Flags")}
-    actions = {action.option_strings[-1]: action for action in pretrain_parser._actions}
+    documented = {flag.strip("`"): default.strip("`") for flag, default, _ in rows(page, "## Flags")}
+    actions = {action.option_strings[-1]: action for action in parsers[page]._actions}
     assert documented.keys() == actions.keys() - hidden
     for flag, default in documented.items():
         required = actions[flag].required or flag == "--deepspeed_config"

@@ -57,7 +57,7 @@ RECIPES = documented()
 
 def expanded(command: str) -> list[str]:
     """The arguments that a shell gives launch/pretrain.py for a command of the README."""
-    (function,) = re.findall(r"^```bash\n(.*?)^```$", README, re.M | re.S)
+    (function,) = re.findall(r"^```bash\n(recipe.*?)^```$", README, re.M | re.S)
     script = f"deepspeed() {{ printf '%q ' \"$@\"; }}\n{function}{command}"
     words = shlex.split(subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout)
     return words[words.index("launch/pretrain.py") + 1 :]

@@ -1,0 +1,92 @@
+"""A checkpoint's own tokenizer, for examples of one or two texts."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.tokenizer import load_tokenizer
+from ds_lowrank.together import together
+
+SEPARATOR = "\n"  # between two texts, where the tokenizer knows no special tokens for a pair
+
+
+class ExampleTokenizer:
+    """A Hugging Face tokenizer with its own special tokens.
+
+    pad_id: fills short examples up; the end of text where there is no token for it.
+    vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        """Raises DataError if there is no token to pad with."""
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise DataError(f"tokenizer {name!r} has neither pad_token nor eos_token; set one in its config")
+            tokenizer.pad_token = tokenizer.eos_token
+        self._tokenizer = tokenizer
+        self._name = name
+        self._joins = tokenizer.num_special_tokens_to_add(pair=True) == 0
+        self.pad_id: int = tokenizer.pad_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        longest = tokenizer.model_max_length
+        self.max_length: int | None = longest if longest < 10**9 else None  # absent, it is an absurd number
+
+    def encode(self, columns: Sequence[Sequence[str]], max_length: int, segments: bool) -> list[dict[str, Any]]:
+        """`input_ids`, and with `segments` `token_type_ids`, of each example, cut to `max_length`; one or two columns.
+
+        Of a pair the longer text is cut.
+        """
+        if len(columns) == 2 and self._joins:
+            columns = [[SEPARATOR.join(pair) for pair in zip(*columns, strict=True)]]
+        encoded = self._tokenizer(
+            *map(list, columns),
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=segments,
+        )
+        return [
+            {key: np.asarray(encoded[key][row], dtype=np.int32) for key in encoded} for row in range(len(columns[0]))
+        ]
+
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        ids: list[int] = self._tokenizer("").input_ids
+        return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+
+    def plain(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """The ids of each text without special tokens."""
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def save(self, directory: Path) -> None:
+        """Write a folder that `AutoTokenizer.from_pretrained` reads."""
+        self._tokenizer.save_pretrained(str(directory))
+
+
+def load_example_tokenizer(spec: str, texts: Iterator[str], vocab_size: int, cache: Path) -> ExampleTokenizer:
+    """The tokenizer of a checkpoint folder or hub name; or `bpe`, trained on `texts`, or `bytes`.
+
+    Collective. Raises DataError, on every rank, where there is none or it cannot be used.
+    """
+    if spec in ("bpe", "bytes"):
+        made = load_tokenizer(spec, lambda: texts, vocab_size=vocab_size, cache_dir=cache)
+        return ExampleTokenizer(made.tokenizer, spec)
+    with together():
+        return ExampleTokenizer(_published(spec), spec)
+
+
+def _published(spec: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(os.path.expanduser(spec))
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        raise DataError(
+            f"no tokenizer in {spec!r} ({error}); put the checkpoint's own files there, or name it as --tokenizer"
+        ) from error

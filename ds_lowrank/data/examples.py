@@ -1,0 +1,151 @@
+"""Encoded examples, and batches of them that do not depend on how many ranks share them.
+
+The k-th global batch is one fixed list of examples. Rank `r` of `W` takes examples `r G/W` to `(r+1) G/W` of its `G`,
+in order, `micro_batch_size` at a time. Each micro-batch is padded on the right to its own longest example.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ds_lowrank.data.batches import Step, check_batch_sizes, check_position, rows_of
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.order import EpochOrder
+
+UNLABELLED = -100  # Hugging Face's losses leave such tokens out
+
+
+class Example(NamedTuple):
+    """`input_ids`, `token_types`: int32 `[length]`; `labels`: a class, a number, or int32 `[length]` of tokens."""
+
+    input_ids: npt.NDArray[np.int32]
+    labels: int | float | npt.NDArray[np.int32]
+    token_types: npt.NDArray[np.int32] | None = None
+
+    @property
+    def targets(self) -> int:
+        """How many predictions count: one for a class or a number, else the labelled tokens but for the first token."""
+        return int((self.labels[1:] != UNLABELLED).sum()) if isinstance(self.labels, np.ndarray) else 1
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of Hugging Face's names: int64 `[examples, longest]`, and labels of the same shape or `[examples]`."""
+    longest = max(len(example.input_ids) for example in examples)
+
+    def padded(rows: Sequence[npt.NDArray[np.int32]], value: int) -> torch.Tensor:
+        filled = np.full((len(rows), longest), value, dtype=np.int64)
+        for place, row in zip(filled, rows, strict=True):
+            place[: len(row)] = row
+        return torch.from_numpy(filled)
+
+    batch = {
+        "input_ids": padded([example.input_ids for example in examples], pad_id),
+        "attention_mask": padded([np.ones_like(example.input_ids) for example in examples], 0),
+    }
+    if examples[0].token_types is not None:
+        batch["token_type_ids"] = padded([e.token_types for e in examples if e.token_types is not None], 0)
+    if isinstance(examples[0].labels, np.ndarray):
+        batch["labels"] = padded([e.labels for e in examples if isinstance(e.labels, np.ndarray)], UNLABELLED)
+    else:
+        batch["labels"] = torch.tensor([example.labels for example in examples])
+    return batch
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Hash of every token and label."""
+    digest = hashlib.sha256()
+    for example in examples:
+        labels = example.labels.tobytes() if isinstance(example.labels, np.ndarray) else repr(example.labels).encode()
+        digest.update(b"%d %d " % (len(example.input_ids), len(labels)) + example.input_ids.tobytes() + labels)
+    return digest.hexdigest()
+
+
+class ExampleStream:
+    """An endless stream of optimizer steps over finite data, in a new order each epoch.
+
+    The last `len(examples) % global_batch_size` examples of an epoch's order are left to other epochs.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        pad_id: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        """Raises DataError if the batch sizes do not fit together or there is less than one global batch."""
+        check_batch_sizes(global_batch_size, micro_batch_size, world_size)
+        if len(examples) < global_batch_size:
+            raise DataError(
+                f"{len(examples)} examples to train on are less than one batch of {global_batch_size}: give more data, "
+                "or a smaller --global-batch-size"
+            )
+        self._examples = examples
+        self._pad_id = pad_id
+        self._rows = rows_of(rank, world_size, global_batch_size)
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches = global_batch_size // micro_batch_size
+        self._order = EpochOrder(len(examples), global_batch_size, seed)
+        self._identity: dict[str, int | str] = {
+            "fingerprint": fingerprint(examples),
+            "global_batch_size": global_batch_size,
+            "seed": seed,
+        }
+        self._step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
+
+    def next_step(self) -> Step:
+        """This rank's micro-batches of the next optimizer step; the tokens counted are those that are no padding."""
+        chosen = [self._examples[item] for item in self._order.items(self._step)]
+        self._step += 1
+        own = chosen[self._rows]
+        parts = [own[i : i + self._micro_batch_size] for i in range(0, len(own), self._micro_batch_size)]
+        batches = [collate(part, self._pad_id) for part in parts]
+        if isinstance(chosen[0].labels, np.ndarray):
+            # A mean over micro-batches and ranks of sums over this number weighs every target of the step alike.
+            targets = torch.tensor(sum(example.targets for example in chosen) / self._micro_batches)
+            batches = [{**batch, "num_items_in_batch": targets} for batch in batches]
+        return Step(batches, sum(len(example.input_ids) for example in chosen))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank; fit for `torch.load(weights_only=True)`."""
+        return {**self._identity, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. Raises DataError if data, tokenizer, global batch size or seed differ."""
+        check_position(state, self._identity)
+        self._step = state["step"]
+
+
+class HeldOut(NamedTuple):
+    """batch: what a model takes; examples: those in it, to be counted, or none where it only fills up."""
+
+    batch: dict[str, torch.Tensor]
+    examples: Sequence[Example]
+
+
+def held_out_batches(
+    examples: Sequence[Example], pad_id: int, *, micro_batch_size: int, rank: int, world_size: int
+) -> list[HeldOut]:
+    """This rank's share: every `world_size`-th example from `rank` on.
+
+    All ranks get the same number of batches, because a forward pass is a collective under ZeRO 3: a rank that has run
+    out gets the first example once more, not to be counted.
+    """
+    own = examples[rank::world_size]
+    parts = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
+    batches = [HeldOut(collate(part, pad_id), part) for part in parts]
+    most = -(-len(examples) // world_size)
+    filler = HeldOut(collate(examples[:1], pad_id), ())
+    return batches + [filler] * (-(-most // micro_batch_size) - len(batches))

@@ -1,0 +1,136 @@
+"""Where fine-tuning examples come from: `open_rows` turns a data spec into rows of training and validation.
+
+| spec | rows | validation |
+|---|---|---|
+| `stdlib-functions` | functions of the standard library (see `functions`) | by source |
+| a `.jsonl`, `.json`, `.csv` or `.parquet` file | its records | a second file, else a share by what is in the row |
+| `glue:TASK` | the data set of that task, from the hub | its own split; MNLI has two |
+| `hf:NAME[:CONFIG]` | a data set of the hub, or a local folder, through `datasets` | its `validation` split |
+
+What is held out is chosen by a hash of the row's content and the seed, so that equal rows never fall in both splits.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.files import ROW_FORMATS, file_format, read_rows
+from ds_lowrank.data.functions import standard_library_functions
+from ds_lowrank.data.glue import GLUE, HUB_NAME
+from ds_lowrank.data.split import split_of
+from ds_lowrank.together import leads_node, together
+
+Row = Mapping[str, Any]
+
+FUNCTIONS = "stdlib-functions"
+FUNCTIONS_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`validation`: by the prefix of the metrics; classes: names of whole-numbered labels, by column, where known."""
+
+    train: list[Row]
+    validation: dict[str, list[Row]]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def open_rows(spec: str, validation: Path | None, held_out: float, seed: int) -> Rows:
+    """The rows of both splits. Raises DataError for what is not there, cannot be read, or leaves a split empty.
+
+    validation: a file for validation; only where `spec` is a file too.
+    held_out: the fraction of a single file that is held out.
+
+    Collective: one process of each node reads first, so that only it downloads.
+    """
+    rows: Rows | None = None
+    for turn in (True, False):
+        with together():
+            if leads_node() == turn:
+                rows = _read(spec, validation, held_out, seed)
+    assert rows is not None
+    return rows
+
+
+def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Rows:
+    path = Path(spec).expanduser()
+    local = not spec.startswith(("glue:", "hf:")) and spec != FUNCTIONS
+    if validation is not None and not local:
+        raise DataError(f"{spec!r} brings its own validation split: leave --validation out")
+    if spec == FUNCTIONS:
+        rows = _held_out(standard_library_functions(), FUNCTIONS_HELD_OUT, seed=0)
+    elif spec.startswith("glue:"):
+        rows = _glue(spec)
+    elif spec.startswith("hf:"):
+        name, _, config = spec.removeprefix("hf:").partition(":")
+        rows = _from_datasets(spec, name, config or None, {"": "validation"})
+    elif validation is not None:
+        rows = Rows(_file(path), {"": _file(validation.expanduser())})
+    else:
+        rows = _held_out(_file(path), held_out, seed)
+    for split, found in {"train": rows.train, **rows.validation}.items():
+        if not found:
+            raise DataError(
+                f"{spec!r} holds no rows {'to train on' if split == 'train' else 'for validation'}: give more data, "
+                "or a file of its own as --validation"
+            )
+    return rows
+
+
+def _file(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"no data at '{path}': give an existing file, '{FUNCTIONS}', 'glue:TASK' or 'hf:NAME[:CONFIG]'")
+    if file_format(path) not in ROW_FORMATS:
+        raise DataError(f"{path}: not a format with columns; give {', '.join(ROW_FORMATS)}")
+    return list(read_rows(path))
+
+
+def _held_out(rows: Sequence[Row], share: float, seed: int) -> Rows:
+    """Split by the hash of whole rows."""
+
+    def split(row: Row) -> str:
+        return split_of(f"{seed}\n{json.dumps(row, sort_keys=True, default=str)}", share)
+
+    splits = [split(row) for row in rows]
+    parts = {
+        name: [row for row, where in zip(rows, splits, strict=True) if where == name]
+        for name in ("train", "validation")
+    }
+    return Rows(parts["train"], {"": parts["validation"]})
+
+
+def _glue(spec: str) -> Rows:
+    task = spec.removeprefix("glue:")
+    if task not in GLUE:
+        raise DataError(f"{spec!r}: no such task; GLUE has {', '.join(GLUE)}")
+    return _from_datasets(spec, HUB_NAME, task, GLUE[task].validation)
+
+
+def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping[str, str]) -> Rows:
+    import datasets
+
+    if name.startswith((".", "/", "~")):
+        name = str(Path(name).expanduser())
+        if not Path(name).is_dir():
+            raise DataError(f"{spec!r}: no folder {name}")
+    try:
+        found = datasets.load_dataset(name, config)
+    except Exception as error:  # the library raises classes of its own, of `requests` and of the hub's client
+        raise DataError(
+            f"{spec!r} cannot be loaded ({type(error).__name__}: {error}); check the name and the network, or download "
+            "it elsewhere and give the files"
+        ) from error
+    for split in ("train", *validation.values()):
+        if split not in found:
+            raise DataError(f"{spec!r} has no {split!r} split (it has: {', '.join(found)})")
+    classes = {
+        column: list(feature.names)
+        for column, feature in found["train"].features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return Rows(
+        found["train"].to_list(), {prefix: found[split].to_list() for prefix, split in validation.items()}, classes
+    )

@@ -1,0 +1,61 @@
+"""The command line of launch/finetune.py."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_lowrank.data.rows import FUNCTIONS
+from ds_lowrank.training.arguments import CACHE, add_outputs, add_run, count, parsed, positive, script_parser
+from ds_lowrank.training.schedule import SCHEDULES
+
+EPOCHS = 3
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser("Fine-tune a Hugging Face checkpoint with the optimizer that the configuration names.")
+    _add_inputs(parser.add_argument_group("model and data"))
+    _add_lora(parser.add_argument_group("LoRA, as a baseline"))
+    run = parser.add_argument_group("run")
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, default=EPOCHS, help="times through the training examples")
+    length.add_argument("--steps", type=positive, help="optimizer steps in all, instead of epochs")
+    add_run(run)
+    run.add_argument(
+        "--schedule", choices=tuple(SCHEDULES), default="cosine", help="after the warm-up; down to a tenth, or to zero"
+    )
+    run.add_argument("--eval-interval", type=count, help="steps; once an epoch by default, 0 at the end only")
+    run.add_argument("--best-metric", metavar="NAME", help="decides which model is kept; the task's first by default")
+    add_outputs(parser.add_argument_group("output"))
+    found = parsed(parser, arguments)
+    if (found.prompt_column is None) != (found.completion_column is None):
+        parser.error("--prompt-column and --completion-column belong together")
+    if found.prompt_column is not None and found.task != "causal-lm":
+        parser.error("--prompt-column and --completion-column are for --task causal-lm")
+    if found.text_column is not None and len(found.text_column) > 2:
+        parser.error("--text-column takes one column, or two for pairs of texts")
+    if not 0 < found.held_out < 1:
+        parser.error("--held-out must be a fraction between 0 and 1")
+    return found
+
+
+def _add_inputs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a LlamaConfig JSON")
+    group.add_argument("--task", choices=("classification", "causal-lm"), default="classification")
+    group.add_argument("--data", default=FUNCTIONS, help=f"{FUNCTIONS}, a file, glue:TASK or hf:NAME[:CONFIG]")
+    group.add_argument("--validation", type=Path, metavar="FILE", help="for validation, where --data is a file")
+    group.add_argument("--held-out", type=float, default=0.1, help="share of a single file that is for validation")
+    group.add_argument(
+        "--text-column", nargs="+", metavar="NAME", help="one, or two for pairs; that of the GLUE task, or text"
+    )
+    group.add_argument("--label-column", default="label", metavar="NAME", help="classes or numbers")
+    group.add_argument("--prompt-column", metavar="NAME", help="causal-lm: read, not learnt")
+    group.add_argument("--completion-column", metavar="NAME", help="causal-lm: learnt")
+    group.add_argument("--tokenizer", help="bpe, bytes, or a folder or hub name; that of the model by default")
+    group.add_argument("--max-length", type=positive, default=256, help="tokens an example; longer ones are cut")
+    group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="trained tokenizers")
+
+
+def _add_lora(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--lora-rank", type=positive, help="trains LoRA of this rank by peft")
+    group.add_argument("--lora-alpha", type=float, default=16.0, help="the product of the factors counts alpha / rank")
+    group.add_argument("--lora-targets", nargs="+", metavar="NAME", help="modules; every linear layer by default")

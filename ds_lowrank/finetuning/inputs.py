@@ -1,0 +1,73 @@
+"""What a run learns from: rows, task and tokenizer brought together into examples that fit the model."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.example_tokenizer import ExampleTokenizer, load_example_tokenizer
+from ds_lowrank.data.examples import Example, fingerprint
+from ds_lowrank.data.rows import Row, open_rows
+from ds_lowrank.data.tokenizer import check_vocabulary
+from ds_lowrank.finetuning.metrics import LOWER_IS_BETTER
+from ds_lowrank.finetuning.model import Source
+from ds_lowrank.finetuning.tasks import Task, make_task
+from ds_lowrank.together import from_first, together
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`validation`: by the prefix of the metrics; `pad_id`: fills batches up; `best_metric` decides which is best."""
+
+    task: Task
+    tokenizer: ExampleTokenizer
+    train: list[Example]
+    validation: dict[str, list[Example]]
+    pad_id: int
+    best_metric: str
+
+
+def open_inputs(arguments: Namespace, source: Source) -> Inputs:
+    """Read, check and encode the data. Collective; errors, also of data that differ, are raised on every rank."""
+    rows = open_rows(arguments.data, arguments.validation, arguments.held_out, arguments.seed)
+    with together():
+        task = make_task(arguments, rows)
+        best_metric = _best_metric(arguments.best_metric, task)
+    spec = arguments.tokenizer or ("bpe" if source.random else source.name)
+    tokenizer = load_example_tokenizer(spec, task.texts(rows.train), source.vocab_size, arguments.cache)
+    with together():
+        check_vocabulary(tokenizer.vocab_size, source.vocab_size)
+        _check_length(arguments.max_length, source, tokenizer)
+        segments = getattr(source.config, "type_vocab_size", 0) > 1
+
+        def encode(part: list[Row]) -> list[Example]:
+            return task.encode(part, tokenizer, arguments.max_length, segments)
+
+        train = encode(rows.train)
+        validation = {prefix: encode(part) for prefix, part in rows.validation.items()}
+    own = [fingerprint(part) for part in (train, *validation.values())]
+    first = from_first(lambda: own)
+    with together():
+        if own != first:
+            raise DataError(
+                "the examples differ between the ranks of this job; give every node the same files and packages"
+            )
+    return Inputs(task, tokenizer, train, validation, _pad_id(source, tokenizer), best_metric)
+
+
+def _best_metric(chosen: str | None, task: Task) -> str:
+    known = (*task.metrics, *(name for name in LOWER_IS_BETTER if name == "loss"))
+    if chosen is not None and chosen not in known:
+        raise DataError(f"--best-metric {chosen}: this task measures {', '.join(known)}")
+    return chosen or known[0]
+
+
+def _check_length(max_length: int, source: Source, tokenizer: ExampleTokenizer) -> None:
+    for longest, what in ((source.longest, "the model"), (tokenizer.max_length, "the tokenizer")):
+        if longest is not None and max_length > longest:
+            raise DataError(f"--max-length {max_length} is more than the {longest} tokens that {what} has room for")
+
+
+def _pad_id(source: Source, tokenizer: ExampleTokenizer) -> int:
+    """The model's own, from which it tells where a text ends, else the tokenizer's; some write -1 for none."""
+    own = source.config.get_text_config().pad_token_id
+    return int(own) if own is not None and own >= 0 else tokenizer.pad_id

@@ -1,0 +1,128 @@
+"""From the command line of launch/finetune.py to a run that is ready for its first step."""
+
+import importlib.util
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from torch.distributed import get_rank, get_world_size
+
+from ds_lowrank.checkpoint.manifest import Identity
+from ds_lowrank.checkpoint.random_state import seed_everything
+from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
+from ds_lowrank.finetuning.best import Best
+from ds_lowrank.finetuning.inputs import Inputs, open_inputs
+from ds_lowrank.finetuning.model import Source, build_model, find_model, trainable_parameters
+from ds_lowrank.finetuning.tasks import Task
+from ds_lowrank.models.lora import add_lora
+from ds_lowrank.together import together
+from ds_lowrank.training.config import BatchSizes
+from ds_lowrank.training.output import check_output
+from ds_lowrank.training.plan import checkpoint_to_resume, identify, settle_config
+from ds_lowrank.training.run import Run, start_engine
+from ds_lowrank.training.schedule import scheduler_factory, warmup_steps
+
+logger = logging.getLogger("ds_lowrank")
+
+
+def set_up(arguments: Namespace) -> Run:
+    """Everything up to the first step. Errors are raised on every rank."""
+    ranks = get_world_size()
+    with together():
+        config, batch = settle_config(arguments, ranks)
+        _check_lora(arguments, config)
+        _check_packages()
+        check_output(arguments.output, resuming=arguments.resume is not None)
+        source = find_model(arguments.model, arguments.task)
+        if arguments.lora_rank is not None and source.random:
+            raise ValueError("--lora-rank adapts trained weights: give a checkpoint as --model, not a JSON")
+    inputs = open_inputs(arguments, source)
+    share = {"micro_batch_size": batch.micro, "rank": get_rank(), "world_size": ranks}
+    with together():
+        stream = ExampleStream(inputs.train, inputs.pad_id, global_batch_size=batch.total, seed=arguments.seed, **share)
+        steps = arguments.steps or arguments.epochs * stream.steps_per_epoch
+        warmup = warmup_steps(arguments.warmup, steps)
+        identity = _identity(arguments, config, batch, ranks, source)
+        checkpoint = checkpoint_to_resume(arguments, identity, steps)
+    if arguments.eval_interval is None:
+        arguments.eval_interval = stream.steps_per_epoch
+    model = _build(arguments, source, inputs, config)
+    engine = start_engine(model, config, scheduler_factory(steps, warmup, arguments.schedule))
+    if get_rank() == 0:
+        logger.info("%s numbers are trained", f"{trainable_parameters(engine.module):,}")
+    seed_everything(arguments.seed + get_rank())  # from here on for dropout, which no two ranks should share
+    best = Best(engine, inputs.tokenizer, arguments.output, inputs.best_metric)
+    validation = {
+        prefix: held_out_batches(examples, inputs.pad_id, **share) for prefix, examples in inputs.validation.items()
+    }
+    run = Run(arguments, engine, steps, identity, stream, inputs.tokenizer)
+    run.evaluate = _evaluator(engine, inputs.task, validation, best)
+    run.parts = {"best": best}
+    run.facts = lambda: {"trainable_parameters": trainable_parameters(engine.module), "best": best.found}
+    run.resume(checkpoint)
+    return run
+
+
+def _check_lora(arguments: Namespace, config: Mapping[str, Any]) -> None:
+    if arguments.lora_rank is None:
+        return
+    if config["optimizer"]["params"].get("parametrization") == "adapter":
+        raise ValueError("--lora-rank and parametrization 'adapter' are two kinds of adapters: leave one of them out")
+
+
+def _check_packages() -> None:
+    for package, distribution in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"launch/finetune.py measures with {distribution}: pip install '.[finetune]'")
+
+
+def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[str, Any]) -> Any:
+    """The model, the same on every rank: what is new in it is drawn from the seed."""
+    seed_everything(arguments.seed)
+    # Random weights are made in collectives at ZeRO 3, and the same on every rank, so that none can fail alone.
+    with nullcontext() if source.random else together():
+        labels = getattr(inputs.task, "labels", None)
+        model = build_model(source, arguments.task, labels, inputs.pad_id, arguments.seed, config)
+        if arguments.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        if arguments.lora_rank is not None:
+            model = add_lora(model, arguments.task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_targets)
+    return model
+
+
+def _evaluator(
+    engine: DeepSpeedEngine, task: Task, validation: Mapping[str, list[HeldOut]], best: Best
+) -> Callable[[int], dict[str, float]]:
+    """Measures on every validation split, and keeps the model if it is the best so far by the first of them."""
+
+    def evaluate(step: int) -> dict[str, float]:
+        found = {
+            f"eval_{prefix}{name}": value
+            for prefix, batches in validation.items()
+            for name, value in task.measure(engine, batches).items()
+        }
+        best.consider(step, found[f"eval_{best.metric}"])
+        return found
+
+    return evaluate
+
+
+def _identity(arguments: Namespace, config: dict[str, Any], batch: BatchSizes, ranks: int, source: Source) -> Identity:
+    lora = {}
+    if arguments.lora_rank is not None:
+        lora = {name: getattr(arguments, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
+    model = source.config.to_diff_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        model.pop(key, None)
+    return identify(
+        arguments,
+        config,
+        batch,
+        ranks,
+        model={**model, "task": arguments.task, **lora},
+        sequence_length=arguments.max_length,
+        schedule=arguments.schedule,
+    )

@@ -1,0 +1,156 @@
+"""The two tasks: what an example is, what is trained on it, what is measured.
+
+Both hide the difference behind the same few names, so that the script and the loop know no task.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from deepspeed import DeepSpeedEngine
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.example_tokenizer import ExampleTokenizer
+from ds_lowrank.data.examples import UNLABELLED, Example, HeldOut
+from ds_lowrank.data.glue import GLUE
+from ds_lowrank.data.rows import Row, Rows
+from ds_lowrank.finetuning.evaluation import predictions_of_all, summed_loss
+from ds_lowrank.finetuning.labels import Labels, labels_of
+from ds_lowrank.finetuning.metrics import measure
+
+
+class Task(Protocol):
+    """`metrics`: names of what `measure` finds, apart from the loss; the first decides which checkpoint is best."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+
+    def texts(self, rows: Sequence[Row]) -> Iterator[str]:
+        """All text of the rows, to train a tokenizer on."""
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
+    ) -> list[Example]:
+        """Raises DataError for a row that cannot be used. `segments`: two texts are told apart by token types."""
+
+    def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+        """The loss and the metrics over the batches of all ranks, the same numbers on each. Collective."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One class, or one number, for one or two texts."""
+
+    columns: tuple[str, ...]
+    label_column: str
+    labels: Labels
+    metrics: tuple[str, ...]
+
+    def texts(self, rows: Sequence[Row]) -> Iterator[str]:
+        return (row[column] for row in rows for column in self.columns)
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
+    ) -> list[Example]:
+        columns = [[row[column] for row in rows] for column in self.columns]
+        examples = []
+        for number, (row, found) in enumerate(zip(rows, tokenizer.encode(columns, max_length, segments), strict=True)):
+            if not len(found["input_ids"]):
+                raise DataError(f"row {number} has no text in {' and '.join(self.columns)}; remove it")
+            label = self.labels.number(row[self.label_column], f"row {number}")
+            examples.append(Example(found["input_ids"], label, found.get("token_type_ids")))
+        return examples
+
+    def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+        regression = self.labels.regression
+
+        def predict(logits: torch.Tensor) -> list[float]:
+            found: list[float] = (logits.squeeze(-1).float() if regression else logits.argmax(-1)).tolist()
+            return found
+
+        loss, predictions, labels = predictions_of_all(engine, batches, predict)
+        return {"loss": loss, **measure(self.metrics, predictions, labels)}
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The next token: of a whole text, or of a completion after its prompt."""
+
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...] = ("perplexity",)
+
+    def texts(self, rows: Sequence[Row]) -> Iterator[str]:
+        return (row[column] for row in rows for column in self.columns)
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
+    ) -> list[Example]:
+        opening = np.asarray(tokenizer.opening(), dtype=np.int32)
+        closing = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int32)
+        parts = [tokenizer.plain([row[column] for row in rows]) for column in self.columns]
+        examples = []
+        for number, (*prompts, target) in enumerate(zip(*parts, strict=True)):
+            completion = np.concatenate([target, closing])[: max_length - len(opening)]
+            # The end of a prompt says more about what follows it than its beginning.
+            room = max_length - len(opening) - len(completion)
+            prompt = np.concatenate([opening, *(part[max(0, len(part) - room) :] for part in prompts)])
+            tokens = np.concatenate([prompt, completion])
+            unlabelled = np.full(len(prompt), UNLABELLED, dtype=np.int32)
+            example = Example(tokens, np.concatenate([unlabelled, completion]))
+            if not example.targets:
+                raise DataError(f"row {number} has nothing to predict in {self.columns[-1]!r}; remove it")
+            examples.append(example)
+        return examples
+
+    def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+        loss = summed_loss(engine, batches)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # beyond, a float overflows
+
+
+def make_task(arguments: Namespace, rows: Rows) -> Task:
+    """The task of the command line over these rows. Raises DataError for columns that are not there, or not fit."""
+    glue = GLUE.get(arguments.data.removeprefix("glue:")) if arguments.data.startswith("glue:") else None
+    columns = tuple(arguments.text_column or (glue.columns if glue else ("text",)))
+    if arguments.task == "causal-lm":
+        if arguments.prompt_column is not None:
+            columns = (arguments.prompt_column, arguments.completion_column)
+        elif len(columns) == 2:
+            raise DataError("causal-lm takes one --text-column, or --prompt-column and --completion-column")
+        _check_text(rows, columns)
+        return CausalLM(columns)
+    _check_columns(rows, (arguments.label_column,), "--label-column")
+    _check_text(rows, columns)
+    values = [row[arguments.label_column] for row in rows.train]
+    labels = labels_of(values, rows.classes.get(arguments.label_column), f"column {arguments.label_column!r}")
+    return Classification(columns, arguments.label_column, labels, glue.metrics if glue else _metrics(labels))
+
+
+def _metrics(labels: Labels) -> tuple[str, ...]:
+    if labels.regression:
+        return ("pearson", "spearman")
+    return ("accuracy", "f1", "mcc") if len(labels.classes) == 2 else ("accuracy", "mcc")
+
+
+def _check_columns(rows: Rows, columns: Sequence[str], flag: str) -> None:
+    for split in (rows.train, *rows.validation.values()):
+        for number, row in enumerate(split):
+            for column in columns:
+                if column not in row:
+                    raise DataError(
+                        f"row {number} has no column {column!r} (it has: {', '.join(map(str, row))}); name another "
+                        f"with {flag}"
+                    )
+
+
+def _check_text(rows: Rows, columns: Sequence[str]) -> None:
+    _check_columns(rows, columns, "--text-column")
+    for split in (rows.train, *rows.validation.values()):
+        for number, row in enumerate(split):
+            for column in columns:
+                value: Any = row[column]
+                if not isinstance(value, str):
+                    raise DataError(f"row {number}: column {column!r} holds {value!r}, which is no text")

@@ -1,0 +1,191 @@
+"""Fine-tuning with real engines: every ZeRO stage, both tasks, resume, the best model, exports, LoRA."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.engines.pool import run_ranks
+from tests.training.finetuning import CLASSES, EPOCH, command_line, finetune, make_workspace, rows
+from tests.training.runs import ROOT, deepspeed_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("finetuning"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Two epochs by one process."""
+    (result,) = run_ranks(1, finetune, command_line(folder, "alone"))
+    return result
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_it_learns_and_reports_every_metric(folder, alone):
+    records = alone["records"]
+    assert [record["step"] for record in records] == list(range(1, 2 * EPOCH + 1))
+    assert [record["step"] for record in records if "eval_loss" in record] == [EPOCH, 2 * EPOCH]  # once an epoch
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    assert records[-1]["eval_accuracy"] > 0.8 and records[-1]["eval_mcc"] > 0.7
+    assert {key for key in records[-1] if key.startswith("eval_")} == {"eval_loss", "eval_accuracy", "eval_mcc"}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_ranks_train_the_same_model_at_every_stage(folder, alone, zero_stage):
+    arguments = command_line(folder, f"stage{zero_stage}", config=deepspeed_config(zero_stage=zero_stage))
+    results = run_ranks(2, finetune, arguments)
+    for ours, theirs in zip(results[0]["records"], alone["records"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        for key in {"loss", "eval_loss", "grad_norm"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+        for key in {"eval_accuracy", "eval_mcc"} & theirs.keys():
+            assert ours[key] == theirs[key]
+    assert results[0]["best"] == results[1]["best"]
+    torch.testing.assert_close(results[1]["logits"], alone["logits"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("zero_stage", "optimizer", "lora"), [(2, "GaLore", ()), (3, "AdamW", ("--lora-rank", "2"))])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(folder, zero_stage, optimizer, lora):
+    """RoBERTa has dropout, so the random states of both ranks must continue too."""
+    config = deepspeed_config(optimizer, zero_stage)
+    more = ("--model", str(folder / "roberta"), "--save-interval", "6", *lora)
+    whole, again = f"whole{zero_stage}", f"again{zero_stage}"
+    first = run_ranks(2, finetune, command_line(folder, whole, *more, config=config))[0]
+    checkpoint = folder / whole / "checkpoints" / "global_step6"
+    resume = (*more, "--save-interval", "0", "--resume", str(checkpoint))
+    second = run_ranks(2, finetune, command_line(folder, again, *resume, config=config))[0]
+    assert [record["step"] for record in second["records"]] == [7, 8]
+    for ours, theirs in zip(second["records"], first["records"][6:], strict=True):
+        for key in ("loss", "grad_norm", "lr", "tokens", "eval_loss", "eval_accuracy"):
+            assert ours.get(key) == theirs.get(key), key
+    ours, theirs = weights(folder / again / "export"), weights(folder / whole / "export")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_export_is_a_classifier_with_its_class_names(folder, alone):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "alone" / "export")
+    assert model.config.id2label == dict(enumerate(CLASSES))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "alone" / "export")
+    held_out = rows(9, start=100)
+    batch = tokenizer([row["text"] for row in held_out], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    right = sum(CLASSES[found] == row["label"] for found, row in zip(predicted, held_out, strict=True))
+    assert right / 9 == pytest.approx(alone["records"][-1]["eval_accuracy"])
+
+
+def test_the_best_model_is_kept_though_the_run_goes_on_to_worse(folder):
+    rates = {"warmup_min_lr": 1e-3, "warmup_max_lr": 1.0, "warmup_num_steps": 8, "warmup_type": "linear"}
+    config = deepspeed_config(scheduler={"type": "WarmupLR", "params": rates})
+    arguments = command_line(folder, "worse", "--eval-interval", "1", "--best-metric", "loss", config=config)
+    (result,) = run_ranks(1, finetune, arguments)
+    value, step = min((record["eval_loss"], record["step"]) for record in result["records"])
+    assert 1 < step < 8, "the best is the first or the last: the test tests nothing"
+    kept = json.loads((folder / "worse" / "best" / "best.json").read_text())
+    assert kept == result["best"] == {"metric": "loss", "value": value, "step": step}
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "worse" / "best")
+    assert not torch.equal(model.score.weight, weights(folder / "worse" / "export")["score.weight"])
+    assert AutoTokenizer.from_pretrained(folder / "worse" / "best").eos_token == "<|endoftext|>"
+
+
+def test_completions_alone_are_learnt_and_every_token_weighs_the_same(folder):
+    """On two ranks, in micro-batches of other lengths, as on one."""
+    columns = ("--task", "causal-lm", "--prompt-column", "text", "--completion-column", "label")
+    one = run_ranks(1, finetune, command_line(folder, "lm1", *columns, "--micro-batch-size", "8"))[0]
+    two = run_ranks(2, finetune, command_line(folder, "lm2", *columns))[0]
+    assert one["records"][-1]["eval_perplexity"] < one["records"][EPOCH - 1]["eval_perplexity"] < 300
+    assert one["best"]["metric"] == "perplexity"
+    for ours, theirs in zip(two["records"], one["records"], strict=True):
+        for key in {"loss", "grad_norm", "eval_loss"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    AutoModelForCausalLM.from_pretrained(folder / "lm2" / "export")
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_numbers_of_pairs_are_regressed_by_an_encoder_with_the_glue_settings(folder, rank):
+    config = json.loads((ROOT / "ds_configs" / "glue" / f"galore_rank{rank}.json").read_text())
+    columns = ("--text-column", "text", "other", "--label-column", "number")
+    more = ("--model", str(folder / "roberta"), *columns, "--lr", "3e-2", "--schedule", "linear", "--warmup", "0")
+    arguments = command_line(folder, f"regression{rank}", *more, "--eval-interval", "8", config=config, epochs=8)
+    result = run_ranks(2, finetune, arguments)[0]
+    assert [record["lr"] for record in result["records"]] == pytest.approx([3e-2 * (1 - k / 16) for k in range(16)])
+    assert result["records"][0]["lowrank/projected_matrices"] == 2 * 6
+    assert result["records"][0]["lowrank/mean_rank"] == rank
+    assert result["best"]["metric"] == "pearson"
+    assert result["records"][-1]["eval_loss"] < 1.0 < result["records"][0]["loss"]
+    assert {"eval_loss", "eval_pearson", "eval_spearman"} <= result["records"][-1].keys()
+    model = AutoModelForSequenceClassification.from_pretrained(folder / f"regression{rank}" / "export")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+
+
+def test_a_llama_with_random_weights_needs_no_checkpoint(folder):
+    more = ("--model", str(folder / "model.json"), "--tokenizer", "bytes")
+    (one,) = run_ranks(1, finetune, command_line(folder, "random", *more, epochs=1))
+    sharded = deepspeed_config(zero_stage=3)
+    (three,) = run_ranks(1, finetune, command_line(folder, "random3", *more, config=sharded, epochs=1))
+    assert three["records"][0]["loss"] == pytest.approx(one["records"][0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("zero_stage", "task"), [(1, "causal-lm"), (3, "classification")])
+def test_lora_is_exported_as_the_plain_model_that_it_computes(folder, zero_stage, task):
+    output = f"lora-{task}-{zero_stage}"
+    config = deepspeed_config("AdamW", zero_stage)
+    more = ("--task", task, "--lora-rank", "4", "--lora-alpha", "8")
+    result = run_ranks(2, finetune, command_line(folder, output, *more, config=config))[0]
+    # Four attention and three MLP matrices in two layers, and the head of a classifier.
+    assert result["trainable_parameters"] == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64)) + (
+        96 if task != "causal-lm" else 0
+    )
+    assert result["records"][-1]["loss"] < result["records"][0]["loss"]
+    auto = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    model = auto.from_pretrained(folder / output / "export")
+    with torch.no_grad():
+        logits = model(torch.arange(2 * 8).reshape(2, 8) + 40).logits
+    torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
+
+
+METHODS = {
+    "adapter": {"type": "GradNormLoRP", "params": {"rank": 2, "parametrization": "adapter", "adapter_rank": 4}},
+    "full": {"type": "GradNormLoRP", "params": {"rank": 4}},
+    "ascent": {"type": "Lorenza", "params": {"rank": 4}},
+}
+
+
+@pytest.mark.parametrize(("method", "zero_stage"), [("adapter", 3), ("full", 2), ("ascent", 1)])
+def test_other_parametrisations_and_passes_need_no_word_of_their_own(folder, method, zero_stage):
+    """The export is a plain model that computes what the trained one does."""
+    config = deepspeed_config(zero_stage=zero_stage) | {"optimizer": METHODS[method]}
+    result = run_ranks(2, finetune, command_line(folder, method, "--lr", "0.01", config=config))[0]
+    assert result["records"][-1]["loss"] < result["records"][0]["loss"]
+    assert (result["trainable_parameters"] < 30336) == (method == "adapter")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / method / "export")
+    with torch.no_grad():
+        logits = model(torch.arange(2 * 8).reshape(2, 8) + 40).logits
+    torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_script_leaves_what_a_run_leaves(folder):
+    """By torchrun on two ranks."""
+    arguments = [*command_line(folder, "script", "--save-interval", "8"), "--export"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, *launcher, str(ROOT / "launch" / "finetune.py"), *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (folder / "script").iterdir()} == {
+        *("best", "checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),
+    }
+    summary = json.loads((folder / "script" / "summary.json").read_text())
+    assert summary["finished"] and summary["best"]["metric"] == "accuracy" and summary["trainable_parameters"] > 10000
+    assert "step 8/8 | loss" in run.stdout and "eval accuracy" in run.stdout
+    assert "new, not from the checkpoint: score.weight" in run.stdout

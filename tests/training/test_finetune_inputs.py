@@ -1,0 +1,145 @@
+"""What launch/finetune.py refuses: early, in words, on every rank; and what it makes of labels."""
+
+import json
+import shutil
+
+import pytest
+
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.finetuning.arguments import parse
+from ds_lowrank.finetuning.labels import labels_of
+from tests.engines.pool import run_ranks
+from tests.training.finetuning import command_line, make_workspace, refused, rows, write
+from tests.training.runs import deepspeed_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_workspace(tmp_path_factory.mktemp("refusals"))
+    (folder / "empty").mkdir()
+    for copy in ("without_tokenizer", "without_weights", "damaged"):
+        shutil.copytree(folder / "llama", folder / copy)
+    for file in (folder / "without_tokenizer").glob("tokenizer*"):
+        file.unlink()
+    (folder / "without_weights" / "model.safetensors").unlink()
+    (folder / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(folder / "roberta", folder / "mislabelled")
+    config = json.loads((folder / "roberta" / "config.json").read_text())
+    (folder / "mislabelled" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    write(folder / "one_class.jsonl", [row | {"label": "cold"} for row in rows(40)])
+    write(folder / "unlabelled.jsonl", [row | {"label": None if row["label"] == "hot" else "cold"} for row in rows(40)])
+    write(folder / "few.jsonl", rows(5))
+    write(folder / "others.jsonl", [row | {"label": "icy"} for row in rows(9)])
+    write(folder / "no_text.jsonl", [row | {"text": ""} for row in rows(40)])
+    return folder
+
+
+REFUSALS = [
+    (["--label-column", "sentiment"], "row 0 has no column 'sentiment' (it has: text, other, label, number)"),
+    (["--text-column", "sentence"], "row 0 has no column 'sentence'"),
+    (["--text-column", "number"], "column 'number' holds 0.5, which is no text"),
+    (["--model", "{}/roberta", "--task", "causal-lm"], "is a RobertaForMaskedLM, which does not predict the next"),
+    (["--model", "{}/empty"], "is no checkpoint: the folder has no config.json"),
+    (["--model", "{}/none"], "none: no such folder"),
+    (["--model", "{}/none.json"], "no model configuration at"),
+    (["--model", "{}/without_tokenizer"], "no tokenizer in"),
+    (["--model", "{}/without_weights"], "the weights cannot be read"),
+    (["--model", "{}/damaged"], "the weights cannot be read"),
+    (["--model", "{}/mislabelled"], "is no checkpoint of a RobertaForSequenceClassification: it has no weights that"),
+    (["--model", "{}/llama", "--tokenizer", "{}/wide"], "the data use 400 token ids but the model's vocab_size is 300"),
+    (["--max-length", "65"], "--max-length 65 is more than the 64 tokens that the model has room for"),
+    (["--data", "{}/few.jsonl"], "5 examples to train on are less than one batch of 8"),
+    (["--data", "{}/none.jsonl"], "no data at"),
+    (["--data", "{}/none.txt"], "no data at"),
+    (["--data", "{}/one_class.jsonl"], "has the one class 'cold'"),
+    (["--data", "{}/unlabelled.jsonl"], "has no label in 13 rows, first in row 1"),
+    (["--data", "{}/no_text.jsonl"], "row 0 has no text in text; remove it"),
+    (["--validation", "{}/others.jsonl"], "row 0: label 'icy' is none of the classes in training"),
+    (["--data", "stdlib-functions"], "'stdlib-functions' brings its own validation split"),
+    (["--best-metric", "f1"], "--best-metric f1: this task measures accuracy, mcc, loss"),
+    (["--lora-rank", "4", "--model", "{}/model.json"], "--lora-rank adapts trained weights"),
+    (["--lora-rank", "4", "--lora-targets", "nothing"], "--lora-targets ['nothing']: No modules were targeted"),
+    (["--resume"], "nothing to resume"),
+]
+
+
+def refuse_all(command_lines):
+    return [refused(arguments) for arguments in command_lines]
+
+
+def test_what_cannot_be_trained_is_refused_on_both_ranks(folder):
+    from transformers import PreTrainedTokenizerFast
+
+    from ds_lowrank.data.tokenizer import load_tokenizer
+
+    bytes_ = load_tokenizer("bytes", lambda: iter(()), cache_dir=folder).tokenizer
+    wide = PreTrainedTokenizerFast(tokenizer_object=bytes_.backend_tokenizer, eos_token="<|endoftext|>")
+    wide.add_tokens([f"word{number}" for number in range(143)])
+    wide.save_pretrained(folder / "wide")
+    starts = [command_line(folder, "refused", *(flag.format(folder) for flag in flags)) for flags, _ in REFUSALS]
+    for messages in run_ranks(2, refuse_all, starts):
+        for (flags, expected), message in zip(REFUSALS, messages, strict=True):
+            assert expected in message, flags
+    assert not (folder / "refused").exists()
+
+
+def refuse_by_rank(command_lines):
+    from torch import distributed
+
+    return refused(command_lines[distributed.get_rank()])
+
+
+def test_what_one_rank_finds_wrong_ends_both(folder):
+    starts = [command_line(folder, "alone"), command_line(folder, "alone", "--model", str(folder / "empty"))]
+    for message in run_ranks(2, refuse_by_rank, starts, timeout=60):
+        assert "is no checkpoint: the folder has no config.json" in message
+
+
+def test_two_kinds_of_adapters_are_refused(folder):
+    config = deepspeed_config()
+    config["optimizer"]["params"]["parametrization"] = "adapter"
+    (message,) = run_ranks(1, refused, command_line(folder, "twice", "--lora-rank", "4", config=config))
+    assert "--lora-rank and parametrization 'adapter' are two kinds of adapters" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt-column", "text"], "belong together"),
+        (["--prompt-column", "a", "--completion-column", "b"], "are for --task causal-lm"),
+        (["--text-column", "a", "b", "c"], "one column, or two"),
+        (["--held-out", "1"], "fraction between 0 and 1"),
+        (["--steps", "3"], "not allowed with argument --epochs"),
+    ],
+)
+def test_flags_that_contradict_each_other_end_in_usage(folder, more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(command_line(folder, "usage", *more))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "classes", "numbers"),
+    [
+        (["b", "a", "b"], None, ("a", "b"), [1, 0, 1]),
+        ([2, 10, 2], None, ("2", "10"), [0, 1, 0]),
+        (["2", "10", "2"], None, ("2", "10"), [0, 1, 0]),  # as a CSV file has them
+        ([True, False], None, ("false", "true"), [1, 0]),
+        ([1, 0], ["not_equivalent", "equivalent"], ("not_equivalent", "equivalent"), [1, 0]),
+        ([0.5, 3], None, (), [0.5, 3.0]),
+        (["3.800", "5"], None, (), [3.8, 5.0]),
+    ],
+)
+def test_labels_are_classes_or_numbers(values, names, classes, numbers):
+    labels = labels_of(values, names, "column 'label'")
+    assert labels.classes == classes
+    assert [labels.number(value, "row") for value in values] == numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(["a", 1], "mixes kinds of labels"), ([[1], [2]], "mixes kinds"), ([1, 1], "one class"), (["a", ""], "no label")],
+)
+def test_other_labels_are_refused(values, message):
+    with pytest.raises(DataError, match=message):
+        labels_of(values, None, "column 'label'")

@@ -1,0 +1,81 @@
+"""The GLUE settings: what ds_configs/README.md says of them is true, and each could be started as it stands."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from ds_lowrank.config import METHODS, parse_options
+from ds_lowrank.data.glue import GLUE
+from ds_lowrank.finetuning.arguments import parse
+from ds_lowrank.roles import role_of, tag_from_name
+from ds_lowrank.support import check_supported
+from ds_lowrank.training.plan import settle_config
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "ds_configs" / "glue"
+README = (ROOT / "ds_configs" / "README.md").read_text()
+COMMANDS = re.findall(r"`(glue [^`<]+)`", README)
+SCALES = {4: 4.0, 8: 2.0}
+# Table 7 of GaLore's paper.
+RATES = {
+    4: {"cola": 3e-5, "stsb": 1e-5, "mrpc": 3e-5, "rte": 1e-5, "sst2": 1e-5, "mnli": 1e-5, "qnli": 1e-5, "qqp": 1e-5},
+    8: {"cola": 1e-5, "stsb": 3e-5, "mrpc": 2e-5, "rte": 2e-5, "sst2": 2e-5, "mnli": 1e-5, "qnli": 1e-5, "qqp": 2e-5},
+}
+
+
+def expanded(command: str) -> list[str]:
+    """The arguments that a shell gives launch/finetune.py for a command of the README."""
+    (function,) = re.findall(r"^```bash\n(glue.*?)^```$", README, re.M | re.S)
+    script = f"deepspeed() {{ printf '%q ' \"$@\"; }}\n{function}{command}"
+    words = shlex.split(subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout)
+    return words[words.index("launch/finetune.py") + 1 :]
+
+
+def encoder_matrices() -> dict[str, tuple[int, int]]:
+    """What the default rule projects in RoBERTa-base."""
+    with torch.device("meta"):
+        config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+        named = RobertaForSequenceClassification(config).named_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in named}
+    return {name: shape for name, shape in shapes.items() if role_of(tag_from_name(name), shape, None, ()).projected}
+
+
+def test_every_task_of_the_paper_has_its_settings_at_both_ranks():
+    promised = {(f"galore_rank{rank}", task) for rank, tasks in RATES.items() for task in tasks}
+    assert {tuple(command.split()[1:3]) for command in COMMANDS} == promised
+    assert {path.stem for path in FOLDER.iterdir()} == {configuration for configuration, _ in promised}
+    assert set(RATES[4]) == set(RATES[8]) == set(GLUE) - {"wnli"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_setting_can_be_started_as_documented(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = parse(expanded(command))
+    task = arguments.data.removeprefix("glue:")
+    for ranks in (1, 2, 4, 8, 16):
+        config, batch = settle_config(arguments, ranks)
+        assert (batch.total, batch.accumulation) == (32 if task == "cola" else 16, 1)
+    check_supported(config, config["optimizer"]["type"])
+    method = METHODS[config["optimizer"]["type"]]
+    options = parse_options(method, config["optimizer"]["params"])
+    rank = int(arguments.deepspeed_config.removesuffix(".json").rpartition("rank")[2])
+    assert (options.rank, options.scale, options.update_proj_gap) == (rank, SCALES[rank], 500)
+    assert (options.lr, options.weight_decay, config["gradient_clipping"]) == (RATES[rank][task], 0.0, 0.0)
+    assert (arguments.epochs, arguments.max_length, arguments.schedule, arguments.warmup) == (30, 512, "linear", 0)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.stem)
+def test_the_encoder_s_matrices_are_projected_and_nothing_else(path):
+    block = json.loads(path.read_text())["optimizer"]
+    method = METHODS[block["type"]]
+    options = parse_options(method, block["params"])
+    matrices = encoder_matrices()
+    assert len(matrices) == 12 * 6 and all(name.startswith("roberta.encoder.layer.") for name in matrices)
+    for shape in set(matrices.values()):
+        assert method.misfit(shape, options) is None and method.rank(shape, options) == options.rank
