@@ -302,7 +302,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def _perturbation_metrics(self) -> dict[str, float]:
-        perturbation = self._perturbation
+        perturbation = self.perturbation
         if perturbation is None:
             return {}
         return {"lowrank/perturbation_norm": perturbation.norm, "lowrank/without_slope": perturbation.without}

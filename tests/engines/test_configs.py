@@ -25,7 +25,7 @@ def after_one_step():
 
 
 def test_the_promised_configurations_are_there():
-    methods = {"online_subspace_descent", "vlorp", "adarankgrad", "apollo", "apollo_mini"}
+    methods = {"online_subspace_descent", "vlorp", "adarankgrad", "apollo", "apollo_mini", "gradnormlorp", "lorenza"}
     assert {path.stem for path in GALORE} == {
         f"galore_zero{stage}{dtype}" for stage in range(4) for dtype in ("", "_bf16")
     }
@@ -72,8 +72,7 @@ def repeat_one_batch(settings):
     batch = torch.randint(0, 4096, shape, generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(STEPS):
-        loss = engine(input_ids=batch, labels=batch).loss
-        engine.backward(loss)
+        (loss,) = ds_lowrank.forward_backward(engine, lambda: engine(input_ids=batch, labels=batch).loss)
         engine.step()
         losses.append(loss.item())
     metrics = engine.basic_optimizer.metrics() if hasattr(engine.basic_optimizer, "metrics") else {}

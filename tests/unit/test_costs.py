@@ -271,7 +271,7 @@ def test_waves_cost_what_is_documented(monkeypatch, room, count):
 
 
 def test_gradnormlorp_in_eight_bits_reaches_the_papers_headline_at_7b():
-    """Optimizer states 89.5 % below those of AdamW in bf16: all tensors of the state, of the matrices and of the rest."""
+    """89.5 % below AdamW in bf16, counting all tensors of the state, of the matrices and of the rest."""
     from ds_lowrank.models import llama
     from ds_lowrank.report import state_bytes
 

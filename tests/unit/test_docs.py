@@ -256,8 +256,7 @@ def test_every_metric_is_documented():
     documented = {key for cells in rows("getting_started", "### Reading") for key in re.findall(r"`([^`]+)`", cells[0])}
     source = ast.parse((ROOT / "ds_lowrank/training/record.py").read_text())
     record = max((node for node in ast.walk(source) if isinstance(node, ast.Dict)), key=lambda node: len(node.keys))
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    counters = ds_lowrank.GaLore([("w", weight)]).metrics().keys()
+    counters = ds_lowrank.Lorenza(weights((2, 2))).metrics().keys()  # has those of the others, and its own
     assert documented == {key.value for key in record.keys if key is not None} | counters | {"eval_loss", "matrices"}
 
 

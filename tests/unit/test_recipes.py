@@ -30,12 +30,14 @@ PUBLISHED = {
     "online_subspace_descent": {"60m", "350m", "1b", "7b"},
     "apollo": {"60m", "130m", "350m", "1b", "7b"},
     "apollo_mini": {"60m", "130m", "350m", "1b", "7b"},
+    "gradnormlorp": {"60m"},
 }
 # What the README's text says of all sizes.
 AT_EVERY_SIZE = {
     "GaLore": {"eps": 1e-8, "scale": 0.25, "projector": "svd"},
     "OnlineSubspaceDescent": {"scale": 0.25, "pca_lambda": 0.1, "basis_lr_ratio": 5, "basis_weight_decay": None},
     "Apollo": {"lr": 0.01, "update_proj_gap": 200, "norm_growth_limit": 1.01},
+    "GradNormLoRP": {"scale": 0.25, "state_dtype": "int8", "parametrization": "full"},
 }
 
 
