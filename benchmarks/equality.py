@@ -64,10 +64,12 @@ def simulated(method: str, ranks: list[int]) -> float:
 
 
 def main() -> None:
-    arguments = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods")
+    arguments = parser.parse_args()
     worlds, stages = ([2], [2]) if arguments.quick else ([1, 2, 3], [0, 1, 2, 3])
     rows: Numbers = []
-    for method in METHODS:
+    for method in arguments.only:
         rows += engines(method, worlds, stages)
         rows.append({"what": f"{method}, simulated world", "largest difference": simulated(method, [1, 2, 3, 5])})
     pairs = CASES[:2] if arguments.quick else CASES

@@ -60,9 +60,9 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(
         "GradNormLoRP adapter", "GradNormLoRP",
         {"rank": RANK // 2, "update_proj_gap": GAP, "scale": 1.0, "parametrization": "adapter",
-         "adapter_rank": RANK, "adapter_alpha": 2.0 * RANK}, (1e-3, 2e-3, 5e-3),
+         "adapter_rank": RANK, "adapter_alpha": 2.0 * RANK}, (2e-3, 5e-3, 1e-2),
     ),
-    Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (1e-3, 2e-3, 4e-3)),
+    Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (2e-3, 4e-3, 8e-3)),
 )  # fmt: skip
 """One line a method; ranks are LoRA's, but half of it for the factors of an adapter, which are no wider."""
 
@@ -166,7 +166,7 @@ def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the runs, and repeats only those missing")
     parser.add_argument("--pretrain-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=354, help="of every run; 118 are an epoch")
+    parser.add_argument("--steps", type=int, default=118, help="of every run; an epoch")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences")
     parser.add_argument("--max-length", type=int, default=128, help="tokens")
     parser.add_argument("--seeds", type=int, default=2, help="of every setting")

@@ -35,12 +35,14 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
         The losses of the passes that gave the gradient, detached, in order.
 
     Raises:
-        ConfigError: the method shares one perturbation among the micro-batches of a step, and this is not all of them.
+        ConfigError: more micro-batches than the step has left; or not all of them, where the method shares one
+            perturbation among them.
         RemoteError: a probe failed on another rank; says which.
     """
     steps = [forwards] if callable(forwards) else list(forwards)
     optimizer = engine if isinstance(engine, LowRankOptimizer) else getattr(engine, "basic_optimizer", None)
     passes = _Passes(engine, len(steps))
+    passes.check_count()
     if not isinstance(optimizer, LowRankOptimizer) or optimizer.perturbation is None:
         return [passes.run(forward) for forward in steps]
     climb = optimizer.perturbation.climb
@@ -75,13 +77,18 @@ class _Passes:
     def __init__(self, engine: Any, count: int) -> None:
         self._engine, self._count, self._done = engine, count, 0
         self._is_plain = isinstance(engine, LowRankOptimizer)
+        # Otherwise the caller says when a step is whole, and every engine.step() is one.
+        self._counts = not self._is_plain and engine.managed_gradient_accumulation()
+
+    @property
+    def _whole(self) -> int:
+        """The micro-batches of a step."""
+        return int(self._engine.gradient_accumulation_steps()) if self._counts else self._count
 
     @property
     def position(self) -> int:
         """How many micro-batches of this step came before."""
-        if self._is_plain:
-            return self._done
-        return int(self._engine.micro_steps % self._engine.gradient_accumulation_steps())
+        return int(self._engine.micro_steps) % self._whole if self._counts else self._done
 
     @property
     def device(self) -> torch.device:
@@ -95,14 +102,20 @@ class _Passes:
         """The data-parallel ranks; None for all."""
         return None if self._is_plain else getattr(self._engine, "seq_data_parallel_group", None)
 
-    def check_whole_step(self) -> None:
-        if self._is_plain:
-            return
-        asked = self._engine.gradient_accumulation_steps()
-        if self._count != asked:
+    def check_count(self) -> None:
+        left = self._whole - self.position
+        if not 0 < self._count <= left:
             raise ConfigError(
-                f"accumulation 'per_step' needs all {asked} micro-batches of a step in one call of forward_backward, "
-                f"got {self._count}: pass a list of {asked}, or set accumulation to 'per_micro_batch'"
+                f"forward_backward got {self._count} micro-batches, and this step has {left} left of "
+                f"gradient_accumulation_steps {self._whole}: pass those of one step, then call engine.step()"
+            )
+
+    def check_whole_step(self) -> None:
+        if self._count != self._whole:
+            raise ConfigError(
+                f"accumulation 'per_step' needs all {self._whole} micro-batches of a step in one call of "
+                f"forward_backward, got {self._count}: pass a list of {self._whole}, or set accumulation to "
+                "'per_micro_batch'"
             )
 
     def run(self, forward: Forward) -> torch.Tensor:
@@ -112,8 +125,8 @@ class _Passes:
             (loss / self._count).backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         self._engine.backward(loss)
-        if self._done < self._count:
-            self._engine.step()  # inside an accumulation window it only counts
+        if self._counts and self._done < self._count:
+            self._engine.step()  # inside a step it only counts
         return loss.detach()
 
 

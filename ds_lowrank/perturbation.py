@@ -56,6 +56,10 @@ class Movable:
         self.weights.copy_(self.saved)
         self.shard.write(self.weights, self.directions.at(coordinates), -distance, 0.0)
 
+    def mirror(self) -> None:
+        """To the other side of where they were, as far away, whatever rounding made of the move."""
+        torch.lerp(self.weights, self.saved, 2.0, out=self.weights)
+
 
 class Perturbation:
     """What moves the weights of an optimizer's matrices.
@@ -137,22 +141,24 @@ class Perturbation:
         radius, slopes = self.climb.probe_radius, []
         here = None if self.climb.two_sided else loss()
         for probe in probes:
-            self._move_all(probe, radius)
+            self._probe(probe)
             ahead = loss()
-            if here is None:
-                self._move_all(probe, -radius)
-                slopes.append((ahead - loss()) / (2 * radius))
-            else:
+            if here is not None:
                 slopes.append((ahead - here) / radius)
+                continue
+            for movable in self._moved:
+                movable.mirror()
+            self._release()
+            slopes.append((ahead - loss()) / (2 * radius))
         return slopes
 
-    def _move_all(self, probe: str, distance: float) -> None:
+    def _probe(self, probe: str) -> None:
         for movable in self._moved:
-            movable.move(movable.coordinates([probe], [1.0]), distance)
+            movable.move(movable.coordinates([probe], [1.0]), self.climb.probe_radius)
         self._release()
         if "probe_radius" not in self._told:
             square = sum(movable.directions.square(movable.coordinates([probe], [1.0])) for movable in self._moved)
-            self._realised("probe_radius", abs(distance) * math.sqrt(square))
+            self._realised("probe_radius", self.climb.probe_radius * math.sqrt(square))
 
     def _climb(self, probes: Sequence[str], shares: Sequence[float]) -> None:
         squares = [movable.directions.square(movable.coordinates(probes, shares)) for movable in self._moved]

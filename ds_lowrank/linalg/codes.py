@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -23,27 +24,42 @@ SPREAD = (12664746, 9560334)
 """Powers of the inverse of the root of x^3 = x + 1, times 2^24: their multiples fill a square evenly."""
 MANTISSA_BITS = 23
 MAGNITUDE = 2**31 - 1
+IN_CACHE = 2**16
+"""Numbers that a CPU codes at a time."""
 
-Dither = Callable[[], torch.Tensor]
-"""Makes what numbers are rounded by: for each a whole number below 2^24, int32."""
 
-
-def spread(rows: torch.Tensor, columns: int, offset: int) -> torch.Tensor:
+def spread(first: int, rows: int, columns: int, offset: int, device: torch.device) -> torch.Tensor:
     """Whole numbers below 2^24, evenly spread over rows and columns.
 
     Args:
-        rows: p, int64: which rows of the whole tensor these are.
-        columns: q.
+        first: which row of the whole tensor the first one is.
         offset: added to all; a random one makes each of them random.
 
     Returns:
-        p x q, int32.
+        rows x columns, int32.
     """
-    mask = 2**DITHER_BITS - 1
-    by_row = (rows * SPREAD[0] + offset).bitwise_and_(mask).int().unsqueeze(1)
-    by_column = (torch.arange(columns, device=rows.device) * SPREAD[1]).bitwise_and_(mask).int()
-    whole: torch.Tensor = by_row + by_column
-    return whole.bitwise_and_(mask)
+    modulus = 1 << DITHER_BITS
+    start = (first * SPREAD[0] + offset) % modulus
+    by_row = _multiples(SPREAD[0], rows, device).add(start).unsqueeze(1)
+    whole: torch.Tensor = (by_row + _multiples(SPREAD[1], columns, device)).bitwise_and_(modulus - 1)
+    return whole
+
+
+def _multiples(factor: int, count: int, device: torch.device) -> torch.Tensor:
+    """The first of them, modulo 2^24, int32."""
+    return _table(factor, 1 << max(0, count - 1).bit_length(), device)[:count]
+
+
+@lru_cache(maxsize=8)
+def _table(factor: int, count: int, device: torch.device) -> torch.Tensor:
+    return (torch.arange(count, device=device) * factor % (1 << DITHER_BITS)).int()
+
+
+def chunks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, in multiples of BLOCK, that are coded at a time."""
+    numbers = IN_CACHE if device.type == "cpu" else 2**24
+    step = max(1, numbers // (BLOCK * max(1, columns))) * BLOCK
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 class Code(ABC):
@@ -64,8 +80,14 @@ class Code(ABC):
         """p x q, fp32."""
 
     @abstractmethod
-    def encode(self, values: torch.Tensor, dither: Dither) -> dict[str, torch.Tensor]:
-        """The tensors to store for p x q fp32 numbers."""
+    def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
+        """The tensors to store.
+
+        Args:
+            values: p x q, fp32.
+            first: which row of the whole tensor the first one is; a multiple of ``run``.
+            offset: a random number below 2^24, which all that is rounded in a step has in common.
+        """
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of all that is stored."""
@@ -81,7 +103,7 @@ class Exact(Code):
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return stored[""]
 
-    def encode(self, values: torch.Tensor, dither: Dither) -> dict[str, torch.Tensor]:
+    def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
         return {"": values}
 
 
@@ -97,9 +119,14 @@ class BFloat16(Code):
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return stored[""].float()
 
-    def encode(self, values: torch.Tensor, dither: Dither) -> dict[str, torch.Tensor]:
-        bits = values.view(torch.int32) + (dither() >> (DITHER_BITS - 16))
-        return {"": bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()}
+    def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
+        rows, columns = values.shape
+        stored = torch.empty(rows, columns, dtype=torch.bfloat16, device=values.device)
+        for start, end in chunks(rows, columns, values.device):
+            by = spread(first + start, end - start, columns, offset, values.device) >> (DITHER_BITS - 16)
+            bits = values[start:end].view(torch.int32).add(by).bitwise_and_(-(2**16))
+            stored[start:end] = bits.view(torch.float32)
+        return {"": stored}
 
 
 class Int8(Code):
@@ -119,8 +146,6 @@ class Int8(Code):
     KEPT: ClassVar[int] = 3
     """Bits of the mantissa: numbers are between 6 % and 12.5 % apart."""
     DROPPED: ClassVar[int] = MANTISSA_BITS - KEPT
-    CHUNK: ClassVar[int] = 2**16
-    """Numbers that a CPU codes at a time, so that what lies between stays in its cache."""
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
@@ -134,30 +159,23 @@ class Int8(Code):
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         codes, scales = stored[""], stored["_scale"]
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        for rows, blocks in self._chunks(codes):
-            values[rows] = _unblocked(self._decoded(_blocked(codes[rows]), scales[blocks]), codes[rows])
+        for start, end in chunks(codes.shape[0], codes.shape[1], codes.device):
+            blocks = scales[start // BLOCK : -(-end // BLOCK)]
+            values[start:end] = _unblocked(self._decoded(_blocked(codes[start:end]), blocks), end - start)
         return values
 
-    def encode(self, values: torch.Tensor, dither: Dither) -> dict[str, torch.Tensor]:
-        by = dither()
+    def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
+        rows, columns = values.shape
         stored = {
             suffix: torch.empty(shape, dtype=dtype, device=values.device)
-            for suffix, (shape, dtype) in self.tensors(*values.shape).items()
+            for suffix, (shape, dtype) in self.tensors(rows, columns).items()
         }
-        for rows, blocks in self._chunks(values):
-            codes, stored["_scale"][blocks] = self._encoded(_blocked(values[rows]), _blocked(by[rows]))
-            stored[""][rows] = _unblocked(codes, values[rows])
+        for start, end in chunks(rows, columns, values.device):
+            by = spread(first + start, end - start, columns, offset, values.device)
+            codes, scales = self._encoded(_blocked(values[start:end]), _blocked(by))
+            stored[""][start:end] = _unblocked(codes, end - start)
+            stored["_scale"][start // BLOCK : -(-end // BLOCK)] = scales
         return stored
-
-    def _chunks(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
-        """Rows that are coded together, and the blocks that they are."""
-        rows, columns = tensor.shape
-        blocks = -(-rows // BLOCK)
-        step = blocks if tensor.device.type != "cpu" else max(1, self.CHUNK // (BLOCK * max(1, columns)))
-        return [
-            (slice(at * BLOCK, min((at + step) * BLOCK, rows)), slice(at, min(at + step, blocks)))
-            for at in range(0, blocks, max(1, step))
-        ]
 
     def _encoded(self, values: torch.Tensor, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of blocks: blocks x BLOCK x columns, and blocks x columns."""
@@ -170,12 +188,12 @@ class Int8(Code):
         codes = bits.add(by >> (DITHER_BITS - self.DROPPED)).bitwise_right_shift_(self.DROPPED).sub_(base)
         lowest = ((base + 1) << self.DROPPED).view(torch.float32)
         # In the gap between zero and the lowest number. A second moment that became zero would be divided by.
-        share = bits.view(torch.float32).div(lowest).mul_(2**DITHER_BITS)
-        is_low = share < 2**DITHER_BITS
-        low = share.add_(by) >= 2**DITHER_BITS if self.signed else bits > 0
+        share = bits.view(torch.float32).div(lowest).mul_(1 << DITHER_BITS)
+        is_low = share < (1 << DITHER_BITS)
+        low = share.add_(by) >= (1 << DITHER_BITS) if self.signed else bits > 0
         codes = torch.where(is_low, low.int(), codes).clamp_(max=self.top)
         if self.signed:
-            codes.add_((values < 0).int() << 7)
+            codes |= (values.view(torch.int32) >> 24) & 128
         return codes.to(torch.uint8), scales.view(torch.float32)
 
     def _decoded(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -203,5 +221,5 @@ def _blocked(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, BLOCK, columns)
 
 
-def _unblocked(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return blocks.view(-1, blocks.shape[2])[: like.shape[0]]
+def _unblocked(blocks: torch.Tensor, rows: int) -> torch.Tensor:
+    return blocks.view(-1, blocks.shape[2])[:rows]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.linalg.codes import DITHER_BITS, EXACT, Code, spread
+from ds_lowrank.linalg.codes import DITHER_BITS, EXACT, Code
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.sharding.axis import Axis
 
@@ -47,10 +47,15 @@ class Rows:
             values: owned rows x columns, fp32.
             key: sets this tensor's rounding apart from that of others.
         """
-        return self.code.encode(values, lambda: self._dither(values, name_hash(key, step)))
-
-    def _dither(self, values: torch.Tensor, offset: int) -> torch.Tensor:
-        return spread(self.axis.owned_indices.to(values.device), values.shape[1], offset % 2**DITHER_BITS)
+        offset = name_hash(key, step) % 2**DITHER_BITS
+        sizes = [hi - lo for lo, hi in self.axis.owned]
+        if len(sizes) <= 1:
+            return self.code.encode(values, self.axis.owned[0][0] if sizes else 0, offset)
+        pieces = [
+            self.code.encode(piece, lo, offset)
+            for (lo, _), piece in zip(self.axis.owned, torch.split(values, sizes), strict=True)
+        ]
+        return {suffix: torch.cat([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
 
 
 Layout = Mapping[str, Rows | int]

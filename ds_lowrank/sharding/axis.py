@@ -44,11 +44,6 @@ class Axis:
     def owned_rows(self) -> int:
         return length(self.owned)
 
-    @property
-    def owned_indices(self) -> torch.Tensor:
-        """Which rows this rank owns, int64."""
-        return torch.cat([torch.arange(0), *(torch.arange(lo, hi) for lo, hi in self.owned)])
-
     def own(self, everything: torch.Tensor) -> torch.Tensor:
         """The rows that this rank owns of a tensor that it has whole."""
         return torch.cat([everything[:0], *(everything[lo:hi] for lo, hi in self.owned)])

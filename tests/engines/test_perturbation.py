@@ -148,6 +148,8 @@ def refusals(settings):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
     attempt(forwards_of(engine, 0)[:1])
+    attempt(forwards_of(engine, 0) * 2)
+    attempt([])
     ds_lowrank.forward_backward(engine, forwards_of(engine, 0))
     engine.step()
 
@@ -164,8 +166,10 @@ def refusals(settings):
 def test_bad_calls_are_refused_on_every_rank_and_nothing_hangs(stage):
     one, two = run_ranks(2, refusals, lorenza(stage, 2, gas=2))
     assert one[0] == two[0] and "needs all 2 micro-batches of a step in one call" in one[0]
-    assert one[1].startswith("RemoteError: a probe's forward pass failed on rank 1")
-    assert two[1] == "ValueError: no such batch"
+    for text, count in ((one[1], 4), (one[2], 0)):
+        assert f"got {count} micro-batches, and this step has 2 left of gradient_accumulation_steps 2" in text
+    assert one[3].startswith("RemoteError: a probe's forward pass failed on rank 1")
+    assert two[3] == "ValueError: no such batch"
 
 
 def step_without_the_ascent(settings):

@@ -124,10 +124,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, dtype, int
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"GaLore"}))
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "bf16_fp32_accumulation"), (2, "fp32"), (3, "bf16")])
-def test_every_method_resumes_bit_for_bit(stage, dtype, method, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "dtype", "state_dtype"),
+    [(0, "bf16", "fp32"), (1, "bf16_fp32_accumulation", "int8"), (2, "fp32", "bf16"), (3, "bf16", "int8")],
+)
+def test_every_method_resumes_bit_for_bit(stage, dtype, state_dtype, method, tmp_path):
     """Saved in the middle of an interval; AdaRankGrad's ranks are by then not those of the start."""
-    settings = config(stage, 2, dtype, method=method)
+    settings = config(stage, 2, dtype, method=method, params={"state_dtype": state_dtype})
     through = run_ranks(2, resume, settings, str(tmp_path), None, 7)
     resumed = run_ranks(2, resume, settings, str(tmp_path), 5, 7)
     for a, b in zip(through, resumed, strict=True):
