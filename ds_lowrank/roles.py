@@ -30,6 +30,8 @@ HEAD_NAMES = (
     "classifier.*",
     "*.score.*",
     "*.classifier.*",
+    "qa_outputs.*",
+    "*.qa_outputs.*",
 )
 
 
