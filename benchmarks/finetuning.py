@@ -51,18 +51,18 @@ class Contender:
 
 ADAMW = {"torch_adam": True}
 CONTENDERS: tuple[Contender, ...] = (
-    Contender("AdamW", "AdamW", ADAMW, (5e-4, 1e-3, 2e-3)),
-    Contender("LoRA", "AdamW", ADAMW, (1e-3, 2e-3, 5e-3), {"lora-rank": RANK, "lora-alpha": 2 * RANK}),
-    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (2e-3, 4e-3, 8e-3)),
+    Contender("AdamW", "AdamW", ADAMW, (1e-3, 2e-3)),
+    Contender("LoRA", "AdamW", ADAMW, (2e-3, 5e-3), {"lora-rank": RANK, "lora-alpha": 2 * RANK}),
+    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (4e-3, 8e-3)),
     Contender(
-        "GradNormLoRP", "GradNormLoRP", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (2e-3, 4e-3, 8e-3)
+        "GradNormLoRP", "GradNormLoRP", {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}, (4e-3, 8e-3)
     ),
     Contender(
         "GradNormLoRP adapter", "GradNormLoRP",
         {"rank": RANK // 2, "update_proj_gap": GAP, "scale": 1.0, "parametrization": "adapter",
-         "adapter_rank": RANK, "adapter_alpha": 2.0 * RANK}, (2e-3, 5e-3, 1e-2),
+         "adapter_rank": RANK, "adapter_alpha": 2.0 * RANK}, (5e-3, 1e-2),
     ),
-    Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (2e-3, 4e-3, 8e-3)),
+    Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (4e-3, 8e-3)),
 )  # fmt: skip
 """One line a method; ranks are LoRA's, but half of it for the factors of an adapter, which are no wider."""
 

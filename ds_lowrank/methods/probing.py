@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -64,9 +64,13 @@ class Diagonal(Directions):
     basis: torch.Tensor
     right_factor: torch.Tensor
     squares: torch.Tensor
+    drawn: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def draw(self, counter: str) -> torch.Tensor:
-        return self._normal(counter, 1, self.squares.numel())
+        """Remembered: r numbers take no room."""
+        if counter not in self.drawn:
+            self.drawn[counter] = self._normal(counter, 1, self.squares.numel())
+        return self.drawn[counter]
 
     def square(self, coordinates: torch.Tensor) -> float:
         return float((coordinates.double().square() * self.squares).sum())
