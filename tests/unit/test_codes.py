@@ -72,6 +72,23 @@ def test_an_average_that_moves_less_than_a_code_a_step_still_arrives(name, goal)
     assert total == pytest.approx(goal, rel=SPACING[name] / 5**0.5)
 
 
+def test_a_direction_from_moments_of_eight_bits_hardly_turns():
+    """The numbers that docs/methods.md gives, after as many steps as the averages remember."""
+    generator = torch.Generator().manual_seed(0)
+    first = first_exact = second = second_exact = torch.zeros(128, 8)
+    for step in range(3000):
+        gradient = torch.randn(128, 8, generator=generator) + 1
+        first_exact = first_exact.lerp(gradient, 0.1)
+        second_exact = second_exact.lerp(gradient.square(), 0.001)
+        first = stored("signed", first.lerp(gradient, 0.1), step)
+        second = stored("unsigned", second.lerp(gradient.square(), 0.001), step)
+    assert ((first - first_exact) / first_exact.mean()).std() == pytest.approx(0.1, abs=0.03)
+    assert (second / second_exact).sqrt().std() == pytest.approx(0.1, abs=0.03)
+    assert (second / second_exact).sqrt().mean() == pytest.approx(1, abs=0.02)
+    direction, exact = first / second.sqrt(), first_exact / second_exact.sqrt()
+    assert torch.nn.functional.cosine_similarity(direction.flatten(), exact.flatten(), dim=0) > 0.985
+
+
 def by_the_definition(value, signed, fraction):
     """The code of one block of one column, number by number."""
     octaves, top = (16, 127) if signed else (32, 255)
