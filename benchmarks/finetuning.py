@@ -2,9 +2,10 @@
 
 python benchmarks/finetuning.py
 
-The checkpoint is one that launch/pretrain.py makes first, with AdamW, on the standard library's source; the task is to
-tell the package of a function. Every contender is run with all its rates and all seeds, on one rank and one core, two
-runs at a time, and judged by the mean accuracy of its best rate. The accuracy is the last one, not the best.
+The checkpoint is one that launch/pretrain.py makes first, as `make pretrain` does, on the standard library's source;
+the task is to tell the package of a function. Every contender is run with all its rates and all seeds, on one rank and
+one core, two runs at a time, and judged by the mean accuracy of its best rate. The accuracy is the last one, not the
+best.
 
 *state bytes* are those of all moments and bases: of a low-rank method's matrices as it reports them, and two fp32
 moments for every other trained number.
@@ -33,6 +34,7 @@ from ds_lowrank.data.functions import CLASSES
 from ds_lowrank.roles import role_of, tag_from_name
 
 MODEL = runs.ROOT / "ds_configs/models/llama_quickstart.json"
+QUICKSTART = runs.ROOT / "ds_configs/galore_zero2.json"
 RANK = 8
 GAP = 50
 MOMENTS = 2 * 4  # bytes of state for a number that AdamW trains
@@ -85,7 +87,7 @@ Found = dict[Setting, dict[str, Any]]
 def pretrain(work: Path, arguments: argparse.Namespace) -> Path:
     """The checkpoint that all runs start from; made once in ``work``."""
     output = work / f"pretrained_steps{arguments.pretrain_steps}"
-    config = json.dumps({"gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, **ADAMW}}})
+    config = json.dumps({"gradient_clipping": 1.0, "optimizer": json.loads(QUICKSTART.read_text())["optimizer"]})
     file = work / f"{output.name}.json"
     if not runs.finished(output, file, config):
         shutil.rmtree(output, ignore_errors=True)

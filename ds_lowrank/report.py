@@ -55,10 +55,12 @@ def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> st
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     matrices = sum(1 for slot in slots if slot.is_projected)
     here = state_bytes(slots)
+    coded = sorted({slot.group["state_dtype"] for slot in slots} - {"fp32"})
     return (
         f"{table}\n{matrices} of {len(slots)} parameters are projected, the others take AdamW.\n"
         f"State over {world} rank{'s' if world > 1 else ''}: moments and bases {_mib(totals[0])}, "
         f"AdamW {_mib(totals[1])}; on this rank {_mib(here[0])} and {_mib(here[1])}."
+        + (f" Moments are stored in {' and '.join(coded)}." if coded else "")
     )
 
 

@@ -117,6 +117,9 @@ def deal(held: Sequence[Range], weights: Sequence[int], run: int = 1) -> tuple[S
         last = max((hi for _, hi in held), default=0)
         runs = deal([(lo // run, -(-hi // run)) if lo < hi else (0, 0) for lo, hi in held], weights)
         return tuple(tuple((lo * run, min(hi * run, last)) for lo, hi in spans) for spans in runs)
+    taken = sorted(span for span in held if span[0] < span[1])
+    if all(before[1] <= after[0] for before, after in pairwise(taken)):  # nothing is shared, as with single elements
+        return tuple((span,) if span[0] < span[1] else () for span in held)
     bounds = sorted({edge for lo, hi in held if lo < hi for edge in (lo, hi)})
     owned: list[list[Range]] = [[] for _ in held]
     for lo, hi in pairwise(bounds):
