@@ -24,7 +24,6 @@ RANK = runs.model()["hidden_size"] // 4
 METHODS: dict[str, dict[str, Any]] = {
     "GaLore": {"rank": RANK, "update_proj_gap": 50},
     "GradNormLoRP": {"rank": RANK, "update_proj_gap": 50},
-    "AdaRankGrad": {"rank_max": RANK, "update_proj_gap": 50},
 }
 STATE_DTYPES = ("fp32", "bf16", "int8")
 LR, SCALE = 2e-2, 0.125
