@@ -66,8 +66,8 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (4e-3, 8e-3)),
 )  # fmt: skip
-"""One line a method; ranks are LoRA's, but half of it for the factors of an adapter, which are no wider. The
-single rates of AdamW, LoRA and GaLore are the best of three that were tried with one seed, GradNormLoRP has GaLore's."""
+"""One line a method; ranks are LoRA's, but half of it for the factors of an adapter, which are no wider. The single
+rates of AdamW, LoRA and GaLore are the best of three that were tried with one seed; GradNormLoRP has GaLore's."""
 
 
 @dataclass(frozen=True)
