@@ -61,7 +61,7 @@ def table(found: dict[tuple[str, str, int], Records]) -> Numbers:
 def main() -> None:
     parser = options(__doc__)
     runs.add_run_options(parser, steps=300)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(steps=10, seeds=1, eval_sequences=8)

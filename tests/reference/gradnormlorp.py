@@ -50,7 +50,7 @@ class DenseGradNormLoRP:
         dv, dg = self.tangent(G)
         self.moved.zero_()
         self.galore.step(dv)
-        one = torch.ones(1, 1)
+        one = torch.ones(1, 1, dtype=G.dtype)
         change = self.adam.update(dg.reshape(-1, 1), one).reshape(self.g.shape)
         if lr == 0:
             return

@@ -43,7 +43,8 @@ def test_a_transposed_weight_is_changed_in_place_and_alike(name):
     weight = gaussian(12, 8, seed=3)
     turned = weight.clone()
     straight = DENSE[name](weight, weight_decay=0.1, **options)
-    transposed = DENSE[name](turned.T, weight_decay=0.1, **options)
+    turned_too = {"norm_axis": "input"} if name == "GradNormLoRP" else {}
+    transposed = DENSE[name](turned.T, weight_decay=0.1, **options, **turned_too)
     for step in range(3):
         gradient = gaussian(12, 8, seed=step)
         straight.step(gradient)
