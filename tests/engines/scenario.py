@@ -23,7 +23,7 @@ METHODS = {
         "rank": 4,
         "update_proj_gap": 4,
         "probes": 2,
-        "probe_radius": 0.3,
+        "probe_radius": 1.0,  # a slope is a difference of losses, and the larger it is the more digits it has
         "perturbation_radius": 0.5,
     },
 }
