@@ -14,7 +14,7 @@ from ds_lowrank.linalg.moments import fused_adamw
 from ds_lowrank.methods.base import Options
 from ds_lowrank.methods.full_size import full_size_adam
 from ds_lowrank.sharding.reduce import Rounds, lockstep
-from ds_lowrank.slots import Slot, waves
+from ds_lowrank.slots import Slot, groups_of, waves
 
 
 def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
@@ -24,7 +24,7 @@ def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Roun
         options: of each group, by its id.
     """
     fused = [slot for slot in slots if _is_fp32(slot)]
-    for group in list({id(slot.group): slot.group for slot in fused}.values()):
+    for group in groups_of(fused):
         _step_fused([slot for slot in fused if slot.group is group and slot.shard.part.numel], options[id(group)])
     coded = [slot for slot in slots if not _is_fp32(slot)]
     for wave in waves(coded, lambda slot: slot):

@@ -24,10 +24,10 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.galore import GaLore, GaLoreOptions, new_basis, refresh_due
+from ds_lowrank.methods.galore import GaLore, GaLoreOptions
 from ds_lowrank.methods.inner import Adam
 from ds_lowrank.methods.keep import Layout, Rows, State
-from ds_lowrank.methods.subspace import Projection, project_on, subspace_state
+from ds_lowrank.methods.subspace import Projection, subspace_state
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update, Weights
 from ds_lowrank.sharding.reduce import Program
@@ -136,9 +136,7 @@ class GradNormLoRP(Method):
         )
         slope, radial, stretch = held.split(1, dim=1)
         shard.see_gradient_as(lambda pieces: tangent(shard, axis, pieces, slope, radial))
-        due = refresh_due(shard.name, options, step)
-        own = (yield from new_basis(shard, options, step)) if due else state["basis"]
-        seen = yield from project_on(shard, own, refreshed=due)
+        seen = yield from GaLore.project(shard, state, options, step)
         along = torch.where(zero, 0.0, sign * dots / lengths)
         return Directed(**vars(seen), lengths=lengths, along=along, stretch=stretch)
 

@@ -23,11 +23,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.apollo import ratio
 from ds_lowrank.methods.base import Climb, Method, Options, Seen
 from ds_lowrank.methods.full_size import full_size_adam, full_size_state
+from ds_lowrank.methods.inner import Adam
 from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.methods.probing import Diagonal, Directions, Everywhere, InSubspace
 from ds_lowrank.methods.range_finder import randomized_range
@@ -113,8 +113,7 @@ class Lorenza(Method):
             return full_size_state(shard, options)
         layout: dict[str, Rows | int] = {
             "basis": Rows(shard.compressed, rank),
-            "exp_avg": options.average(shard.kept, rank),
-            "exp_avg_sq": options.average_of_squares(shard.kept, rank),
+            **Adam(options).state(shard, shard.kept, rank),
             "age": 0,
         }
         if options.probe_form == "diagonal":
@@ -160,9 +159,7 @@ class Lorenza(Method):
         elif seen.refreshed:
             yield from change_subspace(shard, state, options, seen, first=step == 0)
         state["age"] += 1
-        direction = adam(
-            state["exp_avg"], state["exp_avg_sq"], seen.projected, options.betas, options.eps, state["age"]
-        )
+        direction = yield from Adam(options).direction(shard, shard.kept, state, seen.projected, state["age"])
         if options.orthogonal_component:
             return (yield from with_the_rest(shard, options, seen, direction, basis))
         return Factors((yield shard.kept.gather(direction)), basis, options.scale)
@@ -177,9 +174,7 @@ def change_subspace(
         state["exp_avg_sq"].zero_()
         state["age"] = 0
     if options.moment_on_refresh == "rotate" and not first:
-        rotation = yield from shard.total(state["basis"].T @ seen.own)
-        rotate_first(state["exp_avg"], rotation)
-        rotate_second(state["exp_avg_sq"], rotation)
+        Adam(options).rotate(state, (yield from shard.total(state["basis"].T @ seen.own)))
     state["basis"].copy_(seen.own)
     if options.probe_form == "diagonal":
         tall = yield shard.kept.collect(seen.projected)

@@ -253,13 +253,11 @@ class MatrixShard:
 
     def kept_of(self, rectangle: Rectangle, held: torch.Tensor) -> torch.Tensor:
         """The rows of a held kept x 1 tensor that belong to a rectangle, shaped to multiply it."""
-        if self.side == "right":
-            return held[self.held_rows(rectangle)]
-        return held[self.held_columns(rectangle)].T
+        return self.along(self.kept, rectangle, held)
 
     def kept_squares(self, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """This rank's part of the squared norms of the rows of ``H / unit``: held kept rows x 1, fp32."""
-        return self.row_squares(self.flat, unit) if self.side == "right" else self.column_squares(self.flat, unit)
+        return self.squares_along(self.kept, self.flat, unit)
 
     def row_squares(self, flat: torch.Tensor, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """This rank's part of the squared norms of the rows of a matrix, over ``unit`` squared: held rows x 1, fp32.
@@ -284,9 +282,9 @@ class MatrixShard:
         """What a rectangle needs of a tensor along ``rows`` or ``columns``, held x 1, shaped to multiply it."""
         return held[self.held_rows(rectangle)] if axis is self.rows else held[self.held_columns(rectangle)].T
 
-    def squares_along(self, axis: Axis, flat: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the squared norms of a matrix's rows or columns: held x 1, fp32."""
-        return self.row_squares(flat) if axis is self.rows else self.column_squares(flat)
+    def squares_along(self, axis: Axis, flat: torch.Tensor, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """This rank's part of the squared norms of rows or columns, over ``unit`` squared: held x 1, fp32."""
+        return self.row_squares(flat, unit) if axis is self.rows else self.column_squares(flat, unit)
 
     def dots_along(self, axis: Axis, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """This rank's part of the products of two matrices' rows (or columns) with each other: held x 1, fp32."""
