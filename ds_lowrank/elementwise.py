@@ -27,7 +27,7 @@ def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Roun
     for group in groups_of(fused):
         _step_fused([slot for slot in fused if slot.group is group and slot.shard.part.numel], options[id(group)])
     coded = [slot for slot in slots if not _is_fp32(slot)]
-    for wave in waves(coded, lambda slot: slot):
+    for wave in waves(coded):
         yield from _step_coded(wave, options)
 
 

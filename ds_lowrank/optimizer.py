@@ -25,7 +25,7 @@ from ds_lowrank.report import logger, role_table, state_bytes
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
 from ds_lowrank.sharding.zero import logical_shape, read_placement
-from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, slot_of, waves
+from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 
 LARGEST = 1e16
@@ -199,7 +199,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         try:
             for work in matrices:
                 work.shard.attach(work.slot.fragment.gradient, work.slot.fragment.weights)
-            for wave in waves(matrices, slot_of):
+            for wave in waves(matrices):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
@@ -210,7 +210,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 work.seen.size = size
                 if work.options.climb is not None and not work.slot.looked_around and size:
                     raise RuntimeError(NOT_LOOKED_AROUND.format(self.method.name))
-            for wave in waves([w for w in matrices if w.slot.has_begun or not w.seen.is_zero], slot_of):
+            for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
                 yield from self._update(wave)
         finally:
             for work in matrices:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,8 +13,6 @@ from ds_lowrank.methods.keep import Keep, State
 from ds_lowrank.roles import Role, Tag
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.zero import Fragment
-
-T = TypeVar("T")
 
 WAVE = 2**28
 """Matrices with up to so many elements of state (1 GiB in fp32) are in flight at a time."""
@@ -58,6 +56,11 @@ class Slot:
         return self.keep.rank_of(self.state) if self.is_projected else 0
 
     @property
+    def elements(self) -> int:
+        """Of the state at the start, over all ranks."""
+        return self.keep.numel
+
+    @property
     def state_bytes(self) -> int:
         """Of its tensors now, over all ranks that share it."""
         return self.keep.nbytes(self.state)
@@ -77,6 +80,9 @@ class Slot:
         self.stepped, self.looked_around = True, False
 
 
+T = TypeVar("T", Slot, "Work")
+
+
 @dataclass
 class Work:
     """One projected matrix in one step.
@@ -93,13 +99,12 @@ class Work:
     def shard(self) -> MatrixShard:
         return self.slot.shard
 
+    @property
+    def elements(self) -> int:
+        return self.slot.elements
 
-def slot_of(work: Work) -> Slot:
-    """Whose step it is."""
-    return work.slot
 
-
-def waves(items: Sequence[T], slot_of: Callable[[T], Slot]) -> list[list[T]]:
+def waves(items: Sequence[T]) -> list[list[T]]:
     """Cut a sequence into runs of at most WAVE elements of state; the same cut on all ranks.
 
     What a step gathers of a matrix, its basis and directions, is about as large as its state at the rank it starts
@@ -108,12 +113,11 @@ def waves(items: Sequence[T], slot_of: Callable[[T], Slot]) -> list[list[T]]:
     cut: list[list[T]] = []
     size = WAVE
     for item in items:
-        own = slot_of(item).keep.numel
-        if size + own > WAVE:
+        if size + item.elements > WAVE:
             cut.append([])
             size = 0
         cut[-1].append(item)
-        size += own
+        size += item.elements
     return cut
 
 

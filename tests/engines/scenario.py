@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ def make_model(tied: bool = False, hidden: int = 40, intermediate: int = 99) -> 
             use_cache=False,
         )
     )
+
+
+def make_model_for(settings: dict[str, Any], zero_init: bool, **options: Any) -> torch.nn.Module:
+    """The same model, under ``zero.Init`` if asked, where its weights are other ones."""
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=settings) if zero_init else contextlib.nullcontext():
+        return make_model(**options)
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -128,17 +137,13 @@ def run_engine(
     settings: dict[str, Any], steps: int, zero_init: bool = False, model_options: dict[str, Any] | None = None
 ):
     """Train; return the weights after the first and after the last step, and what the optimizer reports."""
-    import deepspeed
 
     import ds_lowrank
     from ds_lowrank.report import state_bytes
 
+    model = make_model_for(settings, zero_init, **(model_options or {}))
     if zero_init:
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = make_model(**(model_options or {}))
         broadcast_dense_init(model, model_options or {})
-    else:
-        model = make_model(**(model_options or {}))
     engine, *_ = ds_lowrank.initialize(model=model, config=settings, model_parameters=model.named_parameters())
     first = None
     for step in range(steps):

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import broadcast_dense_init, config, full_weights, make_model, tokens, train_step, worst
+from tests.engines.scenario import (
+    broadcast_dense_init,
+    config,
+    full_weights,
+    make_model_for,
+    tokens,
+    train_step,
+    worst,
+)
 
 STEPS = 3
 ADAMW = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -29,14 +37,9 @@ def settings_of(stage, dtype="fp32"):
 
 def converted(settings=None, zero_init=False, **options):
     """The scenario's model with adapters: rank 3, those of layer 1's MLP left out."""
-    import contextlib
-
-    import deepspeed
-
     from ds_lowrank.models.adapter import add_adapters
 
-    with deepspeed.zero.Init(config_dict_or_path=settings) if zero_init else contextlib.nullcontext():
-        model = make_model()
+    model = make_model_for(settings, zero_init)
     if zero_init:
         broadcast_dense_init(model, {})
     names = add_adapters(model, adapter_rank=3, exclude_modules=["*.1.mlp.*"], **options)

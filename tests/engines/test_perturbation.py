@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import BATCH, Oracle, config, full_weights, make_model, run_engine, tokens, worst
+from tests.engines.scenario import (
+    BATCH,
+    Oracle,
+    config,
+    full_weights,
+    make_model,
+    make_model_for,
+    run_engine,
+    tokens,
+    worst,
+)
 from tests.reference.lorenza import climb
 
 STEPS = 4
@@ -36,15 +46,10 @@ def model_weights(engine):
 
 def weights_around_a_step(settings, zero_init=False):
     """Whether the ascent left the weights, and with a learning rate of zero the step, with the bits they had."""
-    import deepspeed
 
     import ds_lowrank
 
-    if zero_init:
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = make_model()
-    else:
-        model = make_model()
+    model = make_model_for(settings, zero_init)
     engine, *_ = ds_lowrank.initialize(model=model, config=settings)
     same, norms = [], []
     for step in range(3):

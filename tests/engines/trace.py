@@ -7,22 +7,17 @@ from typing import Any
 
 import torch
 
-from tests.engines.scenario import METHODS, make_model, train_step
+from tests.engines.scenario import METHODS, make_model_for, train_step
 from tests.reference import DENSE
 from tests.reference.galore import DenseAdamW
 
 
 def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) -> dict[str, Any]:
     """Train and record, for each step and parameter, this rank's interval, gradient, and weights before and after."""
-    import deepspeed
 
     import ds_lowrank
 
-    if zero_init:
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = make_model()
-    else:
-        model = make_model()
+    model = make_model_for(settings, zero_init)
     engine, *_ = ds_lowrank.initialize(model=model, config=settings)
     optimizer = engine.basic_optimizer
     records: list[dict[str, Any]] = []
