@@ -21,8 +21,7 @@ STEPS = 4
 
 
 def lorenza(stage, world, dtype="fp32", gas=1, **changes):
-    params = {"probe_radius": 0.3, "perturbation_radius": 0.5, **changes.pop("params", {})}
-    return config(stage, world, dtype, gas, method="Lorenza", params=params, **changes)
+    return config(stage, world, dtype, gas, method="Lorenza", **changes)
 
 
 def forwards_of(engine, step):
