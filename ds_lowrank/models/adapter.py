@@ -8,7 +8,7 @@ architecture, under the original names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.models.adapter_linear import AdapterLinear, NormAxis
-from ds_lowrank.roles import check_patterns, matches, output_layers, tag_from_name, tag_parameters
+from ds_lowrank.roles import Tag, check_patterns, matches, output_layers, role_of, tag_from_name, tag_parameters
 
 __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
 
@@ -71,17 +71,7 @@ def add_adapters(
     check_patterns(weights, "target_modules", target_modules or ())
     check_patterns(weights, "exclude_modules", exclude_modules)
     check_patterns([name for name, _ in model.named_parameters()], "modules_to_save", modules_to_save or ())
-    heads = output_layers(model)
-    chosen = {
-        name: linear
-        for name, linear in linears.items()
-        if not _any_matches(f"{name}.weight", (*exclude_modules, *saved))
-        and (
-            _any_matches(f"{name}.weight", target_modules)
-            if target_modules is not None
-            else linear not in heads and tag_from_name(f"{name}.weight").kind != "head"
-        )
-    }
+    chosen = _chosen(model, linears, target_modules, (*exclude_modules, *saved))
     if not chosen:
         raise ConfigError(
             "adapters: no linear layer is left to replace, as exclude_modules and modules_to_save win over "
@@ -89,7 +79,7 @@ def add_adapters(
         )
     _check_layers(model, chosen, adapter_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and _any_matches(name, saved))
+        parameter.requires_grad_(parameter.is_floating_point() and any(matches(name, pattern) for pattern in saved))
     adapters = {}
     for name, linear in chosen.items():
         with _gathered([linear.weight]):
@@ -151,12 +141,25 @@ def _linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in model.named_modules() if name and type(module) is torch.nn.Linear}
 
 
+def _chosen(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Linear],
+    targets: Sequence[str] | None,
+    excludes: Sequence[str],
+) -> dict[str, torch.nn.Linear]:
+    """The layers to replace, by the rule of projection, but for layers of an embedding: they are targets by default."""
+    heads = output_layers(model)
+
+    def is_chosen(name: str, linear: torch.nn.Linear) -> bool:
+        is_head = linear in heads or tag_from_name(name).kind == "head"
+        tag = Tag(name, "head" if is_head else "weight")
+        return role_of(tag, (linear.out_features, linear.in_features), targets, excludes).projected
+
+    return {name: linear for name, linear in linears.items() if is_chosen(f"{name}.weight", linear)}
+
+
 def _adapters(model: torch.nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterLinear))
-
-
-def _any_matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(matches(name, pattern) for pattern in patterns)
 
 
 def _replace(model: torch.nn.Module, replacements: Mapping[int, torch.nn.Module]) -> None:
