@@ -7,7 +7,8 @@ from ds_lowrank.engine import initialize, register
 from ds_lowrank.errors import CheckpointError, ConfigError
 from ds_lowrank.models.adapter import add_adapters, merge_adapters
 from ds_lowrank.optimizers import OPTIMIZERS
-from ds_lowrank.roles import tag_parameters
+from ds_lowrank.pipeline import train_batch
+from ds_lowrank.roles import tag_fused, tag_parameters
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,9 @@ __all__ = [
     "initialize",
     "merge_adapters",
     "register",
+    "tag_fused",
     "tag_parameters",
+    "train_batch",
     *OPTIMIZERS,
 ]
 

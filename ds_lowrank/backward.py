@@ -39,6 +39,10 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
             perturbation among them.
         RemoteError: a probe failed on another rank; says which.
     """
+    if hasattr(engine, "train_batch"):
+        raise ConfigError(
+            "a PipelineEngine runs forward and backward itself: call ds_lowrank.train_batch(engine, batches)"
+        )
     steps = [forwards] if callable(forwards) else list(forwards)
     optimizer = engine if isinstance(engine, LowRankOptimizer) else getattr(engine, "basic_optimizer", None)
     passes = _Passes(engine, len(steps))
@@ -60,10 +64,11 @@ def _climb_and_run(optimizer: LowRankOptimizer, window: Sequence[Forward], passe
     """The passes of some micro-batches at weights that were moved for them."""
     perturbation = optimizer.perturbation
     assert perturbation is not None
-    random = _RandomState()
+    random = RandomState()
     try:
         with torch.no_grad():
-            perturbation.ascend(_Probe(window, random, passes), optimizer.options, passes.position)
+            probe = Probe(lambda: [forward() for forward in window], random, passes.device, passes.group)
+            perturbation.ascend(probe, optimizer.options, passes.position)
         random.rewind()
         return [passes.run(forward) for forward in window]
     finally:
@@ -99,8 +104,9 @@ class _Passes:
 
     @property
     def group(self) -> Any:
-        """The data-parallel ranks; None for all."""
-        return None if self._is_plain else getattr(self._engine, "seq_data_parallel_group", None)
+        """The data-parallel ranks; None for all, so that tensor-parallel ranks see the same number too."""
+        alone = self._is_plain or self._engine.basic_optimizer.grid.tensor is not None
+        return None if alone else getattr(self._engine, "seq_data_parallel_group", None)
 
     def check_count(self) -> None:
         left = self._whole - self.position
@@ -130,31 +136,38 @@ class _Passes:
         return loss.detach()
 
 
-class _Probe:
-    """The mean loss of some micro-batches over all ranks, at whatever weights the model has."""
+class Probe:
+    """The mean loss of some micro-batches over all ranks, at whatever weights the model has.
 
-    def __init__(self, forwards: Sequence[Forward], random: _RandomState, passes: _Passes) -> None:
-        self._forwards, self._random, self._passes = forwards, random, passes
+    Args:
+        losses: of this rank's micro-batches, which it runs.
+        random: the state that every pass starts from.
+        device: of the model.
+        group: the ranks that run other micro-batches, or the same; None for all.
+    """
+
+    def __init__(
+        self, losses: Callable[[], list[torch.Tensor]], random: RandomState, device: torch.device, group: Any
+    ) -> None:
+        self._losses, self._random, self._device, self._group = losses, random, device, group
 
     def __call__(self) -> float:
         self._random.rewind()
         error: Exception | None = None
         loss = math.nan
         try:
-            losses = [forward() for forward in self._forwards]
-            loss = float(torch.stack(losses).double().mean())
+            loss = float(torch.stack(self._losses()).double().mean())
         except Exception as caught:
             error = caught
         return self._mean(loss, error)
 
     def _mean(self, loss: float, error: Exception | None) -> float:
         """The number is the same on all ranks, and so is whether one failed."""
-        own = torch.tensor([loss, error is not None], dtype=torch.float64, device=self._passes.device)
+        own = torch.tensor([loss, error is not None], dtype=torch.float64, device=self._device)
         found = [own]
         if is_distributed():
-            group = self._passes.group
-            found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(found, own, group=group)
+            found = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather(found, own, group=self._group)
         if error is not None:
             raise error
         failed = [str(rank) for rank, (_, flag) in enumerate(found) if flag]
@@ -163,7 +176,7 @@ class _Probe:
         return sum(float(value) for value, _ in found) / len(found)
 
 
-class _RandomState:
+class RandomState:
     """The random state that every pass over the same micro-batches starts from: dropout then drops the same."""
 
     def __init__(self) -> None:

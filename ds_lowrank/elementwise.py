@@ -39,8 +39,9 @@ def _is_fp32(slot: Slot) -> bool:
 def _step_fused(slots: Sequence[Slot], options: Options) -> None:
     if not slots:
         return
+    weights = [slot.fragment.weights for slot in slots]
     fused_adamw(
-        [slot.fragment.weights for slot in slots],
+        weights,
         [slot.fragment.gradient for slot in slots],
         [slot.state["exp_avg"].squeeze(1) for slot in slots],
         [slot.state["exp_avg_sq"].squeeze(1) for slot in slots],
@@ -50,6 +51,8 @@ def _step_fused(slots: Sequence[Slot], options: Options) -> None:
         options.eps,
         options.weight_decay,
     )
+    for slot, stepped in zip(slots, weights, strict=True):
+        slot.fragment.put(stepped)
 
 
 def _step_coded(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
@@ -60,5 +63,7 @@ def _step_coded(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[No
     )
     for slot, state, update in zip(slots, opened, updates, strict=True):
         own = options[id(slot.group)]
-        slot.shard.write(slot.fragment.weights, update, own.rate, own.rate * own.weight_decay)
+        weights = slot.fragment.weights
+        slot.shard.write(weights, update, own.rate, own.rate * own.weight_decay)
+        slot.fragment.put(weights)
         slot.keep.close(slot.state, state)

@@ -14,7 +14,9 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.models.adapter import add_adapters, has_adapters
 from ds_lowrank.optimizer import LowRankOptimizer
 from ds_lowrank.optimizers import OPTIMIZERS
+from ds_lowrank.parallel.mpu import as_mpu
 from ds_lowrank.roles import tag_parameters
+from ds_lowrank.sharding.grid import Grid, grid_of
 from ds_lowrank.support import check_model, check_supported
 
 PLACES = ("target_modules", "exclude_modules", "modules_to_save")
@@ -70,6 +72,7 @@ def initialize(
         change.
     """
     import deepspeed
+    from deepspeed.runtime.pipe import PipelineModule
 
     settings = _settings(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
@@ -81,13 +84,17 @@ def initialize(
             raise ConfigError("ds_lowrank.initialize needs a model")
         method = name if optimizer is None else optimizer.method.name
         check_supported(settings, method)
-        check_model(model, mpu, method)
+        mpu = as_mpu(mpu)
+        check_model(model, mpu, settings, method)
         if optimizer is None:
             settings = _with_adapters(model, settings, model_parameters)
         tag_parameters(model)
+        in_pipeline = isinstance(model, PipelineModule)
+        unit: Any = model.mpu() if isinstance(model, PipelineModule) else mpu
+        grid = None if unit is None else grid_of(unit)
         _allow_under_zero()
         if optimizer is None:
-            optimizer = _factory(settings)
+            optimizer = _factory(settings, grid, in_pipeline)
         elif "scheduler" in settings:
             _keep_ratios(optimizer)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
@@ -106,6 +113,10 @@ def initialize(
     )
     if low_rank:
         engine.basic_optimizer.finalize()
+        if not engine.basic_optimizer.grid.is_flat and engine.basic_optimizer.wrapper == "none":
+            from ds_lowrank.parallel.clipping import clip_by_the_whole_norm
+
+            clip_by_the_whole_norm(engine, engine.basic_optimizer.grid)
     return engine, wrapped, loader, scheduler
 
 
@@ -141,14 +152,21 @@ def _plain(parameters: Iterable[Any] | None) -> list[Any] | None:
     return [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
 
 
-def _factory(settings: Mapping[str, Any]) -> Callable[[Iterable[Any]], LowRankOptimizer]:
+def _factory(
+    settings: Mapping[str, Any], grid: Grid | None, in_pipeline: bool
+) -> Callable[[Iterable[Any]], LowRankOptimizer]:
     """What DeepSpeed calls with the parameters, once it has placed the model."""
     block = settings["optimizer"]
     params = block.get("params", {})
-    parse_options(method_named(block["type"]), params)
+    climb = parse_options(method_named(block["type"]), params).climb
+    if in_pipeline and climb is not None and climb.per_micro_batch:
+        raise ConfigError(
+            "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on several at "
+            "a time: set accumulation to 'per_step'"
+        )
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
-        optimizer = OPTIMIZERS[block["type"]](parameters, **params)
+        optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
         if "scheduler" in settings:
             _keep_ratios(optimizer)
         return optimizer

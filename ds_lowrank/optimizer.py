@@ -20,11 +20,12 @@ from ds_lowrank.elementwise import step_elementwise
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Climb, Method, Options
 from ds_lowrank.perturbation import Perturbation
-from ds_lowrank.placing import Member, check_fit, make_slots
-from ds_lowrank.report import logger, role_table, state_bytes
+from ds_lowrank.placing import Member, check_fit, make_slots, members_of
+from ds_lowrank.report import Inventory, logger, role_table, state_bytes, take_inventory
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
+from ds_lowrank.sharding.grid import Grid, grid_of, joined
 from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
-from ds_lowrank.sharding.zero import logical_shape, read_placement
+from ds_lowrank.sharding.zero import read_placement, shape_before_zero
 from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 
@@ -32,8 +33,8 @@ LARGEST = 1e16
 """A gradient beyond it is taken as not finite: sums of its squares leave the range of fp32."""
 NOT_LOOKED_AROUND = (
     "{} takes its gradient where the loss is higher than at the weights, and this one was taken at the weights: call "
-    "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), or set "
-    "perturbation_radius to 0"
+    "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), with a "
+    "PipelineEngine ds_lowrank.train_batch(engine, batches), or set perturbation_radius to 0"
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
@@ -45,6 +46,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Args:
         params: ``model.named_parameters()``, or parameters tagged by :func:`ds_lowrank.tag_parameters`, or groups
             (dicts) of either. A group may override any option, ``lr`` and ``weight_decay`` and ``rank`` for example.
+        grid: tensor and pipeline parallelism; None for what is initialised in this process.
         options: the keys of the method's options, as in ``optimizer.params`` of a DeepSpeed JSON.
 
     Raises:
@@ -53,8 +55,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     method: ClassVar[type[Method]]
 
-    def __init__(self, params: Iterable[Any], **options: Any) -> None:
-        self._given = options
+    def __init__(self, params: Iterable[Any], *, grid: Grid | None = None, **options: Any) -> None:
+        self._given, self._given_grid = options, grid
         self._options = parse_options(self.method, options)
         self._names: list[str] = []
         self._tags: dict[torch.Tensor, Tag] = {}
@@ -62,7 +64,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._own_groups: list[dict[str, Any]] = []
         self._slots: dict[int, list[Slot]] | None = None
         self._executor: Executor = Alone()
-        self.wrapper = "none"
+        self.wrapper, self.grid = "none", Grid()
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
         super().__init__(params, self._options.model_dump())
@@ -91,12 +93,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key in ("target_modules", "exclude_modules"):
             check_patterns([tag.name for tag in tags], key, given.get(key) or ())
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
-        trained = [p for _, p in named if p.requires_grad and 0 not in logical_shape(p)]
+        trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
         for parameter in trained:
             if parameter.dtype not in DTYPES:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
-        check_fit(self.method, [Member(p, self._tags[p], group, options, {}) for p in trained])
+        grid = self._grid()
+        check_fit(self.method, [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, grid)])
         values = {key: getattr(options, key) for key in self.method.Options.model_fields}
         return {**group, **values, "params": trained}
 
@@ -117,16 +120,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an optimizer that knows process groups cannot be copied or pickled; use state_dict()")
 
+    def _grid(self) -> Grid:
+        """As it is now: AutoTP makes its groups after a client optimizer was built."""
+        return grid_of(None) if self._given_grid is None else self._given_grid
+
     def finalize(self) -> None:
         """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
         if self._slots is not None:
             return
         self._climb()
+        self.grid = self._grid()
         placement = read_placement(self._own, self._own_groups)
-        if placement.process_group is not None and torch.distributed.get_world_size(placement.process_group) > 1:
-            self._executor = Distributed(placement.process_group)
+        group = joined([placement.process_group, self.grid.tensor]) if self.grid.tensor else placement.process_group
+        if group is not None and torch.distributed.get_world_size(group) > 1:
+            self._executor = Distributed(group)
         self.wrapper = placement.wrapper
-        slots = make_slots(self.method, self._members(), placement, self._executor.rank)
+        slots = make_slots(self.method, self._members(), placement, self.grid, group)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")
@@ -134,23 +143,26 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for slot in slots:
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
-        self._log_roles(slots, placement.process_group)
+        self._log_roles(slots)
 
-    def _log_roles(self, slots: list[Slot], process_group: torch.distributed.ProcessGroup | None) -> None:
-        totals = torch.tensor(state_bytes(slots), dtype=torch.int64)
-        if self._executor.size > 1:
-            totals = totals.to(slots[0].fragment.store.device)
-            torch.distributed.all_reduce(totals, group=process_group)
+    def _log_roles(self, slots: list[Slot]) -> None:
+        own = take_inventory(slots, self._executor.group if isinstance(self._executor, Distributed) else None)
+        stages: list[Inventory] = [own] * self.grid.pipeline_size
+        if self.grid.pipeline is not None:
+            torch.distributed.all_gather_object(stages, own, group=self.grid.pipeline)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            projected, rest = totals.tolist()
-            table = role_table(slots, (projected, rest), self._executor.size)
+            table = role_table(stages, state_bytes(slots), self._executor.size * self.grid.pipeline_size)
             logger.info("%s on %s\n%s", self.method.name, self.wrapper, table)
 
     def _members(self) -> list[Member]:
         return [
-            Member(parameter, self._tags[parameter], group, self._group_options(group), self.state[parameter])
+            member
             for own, group in zip(self._own, self._own_groups, strict=True)
             for parameter in own
+            for member in members_of(
+                *(parameter, self._tags[parameter], group, self._group_options(group)),
+                *(self.state[parameter], self.grid),
+            )
         ]
 
     def _group_options(self, group: dict[str, Any]) -> Options:
@@ -176,6 +188,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.finalize()
         assert self._slots is not None
+        if self._perturbation is not None:
+            self._perturbation.restore()  # within a PipelineEngine's step nobody else could
         stores = [store for group in self.param_groups for store in group["params"]]
         if any(id(store) not in self._slots for store in stores):
             raise RuntimeError(
@@ -203,7 +217,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
-            if not all(size < LARGEST for size in sizes):
+            if not self._on_all_stages(all(size < LARGEST for size in sizes)):
                 self._counts["skipped_updates"] += 1
                 return
             for work, size in zip(matrices, sizes, strict=False):
@@ -234,8 +248,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for work, state in zip(wave, states, strict=True)
         )
         for work, state, update in zip(wave, states, updates, strict=True):
-            rate = work.options.rate
-            work.shard.write(work.slot.fragment.weights, update, rate, rate * work.options.weight_decay)
+            rate, weights = work.options.rate, work.shard.weights
+            work.shard.write(weights, update, rate, rate * work.options.weight_decay)
+            work.slot.fragment.put(weights)
             work.slot.keep.close(work.slot.state, state)
             work.slot.count_step()
             self._counts["refreshes"] += work.seen.refreshed
@@ -253,6 +268,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         sizes: list[float] = total.view(-1).tolist()
         return sizes
 
+    def _on_all_stages(self, finite: bool) -> bool:
+        """Whether every stage of the pipeline found its gradients finite; asked where no wrapper looks for that."""
+        if self.grid.pipeline is None or self.wrapper != "none":
+            return finite
+        everywhere = torch.tensor(finite, dtype=torch.int32, device=self.slots[0].fragment.store.device)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group=self.grid.pipeline)
+        return bool(everywhere)
+
     @property
     def options(self) -> dict[int, Options]:
         """Of each group as it is now, by the group's id."""
@@ -264,7 +287,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.finalize()
         if self._perturbation is None and (climb := self._climb()) is not None:
             slots = [slot for slot in self.slots if slot.is_projected]
-            self._perturbation = Perturbation(self.method, slots, climb, self._executor)
+            self._perturbation = Perturbation(
+                *(self.method, slots, climb, self._executor, self.grid), self.slots[0].parameter
+            )
         return self._perturbation
 
     def _climb(self) -> Climb | None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_lowrank.methods.base import Climb, Method
 from ds_lowrank.methods.probing import Directions
-from ds_lowrank.sharding.layout import whole
+from ds_lowrank.sharding.grid import Grid
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Executor, Request, everyone, lockstep
-from ds_lowrank.sharding.zero import forward_weights, release_gathered
+from ds_lowrank.sharding.zero import Fragment, forward_weights, release_gathered
 from ds_lowrank.slots import Slot
 
 logger = logging.getLogger("ds_lowrank")
@@ -35,16 +36,20 @@ class Movable:
     """One matrix in one ascent.
 
     Attributes:
-        weights: what forward passes read, flat.
-        saved: a copy of them from before.
+        place: what forward passes read of it.
+        saved: a copy of it from before, flat.
         shard: which elements of the matrix these are.
+        copies: how many ranks of the optimizer's group move the same elements.
+        is_apart: whether it is a tensor-parallel rank's shard as a matrix of its own.
         step: of its optimizer.
     """
 
-    weights: torch.Tensor
+    place: Fragment
     saved: torch.Tensor
     shard: MatrixShard
     directions: Directions
+    copies: int
+    is_apart: bool
     step: int
 
     def coordinates(self, probes: Sequence[str], shares: Sequence[float]) -> torch.Tensor:
@@ -53,12 +58,18 @@ class Movable:
 
     def move(self, coordinates: torch.Tensor, distance: float) -> None:
         """To ``distance`` times a direction from where the weights were."""
-        self.weights.copy_(self.saved)
-        self.shard.write(self.weights, self.directions.at(coordinates), -distance, 0.0)
+        weights = self.place.weights.copy_(self.saved)
+        self.shard.write(weights, self.directions.at(coordinates), -distance, 0.0)
+        self.place.put(weights)
 
     def mirror(self) -> None:
         """To the other side of where they were, as far away, whatever rounding made of the move."""
-        torch.lerp(self.weights, self.saved, 2.0, out=self.weights)
+        weights = self.place.weights
+        self.place.put(torch.lerp(weights, self.saved, 2.0, out=weights))
+
+    def restore(self) -> None:
+        """Every bit as it was."""
+        self.place.put(self.place.weights.copy_(self.saved))
 
 
 class Perturbation:
@@ -69,11 +80,22 @@ class Perturbation:
         slots: the matrices that are perturbed.
         climb: how higher loss is looked for.
         executor: of the optimizer.
+        grid: of the optimizer. All its stages climb together.
+        like: a parameter of the model.
     """
 
-    def __init__(self, method: type[Method], slots: Sequence[Slot], climb: Climb, executor: Executor) -> None:
+    def __init__(
+        self,
+        method: type[Method],
+        slots: Sequence[Slot],
+        climb: Climb,
+        executor: Executor,
+        grid: Grid,
+        like: torch.Tensor,
+    ) -> None:
         self.climb = climb
-        self._method, self._slots, self._executor = method, slots, executor
+        self._method, self._slots, self._executor, self._grid = method, slots, executor, grid
+        self._dtype, self._device = like.dtype, like.device
         self._moved: list[Movable] = []
         self._told: set[str] = set()
         self.norm = 0.0
@@ -93,7 +115,8 @@ class Perturbation:
         """
         self.norm = 0.0
         slots = [slot for slot in self._slots if slot.has_begun or "basis" not in slot.state]
-        if not slots:
+        (everywhere,) = self._over_stages(len(slots))
+        if not everywhere:
             return
         self._save(slots, options)
         probes = [f"probe {micro_batch}.{number}" for number in range(self.climb.probes)]
@@ -107,7 +130,7 @@ class Perturbation:
     def restore(self) -> None:
         """Put every bit back. Idempotent."""
         for movable in self._moved:
-            movable.weights.copy_(movable.saved)
+            movable.restore()
         if self._moved:
             self._release()
         self._moved = []
@@ -119,22 +142,32 @@ class Perturbation:
 
     def _save(self, slots: Sequence[Slot], options: dict[int, Any]) -> None:
         self._release()
-        moved = []
-        for slot in slots:
-            weights, is_partition = forward_weights(slot.parameter)
-            shard = slot.shard if is_partition else _whole(slot.shard)
-            shard.attach(weights, weights)  # tells directions their device
-            moved.append((weights, shard))
+        moved = [self._place(slot) for slot in slots]
         directions = self._executor.run(
             lockstep(
                 self._method.directions(slot.shard, slot.state, options[id(slot.group)], shard)
-                for slot, (_, shard) in zip(slots, moved, strict=True)
+                for slot, (_, shard, _) in zip(slots, moved, strict=True)
             )
         )
         self._moved = [
-            Movable(weights, weights.clone(), shard, found, slot.state["step"])
-            for slot, (weights, shard), found in zip(slots, moved, directions, strict=True)
+            Movable(
+                *(place, place.weights.clone(), shard, found, copies),
+                *(slot.logical.held == "apart", slot.state["step"]),
+            )
+            for slot, (place, shard, copies), found in zip(slots, moved, directions, strict=True)
         ]
+
+    def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, int]:
+        """What is moved of a matrix: where, which elements, and on how many ranks of the group."""
+        interval, is_partition = forward_weights(slot.parameter)
+        place, shard, copies = interval.fragment(slot.logical), slot.shard, slot.copies
+        if not is_partition:
+            part = slot.logical.part(slot.logical.own, interval.start, interval.end)
+            shard = MatrixShard(shard.name, shard.shape, [part], 0, shard.side, 0)
+            copies *= self._executor.size // self._grid.tensor_size
+        weights = place.weights
+        shard.attach(weights, weights)  # tells directions their device
+        return place, shard, copies
 
     def _slopes(self, loss: Callable[[], float], probes: Sequence[str]) -> list[float]:
         """The paper's c_j."""
@@ -157,12 +190,12 @@ class Perturbation:
             movable.move(movable.coordinates([probe], [1.0]), self.climb.probe_radius)
         self._release()
         if "probe_radius" not in self._told:
-            square = sum(movable.directions.square(movable.coordinates([probe], [1.0])) for movable in self._moved)
+            (square,) = self._over_matrices([m.directions.square(m.coordinates([probe], [1.0])) for m in self._moved])
             self._realised("probe_radius", self.climb.probe_radius * math.sqrt(square))
 
     def _climb(self, probes: Sequence[str], shares: Sequence[float]) -> None:
         squares = [movable.directions.square(movable.coordinates(probes, shares)) for movable in self._moved]
-        total, count = sum(squares), sum(square > 0 for square in squares)
+        total, count = self._over_matrices(squares, [float(square > 0) for square in squares])
         for movable, square in zip(self._moved, squares, strict=True):
             length = math.sqrt(square if self.climb.per_matrix else total)
             movable.move(movable.coordinates(probes, shares), self.climb.radius / length if length else 0.0)
@@ -172,33 +205,49 @@ class Perturbation:
 
     def _realised(self, key: str, asked: float) -> float:
         """How much of a move rounding has left. Where that is little, the user is told once what to raise."""
-        if all(movable.weights.dtype == torch.float32 for movable in self._moved):
+        if self._dtype == torch.float32:
             return asked
         got = self._distance()
         if got < SURVIVING * asked and key not in self._told:
             logger.warning(
                 "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
                 "train in fp32",
-                *(key, self._moved[0].weights.dtype, asked, got, key),
+                *(key, self._dtype, asked, got, key),
             )
         self._told.add(key)
         return got
 
     def _distance(self) -> float:
         """How far the weights are from where they were: over all matrices, and all ranks that hold parts of them."""
-        squares = [
-            torch.linalg.vector_norm(m.weights.float() - m.saved.float(), dtype=torch.float64).square()
-            for m in self._moved
-        ]
-        own = torch.stack(squares).sum().float().view(1, 1)
-        if len(self._moved[0].shard.parts) > 1:
+        total = 0.0
+        if self._moved:
+            squares = [
+                torch.linalg.vector_norm(m.place.weights.float() - m.saved.float(), dtype=torch.float64).square()
+                / m.copies
+                for m in self._moved
+            ]
+            own = torch.stack(squares).sum().float().view(1, 1)
             (own,) = self._executor.exchange([Request(everyone(self._executor.size, 1), own)])
-        return math.sqrt(own.item())
+            total = own.item()
+        return math.sqrt(*self._over_stages(total))
+
+    def _over_matrices(self, *lists: list[float]) -> list[float]:
+        """The sum of each list, which has a number for every matrix that is moved here, over the whole model."""
+        if self._grid.tensor is None or not any(movable.is_apart for movable in self._moved):
+            return self._over_stages(*map(sum, lists))
+        shares = [1.0 if movable.is_apart else 1.0 / self._grid.tensor_size for movable in self._moved]
+        sums = [sum(number * share for number, share in zip(numbers, shares, strict=True)) for numbers in lists]
+        return self._over_stages(*self._summed(sums, self._grid.tensor))
+
+    def _over_stages(self, *numbers: float) -> list[float]:
+        """The sums over the stages of the pipeline."""
+        return list(numbers) if self._grid.pipeline is None else self._summed(numbers, self._grid.pipeline)
+
+    def _summed(self, numbers: Sequence[float], group: dist.ProcessGroup) -> list[float]:
+        total = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total, group=group)
+        found: list[float] = total.tolist()
+        return found
 
     def _release(self) -> None:
         release_gathered(slot.parameter for slot in self._slots)
-
-
-def _whole(shard: MatrixShard) -> MatrixShard:
-    """The same matrix, all of it on this rank."""
-    return MatrixShard(shard.name, shard.shape, [whole(shard.shape)], 0, shard.side, 0)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup, get_rank
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method, Options
 from ds_lowrank.methods.full_size import full_size_state
 from ds_lowrank.methods.keep import Keep, State
 from ds_lowrank.roles import Role, Tag, role_of
-from ds_lowrank.sharding.layout import Part
+from ds_lowrank.sharding.grid import Grid
+from ds_lowrank.sharding.layout import NOTHING, Held, Range
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.zero import Placement, logical_shape, read_parts
+from ds_lowrank.sharding.tensor_parallel import Logical, logical_matrices
+from ds_lowrank.sharding.zero import Placement, read_intervals, shape_before_zero
 from ds_lowrank.slots import Slot
 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter that the optimizer was built with.
+    """A logical matrix (or vector) that the optimizer was built with: a parameter, or one of the matrices fused in it.
 
     Attributes:
         options: of its group.
@@ -29,20 +32,38 @@ class Member:
     """
 
     parameter: torch.nn.Parameter
+    logical: Logical
     tag: Tag
     group: dict[str, Any]
     options: Options
     state: State
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return logical_shape(self.parameter)
-
     def role(self, method: type[Method]) -> Role:
-        choice = method.chooses(self.tag.name, self.options) if len(self.shape) == 2 else None
+        shape = self.logical.shape
+        choice = method.chooses(self.tag.name, self.options) if len(shape) == 2 else None
         if choice is not None:
             return Role(*choice)
-        return role_of(self.tag, self.shape, self.options.target_modules, self.options.exclude_modules)
+        return role_of(self.tag, shape, self.options.target_modules, self.options.exclude_modules)
+
+    def placed(self, role: Role) -> Logical:
+        """The matrix that is stepped: the logical one, or this rank's shard as one of its own."""
+        if not role.projected:
+            return self.logical.as_row()
+        return self.logical.apart() if self.options.tensor_parallel_projection == "local" else self.logical
+
+
+def members_of(
+    parameter: torch.nn.Parameter, tag: Tag, group: dict[str, Any], options: Options, state: State, grid: Grid
+) -> list[Member]:
+    """One for every logical matrix in a parameter; those of a fused weight have a state each in the parameter's."""
+    found = logical_matrices(parameter, shape_before_zero(parameter), tag.name, grid)
+    return [
+        Member(
+            *(parameter, logical, replace(tag, name=logical.name), group, options),
+            state if logical.piece is None else state.setdefault(logical.piece, {}),
+        )
+        for logical in found
+    ]
 
 
 def check_fit(method: type[Method], members: Iterable[Member]) -> None:
@@ -52,8 +73,11 @@ def check_fit(method: type[Method], members: Iterable[Member]) -> None:
         ConfigError: says for every such shape why, what would work, and which matrices these are.
     """
     misfits: dict[str, list[str]] = {}
-    for member in (member for member in members if member.role(method).projected):
-        m, n = member.shape
+    for member in members:
+        role = member.role(method)
+        if not role.projected:
+            continue
+        m, n = member.placed(role).shape
         problem = method.misfit((m, n), member.options)
         if problem is not None:
             misfits.setdefault(f"{m} x {n}: {problem}", []).append(member.tag.name)
@@ -63,55 +87,72 @@ def check_fit(method: type[Method], members: Iterable[Member]) -> None:
         raise ConfigError("\n".join([f"{method.name} cannot step these matrices:", *lines, advice]))
 
 
-def make_slots(method: type[Method], members: Sequence[Member], placement: Placement, rank: int) -> list[Slot]:
+def make_slots(
+    method: type[Method], members: Sequence[Member], placement: Placement, grid: Grid, group: ProcessGroup | None
+) -> list[Slot]:
     """A slot with fresh state for every member; the ranks that hold a matrix take turns in factoring.
 
     Args:
         placement: where DeepSpeed put the elements.
-        rank: this rank's position among those that share the matrices.
+        group: the ranks that hold the matrices between them; None for this rank alone.
     """
-    fragments = [fragment for found in placement.fragments for fragment in found]
-    parts = read_parts([member.shape for member in members], fragments, placement.process_group)
+    rank = 0 if group is None else get_rank(group)
+    intervals = [interval for found in placement.intervals for interval in found]
+    tensor_ranks, world = read_intervals(intervals, grid.tensor_rank, group)
+    parameters = dict.fromkeys(id(member.parameter) for member in members)  # each once, in the intervals' order
+    numbers = {parameter: number for number, parameter in enumerate(parameters)}
     slots: list[Slot] = []
     matrices = 0
-    for member, fragment, held in zip(members, fragments, parts, strict=True):
+    for member in members:
+        number = numbers[id(member.parameter)]
         role = member.role(method)
+        logical = member.placed(role)
+        parts, peers = _parts(logical, tensor_ranks, [held[number] for held in world])
         if role.projected:
-            shard, keep, rank_text = _projected(method, member, held, rank, matrices)
+            shard, keep, rank_text = _projected(method, member, logical, parts, peers, rank, matrices)
             matrices += 1
         else:
-            shard, keep, rank_text = *_elementwise(member, held, rank), ""
+            shard, keep, rank_text = *_elementwise(member, logical, parts, peers, rank), ""
+        fragment = intervals[number].fragment(logical)
         member.state.update({"step": 0, **keep.empty(fragment.store.device)})
         slots.append(
             Slot(
-                member.tag,
-                role,
-                member.shape,
-                member.group,
-                fragment,
-                shard,
-                keep,
-                rank_text,
-                member.state,
-                member.parameter,
+                replace(member.tag, name=logical.name),
+                *(role, member.logical.shape, member.group, fragment, shard, keep, rank_text, member.state),
+                *(member.parameter, logical),
             )
         )
     return slots
 
 
+def _parts(logical: Logical, tensor_ranks: list[int], held: list[Range]) -> tuple[list[Held], list[int]]:
+    """What every rank holds of a matrix, and which ranks share this copy of it."""
+    peers = [r for r, t in enumerate(tensor_ranks) if logical.held == "shared" or t == logical.own]
+    sharing = set(peers)
+    return [logical.part(t, *held[r]) if r in sharing else NOTHING for r, t in enumerate(tensor_ranks)], peers
+
+
 def _projected(
-    method: type[Method], member: Member, parts: list[Part], rank: int, index: int
+    method: type[Method],
+    member: Member,
+    logical: Logical,
+    parts: list[Held],
+    peers: list[int],
+    rank: int,
+    index: int,
 ) -> tuple[MatrixShard, Keep, str]:
-    shape, options = (member.shape[0], member.shape[1]), member.options
+    shape, options = (logical.shape[0], logical.shape[1]), member.options
     holders = [rank for rank, part in enumerate(parts) if part.numel]
     side, factor_rank = method.side(shape, options), holders[index % len(holders)]
-    shard = MatrixShard(member.tag.name, shape, parts, rank, side, factor_rank, options.run)
-    keep = Keep(member.tag.name, lambda at: method.state(shard, options, at), method.rank(shape, options))
+    shard = MatrixShard(logical.name, shape, parts, rank, side, factor_rank, options.run, peers)
+    keep = Keep(logical.name, lambda at: method.state(shard, options, at), method.rank(shape, options))
     return shard, keep, method.rank_text(shape, options)
 
 
-def _elementwise(member: Member, parts: list[Part], rank: int) -> tuple[MatrixShard, Keep]:
+def _elementwise(
+    member: Member, logical: Logical, parts: list[Held], peers: list[int], rank: int
+) -> tuple[MatrixShard, Keep]:
     """A parameter of any shape as one row; the side does not matter, as nothing is compressed."""
-    numel = parts[0].block.numel
-    shard = MatrixShard(member.tag.name, (1, numel), parts, rank, "right", 0, member.options.run)
-    return shard, Keep(member.tag.name, lambda _: full_size_state(shard, member.options), 0)
+    shape = (1, sum(part.numel for part in parts))
+    shard = MatrixShard(logical.name, shape, parts, rank, "right", 0, member.options.run, peers)
+    return shard, Keep(logical.name, lambda _: full_size_state(shard, member.options), 0)

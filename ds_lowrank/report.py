@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from ds_lowrank.slots import Slot
 
@@ -25,6 +26,24 @@ class Row:
     rank: str
 
 
+@dataclass(frozen=True)
+class Inventory:
+    """What the ranks of one pipeline stage have.
+
+    Attributes:
+        rows: kinds of parameters, and how many there are of each.
+        projected, rest: bytes of state over the ranks that share it: moments and bases, and AdamW's.
+        copies: how many of these bytes are copies of what another tensor-parallel rank has.
+        coded: other dtypes than fp32 in which moments are stored.
+    """
+
+    rows: dict[Row, int]
+    projected: int
+    rest: int
+    copies: int
+    coded: tuple[str, ...]
+
+
 def state_bytes(slots: Sequence[Slot]) -> tuple[int, int]:
     """Bytes of state on this rank: of the projected matrices (moments and bases), and of everything else."""
     projected = [slot for slot in slots if slot.is_projected]
@@ -37,29 +56,47 @@ def _bytes(slots: Sequence[Slot]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> str:
+def take_inventory(slots: Sequence[Slot], group: dist.ProcessGroup | None) -> Inventory:
+    """Of this rank's stage. Collective over the ranks that share the state."""
+    rows: dict[Row, int] = {}
+    for slot in slots:
+        row = _row(slot)
+        rows[row] = rows.get(row, 0) + 1
+    copies = sum(_bytes([slot]) * (slot.copies - 1) / slot.copies for slot in slots)
+    totals = torch.tensor([*state_bytes(slots), copies], dtype=torch.float64)
+    if group is not None and slots:
+        totals = totals.to(slots[0].fragment.store.device)
+        dist.all_reduce(totals, group=group)
+    coded = tuple(sorted({slot.group["state_dtype"] for slot in slots} - {"fp32"}))
+    projected, rest, copied = (round(total) for total in totals.tolist())
+    return Inventory(rows, projected, rest, copied, coded)
+
+
+def role_table(stages: Sequence[Inventory], here: tuple[int, int], world: int) -> str:
     """The table as text.
 
     Args:
-        slots: of this rank.
-        totals: bytes of state of projected matrices and of the rest, summed over the ranks.
+        stages: of the pipeline.
+        here: this rank's :func:`state_bytes`.
         world: over how many ranks state is split.
     """
     counts: dict[Row, int] = {}
-    for slot in slots:
-        row = _row(slot)
-        counts[row] = counts.get(row, 0) + 1
+    for stage in stages:
+        for row, count in stage.rows.items():
+            counts[row] = counts.get(row, 0) + count
     header = ("parameter", "count", "role", "shape", "side", "rank")
     lines = [header, *((r.name, str(n), r.role, r.shape, r.side, r.rank) for r, n in counts.items())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    matrices = sum(1 for slot in slots if slot.is_projected)
-    here = state_bytes(slots)
-    coded = sorted({slot.group["state_dtype"] for slot in slots} - {"fp32"})
+    matrices = sum(count for row, count in counts.items() if row.side)
+    copies = sum(stage.copies for stage in stages)
+    coded = sorted({code for stage in stages for code in stage.coded})
     return (
-        f"{table}\n{matrices} of {len(slots)} parameters are projected, the others take AdamW.\n"
-        f"State over {world} rank{'s' if world > 1 else ''}: moments and bases {_mib(totals[0])}, "
-        f"AdamW {_mib(totals[1])}; on this rank {_mib(here[0])} and {_mib(here[1])}."
+        f"{table}\n{matrices} of {sum(counts.values())} parameters are projected, the others take AdamW.\n"
+        f"State over {world} rank{'s' if world > 1 else ''}: moments and bases "
+        f"{_mib(sum(stage.projected for stage in stages))}, AdamW {_mib(sum(stage.rest for stage in stages))}; "
+        f"on this rank {_mib(here[0])} and {_mib(here[1])}."
+        + (f" {_mib(copies)} of it are copies on other tensor-parallel ranks." if copies else "")
         + (f" Moments are stored in {' and '.join(coded)}." if coded else "")
     )
 
@@ -67,9 +104,14 @@ def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> st
 def _row(slot: Slot) -> Row:
     name = re.sub(r"(?<![A-Za-z_])\d+(?![A-Za-z_])", "*", slot.tag.name)
     shape = "x".join(map(str, slot.shape)) or "scalar"
+    held = f", on each of {slot.copies} tensor ranks" if slot.copies > 1 else ""
+    if slot.logical.held == "apart":
+        held = f", as {len(slot.logical.strips)} shards apart"
+    if getattr(slot.parameter, "ds_pipe_replicated", False):
+        held += ", tied: a copy on this stage"
     if not slot.is_projected:
-        return Row(name, f"AdamW ({slot.role.reason})", shape, "", "")
-    return Row(name, "projected", shape, slot.shard.side, slot.rank_text)
+        return Row(name, f"AdamW ({slot.role.reason}){held}", shape, "", "")
+    return Row(name, f"projected{held}", shape, slot.shard.side, slot.rank_text)
 
 
 def _mib(count: int) -> str:

@@ -6,7 +6,7 @@ ZeRO hands an optimizer nameless tensors, so :func:`tag_parameters` writes name 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.sharding.tensor_parallel import FUSION, Fusion
+from ds_lowrank.sharding.zero import shape_before_zero
 
 Kind = Literal["weight", "embedding", "head"]
 
@@ -26,6 +28,7 @@ HEAD_NAMES = (
     "*.head.*",
     "*.output.weight",
     "output.weight",
+    "*output_layer*",
     "score.*",
     "classifier.*",
     "*.score.*",
@@ -58,11 +61,46 @@ def tag_parameters(model: torch.nn.Module) -> None:
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     heads = {id(module.weight) for module in output_layers(model)}
+    for module in model.modules():
+        _mark_fused(module)
+    names = logical_names(model)
     for name, parameter in model.named_parameters():
+        name = names.get(name, name)
         kind: Kind = (
             "embedding" if id(parameter) in embeddings else "head" if id(parameter) in heads else _kind_of(name)
         )
         parameter.ds_lowrank_tag = Tag(name, kind)  # type: ignore[attr-defined]
+
+
+def logical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Other names for parameters, where a model says what they are called in the model that it is a layout of."""
+    names: Callable[[], dict[str, str]] = getattr(model, "logical_names", dict)
+    return names()
+
+
+def tag_fused(parameter: torch.Tensor, heights: Mapping[str, int]) -> None:
+    """Declare a weight to be several matrices one below the other: each is then projected on its own.
+
+    Args:
+        parameter: ``rows x n``; on a tensor-parallel rank, that rank's rows.
+        heights: for each matrix its rows, in order, as often as it takes to fill the weight: ``{"q": 128, "k": 64,
+            "v": 64}`` for groups of heads. A name with a dot in it is a whole name, of the weight that it is in an
+            unfused model: the two then find the same subspaces.
+    """
+    setattr(parameter, FUSION, Fusion(tuple(heights), tuple(heights.values())))
+
+
+def _mark_fused(module: Any) -> None:
+    """megatron-core's attention and SwiGLU layers."""
+    qkv = getattr(getattr(module, "linear_qkv", None), "weight", None)
+    if qkv is not None and hasattr(module, "num_query_groups_per_partition") and not hasattr(qkv, FUSION):
+        head = module.hidden_size_per_attention_head
+        queries = module.num_attention_heads_per_partition // module.num_query_groups_per_partition
+        tag_fused(qkv, {"q": queries * head, "k": head, "v": head})
+    fc1 = getattr(getattr(module, "linear_fc1", None), "weight", None)
+    if fc1 is not None and getattr(fc1, "partition_stride", 1) == 2 and not hasattr(fc1, FUSION):
+        half = shape_before_zero(fc1)[0] // 2
+        tag_fused(fc1, {"gate": half, "up": half})
 
 
 def output_layers(model: torch.nn.Module) -> list[Any]:

@@ -12,6 +12,7 @@ from ds_lowrank.methods.base import Options, Seen
 from ds_lowrank.methods.keep import Keep, State
 from ds_lowrank.roles import Role, Tag
 from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.tensor_parallel import Logical
 from ds_lowrank.sharding.zero import Fragment
 
 WAVE = 2**28
@@ -20,14 +21,16 @@ WAVE = 2**28
 
 @dataclass
 class Slot:
-    """One parameter: what it is, where this rank's elements of it are, and its state.
+    """One logical matrix or vector: what it is, where this rank's elements of it are, and its state.
 
     Attributes:
+        shape: of the whole, before any kind of parallelism.
         shard: this rank's part; a parameter that is not a matrix counts as one row.
         keep: how its state is laid out and stored.
         rank_text: the rank as the role table shows it.
         state: what the method keeps, and ``step``.
-        parameter: of the model.
+        parameter: of the model; of a fused weight, several slots have the same.
+        logical: where what the slot steps lies in the parameter.
         stepped: whether the last step changed it.
         looked_around: whether its gradient was taken as the method's ``climb`` asks.
     """
@@ -42,6 +45,7 @@ class Slot:
     rank_text: str
     state: State
     parameter: torch.nn.Parameter
+    logical: Logical
     stepped: bool = False
     looked_around: bool = False
 
@@ -49,6 +53,11 @@ class Slot:
     def is_projected(self) -> bool:
         """Whether the method steps it; AdamW does otherwise."""
         return self.role.projected
+
+    @property
+    def copies(self) -> int:
+        """How many tensor-parallel ranks step a copy of it, and keep its state."""
+        return len(self.logical.strips) if self.logical.held == "copied" else 1
 
     @property
     def rank(self) -> int:

@@ -1,7 +1,7 @@
 """An optimizer's state as a dict of tensors and plain values, and back.
 
-Every tensor stands under its parameter's name, with the logical shape and the interval that this rank holds: what a
-reader on another layout needs to put it together.
+Every tensor stands under its matrix's name, with the logical shape and the rectangles of it that this rank holds: what
+a reader on another layout needs to put it together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.slots import Slot
 
-FORMAT = 3
+FORMAT = 4
 
 
 def dump_state(
@@ -66,8 +66,7 @@ def load_state(
 def _layout(slot: Slot) -> dict[str, Any]:
     return {
         "shape": list(slot.shape),
-        "start": slot.fragment.start,
-        "end": slot.fragment.end,
+        "held": [[r.row, r.col, r.height, r.width] for r in slot.shard.part.rectangles],
         "world": len(slot.shard.parts),
         "side": slot.shard.side if slot.is_projected else "none",
     }
@@ -126,7 +125,7 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
         if stored[key] != value:
             raise CheckpointError(
                 f"{name}: {key} is {stored[key]} in the checkpoint and {value} in this run. Resume with the ZeRO "
-                "stage, the number of ranks, the model and the optimizer.params that saved it"
+                "stage, the grid of ranks, the model and the optimizer.params that saved it"
             )
     tensors = saved["state"][name]
     if set(tensors) != set(slot.state):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.models.adapter import has_adapters
+from ds_lowrank.sharding.grid import grid_of
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,6 @@ REFUSALS = (
     ),
     Refusal("amp", _enabled("amp"), "use bf16 or fp16"),
     Refusal("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
-    Refusal(
-        "tensor_parallel.autotp_size",
-        _above_one("tensor_parallel", "autotp_size"),
-        "set it to 1: tensor parallelism is not supported yet",
-    ),
     Refusal("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
 )
 
@@ -91,21 +88,49 @@ def check_supported(config: Mapping[str, Any], method: str) -> None:
         raise ConfigError("the DeepSpeed configuration cannot be honoured:\n" + "\n".join(lines))
 
 
-def check_model(model: Any, mpu: Any, method: str) -> None:
-    """Refuse models and groups that the shard layouts do not cover yet.
+def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) -> None:
+    """Refuse models and grids on which the update, or the norm that it is clipped by, would not be the method's.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: says which, and what works.
     """
     from deepspeed.runtime.pipe import PipelineModule
 
-    if isinstance(model, PipelineModule):
-        raise ConfigError(f"{method}: pipeline parallelism is not supported yet; pass a plain module")
-    world = getattr(mpu, "get_model_parallel_world_size", None)
-    if world is not None and world() > 1:
-        raise ConfigError(f"{method}: tensor parallelism is not supported yet; use a model-parallel world of 1")
+    stage = int(_zero(config).get("stage", 0))
+    in_pipeline = isinstance(model, PipelineModule)
+    if in_pipeline and stage > 1:
+        raise ConfigError(
+            f"ZeRO {stage} partitions gradients, which a pipeline accumulates over micro-batches: DeepSpeed allows "
+            "zero_optimization.stage 0 and 1 with a PipelineModule; set one of them"
+        )
+    if in_pipeline and mpu is not None:
+        raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
+    tensor = _autotp_size(config) if mpu is None else grid_of(mpu).tensor_size
+    if in_pipeline:
+        tensor = grid_of(model.mpu()).tensor_size
+    elif mpu is None and tensor == 1 and grid_of(None).tensor_size > 1:
+        raise ConfigError(
+            "megatron-core's tensor-parallel groups are initialised, and DeepSpeed was not told: it would average the "
+            "gradients of different shards. Pass mpu=megatron.core.parallel_state to ds_lowrank.initialize"
+        )
+    lowered = next((key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled", False)), None)
+    if tensor > 1 and lowered and stage == 0 and not in_pipeline:
+        raise ConfigError(
+            f"{lowered} with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel "
+            "ranks but the first out of the gradient norm. Set zero_optimization.stage to 1"
+        )
+    _check_parameters(model, tensor, in_pipeline, method)
+
+
+def _autotp_size(config: Mapping[str, Any]) -> int:
+    return int((config.get("tensor_parallel") or {}).get("autotp_size", 1))
+
+
+def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -> None:
     experts = [name for name, p in model.named_parameters() if getattr(p, "allreduce", True) is False]
     if experts:
         raise ConfigError(
             f"{method}: expert parallelism is not supported yet ({experts[0]} is split over expert ranks)"
         )
+    if (tensor > 1 or in_pipeline) and has_adapters(model):
+        raise ConfigError(f"{method}: adapters are not split over ranks: use them with data parallelism only")

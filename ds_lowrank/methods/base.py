@@ -31,7 +31,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    structure: ClassVar[tuple[str, ...]] = ("proj_type", "state_dtype")
+    structure: ClassVar[tuple[str, ...]] = ("proj_type", "state_dtype", "tensor_parallel_projection")
     """The keys that decide what the numbers in the state are: a run can only be resumed with the same."""
 
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
@@ -45,6 +45,9 @@ class Options(BaseModel):
     target_modules: tuple[str, ...] | None = None
     """Globs on parameter names. None: every matrix but embeddings and the output head."""
     exclude_modules: tuple[str, ...] = ()
+    tensor_parallel_projection: Literal["logical", "local"] = "logical"
+    """What is projected where tensor parallelism splits a matrix: the matrix, or each rank's shard on its own, which is
+    another algorithm at every tensor-parallel degree and sends nothing between these ranks."""
     state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """How moments are stored. Methods compute on them in fp32."""
     seed: int = Field(0, ge=0)

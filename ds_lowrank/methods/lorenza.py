@@ -32,8 +32,9 @@ from ds_lowrank.methods.keep import Layout, Rows, State
 from ds_lowrank.methods.probing import Diagonal, Directions, Everywhere, InSubspace
 from ds_lowrank.methods.range_finder import randomized_range
 from ds_lowrank.methods.subspace import Projection, project_on
+from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, Request
 
 
 class LorenzaOptions(Options):
@@ -126,15 +127,24 @@ class Lorenza(Method):
     ) -> Program[Directions]:
         if options.rank is None:
             return Everywhere(target, options.seed)
-        whole = target is not shard
-        columns = shard.compressed.spread if whole else shard.compressed.gather
-        rows = shard.kept.spread if whole else shard.kept.gather
+
+        def ask(axis: Axis, owned: torch.Tensor) -> Request:
+            return axis.gather(owned) if target is shard else axis.spread(owned)
+
+        def pick(axis: Axis, rows: torch.Tensor) -> torch.Tensor:
+            return rows if target is shard else rows[slice(*axis.held)]
+
         lengths = state["basis"].square().sum(0, keepdim=True)
         if options.probe_form == "gaussian":
-            basis, squares = yield columns(state["basis"]), shard.agree(lengths)
-            return InSubspace(target, options.seed, basis, squares.squeeze(0))
+            basis, squares = yield ask(shard.compressed, state["basis"]), shard.agree(lengths)
+            return InSubspace(target, options.seed, pick(target.compressed, basis), squares.squeeze(0))
         lengths = torch.cat([lengths, state["right_factor"].square().sum(0, keepdim=True)])
-        basis, factor, squares = yield columns(state["basis"]), rows(state["right_factor"]), shard.agree(lengths)
+        basis, factor, squares = yield (
+            ask(shard.compressed, state["basis"]),
+            ask(shard.kept, state["right_factor"]),
+            shard.agree(lengths),
+        )
+        basis, factor = pick(target.compressed, basis), pick(target.kept, factor)
         return Diagonal(target, options.seed, basis, factor, squares.prod(0))
 
     @staticmethod

@@ -114,6 +114,11 @@ class Everywhere(Directions):
         return float(torch.linalg.vector_norm(coordinates, dtype=torch.float64).square())
 
     def at(self, coordinates: torch.Tensor) -> Dense:
-        part = self.shard.part
-        (row0, row1), (col0, col1) = part.block.rows, part.block.cols
-        return Dense(lambda: coordinates[row0:row1, col0:col1].reshape(-1)[part.start : part.end], 1.0)
+        def elements() -> torch.Tensor:
+            pieces = [
+                coordinates[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1)
+                for r in self.shard.part.rectangles
+            ]
+            return torch.cat([coordinates.new_empty(0), *pieces])
+
+        return Dense(elements, 1.0)

@@ -92,17 +92,16 @@ def build(
         setattr(rotary, name, buffer.to(getattr(rotary, name).device))
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            _fill(parameter, name, seed, config.initializer_range)
+            parameter.copy_(draw_weight(name, tuple(parameter.shape), seed, config.initializer_range))
     return model
 
 
-def _fill(parameter: torch.nn.Parameter, name: str, seed: int, std: float) -> None:
-    """Norms are ones, biases zeros, and everything else is normal with the given standard deviation."""
+def draw_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> torch.Tensor:
+    """Norms are ones, biases zeros, and everything else is normal with the given standard deviation; fp32."""
     if name.endswith("bias"):
-        parameter.zero_()
-    elif parameter.ndim == 1:
-        parameter.fill_(1.0)
-    else:
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -20,10 +20,18 @@ class Axis:
         factor_rank: the rank that factors this matrix.
         rank: this rank.
         run: so many rows have one owner together.
+        peers: the ranks that share the tensor; None for all.
     """
 
     def __init__(
-        self, size: int, held: Sequence[Range], weights: Sequence[int], factor_rank: int, rank: int, run: int = 1
+        self,
+        size: int,
+        held: Sequence[Range],
+        weights: Sequence[int],
+        factor_rank: int,
+        rank: int,
+        run: int = 1,
+        peers: Sequence[int] | None = None,
     ) -> None:
         self.size, self.rank = size, rank
         self.held = held[rank]
@@ -33,7 +41,8 @@ class Axis:
         self.owned = owned[rank]
         self._reduce = Route(touched, owned)
         self._gather = Route(owned, touched)
-        everything: tuple[Spans, ...] = (((0, size),),) * len(held)
+        sharing = range(len(held)) if peers is None else peers
+        everything: tuple[Spans, ...] = tuple(((0, size),) if i in sharing else () for i in range(len(held)))
         self._spread = Route(owned, everything)
         self._collect = Route(owned, at_factor)
         self._sum = Route(touched, at_factor)
@@ -57,7 +66,7 @@ class Axis:
         return Request(self._gather, owned)
 
     def spread(self, owned: torch.Tensor) -> Request:
-        """All rows, on every rank."""
+        """All rows, on every peer."""
         return Request(self._spread, owned)
 
     def collect(self, owned: torch.Tensor) -> Request:

@@ -10,8 +10,8 @@ has one owner: among the ranks whose elements touch it, in proportion to how man
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -83,16 +83,71 @@ class Part:
     @cached_property
     def rows(self) -> Range:
         """The rows of the logical matrix that hold an element of this part; ``(0, 0)`` where it is empty."""
-        if not self.rectangles:
-            return (0, 0)
-        return self.rectangles[0].row, self.rectangles[-1].row + self.rectangles[-1].height
+        return _covered((r.row, r.row + r.height) for r in self.rectangles)
 
     @cached_property
     def cols(self) -> Range:
         """The smallest range of columns that covers this part; ``(0, 0)`` where it is empty."""
-        if not self.rectangles:
+        return _covered((r.col, r.col + r.width) for r in self.rectangles)
+
+    def flat(self, columns: int) -> Range | None:
+        """The interval of the row-major logical matrix that this part is; None where it is none."""
+        (row, last), cols = self.block.rows, self.block.cols
+        if not self.numel:
             return (0, 0)
-        return min(r.col for r in self.rectangles), max(r.col + r.width for r in self.rectangles)
+        if cols != (0, columns) and last - row > 1:
+            return None
+        first = row * columns + cols[0]
+        return first + self.start, first + self.end
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several parts one after the other in storage: what a rank holds of one of the matrices in a fused weight."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)
+
+    @cached_property
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        """In storage order."""
+        found, before = [], 0
+        for part in self.parts:
+            found += [replace(rectangle, offset=before + rectangle.offset) for rectangle in part.rectangles]
+            before += part.numel
+        return tuple(found)
+
+    @cached_property
+    def rows(self) -> Range:
+        """The smallest range of rows that covers all parts; ``(0, 0)`` where they are empty."""
+        return _covered((r.row, r.row + r.height) for r in self.rectangles)
+
+    @cached_property
+    def cols(self) -> Range:
+        """The smallest range of columns that covers all parts; ``(0, 0)`` where they are empty."""
+        return _covered((r.col, r.col + r.width) for r in self.rectangles)
+
+    def flat(self, columns: int) -> Range | None:
+        """The interval of the row-major logical matrix that the parts are together; None where they are none."""
+        intervals = [part.flat(columns) for part in self.parts if part.numel]
+        if not intervals:
+            return (0, 0)
+        if any(a is None or b is None or a[1] != b[0] for a, b in pairwise(intervals)):
+            return None
+        first, last = intervals[0], intervals[-1]
+        return None if first is None or last is None else (first[0], last[1])
+
+
+Held = Part | Joined
+NOTHING = Part(Block((0, 0), (0, 0)), 0, 0)
+
+
+def _covered(ranges: Iterable[Range]) -> Range:
+    edges = list(ranges)
+    return (min(lo for lo, _ in edges), max(hi for _, hi in edges)) if edges else (0, 0)
 
 
 def whole(shape: Sequence[int], start: int = 0, end: int | None = None) -> Part:

@@ -21,8 +21,9 @@ from typing import Literal
 
 import torch
 
+from ds_lowrank.errors import ConfigError
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.layout import Part, Range, Rectangle, whole
+from ds_lowrank.sharding.layout import NOTHING, Held, Part, Range, Rectangle, whole
 from ds_lowrank.sharding.reduce import Program, Request, Route, everyone
 
 Side = Literal["left", "right"]
@@ -76,21 +77,25 @@ class MatrixShard:
         side: ``right`` compresses the columns, ``left`` the rows.
         factor_rank: the rank that runs this matrix's factorisations.
         run: rows of the state that one rank owns together.
+        peers: the ranks of the group that share this copy of the matrix; all of them, unless tensor-parallel ranks
+            have one each.
     """
 
     def __init__(
         self,
         name: str,
         shape: tuple[int, int],
-        parts: Sequence[Part],
+        parts: Sequence[Held],
         rank: int,
         side: Side,
         factor_rank: int,
         run: int = 1,
+        peers: Sequence[int] | None = None,
     ) -> None:
         self.name, self.shape, self.side, self.rank, self.run = name, shape, side, rank, run
         self.factor_rank, self.parts = factor_rank, tuple(parts)
         self.part = parts[rank]
+        self.peers = tuple(range(len(parts))) if peers is None else tuple(peers)
         self.flat, self.weights = torch.empty(0), torch.empty(0)
         self._seen_as: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
         self._weights = [part.numel for part in parts]
@@ -99,7 +104,7 @@ class MatrixShard:
         self._views: dict[tuple[int, int], MatrixShard] = {}
 
     def _axis(self, size: int, held: Sequence[Range]) -> Axis:
-        return Axis(size, held, self._weights, self.factor_rank, self.rank, self.run)
+        return Axis(size, held, self._weights, self.factor_rank, self.rank, self.run, self.peers)
 
     @cached_property
     def rows(self) -> Axis:
@@ -111,9 +116,16 @@ class MatrixShard:
 
     @cached_property
     def elements(self) -> Axis:
-        """The elements themselves, one row each: every rank owns those it holds."""
-        ends = list(accumulate(self._weights))
-        return self._axis(ends[-1], [(end - weight, end) for end, weight in zip(ends, self._weights, strict=True)])
+        """The elements themselves, one row each: every rank owns those it holds.
+
+        They are numbered as in the row-major matrix; where a rank's are no interval of it, rank after rank.
+        """
+        intervals = [part.flat(self.shape[1]) for part in self.parts]
+        if None in intervals:
+            ends = list(accumulate(self._weights))
+            intervals = [(end - weight, end) for end, weight in zip(ends, self._weights, strict=True)]
+        held = [interval for interval in intervals if interval is not None]
+        return self._axis(sum(self._weights), held)
 
     @property
     def kept(self) -> Axis:
@@ -156,26 +168,35 @@ class MatrixShard:
         return value if self.part.numel else value.new_zeros(rows, value.shape[1])
 
     def agree(self, value: torch.Tensor) -> Request:
-        """Sum a few numbers, one a row, over all ranks: every rank gets the same bits, so that all decide alike."""
+        """Sum a few numbers, one a row, over all peers: each gets the same bits, so that all decide alike."""
         rows = value.shape[0]
         if rows not in self._everyone:
-            self._everyone[rows] = everyone(len(self.parts), rows)
+            self._everyone[rows] = everyone(len(self.parts), rows, self.peers)
         return Request(self._everyone[rows], value)
 
     def viewed(self, shape: tuple[int, int]) -> MatrixShard:
         """The same elements in the same storage as a matrix of another shape.
 
         Raises:
-            ValueError: tensor parallelism splits the matrix, so that the storage of a rank is not an interval of it.
+            ConfigError: tensor parallelism splits the matrix, so that the storage of a rank is not an interval of it.
         """
-        if any(part.block.numel != self.shape[0] * self.shape[1] for part in self.parts):
-            raise ValueError(f"{self.name}: a matrix that tensor parallelism splits has no view of another shape")
         if shape not in self._views:
-            parts = [whole(shape, part.start, part.end) for part in self.parts]
-            self._views[shape] = MatrixShard(self.name, shape, parts, self.rank, self.side, self.factor_rank, self.run)
+            parts = [self._viewed_part(part, shape) for part in self.parts]
+            self._views[shape] = MatrixShard(
+                self.name, shape, parts, self.rank, self.side, self.factor_rank, self.run, self.peers
+            )
         view = self._views[shape]
         view.attach(self.flat, self.weights)
         return view
+
+    def _viewed_part(self, part: Held, shape: tuple[int, int]) -> Part:
+        interval = part.flat(self.shape[1])
+        if interval is None:
+            raise ConfigError(
+                f"{self.name}: tensor parallelism splits its columns, so that it has no view of another shape; set "
+                "left_view to 'transposed', or tensor_parallel_projection to 'local'"
+            )
+        return whole(shape, *interval) if part.numel else NOTHING
 
     def attach(self, flat: torch.Tensor, weights: torch.Tensor) -> None:
         """Take this step's gradient and the weights: the elements of this rank's part, ``part.numel`` of them."""

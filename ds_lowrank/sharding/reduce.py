@@ -96,9 +96,14 @@ class Request:
     value: torch.Tensor
 
 
-def everyone(ranks: int, rows: int) -> Route:
-    """Every rank has all rows and wants their sum. For small tensors: each rank sends all of it to every other."""
-    spans: tuple[Spans, ...] = (((0, rows),),) * ranks
+def everyone(ranks: int, rows: int, among: Sequence[int] | None = None) -> Route:
+    """Every rank has all rows and wants their sum. For small tensors: each rank sends all of it to every other.
+
+    Args:
+        among: the ranks that take part; None for all.
+    """
+    taking_part = set(range(ranks) if among is None else among)
+    spans: tuple[Spans, ...] = tuple(((0, rows),) if rank in taking_part else () for rank in range(ranks))
     return Route(spans, spans)
 
 

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.sharding.layout import Part, whole
+from ds_lowrank.sharding.layout import Range, Spans
+from ds_lowrank.sharding.tensor_parallel import Logical
 
 NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offload_optimizer"
 
 
 @dataclass
-class Fragment:
+class Interval:
     """This rank's elements ``[start, end)`` of one parameter, ``offset`` elements into ``store``.
 
     ``store`` is what DeepSpeed updates in one ``step()``: the parameter itself, its fp32 clone, or a flat partition. A
@@ -39,17 +40,43 @@ class Fragment:
     end: int
     offset: int
 
+    def fragment(self, logical: Logical) -> Fragment:
+        """Those of them that are of one logical matrix."""
+        spans = logical.spans(self.start, self.end)
+        return Fragment(self.store, tuple((self.offset + lo, self.offset + hi) for lo, hi in spans))
+
+
+@dataclass
+class Fragment:
+    """The elements of one logical matrix that lie in a store: one span of it, or of a fused weight several."""
+
+    store: torch.Tensor
+    spans: Spans
+
     @property
     def weights(self) -> torch.Tensor:
-        """The elements, flat: a view of the store."""
-        return self.store.data.view(-1)[self.offset : self.offset + self.end - self.start]
+        """The elements, flat: a view of the store where they are one span, else a copy, to be put back."""
+        return self._of(self.store.data.view(-1))
 
     @property
     def gradient(self) -> torch.Tensor:
         """Their gradient, flat. Only while the store has one."""
         gradient = self.store.grad
         assert gradient is not None
-        return gradient.reshape(-1)[self.offset : self.offset + self.end - self.start]
+        return self._of(gradient.reshape(-1))
+
+    def _of(self, flat: torch.Tensor) -> torch.Tensor:
+        if len(self.spans) == 1:
+            return flat[slice(*self.spans[0])]
+        return torch.cat([flat[:0], *(flat[lo:hi] for lo, hi in self.spans)])
+
+    def put(self, weights: torch.Tensor) -> None:
+        """Write what was done to :attr:`weights` into the store."""
+        if len(self.spans) == 1:
+            return
+        flat = self.store.data.view(-1)
+        for (lo, hi), piece in zip(self.spans, torch.split(weights, [b - a for a, b in self.spans]), strict=True):
+            flat[lo:hi] = piece
 
 
 @dataclass
@@ -58,17 +85,17 @@ class Placement:
 
     Attributes:
         wrapper: for the log.
-        fragments: one a parameter, group by group, in the order given.
+        intervals: one a parameter, group by group, in the order given.
         process_group: the ranks over which they are split; None where every rank holds them whole.
     """
 
     wrapper: str
-    fragments: list[list[Fragment]]
+    intervals: list[list[Interval]]
     process_group: dist.ProcessGroup | None
 
 
-def logical_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where ZeRO 3 has emptied it."""
+def shape_before_zero(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the parameter as its layer has it, also where ZeRO 3 has emptied it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -116,25 +143,25 @@ def _is_stage3(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool
     return all(hasattr(q, "_z3_optimizer") for q in own) and all(id(p) in partitions for p in group["params"])
 
 
-def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Fragment:
+def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Interval:
     if not store.is_contiguous():
         raise ConfigError(
             f"a parameter of shape {tuple(parameter.shape)} is not contiguous in memory (a transposed view?), and its "
             "elements are updated in place in their order: make it contiguous before building the optimizer"
         )
-    return Fragment(store, 0, parameter.numel(), 0)
+    return Interval(store, 0, parameter.numel(), 0)
 
 
 def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
     process_group = next(parameter._dp_group for own in parameters for parameter in own)  # type: ignore[attr-defined]
-    fragments = [
+    intervals = [
         [_by_storage(parameter, group["params"][0], process_group) for parameter in own]
         for own, group in zip(parameters, groups, strict=True)
     ]
-    return Placement("flat fp32 partitions", fragments, process_group)
+    return Placement("flat fp32 partitions", intervals, process_group)
 
 
-def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_group: dist.ProcessGroup) -> Fragment:
+def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_group: dist.ProcessGroup) -> Interval:
     """The overlap of a parameter with this rank's partition of its group.
 
     The model's parameters are views of one flat buffer a group, of which every rank updates an equal share: a
@@ -155,12 +182,12 @@ def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_
     offset = int(parameter.storage_offset())
     start, end = max(low, offset), min(low + size, offset + parameter.numel())
     if start >= end:
-        return Fragment(partition, 0, 0, 0)
-    return Fragment(partition, start - offset, end - offset, start - low)
+        return Interval(partition, 0, 0, 0)
+    return Interval(partition, start - offset, end - offset, start - low)
 
 
 def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
-    fragments, process_group = [], None
+    intervals, process_group = [], None
     for own in parameters:
         found = []
         for parameter in own:
@@ -173,23 +200,23 @@ def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
             size = tensor.partition_numel()
             start = min(size * dist.get_rank(process_group), tensor.ds_numel)
             end = min(start + size, tensor.ds_numel)
-            found.append(Fragment(zero.fp32_partitioned_groups_flat[sub_group], start, end, offset))
-        fragments.append(found)
-    return Placement("ZeRO stage 3 partitions", fragments, process_group)
+            found.append(Interval(zero.fp32_partitioned_groups_flat[sub_group], start, end, offset))
+        intervals.append(found)
+    return Placement("ZeRO stage 3 partitions", intervals, process_group)
 
 
-def forward_weights(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, bool]:
-    """What a forward pass on this rank computes with: the elements, flat, and whether they are its partition only.
+def forward_weights(parameter: torch.nn.Parameter) -> tuple[Interval, bool]:
+    """What a forward pass on this rank computes with, and whether it is this rank's partition only.
 
     At stage 3 a forward pass gathers the partitions. It does not see a change of a partition whose parameter is
     gathered already: :func:`release_gathered` comes first.
     """
     tensor: Any = parameter
     if getattr(tensor, "ds_tensor", None) is None:
-        return parameter.data.view(-1), False
+        return Interval(parameter, 0, parameter.numel(), 0), False
     size = tensor.partition_numel()
     start = min(size * dist.get_rank(tensor.ds_process_group), tensor.ds_numel)
-    return tensor.ds_tensor.data[: min(size, tensor.ds_numel - start)], True
+    return Interval(tensor.ds_tensor, start, min(start + size, tensor.ds_numel), 0), True
 
 
 def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -199,24 +226,19 @@ def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
         wrapper.parameter_offload.partition_all_parameters()
 
 
-def read_parts(
-    shapes: Sequence[tuple[int, ...]], fragments: Sequence[Fragment], process_group: dist.ProcessGroup | None
-) -> list[list[Part]]:
-    """What every rank of the group holds of each parameter, by one all-gather of the intervals.
+def read_intervals(
+    intervals: Sequence[Interval], tensor_rank: int, process_group: dist.ProcessGroup | None
+) -> tuple[list[int], list[list[Range]]]:
+    """What every rank of the group holds of each parameter, by one all-gather.
 
     Returns:
-        ``parts[i][rank]``. A parameter that is not a matrix counts as one row.
+        Every rank's tensor-parallel rank, and for every rank the ``[start, end)`` of each parameter.
     """
-    as_matrices = [shape if len(shape) == 2 else (1, max(1, _numel(shape))) for shape in shapes]
-    own = [(f.start, f.end) for f in fragments]
-    if process_group is None or not own:
-        return [[whole(shape, *interval)] for shape, interval in zip(as_matrices, own, strict=True)]
-    mine = torch.tensor(own, dtype=torch.int64, device=fragments[0].store.device)
+    own = [(tensor_rank, 0), *((i.start, i.end) for i in intervals)]
+    if process_group is None or not intervals:
+        return [tensor_rank], [own[1:]]
+    mine = torch.tensor(own, dtype=torch.int64, device=intervals[0].store.device)
     world = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(world, mine, group=process_group)
-    everyone = [intervals.tolist() for intervals in world]
-    return [[whole(shape, *intervals[i]) for intervals in everyone] for i, shape in enumerate(as_matrices)]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    found = [[(start, end) for start, end in rows.tolist()] for rows in world]
+    return [rows[0][0] for rows in found], [rows[1:] for rows in found]

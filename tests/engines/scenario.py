@@ -158,7 +158,9 @@ def run_engine(
         "metrics": optimizer.metrics(),
         "matrices": optimizer.matrices(),
         "bytes": state_bytes(optimizer.slots),
-        "straddles": any(s.is_projected and s.fragment.start % s.shape[1] for s in optimizer.slots),
+        "straddles": any(
+            s.is_projected and s.shard.part.rectangles and s.shard.part.rectangles[0].col for s in optimizer.slots
+        ),
         "skipped": optimizer.skipped_updates,
     }
 
@@ -174,7 +176,12 @@ def broadcast_dense_init(model: torch.nn.Module, model_options: dict[str, Any]) 
 
 
 class Oracle:
-    """The same training in one fp32 process, on whole matrices, by the paper-literal references."""
+    """The same training in one fp32 process, on whole matrices, by the paper-literal references.
+
+    ``norms``: of each step's gradient, before clipping.
+    """
+
+    batch = staticmethod(tokens)
 
     def __init__(
         self,
@@ -185,7 +192,7 @@ class Oracle:
         **options: Any,
     ) -> None:
         self.model = make_model() if model is None else model
-        self.clip, self.t = clip, 0
+        self.clip, self.t, self.norms = clip, 0, []
         self.options = options = METHODS[method] | options
         self.rules = {}
         for name, parameter in self.model.named_parameters():
@@ -200,7 +207,7 @@ class Oracle:
 
     def gradients(self, step: int) -> dict[str, torch.Tensor]:
         self.model.zero_grad()
-        batch = tokens(step)
+        batch = self.batch(step)
         climbers = [rule for rule in self.rules.values() if isinstance(rule, DenseLorenza)]
         saved = [rule.weight.clone() for rule in climbers]
         with torch.no_grad():
@@ -210,6 +217,7 @@ class Oracle:
             rule.weight.copy_(weight)
         found = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in found.values()]))
+        self.norms.append(norm.item())
         if self.clip and norm > self.clip:
             found = {name: gradient * (self.clip / (norm + 1e-6)) for name, gradient in found.items()}
         return found

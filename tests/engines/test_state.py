@@ -269,8 +269,8 @@ def test_a_rank_above_the_smaller_dimension_is_clipped_and_said():
 
 def table_of(settings):
     import ds_lowrank
-    from ds_lowrank.report import role_table, state_bytes
+    from ds_lowrank.report import role_table, state_bytes, take_inventory
 
     engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
     slots = engine.basic_optimizer.slots
-    return role_table(slots, state_bytes(slots), 1)
+    return role_table([take_inventory(slots, None)], state_bytes(slots), 1)

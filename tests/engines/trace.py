@@ -30,8 +30,7 @@ def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) 
             s.tag.name: {
                 "shape": s.shape,
                 "projected": s.role.projected,
-                "start": s.fragment.start,
-                "end": s.fragment.end,
+                "held": [(r.row, r.col, r.height, r.width) for r in s.shard.part.rectangles],
                 "gradient": s.fragment.gradient.clone(),
                 "before": s.fragment.weights.clone(),
             }
@@ -53,9 +52,13 @@ def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) 
 def assemble(traces: list[dict[str, Any]], step: int, name: str, key: str) -> torch.Tensor:
     """A whole tensor from all ranks' pieces."""
     pieces = [trace["records"][step][name] for trace in traces]
-    whole = torch.full((torch.Size(pieces[0]["shape"]).numel(),), float("nan"))
+    shape = torch.Size(pieces[0]["shape"])
+    whole = torch.full(shape if pieces[0]["projected"] else (1, shape.numel()), float("nan"))
     for piece in pieces:
-        whole[piece["start"] : piece["end"]] = piece[key].float()
+        flat = piece[key].float()
+        for row, col, height, width in piece["held"]:
+            whole[row : row + height, col : col + width] = flat[: height * width].view(height, width)
+            flat = flat[height * width :]
     assert not whole.isnan().any(), f"no rank holds all of {name}"
     return whole.view(pieces[0]["shape"])
 

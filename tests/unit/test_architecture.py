@@ -16,7 +16,7 @@ ALLOWED = {
     "sharding": {"errors"},
     "methods": {"linalg", "sharding"},
     "config": {"errors", "methods"},
-    "roles": {"errors"},
+    "roles": {"errors", "sharding"},
     "slots": {"methods", "roles", "sharding"},
     "report": {"slots"},
     "state": {"errors", "methods", "slots"},

@@ -1,0 +1,76 @@
+"""Whole weights from wherever ZeRO, tensor and pipeline parallelism keep their parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, distributed
+
+from ds_lowrank.roles import logical_names
+from ds_lowrank.sharding.grid import Grid, grid_of
+from ds_lowrank.sharding.tensor_parallel import logical_matrices
+
+
+def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Every parameter's whole weight by its name in the whole model, on the CPU of rank 0; empty on the other ranks.
+
+    One parameter at a time is gathered, so that no device ever holds the model. Collective.
+    """
+    grid = grid_of(engine.mpu)
+    keeps = distributed.get_rank() == 0 or (grid.pipeline is not None and _ranks(grid.pipeline)[0] == 0)
+    weights: dict[str, Tensor] = {}
+    names = logical_names(engine.module)
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = _over_tensor_ranks(parameter, names.get(name, name), grid)
+            if keeps and grid.tensor_rank == 0:
+                weights[names.get(name, name)] = whole.cpu().clone()
+    if grid.pipeline is not None and keeps and grid.tensor_rank == 0:
+        weights = _over_stages(weights, grid.pipeline, engine.device)
+    return weights if distributed.get_rank() == 0 else {}
+
+
+def _ranks(group: distributed.ProcessGroup) -> list[int]:
+    ranks: list[int] = distributed.get_process_group_ranks(group)
+    return ranks
+
+
+def _over_tensor_ranks(parameter: Any, name: str, grid: Grid) -> Tensor:
+    local: Tensor = parameter.detach()
+    logical = logical_matrices(parameter, tuple(local.shape), name, grid)[0]
+    if grid.tensor is None or logical.held == "copied" or logical.piece is not None:
+        return local
+    sizes = [sum(strip.block.numel for strip in strips) for strips in logical.strips]
+    padded = local.new_zeros(max(sizes))
+    padded[: local.numel()] = local.reshape(-1)
+    shards = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(shards, padded, group=grid.tensor)
+    whole: Tensor = local.new_empty(logical.shape)
+    matrix = whole if whole.ndim == 2 else whole.view(1, -1)
+    for shard, size, (strip,) in zip(shards, sizes, logical.strips, strict=True):
+        part = matrix[slice(*strip.block.rows), slice(*strip.block.cols)]
+        part.copy_(shard[:size].view(part.shape))
+    return whole
+
+
+def _over_stages(
+    weights: dict[str, Tensor], group: distributed.ProcessGroup, device: torch.device
+) -> dict[str, Tensor]:
+    """The stages' weights, sent to the first, one tensor at a time. A tied weight comes from two stages, the same."""
+    stages: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(stages, [(n, w.shape, w.dtype) for n, w in weights.items()], group=group)
+    first, *others = _ranks(group)
+    if distributed.get_rank() != first:
+        for weight in weights.values():
+            distributed.send(weight.to(device), first, group=group)
+        return {}
+    found = dict(weights)
+    for sender, listed in zip(others, stages[1:], strict=True):
+        for name, shape, dtype in listed:
+            received = torch.empty(shape, dtype=dtype, device=device)
+            distributed.recv(received, sender, group=group)
+            found[name] = received.cpu()
+    return found

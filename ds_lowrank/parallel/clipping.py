@@ -1,0 +1,50 @@
+"""The norm of the raw gradient over a grid, and clipping by it where DeepSpeed 0.19.8 takes a wrong one.
+
+In fp32 at ZeRO 0 it counts a parameter that tensor-parallel ranks hold copies of only where the *model*-parallel rank
+is 0. In a pipeline that rank spans the stages, so all such parameters of the later stages are left out.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from ds_lowrank.sharding.grid import Grid
+
+
+def gradient_norm(parameters: Any, grid: Grid) -> torch.Tensor:
+    """The 2-norm of the whole model's gradient, from reduced gradients in ``.grad``: a scalar, the same everywhere.
+
+    A parameter that several ranks hold copies of counts once. Collective over the grid.
+    """
+    counted = [p.grad for p in parameters if p.grad is not None and _counts_here(p, grid)]
+    device = next((p.device for p in parameters), None)
+    norms = torch._foreach_norm(counted) if counted else []
+    square = torch.stack([n.double().square() for n in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
+    square = square.to(device) if device is not None else square
+    for group in (grid.tensor, grid.pipeline):
+        if group is not None:
+            dist.all_reduce(square, group=group)
+    return square.sqrt().float()
+
+
+def _counts_here(parameter: Any, grid: Grid) -> bool:
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return grid.tensor_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def clip_by_the_whole_norm(engine: DeepSpeedEngine, grid: Grid) -> None:
+    """Let an fp32 engine without ZeRO clip by the norm over the grid, and report it."""
+
+    def clip_fp32_gradients(self: DeepSpeedEngine) -> None:
+        parameters = list(self.module.parameters())
+        norm = gradient_norm(parameters, grid)
+        self._global_grad_norm = norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), norm)
+
+    engine.clip_fp32_gradients = MethodType(clip_fp32_gradients, engine)

@@ -1,0 +1,66 @@
+"""The grid that DeepSpeed and megatron-core agree on."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_lowrank.errors import ConfigError
+
+INSTALL = "megatron-core is not installed, and tensor and pipeline parallelism are made of its layers: pip install "
+INSTALL += "'ds_lowrank[megatron]'. tensor_parallel.autotp_size works without"
+
+
+class MegatronMPU:
+    """megatron-core's ``parallel_state`` as the ``mpu`` of ``deepspeed.initialize``.
+
+    The module itself lacks the rank and the size of the model-parallel group, which DeepSpeed asks for.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._state.get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._state.get_model_parallel_group())
+
+
+def as_mpu(mpu: Any) -> Any:
+    """An mpu as DeepSpeed can use it: megatron-core's ``parallel_state`` is wrapped, anything else left as it is."""
+    bare = mpu is not None and not hasattr(mpu, "get_model_parallel_rank")
+    return MegatronMPU(mpu) if bare and hasattr(mpu, "get_tensor_model_parallel_group") else mpu
+
+
+def check_grid(world: int, tensor: int, pipeline: int) -> None:
+    """Refuse a grid that the ranks do not fill, and a missing megatron-core.
+
+    Raises:
+        ConfigError: says what to change.
+    """
+    if tensor * pipeline > 1 and importlib.util.find_spec("megatron") is None:
+        raise ConfigError(INSTALL)
+    if world % (tensor * pipeline):
+        raise ConfigError(
+            f"{world} ranks are no multiple of tensor-parallel {tensor} x pipeline-parallel {pipeline} = "
+            f"{tensor * pipeline}: start more ranks, or split less"
+        )
+
+
+def make_grid(tensor: int, pipeline: int) -> Any:
+    """Initialise megatron-core's groups; ``torch.distributed`` must be. Collective.
+
+    Returns:
+        The mpu, for ``initialize`` (a ``PipelineModule`` brings its own).
+    """
+    check_grid(dist.get_world_size(), tensor, pipeline)
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+    return MegatronMPU(parallel_state)

@@ -1,0 +1,232 @@
+"""Which part of which logical matrix a tensor-parallel rank's parameter is: read off the layers' own marks.
+
+=================  ==========================================================================
+layers             marks on a parameter
+=================  ==========================================================================
+megatron-core      ``tensor_model_parallel``, ``partition_dim``, ``partition_stride``
+DeepSpeed AutoTP   ``ds_autotp_universal_checkpoint_meta``: its dimension and everybody's size
+none               the parameter is whole on every tensor-parallel rank
+=================  ==========================================================================
+
+A fused weight holds several logical matrices, one below the other, once or periodically (``q q k v`` for every group of
+heads). It is projected as these matrices, so that a fused and an unfused model take the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.sharding.grid import Grid
+from ds_lowrank.sharding.layout import NOTHING, Block, Held, Joined, Part, Range, Spans
+
+AUTOTP = "ds_autotp_universal_checkpoint_meta"
+FUSION = "ds_lowrank_fusion"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The matrices in a fused weight: ``heights`` rows of each, again and again down to the last row of every rank."""
+
+    names: tuple[str, ...]
+    heights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The elements from ``start`` on of a parameter as it lies on one rank are ``block`` of a logical matrix."""
+
+    start: int
+    block: Block
+
+
+@dataclass(frozen=True)
+class Logical:
+    """One logical matrix, and where it lies in a parameter on every tensor-parallel rank.
+
+    Attributes:
+        name: seeds and state belong to it.
+        shape: of the whole of it. Strips of anything but a matrix are of its elements as one row.
+        strips: for each tensor-parallel rank.
+        own: this rank's number among them.
+        held: whether these ranks hold the matrix between them (``shared``), each a copy of it (``copied``), or, with a
+            local projection, each its shard as a matrix of its own (``apart``).
+        piece: which of a fused weight's matrices this is; None where the parameter is not fused.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    strips: tuple[tuple[Strip, ...], ...]
+    own: int
+    held: Literal["shared", "copied", "apart"]
+    piece: str | None = None
+
+    def part(self, tensor_rank: int, start: int, end: int) -> Held:
+        """What the elements ``[start, end)`` of the parameter on some tensor-parallel rank are of this matrix."""
+        parts = [part for _, part in self._cuts(tensor_rank, start, end)]
+        if len(parts) == 1:
+            return parts[0]
+        return Joined(tuple(parts)) if parts else NOTHING
+
+    def spans(self, start: int, end: int) -> Spans:
+        """Where those elements lie on this rank, counted from ``start``."""
+        return tuple((first, first + part.numel) for first, part in self._cuts(self.own, start, end))
+
+    def _cuts(self, tensor_rank: int, start: int, end: int) -> Iterator[tuple[int, Part]]:
+        for strip in self.strips[tensor_rank]:
+            lo, hi = max(start, strip.start), min(end, strip.start + strip.block.numel)
+            if lo < hi:
+                yield lo - start, Part(strip.block, lo - strip.start, hi - strip.start)
+
+    def as_row(self) -> Logical:
+        """The same elements as one row, for what is stepped element by element."""
+        if len(self.shape) != 2:
+            return self
+        rows, width = self.shape
+        if all(strip.block.cols == (0, width) for strips in self.strips for strip in strips):
+            return replace(
+                self,
+                shape=(1, rows * width),
+                strips=tuple(tuple(Strip(s.start, _row(s.block, width)) for s in strips) for strips in self.strips),
+            )
+        return replace(self, **_one_after_the_other([sum(s.block.numel for s in strips) for strips in self.strips]))
+
+    def apart(self) -> Logical:
+        """This rank's shard as a matrix of its own."""
+        if self.held == "copied" or len(self.strips) == 1:
+            return self
+        own = self.strips[self.own]
+        ends = [0, *accumulate(strip.block.rows[1] - strip.block.rows[0] for strip in own)]
+        width = max((strip.block.cols[1] - strip.block.cols[0] for strip in own), default=0)
+        strips = tuple(Strip(s.start, Block(rows, (0, width))) for s, rows in zip(own, pairwise(ends), strict=True))
+        name, everybody = f"{self.name}@tensor{self.own}", (strips,) * len(self.strips)
+        return replace(self, name=name, shape=(ends[-1], width), strips=everybody, held="apart")
+
+
+def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
+    """What a parameter is: one logical matrix, or those of a fused weight.
+
+    Args:
+        shape: of the parameter on this tensor-parallel rank.
+
+    Raises:
+        ConfigError: it is marked as split, and not how; or fused in a way that does not fit its rows.
+    """
+    dim, sizes = _split(parameter, shape, name, grid)
+    fusion = _fusion(parameter, shape)
+    if fusion is not None and dim in (None, 0):
+        return _fused(fusion, shape, sizes if dim == 0 else (), name, grid)
+    if dim is None:
+        strips = (_whole(shape),) * grid.tensor_size
+        return [Logical(name, shape, strips, grid.tensor_rank, "shared" if grid.tensor_size == 1 else "copied")]
+    full = tuple(sum(sizes) if axis == dim else size for axis, size in enumerate(shape))
+    if len(shape) != 2:
+        rest = math.prod(size for axis, size in enumerate(shape) if axis != dim)
+        row = _one_after_the_other([size * rest for size in sizes])
+        return [Logical(name, full, row["strips"], grid.tensor_rank, "shared")]
+    ends = [0, *accumulate(sizes)]
+    blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
+    return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "shared")]
+
+
+def shard_of(whole: torch.Tensor, logical: Logical) -> torch.Tensor:
+    """This tensor-parallel rank's elements of a whole tensor, flat; for a parameter that is not fused."""
+    matrix = whole if whole.ndim == 2 else whole.reshape(1, -1)
+    (strip,) = logical.strips[logical.own]
+    return matrix[slice(*strip.block.rows), slice(*strip.block.cols)].reshape(-1)
+
+
+def _split(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tuple[int | None, tuple[int, ...]]:
+    """Along which dimension a parameter is split, and every rank's size along it; None where it is not."""
+    meta = getattr(parameter, AUTOTP, None)
+    if grid.tensor_size == 1 or not (meta or getattr(parameter, "tensor_model_parallel", False)):
+        return None, ()
+    if meta:
+        if meta["replicated"] or meta["partition_dim"] is None:
+            return None, ()
+        sizes = meta["partition_sizes"]
+        if sizes is None or meta["sub_param_sizes"] is not None or len(sizes) != grid.tensor_size:
+            raise ConfigError(
+                f"{name}: AutoTP splits this weight in pieces that ds_lowrank cannot read; exclude it from AutoTP by a "
+                "tensor_parallel.partition_config, or use a model whose projections are not fused"
+            )
+        return int(meta["partition_dim"]), tuple(sizes)
+    dim = getattr(parameter, "partition_dim", -1)
+    if not 0 <= dim < len(shape):
+        raise ConfigError(
+            f"{name} is marked tensor_model_parallel, and partition_dim does not say how it is split: use "
+            "megatron-core's layers, or set partition_dim on the parameter"
+        )
+    return dim, (shape[dim],) * grid.tensor_size
+
+
+def _fusion(parameter: Any, shape: tuple[int, ...]) -> Fusion | None:
+    if len(shape) != 2:
+        return None
+    declared: Fusion | None = getattr(parameter, FUSION, None)
+    stride = int(getattr(parameter, "partition_stride", 1))
+    if declared is None and stride > 1 and getattr(parameter, "partition_dim", -1) == 0:
+        return Fusion(tuple(map(str, range(stride))), (shape[0] // stride,) * stride)
+    return declared
+
+
+def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
+    """The whole weight repeats its period; a rank has the rows that follow those of the rank before."""
+    period, width, copies = sum(fusion.heights), shape[1], max(1, len(sizes))
+    if copies * shape[0] % period:
+        raise ConfigError(f"{name}: {copies * shape[0]} rows are no whole number of the {period} of {fusion.names}")
+    periods = copies * shape[0] // period
+    found = []
+    for piece, height, end in zip(fusion.names, fusion.heights, accumulate(fusion.heights), strict=True):
+        rows = [(p * period + end - height, p * height) for p in range(periods)]
+        strips = tuple(
+            _strips(rows, height, (t * shape[0], (t + 1) * shape[0]) if copies > 1 else (0, shape[0]), width)
+            for t in range(grid.tensor_size)
+        )
+        held: Literal["shared", "copied"] = "shared" if copies == grid.tensor_size else "copied"
+        found.append(
+            Logical(_piece_name(name, piece), (periods * height, width), strips, grid.tensor_rank, held, piece)
+        )
+    return found
+
+
+def _strips(rows: list[tuple[int, int]], height: int, own: Range, width: int) -> tuple[Strip, ...]:
+    """What a rank's rows of a fused weight have of one of its matrices.
+
+    Args:
+        rows: for every period where the matrix begins in the weight, and which of its rows that is.
+        height: so many rows.
+        own: the rank's rows of the weight.
+    """
+    found = []
+    for first, row in rows:
+        lo, hi = max(first, own[0]), min(first + height, own[1])
+        if lo < hi:
+            found.append(Strip((lo - own[0]) * width, Block((row + lo - first, row + hi - first), (0, width))))
+    return tuple(found)
+
+
+def _piece_name(name: str, piece: str) -> str:
+    """A piece with a dot in its name brings a whole name along: that of the weight in an unfused model."""
+    return piece if "." in piece else f"{name}.{piece}"
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[Strip, ...]:
+    rows, width = shape if len(shape) == 2 else (1, math.prod(shape))
+    return (Strip(0, Block((0, rows), (0, width))),)
+
+
+def _row(block: Block, width: int) -> Block:
+    return Block((0, 1), (block.rows[0] * width, block.rows[1] * width))
+
+
+def _one_after_the_other(numels: list[int]) -> dict[str, Any]:
+    """Shape and strips of one row in which every rank's elements follow those of the rank before."""
+    ends = [0, *accumulate(numels)]
+    return {"shape": (1, ends[-1]), "strips": tuple((Strip(0, Block((0, 1), span)),) for span in pairwise(ends))}
