@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ds_lowrank.apex import adamw_by
 from ds_lowrank.slots import Slot
 
 logger = logging.getLogger("ds_lowrank")
@@ -57,11 +58,18 @@ def role_table(slots: Sequence[Slot], totals: tuple[int, int], world: int) -> st
     here = state_bytes(slots)
     coded = sorted({slot.group["state_dtype"] for slot in slots} - {"fp32"})
     return (
-        f"{table}\n{matrices} of {len(slots)} parameters are projected, the others take AdamW.\n"
+        f"{table}\n{matrices} of {len(slots)} parameters are projected, the others take AdamW{_kernels(slots)}.\n"
         f"State over {world} rank{'s' if world > 1 else ''}: moments and bases {_mib(totals[0])}, "
         f"AdamW {_mib(totals[1])}; on this rank {_mib(here[0])} and {_mib(here[1])}."
         + (f" Moments are stored in {' and '.join(coded)}." if coded else "")
     )
+
+
+def _kernels(slots: Sequence[Slot]) -> str:
+    """Whose AdamW kernel steps what is not projected."""
+    rest = [slot for slot in slots if not slot.is_projected]
+    names = {adamw_by(slot.fragment.store.device) if slot.is_fp32 else "torch" for slot in rest}
+    return f" by {' and '.join(sorted(names))}" if names else ""
 
 
 def _row(slot: Slot) -> Row:

@@ -12,15 +12,16 @@ PACKAGE = Path(__file__).parents[2] / "ds_lowrank"
 # The layers of a step, lowest first: a layer may import itself and those named.
 ALLOWED = {
     "errors": set(),
+    "apex": {"errors"},
     "linalg": set(),
     "sharding": {"errors"},
     "methods": {"linalg", "sharding"},
     "config": {"errors", "methods"},
     "roles": {"errors"},
     "slots": {"methods", "roles", "sharding"},
-    "report": {"slots"},
+    "report": {"apex", "slots"},
     "state": {"errors", "methods", "slots"},
-    "elementwise": {"linalg", "methods", "sharding", "slots"},
+    "elementwise": {"apex", "linalg", "methods", "sharding", "slots"},
     "placing": {"errors", "methods", "roles", "sharding", "slots"},
     "optimizer": {
         "config",
