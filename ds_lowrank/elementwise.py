@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ds_lowrank.apex import adamw_by, apex_adamw
 from ds_lowrank.linalg.moments import fused_adamw
 from ds_lowrank.methods.base import Options
 from ds_lowrank.methods.full_size import full_size_adam
@@ -18,7 +19,7 @@ from ds_lowrank.slots import Slot, groups_of, waves
 
 
 def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
-    """One AdamW step on each, by torch's fused kernel where everything is fp32.
+    """One AdamW step on each, by a fused kernel where everything is fp32: apex's or torch's.
 
     Args:
         options: of each group, by its id.
@@ -33,14 +34,15 @@ def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Roun
 
 def _is_fp32(slot: Slot) -> bool:
     """The same on all ranks, also on those that hold nothing of the parameter."""
-    return slot.keep.is_exact and slot.fragment.store.dtype == slot.fragment.gradient.dtype == torch.float32
+    return slot.is_fp32 and slot.fragment.gradient.dtype == torch.float32
 
 
 def _step_fused(slots: Sequence[Slot], options: Options) -> None:
     if not slots:
         return
     weights = [slot.fragment.weights for slot in slots]
-    fused_adamw(
+    kernel = apex_adamw if adamw_by(weights[0].device) == "apex" else fused_adamw
+    kernel(
         weights,
         [slot.fragment.gradient for slot in slots],
         [slot.state["exp_avg"].squeeze(1) for slot in slots],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ds_lowrank.apex import adamw_by
 from ds_lowrank.slots import Slot
 
 logger = logging.getLogger("ds_lowrank")
@@ -35,6 +36,7 @@ class Inventory:
         projected, rest: bytes of state over the ranks that share it: moments and bases, and AdamW's.
         copies: how many of these bytes are copies of what another tensor-parallel rank has.
         coded: other dtypes than fp32 in which moments are stored.
+        kernels: whose AdamW steps what is not projected.
     """
 
     rows: dict[Row, int]
@@ -42,6 +44,7 @@ class Inventory:
     rest: int
     copies: int
     coded: tuple[str, ...]
+    kernels: tuple[str, ...]
 
 
 def state_bytes(slots: Sequence[Slot]) -> tuple[int, int]:
@@ -69,7 +72,7 @@ def take_inventory(slots: Sequence[Slot], group: dist.ProcessGroup | None) -> In
         dist.all_reduce(totals, group=group)
     coded = tuple(sorted({slot.group["state_dtype"] for slot in slots} - {"fp32"}))
     projected, rest, copied = (round(total) for total in totals.tolist())
-    return Inventory(rows, projected, rest, copied, coded)
+    return Inventory(rows, projected, rest, copied, coded, _kernels(slots))
 
 
 def role_table(stages: Sequence[Inventory], here: tuple[int, int], world: int) -> str:
@@ -91,14 +94,22 @@ def role_table(stages: Sequence[Inventory], here: tuple[int, int], world: int) -
     matrices = sum(count for row, count in counts.items() if row.side)
     copies = sum(stage.copies for stage in stages)
     coded = sorted({code for stage in stages for code in stage.coded})
+    kernels = sorted({kernel for stage in stages for kernel in stage.kernels})
+    by = f" by {' and '.join(kernels)}" if kernels else ""
     return (
-        f"{table}\n{matrices} of {sum(counts.values())} parameters are projected, the others take AdamW.\n"
+        f"{table}\n{matrices} of {sum(counts.values())} parameters are projected, the others take AdamW{by}.\n"
         f"State over {world} rank{'s' if world > 1 else ''}: moments and bases "
         f"{_mib(sum(stage.projected for stage in stages))}, AdamW {_mib(sum(stage.rest for stage in stages))}; "
         f"on this rank {_mib(here[0])} and {_mib(here[1])}."
         + (f" {_mib(copies)} of it are copies on other tensor-parallel ranks." if copies else "")
         + (f" Moments are stored in {' and '.join(coded)}." if coded else "")
     )
+
+
+def _kernels(slots: Sequence[Slot]) -> tuple[str, ...]:
+    """Whose AdamW kernel steps what is not projected."""
+    rest = [slot for slot in slots if not slot.is_projected]
+    return tuple(sorted({adamw_by(slot.fragment.store.device) if slot.is_fp32 else "torch" for slot in rest}))
 
 
 def _row(slot: Slot) -> Row:

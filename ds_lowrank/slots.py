@@ -75,6 +75,11 @@ class Slot:
         return self.keep.nbytes(self.state)
 
     @property
+    def is_fp32(self) -> bool:
+        """Whether weights and moments are stored as what they are computed in; the same on all ranks."""
+        return self.keep.is_exact and self.fragment.store.dtype == torch.float32
+
+    @property
     def has_begun(self) -> bool:
         """A parameter waits for its first gradient that is not all zero.
 

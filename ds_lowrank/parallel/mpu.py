@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_lowrank.apex import check_apex
 from ds_lowrank.errors import ConfigError
 
 INSTALL = "megatron-core is not installed, and tensor and pipeline parallelism are made of its layers: pip install "
@@ -39,13 +40,15 @@ def as_mpu(mpu: Any) -> Any:
 
 
 def check_grid(world: int, tensor: int, pipeline: int) -> None:
-    """Refuse a grid that the ranks do not fill, and a missing megatron-core.
+    """Refuse a grid that the ranks do not fill, a missing megatron-core, and an apex that would mislead it.
 
     Raises:
         ConfigError: says what to change.
     """
     if tensor * pipeline > 1 and importlib.util.find_spec("megatron") is None:
         raise ConfigError(INSTALL)
+    if tensor * pipeline > 1:
+        check_apex()
     if world % (tensor * pipeline):
         raise ConfigError(
             f"{world} ranks are no multiple of tensor-parallel {tensor} x pipeline-parallel {pipeline} = "

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ds_lowrank
+from ds_lowrank.apex import apex_adamw, find_apex
+from ds_lowrank.linalg.moments import fused_adamw
 from ds_lowrank.optimizers import OPTIMIZERS
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, config, full_weights, make_model, train_step
@@ -51,3 +53,19 @@ def test_fp16_skips_overflowing_steps_and_trains(stage, method):
     assert result["skipped"] > 0
     assert result["done"] == {30 - result["skipped"]}
     assert result["finite"]
+
+
+@pytest.mark.skipif(find_apex().status != "usable", reason="no apex with its kernels")
+def test_apexs_adamw_is_torchs():
+    """With coefficients that fp32 holds exactly; the stand-in of the unit tests is held to the same."""
+    torch.manual_seed(0)
+    steps = [0, 3, 0]
+    drawn = [[torch.rand(1000 + i, device="cuda") for i in steps] for _ in range(4)]
+    results = []
+    for kernel in (apex_adamw, fused_adamw):
+        lists = [[tensor.clone() for tensor in tensors] for tensors in drawn]
+        kernel(*lists, steps, 2.0**-7, (0.875, 1 - 2.0**-10), 2.0**-27, 2.0**-5)
+        results.append(lists)
+    for ours, theirs in zip(*results, strict=True):
+        ours, theirs = torch.cat(ours), torch.cat(theirs)
+        assert (ours - theirs).norm() <= 1e-7 * theirs.norm()

@@ -12,15 +12,16 @@ PACKAGE = Path(__file__).parents[2] / "ds_lowrank"
 # The layers of a step, lowest first: a layer may import itself and those named.
 ALLOWED = {
     "errors": set(),
+    "apex": {"errors"},
     "linalg": set(),
     "sharding": {"errors"},
     "methods": {"linalg", "sharding"},
     "config": {"errors", "methods"},
     "roles": {"errors", "sharding"},
     "slots": {"methods", "roles", "sharding"},
-    "report": {"slots"},
+    "report": {"apex", "slots"},
     "state": {"errors", "methods", "slots"},
-    "elementwise": {"linalg", "methods", "sharding", "slots"},
+    "elementwise": {"apex", "linalg", "methods", "sharding", "slots"},
     "placing": {"errors", "methods", "roles", "sharding", "slots"},
     "optimizer": {
         "config",
@@ -37,6 +38,8 @@ ALLOWED = {
     },
     "optimizers": {"methods", "optimizer"},
     "support": {"errors"},
+    "doctor": {"apex"},
+    "__main__": {"doctor"},
     "backward": {"errors", "optimizer", "together"},
     "perturbation": {"methods", "sharding", "slots"},
     "engine": {"config", "errors", "methods", "models", "optimizer", "optimizers", "roles", "support"},
@@ -93,7 +96,7 @@ def test_the_mathematics_does_not_know_about_distribution(layer):
 
 def test_deepspeed_is_touched_in_a_few_places_only():
     users = {layer_of(p) for p in FILES if any(m.split(".")[0] == "deepspeed" for m in imports_of(p))}
-    assert users <= {"engine", "support", "models", "training", "finetuning", "checkpoint"}
+    assert users <= {"doctor", "engine", "support", "models", "training", "finetuning", "checkpoint"}
 
 
 def test_importing_the_package_imports_neither_deepspeed_nor_transformers_and_patches_nothing():
