@@ -60,7 +60,8 @@ def initialize(
     """``deepspeed.initialize``, with ``optimizer.type`` also one of this package's methods.
 
     The signature and the return value are DeepSpeed's. A configuration that names none of the methods, or a client
-    ``optimizer`` of another kind, goes through unchanged. ``model_parameters`` may be parameters, named parameters, or
+    ``optimizer`` of another kind, goes through, but for the gradient norm of fp32 at ZeRO 0 on a grid, which is
+    repaired. ``model_parameters`` may be parameters, named parameters, or
     groups of either; a group keeps its own ``lr``, ``weight_decay`` and other options.
 
     Returns:
@@ -73,6 +74,8 @@ def initialize(
     """
     import deepspeed
     from deepspeed.runtime.pipe import PipelineModule
+
+    from ds_lowrank.parallel.clipping import repair_clipping
 
     settings = _settings(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
@@ -113,10 +116,7 @@ def initialize(
     )
     if low_rank:
         engine.basic_optimizer.finalize()
-        if not engine.basic_optimizer.grid.is_flat and engine.basic_optimizer.wrapper == "none":
-            from ds_lowrank.parallel.clipping import clip_by_the_whole_norm
-
-            clip_by_the_whole_norm(engine, engine.basic_optimizer.grid)
+    repair_clipping(engine)
     return engine, wrapped, loader, scheduler
 
 

@@ -6,6 +6,7 @@ deepspeed launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \
 
 import os
 from argparse import Namespace
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from torch.distributed import get_rank, get_world_size
 from ds_lowrank.checkpoint.random_state import seed_everything
 from ds_lowrank.data.batches import BatchStream, validation_batches
 from ds_lowrank.models import llama
+from ds_lowrank.parallel.mpu import make_grid
 from ds_lowrank.together import together
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.evaluation import evaluate
@@ -41,11 +43,17 @@ def set_up(arguments: Namespace) -> Run:
         held_out=arguments.eval_sequences > 0,
         cache=arguments.cache,
     )
-    share: dict[str, int] = {"micro_batch_size": plan.batch.micro, "rank": get_rank(), "world_size": get_world_size()}
+    share: dict[str, int] = {
+        "micro_batch_size": plan.batch.micro,
+        "rank": plan.grid.data_rank(get_rank()),
+        "world_size": plan.grid.data,
+    }
     stream = BatchStream(text.train, global_batch_size=plan.batch.total, seed=arguments.seed, **share)
     validation = []
     if text.validation is not None:
-        validation = validation_batches(text.validation, max_sequences=arguments.eval_sequences, **share)
+        validation = validation_batches(
+            text.validation, max_sequences=arguments.eval_sequences, full=plan.grid.pipeline > 1, **share
+        )
     seed_everything(arguments.seed)
     engine = build_engine(arguments, plan)
     steps = TextSteps(stream, plan.tokens_per_step)
@@ -57,13 +65,30 @@ def set_up(arguments: Namespace) -> Run:
 
 
 def build_engine(arguments: Namespace, plan: Plan) -> DeepSpeedEngine:
-    model = llama.build(plan.model, arguments.seed, plan.config)
-    if arguments.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+    model, mpu = build_model(arguments, plan)
     parameters = None
     if arguments.matrix_lr_scale is not None:
         parameters = matrix_groups(model, plan.config["optimizer"], arguments.matrix_lr_scale)
-    return start_engine(model, plan.config, scheduler_factory(arguments.steps, plan.warmup), parameters)
+    return start_engine(model, plan.config, scheduler_factory(arguments.steps, plan.warmup), parameters, mpu)
+
+
+def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
+    """The model, and the mpu where DeepSpeed needs one."""
+    if not plan.grid.uses_megatron:
+        model = llama.build(plan.model, arguments.seed, plan.config)
+        if arguments.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model, None
+    from ds_lowrank.models import llama_parallel
+
+    tensor, pipeline = plan.grid.tensor, plan.grid.pipeline
+    mpu = make_grid(tensor, pipeline)
+    model = llama_parallel.build(
+        *(plan.model, arguments.seed, tensor, pipeline),
+        sequence_parallel=arguments.sequence_parallel,
+        recompute=arguments.activation_checkpointing,
+    )
+    return model, None if pipeline > 1 else mpu
 
 
 if __name__ == "__main__":

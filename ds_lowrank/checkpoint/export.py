@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import deepspeed
+import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
+from transformers import LlamaForCausalLM
 
+from ds_lowrank.checkpoint.gather import whole_weights
 from ds_lowrank.models import lora
 from ds_lowrank.models.adapter import merged_weights
 from ds_lowrank.together import global_rank, together
@@ -25,13 +26,16 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors in the training dtype, and the tokenizer; replaces an earlier export.
 
-    Adapters and LoRA are merged: the folder has the original architecture. At ZeRO 3 parameters are gathered one at a
-    time, and only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an earlier export
-    as it was.
+    Adapters and LoRA are merged, shards put together: the folder has the original architecture. Parameters are gathered
+    one at a time, and only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an
+    earlier export as it was.
 
     notes: further files, name and text.
     """
-    model, weights = engine.module, _gather(engine)
+    model, weights = engine.module, whole_weights(engine)
+    if hasattr(model, "logical_names"):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(model.config)
     if lora.has_lora(model):
         model, weights = lora.merge(model, weights)
     with together():
@@ -46,13 +50,3 @@ def export(
             if directory.exists():
                 shutil.rmtree(directory)
             aside.rename(directory)
-
-
-def _gather(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """Whole parameters by name, on the CPU of rank 0, under every ZeRO stage; empty on the other ranks."""
-    weights: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if global_rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
-    return weights

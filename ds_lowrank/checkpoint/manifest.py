@@ -9,7 +9,7 @@ from typing import Any
 from ds_lowrank.errors import CheckpointError
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Identity:
     precision: str
     zero_stage: int
     ranks: int
+    tensor_parallel: int
+    pipeline_parallel: int
     sequence_length: int
     train_batch_size: int
     micro_batch_size: int
@@ -35,6 +37,8 @@ REMEDIES = {
     "precision": "use the same bf16 and fp16 blocks in the DeepSpeed configuration",
     "zero_stage": "use the same zero_optimization.stage",
     "ranks": "start as many ranks",
+    "tensor_parallel": "give the same --tensor-parallel, or tensor_parallel.autotp_size",
+    "pipeline_parallel": "give the same --pipeline-parallel",
     "sequence_length": "give the same --sequence-length or --max-length",
     "train_batch_size": "give the same --global-batch-size",
     "micro_batch_size": "give the same --micro-batch-size",

@@ -104,7 +104,13 @@ class ValidationBatch(NamedTuple):
 
 
 def validation_batches(
-    data: PackedBlocks | PackedStream, *, max_sequences: int, micro_batch_size: int, rank: int, world_size: int
+    data: PackedBlocks | PackedStream,
+    *,
+    max_sequences: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    full: bool = False,
 ) -> list[ValidationBatch]:
     """This rank's share of at most `max_sequences` fixed sequences, each on exactly one rank, none padded.
 
@@ -113,10 +119,23 @@ def validation_batches(
     out gets its first batch, or the first sequence, once more with `sequences` 0, not to be counted. The mean loss over
     all ranks is `sum(loss * sequences) / sum(sequences)`.
 
-    Raises DataError if the split holds less than one sequence.
+    full: whether only full batches will do, as in a pipeline, whose buffers have one size; the number of sequences is
+    then rounded down.
+
+    Raises DataError if the split holds less than one sequence, or `full` batches are asked for and there is none.
     """
     if min(max_sequences, micro_batch_size) < 1:
         raise DataError("max_sequences and micro_batch_size must be 1 or more")
+    if full:
+        each = micro_batch_size * world_size
+        if isinstance(data, PackedBlocks):
+            max_sequences = min(max_sequences, len(data))
+        if max_sequences < each:
+            raise DataError(
+                f"a pipeline evaluates full batches, {micro_batch_size} x {world_size} ranks = {each} sequences, and "
+                f"{max_sequences} are held out or asked for: give more, or a smaller micro batch"
+            )
+        max_sequences -= max_sequences % each
     chosen = _validation_sequences(data, max_sequences)
     most = -(-len(chosen) // world_size)
     mine = chosen[rank::world_size]

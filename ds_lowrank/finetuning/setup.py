@@ -13,6 +13,7 @@ from torch.distributed import get_rank, get_world_size
 from ds_lowrank.checkpoint.manifest import Identity
 from ds_lowrank.checkpoint.random_state import seed_everything
 from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
+from ds_lowrank.errors import ConfigError
 from ds_lowrank.finetuning.best import Best
 from ds_lowrank.finetuning.inputs import Inputs, open_inputs
 from ds_lowrank.finetuning.model import Source, build_model, find_model, trainable_parameters
@@ -33,6 +34,8 @@ def set_up(arguments: Namespace) -> Run:
     ranks = get_world_size()
     with together():
         config, batch = settle_config(arguments, ranks)
+        if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+            raise ConfigError("fine-tuning is data-parallel only: remove the tensor_parallel block")
         _check_lora(arguments, config)
         _check_packages()
         check_output(arguments.output, resuming=arguments.resume is not None)

@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ds_lowrank.errors import ConfigError
+
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -105,3 +107,28 @@ def draw_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> tor
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+def check_split(config: LlamaConfig, tensor: int, pipeline: int) -> None:
+    """Refuse a model that cannot be split so.
+
+    Raises:
+        ConfigError: names the width that does not divide, and what would.
+    """
+    widths = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    for name, width in widths.items():
+        if width % tensor:
+            raise ConfigError(
+                f"{name} {width} is no multiple of tensor-parallel {tensor}: choose a degree that divides it"
+            )
+    if pipeline > config.num_hidden_layers:
+        raise ConfigError(
+            f"{pipeline} pipeline stages for num_hidden_layers {config.num_hidden_layers}: every stage needs a layer"
+        )
+    if tensor * pipeline > 1 and config.attention_dropout:
+        raise ConfigError("attention_dropout is not supported with tensor or pipeline parallelism: set it to 0")

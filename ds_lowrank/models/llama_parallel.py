@@ -18,8 +18,7 @@ from torch import Tensor, distributed, nn
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from ds_lowrank.errors import ConfigError
-from ds_lowrank.models.llama import draw_weight
+from ds_lowrank.models.llama import check_split, draw_weight
 from ds_lowrank.models.llama_layers import DecoderLayer, Embedding, Head, Norm, Recipe, causal_loss, tied_head
 from ds_lowrank.sharding.grid import Grid, grid_of
 from ds_lowrank.sharding.tensor_parallel import logical_matrices, shard_of
@@ -86,31 +85,6 @@ class LlamaPipeline(PipelineModule):  # type: ignore[misc]
 
 
 ParallelLlama = LlamaTensorParallel | LlamaPipeline
-
-
-def check_split(config: LlamaConfig, tensor: int, pipeline: int) -> None:
-    """Refuse a model that cannot be split so.
-
-    Raises:
-        ConfigError: names the width that does not divide, and what would.
-    """
-    widths = {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-    }
-    for name, width in widths.items():
-        if width % tensor:
-            raise ConfigError(
-                f"{name} {width} is no multiple of tensor-parallel {tensor}: choose a degree that divides it"
-            )
-    if pipeline > config.num_hidden_layers:
-        raise ConfigError(
-            f"{pipeline} pipeline stages for num_hidden_layers {config.num_hidden_layers}: every stage needs a layer"
-        )
-    if config.attention_dropout:
-        raise ConfigError("attention_dropout is not supported with tensor or pipeline parallelism: set it to 0")
 
 
 def build(

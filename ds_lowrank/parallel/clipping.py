@@ -6,6 +6,7 @@ is 0. In a pipeline that rank spans the stages, so all such parameters of the la
 
 from __future__ import annotations
 
+import math
 from types import MethodType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from ds_lowrank.sharding.grid import Grid
+from ds_lowrank.sharding.grid import Grid, grid_of
 
 
 def gradient_norm(parameters: Any, grid: Grid) -> torch.Tensor:
@@ -38,13 +39,23 @@ def _counts_here(parameter: Any, grid: Grid) -> bool:
     return grid.tensor_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def clip_by_the_whole_norm(engine: DeepSpeedEngine, grid: Grid) -> None:
-    """Let an fp32 engine without ZeRO clip by the norm over the grid, and report it."""
+def repair_clipping(engine: DeepSpeedEngine) -> None:
+    """Let an fp32 engine without ZeRO on a grid find the whole norm, report it, and clip by it if it clips.
+
+    Every other engine is left as it is.
+    """
+    grid = grid_of(engine.mpu)
+    lowered = engine.bfloat16_enabled() or engine.fp16_enabled()
+    if grid.is_flat or lowered or engine.zero_optimization_stage() > 0:
+        return
 
     def clip_fp32_gradients(self: DeepSpeedEngine) -> None:
         parameters = list(self.module.parameters())
         norm = gradient_norm(parameters, grid)
         self._global_grad_norm = norm
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), norm)
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
+    limit = engine.gradient_clipping()
     engine.clip_fp32_gradients = MethodType(clip_fp32_gradients, engine)
+    engine.gradient_clipping = lambda: limit or math.inf  # DeepSpeed asks for the norm only where this is above 0

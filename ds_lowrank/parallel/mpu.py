@@ -39,15 +39,18 @@ def as_mpu(mpu: Any) -> Any:
     return MegatronMPU(mpu) if bare and hasattr(mpu, "get_tensor_model_parallel_group") else mpu
 
 
-def check_grid(world: int, tensor: int, pipeline: int) -> None:
+def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) -> None:
     """Refuse a grid that the ranks do not fill, a missing megatron-core, and an apex that would mislead it.
+
+    Args:
+        megatron: whether it is made of megatron-core's layers.
 
     Raises:
         ConfigError: says what to change.
     """
-    if tensor * pipeline > 1 and importlib.util.find_spec("megatron") is None:
-        raise ConfigError(INSTALL)
-    if tensor * pipeline > 1:
+    if megatron and tensor * pipeline > 1:
+        if importlib.util.find_spec("megatron") is None:
+            raise ConfigError(INSTALL)
         check_apex()
     if world % (tensor * pipeline):
         raise ConfigError(

@@ -22,8 +22,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--eval-interval", type=count, default=0, help="steps; 0 evaluates at the end only")
     run.add_argument("--eval-sequences", type=count, default=64, help="held-out sequences on all ranks; 0 for none")
+    _add_grid(parser.add_argument_group("parallelism beside ZeRO"))
     add_outputs(parser.add_argument_group("output"))
     return parsed(parser, arguments)
+
+
+def _add_grid(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tensor-parallel", type=positive, default=1, metavar="T", help="ranks that split every layer")
+    group.add_argument(
+        "--pipeline-parallel", type=positive, default=1, metavar="P", help="stages that share the layers"
+    )
+    group.add_argument(
+        "--sequence-parallel", action="store_true", help="tensor-parallel ranks also share the sequence between layers"
+    )
 
 
 def script_parser(description: str) -> argparse.ArgumentParser:

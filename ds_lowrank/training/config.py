@@ -34,8 +34,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
     optimizer = config.get("optimizer")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
         raise ValueError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
-    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
-        raise ValueError(f"{path}: this script is data-parallel only; remove the tensor_parallel block")
     return config
 
 

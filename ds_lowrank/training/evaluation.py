@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import distributed
 
 from ds_lowrank.data.batches import ValidationBatch
@@ -16,6 +17,8 @@ def evaluate(engine: DeepSpeedEngine, batches: Sequence[ValidationBatch]) -> flo
     Collective. Every rank must hold as many batches, for a forward is a collective at ZeRO 3; those with 0
     sequences run without counting.
     """
+    if isinstance(engine, PipelineEngine):
+        return _through_pipeline(engine, batches)
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss times tokens, tokens
     for batch, sequences in batches:
@@ -27,3 +30,10 @@ def evaluate(engine: DeepSpeedEngine, batches: Sequence[ValidationBatch]) -> flo
     distributed.all_reduce(total)
     engine.train()
     return float(total[0] / total[1])
+
+
+def _through_pipeline(engine: PipelineEngine, batches: Sequence[ValidationBatch]) -> float:
+    """Batches of one size, all of which count: the engine averages over the data-parallel ranks itself."""
+    losses = [engine.eval_batch(iter([(tokens, tokens)]), num_micro_batches=1) for tokens, _ in batches]
+    engine.train()
+    return float(torch.stack(losses).double().mean())

@@ -3,12 +3,12 @@
 from typing import Any
 
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from ds_lowrank.methods import METHODS
+from ds_lowrank.roles import tag_of, tag_parameters
 
 
-def matrix_groups(model: LlamaForCausalLM, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
+def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
     """Two groups: embeddings, head and norms at lr, and the matrices inside the layers at lr * scale.
 
     A low-rank method has `scale` of its own for exactly these matrices, so a fair dense baseline needs it too. Raises
@@ -18,11 +18,12 @@ def matrix_groups(model: LlamaForCausalLM, optimizer: dict[str, Any], scale: flo
     if method is not None and "scale" in method.Options.model_fields:
         raise ValueError(f"--matrix-lr-scale is not for {method.name}: set optimizer.params.scale")
     lr = optimizer["params"]["lr"]
-    apart = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    tag_parameters(model)
 
     def is_matrix(parameter: nn.Parameter) -> bool:
         # Under zero.Init the tensor is an empty placeholder and the shape stands in ds_shape.
-        return len(getattr(parameter, "ds_shape", parameter.shape)) == 2 and id(parameter) not in apart
+        tag = tag_of(parameter)
+        return len(getattr(parameter, "ds_shape", parameter.shape)) == 2 and tag is not None and tag.kind == "weight"
 
     parameters = list(model.parameters())
     return [

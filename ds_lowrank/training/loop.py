@@ -10,19 +10,25 @@ from functools import partial
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, distributed
 
 from ds_lowrank.backward import forward_backward
+from ds_lowrank.pipeline import train_batch
+from ds_lowrank.sharding.grid import grid_of
 
 
 @dataclass
 class StepResult:
-    """`loss` is this rank's mean over its micro-batches, a scalar tensor; `grad_norm` the raw norm, before clipping."""
+    """`loss` is this rank's mean over its micro-batches, a scalar tensor; `grad_norm` the raw norm, before clipping.
+
+    A pipeline works on several micro-batches at a time: the whole is `step_seconds`, the other two None.
+    """
 
     loss: Tensor
     grad_norm: float | None
-    forward_seconds: float
-    backward_seconds: float
+    forward_seconds: float | None
+    backward_seconds: float | None
     step_seconds: float
 
 
@@ -50,6 +56,8 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
     With `measure` the gradient norm is found and the times are exact; without it both are left at what is free. What an
     optimizer needs beyond one forward a batch counts as forward.
     """
+    if isinstance(engine, PipelineEngine):
+        return _pipeline_step(engine, batches, measure)
     watch = Stopwatch(exact=measure)
     forward = backward = 0.0
 
@@ -73,9 +81,20 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
     return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, update)
 
 
+def _pipeline_step(engine: PipelineEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:
+    """The same through a pipeline, which does all of it in one call: it is timed as one."""
+    watch = Stopwatch(exact=measure)
+    loss = train_batch(engine, [(batch["input_ids"], batch["labels"]) for batch in batches])
+    return StepResult(loss, _number(engine.get_global_grad_norm()), None, None, watch.read())
+
+
 def _engine_keeps_no_norm(engine: DeepSpeedEngine) -> bool:
-    """In fp32 at ZeRO 0 DeepSpeed has no wrapper that would keep it; the reduced gradients are then in `param.grad`."""
-    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled() and not engine.fp16_enabled()
+    """In fp32 at ZeRO 0 DeepSpeed has no wrapper that would keep it; the reduced gradients are then in `param.grad`.
+
+    On a grid `initialize` sees to it.
+    """
+    lowered = engine.bfloat16_enabled() or engine.fp16_enabled()
+    return engine.zero_optimization_stage() == 0 and not lowered and grid_of(engine.mpu).is_flat
 
 
 def _number(norm: Tensor | float | None) -> float | None:

@@ -13,6 +13,7 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.models.llama import load_config
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
+from ds_lowrank.training.layout import GridShape, shape_of, without_global_size
 from ds_lowrank.training.output import check_output
 from ds_lowrank.training.schedule import warmup_steps
 
@@ -23,6 +24,7 @@ class Plan:
 
     config: dict[str, Any]
     model: LlamaConfig
+    grid: GridShape
     batch: BatchSizes
     warmup: int
     identity: Identity
@@ -38,8 +40,10 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
 
     Raises ValueError or OSError for whatever cannot be honoured. Not a collective.
     """
-    config, batch = settle_config(arguments, ranks)
+    config = ds_config.read_config(arguments.deepspeed_config)
     model = load_config(arguments.model)
+    grid = shape_of(arguments, config, model, ranks)
+    config, batch = settle_config(arguments, grid.data)
     if arguments.sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"--sequence-length {arguments.sequence_length} is above max_position_embeddings "
@@ -55,14 +59,19 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
         ranks,
         model=model.to_diff_dict(),
         sequence_length=arguments.sequence_length,
+        tensor_parallel=grid.tensor * grid.autotp,
+        pipeline_parallel=grid.pipeline,
         **({} if scale is None else {"matrix_lr_scale": scale}),
     )
     checkpoint = checkpoint_to_resume(arguments, identity, arguments.steps)
-    return Plan(config, model, batch, warmup, identity, checkpoint)
+    return Plan(without_global_size(config, grid), model, grid, batch, warmup, identity, checkpoint)
 
 
 def settle_config(arguments: Namespace, ranks: int) -> tuple[dict[str, Any], BatchSizes]:
-    """DeepSpeed's configuration with what the command line puts over it. Raises ValueError or OSError."""
+    """DeepSpeed's configuration with what the command line puts over it. Raises ValueError or OSError.
+
+    ranks: of data parallelism.
+    """
     config = ds_config.read_config(arguments.deepspeed_config)
     ds_config.set_learning_rate(config, arguments.lr)
     if config["optimizer"]["type"] in METHODS:
@@ -78,6 +87,8 @@ def identify(
     *,
     model: dict[str, Any],
     sequence_length: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     **optimizer_params: Any,
 ) -> Identity:
     """The run's identity; `optimizer_params` are those beside the configuration's."""
@@ -88,6 +99,8 @@ def identify(
         precision=ds_config.precision(config),
         zero_stage=ds_config.zero_stage(config),
         ranks=ranks,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
         sequence_length=sequence_length,
         train_batch_size=batch.total,
         micro_batch_size=batch.micro,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
+from torch import distributed
 
 from ds_lowrank.checkpoint.store import Progress
 from ds_lowrank.optimizer import LowRankOptimizer
@@ -21,6 +22,8 @@ def describe(
     low_rank = isinstance(optimizer, LowRankOptimizer)
     counters: dict[str, float] = optimizer.metrics() if low_rank else {}
     matrices: dict[str, dict[str, int]] = optimizer.matrices() if low_rank else {}
+    if low_rank and optimizer.grid.pipeline is not None:
+        counters, matrices = _over_stages(counters, matrices, optimizer.grid.pipeline)
     return {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -38,3 +41,19 @@ def describe(
         **counters,
         **({"matrices": matrices} if matrices else {}),
     }
+
+
+def _over_stages(
+    counters: dict[str, float], matrices: dict[str, dict[str, int]], pipeline: distributed.ProcessGroup
+) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+    """What the stages of a pipeline report, together. Collective over them."""
+    stages: list[Any] = [None] * distributed.get_world_size(pipeline)
+    distributed.all_gather_object(stages, (counters, matrices), group=pipeline)
+    total = {key: sum(stage[key] for stage, _ in stages) for key in counters}
+    projected = "lowrank/projected_matrices"
+    total["lowrank/mean_rank"] = sum(s["lowrank/mean_rank"] * s[projected] for s, _ in stages) / max(
+        1, total[projected]
+    )
+    for key in total.keys() & {"lowrank/skipped_updates", "lowrank/perturbation_norm", "lowrank/without_slope"}:
+        total[key] = counters[key]  # of the whole model on every stage
+    return total, {name: found for _, of_stage in stages for name, found in of_stage.items()}

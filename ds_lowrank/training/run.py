@@ -87,13 +87,14 @@ class Run:
 
 
 def start_engine(
-    model: Any, config: dict[str, Any], schedule: Callable[..., Any], parameters: Any = None
+    model: Any, config: dict[str, Any], schedule: Callable[..., Any], parameters: Any = None, mpu: Any = None
 ) -> DeepSpeedEngine:
     """An engine in training mode. `schedule` is used where the configuration names no scheduler."""
     engine, *_ = ds_lowrank.engine.initialize(
         model=model,
         model_parameters=parameters,
         config=config,
+        mpu=mpu,
         lr_scheduler=None if "scheduler" in config else schedule,
     )
     engine.train()
