@@ -76,6 +76,7 @@ def initialize(
     from deepspeed.runtime.pipe import PipelineModule
 
     from ds_lowrank.parallel.clipping import repair_clipping
+    from ds_lowrank.parallel.stages import with_whole_activations
 
     settings = _settings(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
@@ -93,6 +94,8 @@ def initialize(
             settings = _with_adapters(model, settings, model_parameters)
         tag_parameters(model)
         in_pipeline = isinstance(model, PipelineModule)
+        if in_pipeline:
+            settings = with_whole_activations(model, settings)
         unit: Any = model.mpu() if isinstance(model, PipelineModule) else mpu
         grid = None if unit is None else grid_of(unit)
         _allow_under_zero()

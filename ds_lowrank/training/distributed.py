@@ -22,6 +22,8 @@ def join() -> None:
     _show_roles()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # megatron-core says in each of its modules that torch's own kernels are used; the role table says it once.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     disable_progress_bar()  # of a file being written, in the midst of the log
     if "RANK" not in os.environ:
         with socket.socket() as probe:

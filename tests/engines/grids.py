@@ -65,9 +65,9 @@ class GridOracle(Oracle):
 
 
 @functools.cache
-def oracle(method: str, clip: float, steps: int, **options: Any) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Weights after the first and the last step, and the gradient norms."""
-    dense = GridOracle(clip, dense_model(), method=method, **options)
+def oracle(method: str, clip: float, steps: int, **changes: Any) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+    """Weights after the first and the last step, and the gradient norms; ``changes`` to the model."""
+    dense = GridOracle(clip, dense_model(**changes), method=method)
     dense.step(0)
     first = dense.weights()
     for step in range(1, steps):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ PRELOAD = "tests.engines.preload"
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 90, device: str = "cpu"
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 90, device: str = "cpu", **named: Any
 ) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``world`` ranks of a group: gloo on a CPU, NCCL on ``cuda``.
+    """What ``function(*args, **named)`` returns on each of ``world`` ranks of a group: gloo on a CPU, NCCL on ``cuda``.
 
     A process that is to use CUDA cannot be forked from one that has imported DeepSpeed for the CPU: it starts afresh.
 
@@ -32,7 +33,9 @@ def run_ranks(
         store = str(Path(directory) / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         workers = [
-            context.Process(target=_rank, args=(rank, world, store, pipes[rank][1], device, function, args))
+            context.Process(
+                target=_rank, args=(rank, world, store, pipes[rank][1], device, partial(function, *args, **named))
+            )
             for rank in range(world)
         ]
         for worker, (_, sender) in zip(workers, pipes, strict=True):
@@ -62,8 +65,7 @@ def _rank(
     store: str,
     sender: Any,
     device: str,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    function: Callable[[], Any],
 ) -> None:
     import logging
 
@@ -82,7 +84,7 @@ def _rank(
             torch.cuda.set_device(rank)
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-        answer = (True, function(*args))
+        answer = (True, function())
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

@@ -6,11 +6,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import warnings
-
-# megatron-core says in each of its modules that neither Transformer Engine nor apex is here.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-
 import deepspeed
 import deepspeed.ops
 import scipy.stats
