@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ds_lowrank.parallel.mpu import as_mpu
 from ds_lowrank.roles import tag_parameters
 from ds_lowrank.sharding.grid import Grid, grid_of
 from ds_lowrank.support import check_model, check_supported
+from ds_lowrank.together import together
 
 PLACES = ("target_modules", "exclude_modules", "modules_to_save")
 ADAPTER_OPTIONS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "norm_axis", "seed", *PLACES)
@@ -169,7 +171,8 @@ def _factory(
         )
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
-        optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
+        with together() if in_pipeline else nullcontext():  # a stage alone may have what does not fit
+            optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
         if "scheduler" in settings:
             _keep_ratios(optimizer)
         return optimizer

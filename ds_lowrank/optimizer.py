@@ -11,6 +11,7 @@ and DeepSpeed has unscaled and clipped the gradients before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Ro
 from ds_lowrank.sharding.zero import read_placement, shape_before_zero
 from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
+from ds_lowrank.together import together
 
 LARGEST = 1e16
 """A gradient beyond it is taken as not finite: sums of its squares leave the range of fp32."""
@@ -37,6 +39,7 @@ NOT_LOOKED_AROUND = (
     "PipelineEngine ds_lowrank.train_batch(engine, batches), or set perturbation_radius to 0"
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = ("target_modules", "exclude_modules")
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 
@@ -60,6 +63,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._options = parse_options(self.method, options)
         self._names: list[str] = []
         self._tags: dict[torch.Tensor, Tag] = {}
+        self._patterns: list[tuple[str, str]] = []
         self._own: list[list[torch.nn.Parameter]] = []
         self._own_groups: list[dict[str, Any]] = []
         self._slots: dict[int, list[Slot]] | None = None
@@ -70,8 +74,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__init__(params, self._options.model_dump())
         if problem := self.method.lacks(self._names, self._options):
             raise ConfigError(f"{self.method.name}: {problem}")
-        check_patterns(self._names, "target_modules", self._options.target_modules or ())
-        check_patterns(self._names, "exclude_modules", self._options.exclude_modules)
+        for key in PATTERNS:
+            self._must_match(self._names, key, getattr(self._options, key) or ())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Only before the first step."""
@@ -90,8 +94,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
-        for key in ("target_modules", "exclude_modules"):
-            check_patterns([tag.name for tag in tags], key, given.get(key) or ())
+        for key in PATTERNS:
+            self._must_match([tag.name for tag in tags], key, given.get(key) or ())
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
         trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
         for parameter in trained:
@@ -102,6 +106,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_fit(self.method, [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, grid)])
         values = {key: getattr(options, key) for key in self.method.Options.model_fields}
         return {**group, **values, "params": trained}
+
+    def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
+        """Every pattern has a parameter here, or in a pipeline on some stage: that is asked when all are there."""
+        if self._grid().pipeline is None:
+            check_patterns(names, key, patterns)
+        else:
+            self._patterns += [(key, pattern) for pattern in patterns]
 
     def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
         tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
@@ -135,7 +146,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if group is not None and torch.distributed.get_world_size(group) > 1:
             self._executor = Distributed(group)
         self.wrapper = placement.wrapper
-        slots = make_slots(self.method, self._members(), placement, self.grid, group)
+        with together() if self.grid.pipeline else nullcontext():  # a stage alone may have what does not fit
+            slots = make_slots(self.method, self._members(), placement, self.grid, group)
+        self._match_on_all_stages()
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")
@@ -144,6 +157,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
         self._log_roles(slots)
+
+    def _match_on_all_stages(self) -> None:
+        if self.grid.pipeline is None:
+            return
+        stages: list[list[str]] = [[]] * self.grid.pipeline_size
+        torch.distributed.all_gather_object(stages, self._names, group=self.grid.pipeline)
+        for key, pattern in self._patterns:
+            check_patterns([name for names in stages for name in names], key, [pattern])
 
     def _log_roles(self, slots: list[Slot]) -> None:
         own = take_inventory(slots, self._executor.group if isinstance(self._executor, Distributed) else None)

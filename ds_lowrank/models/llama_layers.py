@@ -77,7 +77,7 @@ class Recipe:
 
     def row(self, inputs: int, outputs: int, bias: bool = False) -> RowParallelLinear:
         """A linear layer whose inputs are split."""
-        return RowParallelLinear(
+        layer = RowParallelLinear(
             *(inputs, outputs),
             config=self.megatron,
             init_method=nn.Identity(),
@@ -85,6 +85,9 @@ class Recipe:
             input_is_parallel=True,
             skip_bias_add=False,
         )
+        if bias and self.sequence_parallel:
+            layer.bias.register_hook(_summed_over_tensor_ranks)
+        return layer
 
     def entering(self, hidden: Tensor) -> Tensor:
         """The whole sequence, the same on every rank, on the way into layers whose outputs are split."""

@@ -67,21 +67,26 @@ def test_recomputed_activations_are_those_that_were_not_kept(grid):
     assert worst(recomputed[0]["weights"][1], kept[0]["weights"][1]) == 0
 
 
-@pytest.mark.parametrize("grid", [Grid(1, 2, 1, 0), Grid(1, 2, 2, 1)], ids=str)
-def test_sequence_parallelism_changes_nothing(grid):
-    results = run_ranks(grid.world, run_with_sequence_parallelism, grid, settings_of(grid, clip=0.5, gas=2), STEPS)
-    (first, last), norms = oracle("GaLore", 0.5, STEPS)
+@pytest.mark.parametrize(
+    ("grid", "changes"),
+    [(Grid(1, 2, 1, 0), {"mlp_bias": True}), (Grid(1, 2, 2, 1), {"tie_word_embeddings": True})],
+    ids=str,
+)
+def test_sequence_parallelism_changes_nothing(grid, changes):
+    settings = settings_of(grid, clip=0.5, gas=2)
+    results = run_ranks(grid.world, run_with_sequence_parallelism, grid, settings, STEPS, **changes)
+    (first, last), norms = oracle("GaLore", 0.5, STEPS, **changes)
     assert worst(results[0]["weights"][0], first) < 1e-5
     assert worst(results[0]["weights"][1], last) < 1e-4
     assert abs(results[0]["norms"][0] / norms[0] - 1) < 1e-6
 
 
-def run_with_sequence_parallelism(grid, settings, steps):
+def run_with_sequence_parallelism(grid, settings, steps, **changes):
     import torch
 
     # What megatron-core's collectives along the sequence ask for; their tensors are then made on the CPU.
     torch.cuda.current_device = lambda: torch.device("cpu")
-    return run_grid(grid, settings, steps, sequence_parallel=True)
+    return run_grid(grid, settings, steps, sequence_parallel=True, **changes)
 
 
 BF16 = [Grid(2, 2, 1, 1), Grid(2, 2, 1, 2), Grid(1, 2, 2, 0), Grid(1, 2, 2, 1), Grid(2, 2, 1, 1, "autotp")]

@@ -245,7 +245,6 @@ def broken(settings):
         ({"params": {"target_modules": ["*nothing*"]}}, "matches no parameter"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported"),
         ({"amp": {"enabled": True}}, "use bf16 or fp16"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism is not supported yet"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -56,7 +56,6 @@ def test_learning_rate_of_the_command_line_wins():
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ("[]", "one JSON object"),
         ("{}", "names no optimizer"),
-        ('{"optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 2}}', "data-parallel only"),
     ],
 )
 def test_unusable_configurations_are_refused_by_name(tmp_path, text, message):

@@ -242,7 +242,6 @@ REFUSED = [
     {"checkpoint": {"load_universal": True}},
     {"amp": {"enabled": True}},
     {"torch_autocast": {"enabled": True}},
-    {"tensor_parallel": {"autotp_size": 2}},
     {"sparse_gradients": True},
 ]
 
@@ -258,7 +257,7 @@ def test_every_refusal_is_tested_and_harmless_values_pass():
     check_supported(
         {
             "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "zero_hpz_partition_size": 1},
-            "tensor_parallel": {"autotp_size": 1},
+            "tensor_parallel": {"autotp_size": 2},
             "amp": {"enabled": False},
         },
         "GaLore",

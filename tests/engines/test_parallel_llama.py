@@ -1,0 +1,101 @@
+"""The LLaMA of parallel layers computes what Hugging Face's does, and gives its weights back."""
+
+import pytest
+import torch
+
+from tests.engines.grids import Grid, dense_model, llama_config, settings_of, start, tokens, train_step
+from tests.engines.pool import run_ranks
+
+VARIANTS = [
+    {},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True, "mlp_bias": True},
+    {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
+    {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_act": "gelu"},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_logits_and_loss_are_hugging_faces(tensor, changes):
+    model = trained_like(changes)
+    with torch.no_grad():
+        expected = model(input_ids=tokens(0)[:3], labels=tokens(0)[:3])
+    for logits, loss in run_ranks(tensor, logits_and_loss, tensor, changes):
+        # Both sum some tens of products of size one in fp32.
+        assert ((logits - expected.logits).norm() / expected.logits.norm()).item() < 1e-5
+        assert abs(loss / expected.loss.item() - 1) < 1e-5
+
+
+def trained_like(changes):
+    """Weights with nothing regular in them: norms and biases too."""
+    model = dense_model(**changes)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def parallel_model(tensor, changes):
+    from ds_lowrank.models import llama_parallel
+    from ds_lowrank.parallel.mpu import make_grid
+
+    make_grid(tensor, 1)
+    model = llama_parallel.build(llama_config(**changes), 0, tensor, 1)
+    llama_parallel.load_weights(model, trained_like(changes).state_dict())
+    return model
+
+
+def logits_and_loss(tensor, changes):
+    import torch.distributed as dist
+
+    model, batch = parallel_model(tensor, changes), tokens(0)[:3]
+    with torch.no_grad():
+        own = model(batch).logits
+        loss = model(batch, labels=batch).loss.item()
+    shares = [torch.empty_like(own) for _ in range(tensor)]
+    dist.all_gather(shares, own)
+    return torch.cat(shares, dim=-1).transpose(0, 1), loss
+
+
+GRIDS = [Grid(1, 2, 2, 1), Grid(2, 2, 1, 3), Grid(2, 1, 2, 0), Grid(2, 2, 1, 2, "autotp")]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_is_the_model_that_was_trained(grid, tied, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    losses = run_ranks(grid.world, export_and_evaluate, grid, tied, tmp_path / "export")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "export")
+    with torch.no_grad():
+        loss = model(input_ids=tokens(1), labels=tokens(1)).loss.item()
+    assert abs(sum(losses) / len(losses) / loss - 1) < 1e-5
+    assert model.config.tie_word_embeddings is tied
+
+
+def export_and_evaluate(grid, tied, directory):
+    """After a step, the loss of the next one's batch before it changes anything."""
+    from ds_lowrank.checkpoint.export import export
+
+    engine = start(grid, settings_of(grid, gas=2), tie_word_embeddings=tied)
+    train_step(engine, 0)
+    export(engine, None, directory)
+    return train_step(engine, 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)
+def test_a_seed_stands_for_the_same_weights_on_every_grid(changes):
+    for grid in (Grid(1, 2, 2, 0), Grid(1, 4, 1, 0)):
+        sizes = {"num_key_value_heads": 4} if grid.tensor == 4 else {}
+        expected = dense_model(**changes, **sizes).state_dict()
+        weights, *_ = run_ranks(grid.world, initial_weights, grid, **changes, **sizes)
+        assert weights.keys() <= expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def initial_weights(grid, **changes):
+    from ds_lowrank.checkpoint.gather import whole_weights
+
+    return whole_weights(start(grid, settings_of(grid), **changes))
