@@ -91,9 +91,9 @@ def initialize(
         method = name if optimizer is None else optimizer.method.name
         check_supported(settings, method)
         mpu = as_mpu(mpu)
-        check_model(model, mpu, settings, method)
         if optimizer is None:
             settings = _with_adapters(model, settings, model_parameters)
+        check_model(model, mpu, settings, method)
         tag_parameters(model)
         in_pipeline = isinstance(model, PipelineModule)
         if in_pipeline:

@@ -194,7 +194,7 @@ class MatrixShard:
         if interval is None:
             raise ConfigError(
                 f"{self.name}: tensor parallelism splits its columns, so that it has no view of another shape; set "
-                "left_view to 'transposed', or tensor_parallel_projection to 'local'"
+                "left_view to 'transpose', or tensor_parallel_projection to 'local'"
             )
         return whole(shape, *interval) if part.numel else NOTHING
 
