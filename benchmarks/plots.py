@@ -29,7 +29,7 @@ def picture(path: Path, size: tuple[float, float], widths: Sequence[float]) -> I
     """Panels side by side, written as a PNG when they are drawn."""
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels: Sequence[Axes] = figure.subplots(1, len(widths), width_ratios=widths)
+    panels: Sequence[Axes] = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     yield panels
     for axes in panels:
         axes.grid(alpha=0.3)
