@@ -19,14 +19,14 @@ import torch
 from ds_lowrank.config import parse_options
 from ds_lowrank.elementwise import step_elementwise
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.groups import ParameterGroups
 from ds_lowrank.methods.base import Climb, Method, Options
 from ds_lowrank.perturbation import Perturbation
-from ds_lowrank.placing import Member, check_fit, make_slots, members_of
+from ds_lowrank.placing import make_slots
 from ds_lowrank.report import Inventory, logger, role_table, state_bytes, take_inventory
-from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.grid import Grid, grid_of, joined
 from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
-from ds_lowrank.sharding.zero import read_placement, shape_before_zero
+from ds_lowrank.sharding.zero import read_placement
 from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 from ds_lowrank.together import together
@@ -38,9 +38,6 @@ NOT_LOOKED_AROUND = (
     "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), with a "
     "PipelineEngine ds_lowrank.train_batch(engine, batches), or set perturbation_radius to 0"
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PATTERNS = ("target_modules", "exclude_modules")
-UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -59,74 +56,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
     method: ClassVar[type[Method]]
 
     def __init__(self, params: Iterable[Any], *, grid: Grid | None = None, **options: Any) -> None:
-        self._given, self._given_grid = options, grid
-        self._options = parse_options(self.method, options)
-        self._names: list[str] = []
-        self._tags: dict[torch.Tensor, Tag] = {}
-        self._patterns: list[tuple[str, str]] = []
-        self._own: list[list[torch.nn.Parameter]] = []
-        self._own_groups: list[dict[str, Any]] = []
+        self._given_grid = grid
+        self._groups = ParameterGroups(self.method, options, self._grid)
         self._slots: dict[int, list[Slot]] | None = None
         self._executor: Executor = Alone()
         self.wrapper, self.grid = "none", Grid()
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
-        super().__init__(params, self._options.model_dump())
-        if problem := self.method.lacks(self._names, self._options):
-            raise ConfigError(f"{self.method.name}: {problem}")
-        for key in PATTERNS:
-            self._must_match(self._names, key, getattr(self._options, key) or ())
+        parsed = parse_options(self.method, options)
+        super().__init__(params, parsed.model_dump())
+        self._groups.check(parsed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Only before the first step."""
         if self._slots is not None:
             raise RuntimeError("a parameter group can be added before the first step only")
-        super().add_param_group(self._plain_group(param_group))
-        if self.param_groups[-1]["params"]:
-            self._own.append(list(self.param_groups[-1]["params"]))
-            self._own_groups.append(self.param_groups[-1])
-
-    def _plain_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group with validated options and plain parameters that have something to train; their tags are noted."""
-        given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
-        options = parse_options(self.method, {**self._given, **given})
-        entries = group["params"]
-        entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
-        named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
-        tags = [self._checked_tag(name, parameter) for name, parameter in named]
-        for key in PATTERNS:
-            self._must_match([tag.name for tag in tags], key, given.get(key) or ())
-        self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
-        trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
-        for parameter in trained:
-            if parameter.dtype not in DTYPES:
-                name, dtype = self._tags[parameter].name, parameter.dtype
-                raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
-        grid = self._grid()
-        check_fit(self.method, [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, grid)])
-        values = {key: getattr(options, key) for key in self.method.Options.model_fields}
-        return {**group, **values, "params": trained}
-
-    def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-        """Every pattern has a parameter here, or in a pipeline on some stage: that is asked when all are there."""
-        if self._grid().pipeline is None:
-            check_patterns(names, key, patterns)
-        else:
-            self._patterns += [(key, pattern) for pattern in patterns]
-
-    def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
-        tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
-        if tag is None:
-            raise ConfigError(
-                f"{self.method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
-                "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
-            )
-        if tag.name in self._names:
-            raise ConfigError(
-                f"{tag.name}: given twice. State and seeds belong to a name; each parameter needs its own"
-            )
-        self._names.append(tag.name)
-        return tag
+        super().add_param_group(self._groups.validated(param_group))
+        self._groups.add(self.param_groups[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an optimizer that knows process groups cannot be copied or pickled; use state_dict()")
@@ -141,14 +87,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return
         self._climb()
         self.grid = self._grid()
-        placement = read_placement(self._own, self._own_groups)
-        group = joined([placement.process_group, self.grid.tensor]) if self.grid.tensor else placement.process_group
+        placement = read_placement(self._groups.parameters, self._groups.dicts)
+        group = joined(placement.process_group, self.grid.tensor)
         if group is not None and torch.distributed.get_world_size(group) > 1:
             self._executor = Distributed(group)
         self.wrapper = placement.wrapper
         with together() if self.grid.pipeline else nullcontext():  # a stage alone may have what does not fit
-            slots = make_slots(self.method, self._members(), placement, self.grid, group)
-        self._match_on_all_stages()
+            slots = make_slots(self.method, self._groups.members(self.state), placement, self.grid, group)
+        if self.grid.pipeline is not None:
+            self._groups.match_on_all_stages(self.grid.pipeline)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")
@@ -158,14 +105,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._slots = by_store
         self._log_roles(slots)
 
-    def _match_on_all_stages(self) -> None:
-        if self.grid.pipeline is None:
-            return
-        stages: list[list[str]] = [[]] * self.grid.pipeline_size
-        torch.distributed.all_gather_object(stages, self._names, group=self.grid.pipeline)
-        for key, pattern in self._patterns:
-            check_patterns([name for names in stages for name in names], key, [pattern])
-
     def _log_roles(self, slots: list[Slot]) -> None:
         own = take_inventory(slots, self._executor.group if isinstance(self._executor, Distributed) else None)
         stages: list[Inventory] = [own] * self.grid.pipeline_size
@@ -174,20 +113,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             table = role_table(stages, state_bytes(slots), self._executor.size * self.grid.pipeline_size)
             logger.info("%s on %s\n%s", self.method.name, self.wrapper, table)
-
-    def _members(self) -> list[Member]:
-        return [
-            member
-            for own, group in zip(self._own, self._own_groups, strict=True)
-            for parameter in own
-            for member in members_of(
-                *(parameter, self._tags[parameter], group, self._group_options(group)),
-                *(self.state[parameter], self.grid),
-            )
-        ]
-
-    def _group_options(self, group: dict[str, Any]) -> Options:
-        return parse_options(self.method, {key: group[key] for key in self.method.Options.model_fields})
 
     @property
     def slots(self) -> list[Slot]:
@@ -228,7 +153,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
-        options = {id(group): self._group_options(group) for group in groups_of(slots)}
+        options = {id(group): self._groups.options_of(group) for group in groups_of(slots)}
         matrices = [Work(slot, options[id(slot.group)]) for slot in slots if slot.is_projected]
         rest = [slot for slot in slots if not slot.is_projected]
         try:
@@ -300,7 +225,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @property
     def options(self) -> dict[int, Options]:
         """Of each group as it is now, by the group's id."""
-        return {id(group): self._group_options(group) for group in self._own_groups}
+        return self._groups.options
 
     @property
     def perturbation(self) -> Perturbation | None:
@@ -363,7 +288,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's state under parameter names, in plain values that ``weights_only=True`` loads."""
-        return dump_state(self.method.name, self.slots, self._own_groups, self._counts)
+        return dump_state(self.method.name, self.slots, self._groups.dicts, self._counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """Load what :meth:`state_dict` gave on the same layout. Nothing is changed unless all of it fits.
@@ -372,4 +297,4 @@ class LowRankOptimizer(torch.optim.Optimizer):
             CheckpointError: it belongs to another method, model, layout or configuration; says which.
         """
         structure = self.method.Options.structure
-        self._counts = load_state(self.method.name, self.slots, self._own_groups, state_dict, structure)
+        self._counts = load_state(self.method.name, self.slots, self._groups.dicts, state_dict, structure)

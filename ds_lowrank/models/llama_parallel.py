@@ -8,7 +8,9 @@ weights go back and forth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from typing import Any
 
 import torch
@@ -67,12 +69,13 @@ class LlamaPipeline(PipelineModule):  # type: ignore[misc]
             last: LayerSpec = TiedLayerSpec("embedding", Embedding, recipe, forward_fn=tied_head)
         else:
             first, last = LayerSpec(Embedding, recipe), LayerSpec(Head, recipe)
-        super().__init__(
-            [first, *decoder, LayerSpec(Norm, recipe), last],
-            topology=topology,
-            loss_fn=causal_loss,
-            partition_method="type:DecoderLayer",
-        )
+        with redirect_stdout(StringIO()):  # DeepSpeed prints the layers and every rank's coordinates
+            super().__init__(
+                [first, *decoder, LayerSpec(Norm, recipe), last],
+                topology=topology,
+                loss_fn=causal_loss,
+                partition_method="type:DecoderLayer",
+            )
 
     def logical_names(self) -> dict[str, str]:
         return {name: self._name(name) for name, _ in self.named_parameters()}

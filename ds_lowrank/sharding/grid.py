@@ -78,13 +78,13 @@ def _group(mpu: Any, names: Sequence[str]) -> dist.ProcessGroup | None:
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
-def joined(groups: Sequence[dist.ProcessGroup | None]) -> dist.ProcessGroup | None:
+def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks that can be reached from one another through groups; None where that is this rank alone.
 
-    Collective over the world where more than one group is given, as new groups are made.
+    Collective over the world where more than one group has several ranks, as new groups are made.
     """
     given = [group for group in groups if group is not None and dist.get_world_size(group) > 1]
-    if len(groups) == 1 or not given:
+    if len(given) < 2:
         return given[0] if given else None
     own = [dist.get_process_group_ranks(group) for group in given]
     everybody: list[Any] = [None] * dist.get_world_size()
