@@ -1,0 +1,165 @@
+"""A LLaMA on a grid of ranks as one of them sees it: parameters, DeepSpeed's intervals, shards. No processes, no data.
+
+The ranks that share a stage's matrices are numbered as in their process group: data-parallel rank by data-parallel
+rank, tensor-parallel ranks side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+from ds_lowrank.methods.galore import GaLore, GaLoreOptions
+from ds_lowrank.methods.keep import Keep, State
+from ds_lowrank.methods.subspace import Projection
+from ds_lowrank.placing import members_of
+from ds_lowrank.roles import tag_from_name
+from ds_lowrank.sharding.grid import Grid
+from ds_lowrank.sharding.layout import Range
+from ds_lowrank.sharding.matrix import MatrixShard
+
+ALIGNMENT = 2
+"""DeepSpeed pads a flat buffer to a multiple of so many elements a data-parallel rank."""
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """The degrees of parallelism, and the ZeRO stage: 1 (2 lays out alike) or 3."""
+
+    data: int
+    tensor: int
+    pipeline: int = 1
+    zero: int = 1
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks share the matrices of one stage."""
+        return self.data * self.tensor
+
+
+@dataclass(frozen=True)
+class Pretended(Grid):
+    """A tensor-parallel group without processes, as one of its ranks sees it."""
+
+    number: int = 0
+    size: int = 1
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.number
+
+    @property
+    def tensor_size(self) -> int:
+        return self.size
+
+
+@dataclass
+class Matrix:
+    """One projected matrix on one rank; ``elements`` of state over all ranks."""
+
+    shard: MatrixShard
+    state: State
+    elements: int
+    seen: Projection = field(init=False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one rank of a pipeline stage steps: its matrices, and how many parameters there are, norms included."""
+
+    matrices: list[Matrix]
+    parameters: int
+
+
+def parameters_of(model: Mapping[str, int], degrees: Degrees, stage: int) -> list[tuple[str, torch.nn.Parameter]]:
+    """A stage's parameters as they lie on a tensor-parallel rank, in the model's order, with megatron-core's marks.
+
+    Args:
+        model: sizes, under the keys of Hugging Face's configurations.
+    """
+    hidden, inner, vocabulary = model["hidden_size"], model["intermediate_size"], model["vocab_size"]
+    layers = model["num_hidden_layers"] // degrees.pipeline
+    square = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    wide = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    found = [("model.embed_tokens.weight", _split((vocabulary, hidden), 0, degrees.tensor))] if stage == 0 else []
+    for number in range(stage * layers, (stage + 1) * layers):
+        for name, shape in (square | wide).items():
+            by_columns = name.endswith(("o_proj", "down_proj"))
+            found.append((f"model.layers.{number}.{name}.weight", _split(shape, int(by_columns), degrees.tensor)))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found.append((f"model.layers.{number}.{name}.weight", _on_meta(hidden)))
+    if stage == degrees.pipeline - 1:
+        found.append(("model.norm.weight", _on_meta(hidden)))
+        found.append(("lm_head.weight", _split((vocabulary, hidden), 0, degrees.tensor)))
+    return found
+
+
+def _on_meta(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(shape, device="meta"))
+
+
+def _split(shape: tuple[int, int], dim: int, ranks: int) -> torch.nn.Parameter:
+    parameter = _on_meta(*(size // ranks if axis == dim else size for axis, size in enumerate(shape)))
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = ranks > 1, dim, 1
+    return parameter
+
+
+def intervals(numels: Sequence[int], degrees: Degrees) -> list[list[Range]]:
+    """For every data-parallel rank the elements ``[start, end)`` that it has of each parameter.
+
+    ZeRO 1 and 2 cut the flat buffer of all parameters evenly, ZeRO 3 every parameter.
+    """
+    ranks = range(degrees.data)
+    if degrees.zero == 3:
+        shares = [-(-numel // degrees.data) for numel in numels]
+        return [
+            [(min(r * share, n), min((r + 1) * share, n)) for n, share in zip(numels, shares, strict=True)]
+            for r in ranks
+        ]
+    share = math.ceil(sum(numels) / (ALIGNMENT * degrees.data)) * ALIGNMENT
+    starts = [0, *accumulate(numels)]
+    return [
+        [_overlap((r * share, (r + 1) * share), start, n) for start, n in zip(starts, numels, strict=False)]
+        for r in ranks
+    ]
+
+
+def _overlap(share: Range, start: int, numel: int) -> Range:
+    low, high = max(share[0], start), min(share[1], start + numel)
+    return (low - start, high - start) if low < high else (0, 0)
+
+
+def stage_on(
+    rank: int, model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, device: str = "meta"
+) -> Stage:
+    """A stage on one of the ranks that share it, with GaLore's state and gradients of zeros.
+
+    The ranks take turns in factoring as the optimizer deals them.
+
+    Args:
+        rank: among those ranks.
+        device: of both. Nothing is allocated on ``meta``.
+    """
+    named = parameters_of(model, degrees, stage)
+    held = intervals([parameter.numel() for _, parameter in named], degrees)
+    grid = Pretended(number=rank % degrees.tensor, size=degrees.tensor)
+    matrices: list[Matrix] = []
+    for number, (name, parameter) in enumerate(named):
+        (member,) = members_of(parameter, tag_from_name(name), {}, options, {}, grid)
+        role = member.role(GaLore)
+        if not role.projected:
+            continue
+        logical, shape = member.placed(role), member.logical.shape
+        parts = [logical.part(r % degrees.tensor, *held[r // degrees.tensor][number]) for r in range(degrees.sharing)]
+        holders = [r for r, part in enumerate(parts) if part.numel]
+        factor_rank = holders[len(matrices) % len(holders)]
+        shard = MatrixShard(name, shape, parts, rank, GaLore.side(shape, options), factor_rank, options.run)
+        keep = Keep(name, lambda at, shard=shard: GaLore.state(shard, options, at), GaLore.rank(shape, options))
+        zeros = torch.zeros(shard.part.numel, device=device)
+        shard.attach(zeros, zeros)
+        matrices.append(Matrix(shard, keep.empty(torch.device(device)), keep.numel))
+    return Stage(matrices, len(named))

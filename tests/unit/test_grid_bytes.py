@@ -1,0 +1,144 @@
+"""benchmarks/grid_bytes.py counts what a simulated world sends, and docs/sharding.md says what it counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from ds_lowrank.methods.galore import GaLoreOptions
+from ds_lowrank.sharding.layout import length
+from ds_lowrank.sharding.matrix import MatrixShard
+from tests.unit.pages import PAGES, ROOT, rows
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from grid_bytes import KINDS, all_gathered, basis_gathered, counted, gathered, rows_sent, simulated
+from grid_layout import Degrees, stage_on
+
+SMALL = {"hidden_size": 16, "intermediate_size": 40, "vocab_size": 24, "num_hidden_layers": 2}
+OPTIONS = GaLoreOptions(rank=4)
+GRIDS = [
+    *(Degrees(*degrees) for degrees in [(1, 2), (3, 2), (9, 1), (2, 4, 2)]),
+    *(Degrees(*degrees, zero=3) for degrees in [(3, 2), (2, 4)]),
+]
+MEASURED = json.loads((ROOT / "docs/measured/grid_bytes.json").read_text())["numbers"]
+SECTION = "## What a step sends on a grid"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("degrees", GRIDS, ids=str)
+def test_the_count_is_that_of_a_simulated_world(degrees, kind):
+    for stage in range(degrees.pipeline):
+        world = simulated(SMALL, degrees, stage, OPTIONS, kind, device="cpu")
+        for rank in {0, degrees.sharing - 1}:
+            ledger = counted(SMALL, degrees, stage, OPTIONS, kind, rank)
+            assert (ledger.rounds, ledger.bytes_sent.tolist()) == (world.rounds, world.bytes_sent)
+
+
+def of_all_ranks(shard):
+    """The rows that all ranks hold of an axis beyond its rows."""
+    shards = [MatrixShard(shard.name, shard.shape, shard.parts, i, shard.side, 0) for i in range(len(shard.parts))]
+
+    def extra(axis):
+        name = "rows" if axis is shard.rows else "columns"
+        ranges = [getattr(one, name).held for one in shards]
+        return sum(hi - lo for lo, hi in ranges) - axis.size
+
+    return extra
+
+
+def factoring(shard, axis):
+    """How many rows of an axis the factoring rank owns."""
+    at = MatrixShard(shard.name, shard.shape, shard.parts, shard.factor_rank, shard.side, shard.factor_rank)
+    return length((at.rows if axis is shard.rows else at.columns).owned)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("degrees", GRIDS, ids=str)
+def test_all_ranks_together_send_what_is_documented(degrees, kind):
+    cells = dict(rows("sharding", SECTION))
+    stage, r, expected = stage_on(0, SMALL, degrees, 0, OPTIONS), 4, 0
+    for matrix in stage.matrices:
+        shard = matrix.shard
+        known = {"r": r, "S": of_all_ranks(shard), "c": shard.compressed, "k": shard.kept}
+        known |= {"C": shard.compressed.size, "K": shard.kept.size, "O": lambda axis, s=shard: factoring(s, axis)}
+        expected += eval(cells[kind].strip("`"), known)
+        assert basis_gathered(shard, OPTIONS) == 4 * r * known["S"](shard.compressed)
+    expected += eval(cells["decision"].strip("`"), {"N": stage.parameters, "W": degrees.sharing})
+    assert sum(counted(SMALL, degrees, 0, OPTIONS, kind).bytes_sent) == 4 * expected
+
+
+SPLITS = [(split, side.strip("`"), cells) for split, side, *cells in rows("sharding", "### Matrices that are split")]
+
+
+@pytest.mark.parametrize(("split", "side", "cells"), SPLITS, ids=str)
+@pytest.mark.parametrize(("d", "T"), [(1, 2), (1, 4), (2, 1), (2, 2), (4, 4)])
+def test_a_split_matrix_sends_what_is_documented(split, side, cells, d, T):
+    """Cut between rows: ZeRO 3 on 16 rows, or 16 / T."""
+    stage = stage_on(0, SMALL, Degrees(d, T, zero=3), 0, GaLoreOptions(rank=4, proj_type=side))
+    layer = {matrix.shard.name.split(".")[4]: matrix.shard for matrix in stage.matrices[:7]}
+    shard = layer["q_proj" if split.startswith("rows") else "o_proj"]
+    m, n = shard.shape
+    found = [
+        rows_sent(request.route).sum()
+        for request in (
+            axis_request(torch.empty(0, 4)) for axis_request in (shard.compressed.gather, shard.kept.reduce)
+        )
+    ]
+    assert found == [eval(cell.strip("`"), {"m": m, "n": n, "d": d, "T": T}) for cell in cells]
+    assert rows_sent(shard.kept.gather(torch.empty(0, 4)).route).sum() == found[1]
+
+
+def test_the_peers():
+    """A matrix of 16 x 16 in two equal blocks."""
+    shard = stage_on(0, SMALL, Degrees(1, 2), 0, OPTIONS).matrices[0].shard
+    assert (all_gathered(shard), gathered(shard)) == (4 * 256, 2 * 4 * 128)
+
+
+def test_the_table_at_7b_is_what_was_measured():
+    heads = ["GB, all ranks", "gather Q, GB", "MB a rank", "MB, largest rank", "decision, kB a rank"]
+    known = {
+        (row["ZeRO"], f"{row['data']} x {row['tensor']} x {row['pipeline']}", row["step"]): [
+            *(f"{row[head]:.4g}" for head in heads),
+            *(f"{row[f'of {peer}']:.2f}" for peer in ("all-gather", "gather")),
+        ]
+        for row in MEASURED
+    }
+    documented = rows("sharding", "### At 7B")
+    assert documented
+    for zero, grid, kind, *cells in documented:
+        assert cells == known[int(zero), grid, kind], (zero, grid, kind)
+
+
+def by_data(kind, zero, pipeline, head):
+    """A column of what was measured at eight tensor-parallel ranks, by the number of data-parallel ranks."""
+    wanted = {"ZeRO": zero, "tensor": 8, "pipeline": pipeline, "step": kind}
+    return {row["data"]: row[head] for row in MEASURED if wanted.items() <= row.items()}
+
+
+def test_what_is_said_of_the_size_of_the_world():
+    text = " ".join(PAGES["sharding"].split())
+    ordinary, refresh = (by_data(kind, 3, 1, "MB a rank") for kind in ("ordinary", "refresh"))
+    changes = [ordinary[128] / ordinary[8] - 1, refresh[128] / refresh[8] - 1, refresh[128] / refresh[16] - 1]
+    said = "from 64 ranks to 1024 it changes by {:.1f} %, a refresh by {:.1f} % (from 128 ranks on by {:.1f} %)"
+    assert said.format(*(100 * change for change in changes)) in text
+    cut, falling = (by_data("ordinary", 1, 4, head) for head in ("GB, all ranks", "MB a rank"))
+    growth = [100 * (cut[data] / cut[1] - 1) for data in (2, 4, 8, 32)]
+    assert "grow by {:.1f} %, {:.1f} %, {:.1f} % and {:.0f} %".format(*growth) in text
+    assert "from {:.4g} MB to {:.4g} and {:.4g}".format(*(falling[data] for data in (1, 8, 32))) in text
+    decision = by_data("ordinary", 1, 4, "decision, kB a rank")
+    shares = [decision[data] / falling[data] / 10 for data in (8, 128)]
+    assert "{:.2f} % of an ordinary step at 8 x 8 x 4 and {:.1f} %".format(*shares) in text
+    narrow = next(row for row in MEASURED if (row["tensor"], row["data"], row["step"]) == (1, 8, "ordinary"))
+    assert f"{narrow['MB a rank']:.4g} MB a rank at 8 x 1 x 4, for {falling[8]:.4g} at 8 x 8 x 4" in text
+    ratios = [1 / row["of all-gather"] for row in MEASURED if row["step"] == "ordinary"]
+    assert f"sends {math.floor(min(ratios))} to {math.ceil(max(ratios))} times as much as an ordinary step" in text
+    split = [row for row in MEASURED if row["tensor"] > 1 and row["step"] == "ordinary"]
+    assert min(row["gather Q, GB"] / row["GB, all ranks"] for row in split) > 2 / 3
+    assert {by_data(kind, 1, 4, "rounds")[data] for kind in KINDS for data in cut} == {13, 41}
+    assert {by_data(kind, 3, 1, "rounds")[data] for kind in KINDS for data in ordinary} == {49, 161}
+    assert "A step takes 13 collectives at 8 x 8 x 4 and 41 with a refresh" in text
+    assert "without a pipeline 49 and 161." in text
