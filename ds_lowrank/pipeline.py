@@ -27,8 +27,12 @@ def train_batch(engine: Any, batches: Iterable[Any]) -> torch.Tensor:
         The mean loss over micro-batches and data-parallel ranks, on every rank: a scalar.
 
     Raises:
-        ConfigError: not as many micro-batches as a step has.
+        ConfigError: not as many micro-batches as a step has, or an engine without a pipeline.
     """
+    if not hasattr(engine, "train_batch"):
+        raise ConfigError(
+            "train_batch is for a PipelineEngine: call ds_lowrank.forward_backward(engine, forwards) and engine.step()"
+        )
     batches = list(batches)
     if len(batches) != engine.micro_batches:
         raise ConfigError(
