@@ -88,7 +88,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._climb()
         self.grid = self._grid()
         placement = read_placement(self._groups.parameters, self._groups.dicts)
-        group = joined(placement.process_group, self.grid.tensor)
+        # Tensor-parallel ranks that project their own shards have nothing to exchange, and may do so in other rounds.
+        group = placement.process_group if self._is_local else joined(placement.process_group, self.grid.tensor)
         if group is not None and torch.distributed.get_world_size(group) > 1:
             self._executor = Distributed(group)
         self.wrapper = placement.wrapper
@@ -163,7 +164,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 yield from self._project(wave)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
-            if not self._on_all_stages(all(size < LARGEST for size in sizes)):
+            if not self._everywhere(all(size < LARGEST for size in sizes)):
                 self._counts["skipped_updates"] += 1
                 return
             for work, size in zip(matrices, sizes, strict=False):
@@ -214,13 +215,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         sizes: list[float] = total.view(-1).tolist()
         return sizes
 
-    def _on_all_stages(self, finite: bool) -> bool:
-        """Whether every stage of the pipeline found its gradients finite; asked where no wrapper looks for that."""
-        if self.grid.pipeline is None or self.wrapper != "none":
-            return finite
-        everywhere = torch.tensor(finite, dtype=torch.int32, device=self.slots[0].fragment.store.device)
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group=self.grid.pipeline)
-        return bool(everywhere)
+    def _everywhere(self, finite: bool) -> bool:
+        """Whether all ranks found their gradients finite, those too that exchange nothing with this one.
+
+        Only asked where no wrapper of DeepSpeed's has looked for that.
+        """
+        apart = (self.grid.tensor if self._is_local else None, self.grid.pipeline)
+        groups = [group for group in apart if group is not None and self.wrapper == "none"]
+        found = torch.tensor(finite, dtype=torch.int32, device=self.slots[0].fragment.store.device)
+        for group in groups:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(found) if groups else finite
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether tensor-parallel ranks project their own shards."""
+        chosen = {options.tensor_parallel_projection for options in self.options.values()}
+        if len(chosen) > 1:
+            raise ConfigError("tensor_parallel_projection must be the same in all parameter groups")
+        return self.grid.tensor is not None and "local" in chosen
 
     @property
     def options(self) -> dict[int, Options]:
@@ -234,7 +247,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self._perturbation is None and (climb := self._climb()) is not None:
             slots = [slot for slot in self.slots if slot.is_projected]
             self._perturbation = Perturbation(
-                *(self.method, slots, climb, self._executor, self.grid), self.slots[0].parameter
+                *(self.method, slots, climb, self._executor, self.grid), self._is_local, self.slots[0].parameter
             )
         return self._perturbation
 

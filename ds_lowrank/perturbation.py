@@ -39,8 +39,7 @@ class Movable:
         place: what forward passes read of it.
         saved: a copy of it from before, flat.
         shard: which elements of the matrix these are.
-        copies: how many ranks of the optimizer's group move the same elements.
-        is_apart: whether it is a tensor-parallel rank's shard as a matrix of its own.
+        copies: how many ranks move the same elements.
         step: of its optimizer.
     """
 
@@ -49,7 +48,6 @@ class Movable:
     shard: MatrixShard
     directions: Directions
     copies: int
-    is_apart: bool
     step: int
 
     def coordinates(self, probes: Sequence[str], shares: Sequence[float]) -> torch.Tensor:
@@ -81,6 +79,7 @@ class Perturbation:
         climb: how higher loss is looked for.
         executor: of the optimizer.
         grid: of the optimizer. All its stages climb together.
+        is_local: whether tensor-parallel ranks project their own shards, and exchange nothing else.
         like: a parameter of the model.
     """
 
@@ -91,11 +90,14 @@ class Perturbation:
         climb: Climb,
         executor: Executor,
         grid: Grid,
+        is_local: bool,
         like: torch.Tensor,
     ) -> None:
         self.climb = climb
         self._method, self._slots, self._executor, self._grid = method, slots, executor, grid
+        self._apart = grid.tensor if is_local else None
         self._dtype, self._device = like.dtype, like.device
+        self._moving: list[Slot] = []
         self._moved: list[Movable] = []
         self._told: set[str] = set()
         self.norm = 0.0
@@ -118,6 +120,7 @@ class Perturbation:
         (everywhere,) = self._over_stages(len(slots))
         if not everywhere:
             return
+        self._moving = slots
         self._save(slots, options)
         probes = [f"probe {micro_batch}.{number}" for number in range(self.climb.probes)]
         slopes = self._slopes(loss, probes)
@@ -150,21 +153,18 @@ class Perturbation:
             )
         )
         self._moved = [
-            Movable(
-                *(place, place.weights.clone(), shard, found, copies),
-                *(slot.logical.held == "apart", slot.state["step"]),
-            )
+            Movable(place, place.weights.clone(), shard, found, copies, slot.state["step"])
             for slot, (place, shard, copies), found in zip(slots, moved, directions, strict=True)
         ]
 
     def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, int]:
-        """What is moved of a matrix: where, which elements, and on how many ranks of the group."""
+        """What is moved of a matrix: where, which elements, and on how many ranks."""
         interval, is_partition = forward_weights(slot.parameter)
         place, shard, copies = interval.fragment(slot.logical), slot.shard, slot.copies
         if not is_partition:
             part = slot.logical.part(slot.logical.own, interval.start, interval.end)
             shard = MatrixShard(shard.name, shard.shape, [part], 0, shard.side, 0)
-            copies *= self._executor.size // self._grid.tensor_size
+            copies *= self._executor.size if self._apart else self._executor.size // self._grid.tensor_size
         weights = place.weights
         shard.attach(weights, weights)  # tells directions their device
         return place, shard, copies
@@ -229,15 +229,17 @@ class Perturbation:
             own = torch.stack(squares).sum().float().view(1, 1)
             (own,) = self._executor.exchange([Request(everyone(self._executor.size, 1), own)])
             total = own.item()
-        return math.sqrt(*self._over_stages(total))
+        return math.sqrt(*self._over_ranks_apart(total))
 
     def _over_matrices(self, *lists: list[float]) -> list[float]:
         """The sum of each list, which has a number for every matrix that is moved here, over the whole model."""
-        if self._grid.tensor is None or not any(movable.is_apart for movable in self._moved):
-            return self._over_stages(*map(sum, lists))
-        shares = [1.0 if movable.is_apart else 1.0 / self._grid.tensor_size for movable in self._moved]
-        sums = [sum(number * share for number, share in zip(numbers, shares, strict=True)) for numbers in lists]
-        return self._over_stages(*self._summed(sums, self._grid.tensor))
+        # A matrix of which each tensor-parallel rank has a copy counts once.
+        shares = [1.0 / slot.copies if self._apart else 1.0 for slot in self._moving]
+        return self._over_ranks_apart(*(sum(n * s for n, s in zip(numbers, shares, strict=True)) for numbers in lists))
+
+    def _over_ranks_apart(self, *numbers: float) -> list[float]:
+        """The sums over tensor-parallel ranks that have matrices of their own, and over the stages."""
+        return self._over_stages(*(numbers if self._apart is None else self._summed(numbers, self._apart)))
 
     def _over_stages(self, *numbers: float) -> list[float]:
         """The sums over the stages of the pipeline."""
