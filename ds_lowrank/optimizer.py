@@ -21,7 +21,7 @@ from ds_lowrank.elementwise import step_elementwise
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Climb, Method, Options
 from ds_lowrank.perturbation import Perturbation
-from ds_lowrank.placing import Member, check_fit, make_slots, members_of
+from ds_lowrank.placing import Member, check_fit, make_slots, members_of, names_in
 from ds_lowrank.report import Inventory, logger, role_table, state_bytes, take_inventory
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.grid import Grid, grid_of, joined
@@ -94,8 +94,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
+        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in names_in(p, tag)]
         for key in PATTERNS:
-            self._must_match([tag.name for tag in tags], key, given.get(key) or ())
+            self._must_match(names, key, given.get(key) or ())
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
         trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
         for parameter in trained:
@@ -121,11 +122,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"{self.method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
                 "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
             )
-        if tag.name in self._names:
-            raise ConfigError(
-                f"{tag.name}: given twice. State and seeds belong to a name; each parameter needs its own"
-            )
-        self._names.append(tag.name)
+        names = names_in(parameter, tag)
+        if twice := next((name for name in names if name in self._names), None):
+            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name; each parameter needs its own")
+        self._names += names
         return tag
 
     def __getstate__(self) -> dict[str, Any]:

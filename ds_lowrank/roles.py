@@ -40,10 +40,19 @@ HEAD_NAMES = (
 
 @dataclass(frozen=True)
 class Tag:
-    """What a parameter is in its model."""
+    """What a parameter is in its model.
+
+    Attributes:
+        within: for one of the matrices in a fused weight, the name of that weight.
+    """
 
     name: str
     kind: Kind
+    within: str | None = None
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches its name, or that of the weight it is in."""
+        return any(matches(name, pattern) for name in (self.name, self.within) if name is not None)
 
 
 @dataclass(frozen=True)
@@ -147,12 +156,12 @@ def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, exc
     if len(shape) != 2:
         return Role(False, f"{len(shape)}-D")
     for pattern in excludes:
-        if matches(tag.name, pattern):
+        if tag.matches(pattern):
             return Role(False, f"exclude_modules {pattern!r}")
     if targets is None:
         return Role(tag.kind == "weight", "matrix" if tag.kind == "weight" else tag.kind)
     for pattern in targets:
-        if matches(tag.name, pattern):
+        if tag.matches(pattern):
             return Role(True, f"target_modules {pattern!r}")
     return Role(False, "not in target_modules")
 

@@ -135,6 +135,12 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "shared")]
 
 
+def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> list[str]:
+    """The names of the matrices in a fused weight; none where a parameter is not fused."""
+    fusion = _fusion(parameter, shape)
+    return [] if fusion is None else [_piece_name(name, piece) for piece in fusion.names]
+
+
 def shard_of(whole: torch.Tensor, logical: Logical) -> torch.Tensor:
     """This tensor-parallel rank's elements of a whole tensor, flat; for a parameter that is not fused."""
     matrix = whole if whole.ndim == 2 else whole.reshape(1, -1)
