@@ -105,7 +105,9 @@ def _mark_fused(module: Any) -> None:
     if qkv is not None and hasattr(module, "num_query_groups_per_partition") and not hasattr(qkv, FUSION):
         head = module.hidden_size_per_attention_head
         queries = module.num_attention_heads_per_partition // module.num_query_groups_per_partition
-        tag_fused(qkv, {"q": queries * head, "k": head, "v": head})
+        gated = getattr(getattr(module, "config", None), "attention_output_gate", False)
+        gate = {"gate": queries * head} if gated else {}
+        tag_fused(qkv, {"q": queries * head, **gate, "k": head, "v": head})
     fc1 = getattr(getattr(module, "linear_fc1", None), "weight", None)
     if fc1 is not None and getattr(fc1, "partition_stride", 1) == 2 and not hasattr(fc1, FUSION):
         half = shape_before_zero(fc1)[0] // 2

@@ -146,10 +146,18 @@ def test_as_one_row_for_adamw_every_element_still_lies_on_one_rank(data, layer):
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(qkv_layers(), swiglu_layers()))
 def test_a_ranks_own_matrices_are_its_rows_in_order(layer):
-    """``tensor_parallel_projection: local`` projects what a rank has of a matrix, as a matrix of its own."""
+    """``tensor_parallel_projection: local`` projects what a rank has of a matrix, as a matrix of its own.
+
+    Where some rank has none of its rows, every rank refuses.
+    """
     whole, shards = layer
-    readings = layouts(shards, len(shards), lambda logical: logical.apart())
+    readings = layouts(shards, len(shards))
     for name, matrix in whole.items():
+        if not all(readings[0][name].strips):
+            with pytest.raises(ds_lowrank.ConfigError, match="not every rank can project its own"):
+                readings[0][name].apart()
+            continue
+        readings = [own | {name: own[name].apart()} for own in readings]
         below = torch.cat([own_rows(shard, readings[rank][name], rank) for rank, shard in enumerate(shards)])
         assert torch.equal(below, matrix)
 
@@ -161,7 +169,7 @@ def own_rows(shard, logical, rank):
     elements = torch.cat([flat[:0], *(flat[lo:hi] for lo, hi in logical.spans(0, len(flat)))])
     put_down(matrix, covered, logical.part(rank, 0, len(flat)), elements)
     assert torch.equal(covered, torch.ones_like(covered))
-    return matrix if matrix.numel() else matrix.view(0, shard.shape[1])
+    return matrix
 
 
 def test_with_more_tensor_ranks_than_groups_of_heads_a_rank_has_a_fraction_of_a_period():
@@ -202,12 +210,42 @@ def test_rows_that_are_no_whole_number_of_periods_are_refused(rows, tensor):
         ds_lowrank.GaLore([(NAME, torch.nn.Parameter(torch.zeros(1, 3))), ("fused", weight)], rank=1)
 
 
-def attention(qkv, heads, groups, head):
+def test_a_fused_weight_whose_columns_are_split_is_refused():
+    """It would be projected as one matrix here, and as several where it is not split."""
+    weight = marked(torch.zeros(12, 3))
+    weight.partition_dim = 1
+    ds_lowrank.tag_fused(weight, {"gate": 6, "up": 6})
+    with pytest.raises(ds_lowrank.ConfigError, match="tensor parallelism splits its columns"):
+        logical_matrices(weight, (12, 3), NAME, grid(2))
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5), (4, 4)])
+def test_a_rank_may_have_more_rows_than_another(sizes):
+    """As AutoTP deals rows that do not divide."""
+    whole = numbered({"gate": 4, "up": 4}, width=2)
+    shards = [torch.nn.Parameter(shard) for shard in torch.cat(list(whole.values())).split(sizes)]
+    meta = {"replicated": False, "partition_dim": 0, "partition_sizes": sizes, "sub_param_sizes": None}
+    for shard in shards:
+        shard.ds_autotp_universal_checkpoint_meta = meta
+        ds_lowrank.tag_fused(shard, {"gate": 4, "up": 4})
+    readings = layouts(shards, 2)
+    for name, matrix in whole.items():
+        found, covered = torch.zeros_like(matrix), torch.zeros_like(matrix)
+        for rank, shard in enumerate(shards):
+            flat, logical = shard.detach().view(-1), readings[rank][name]
+            elements = torch.cat([flat[:0], *(flat[lo:hi] for lo, hi in logical.spans(0, len(flat)))])
+            put_down(found, covered, logical.part(rank, 0, len(flat)), elements)
+        assert torch.equal(covered, torch.ones_like(matrix))
+        assert torch.equal(found, matrix)
+
+
+def attention(qkv, heads, groups, head, gated=False):
     module = torch.nn.Module()
     module.linear_qkv = torch.nn.Module()
     module.linear_qkv.weight = qkv
     module.num_attention_heads_per_partition, module.num_query_groups_per_partition = heads, groups
     module.hidden_size_per_attention_head = head
+    module.config = SimpleNamespace(attention_output_gate=gated)
     return module
 
 
@@ -218,6 +256,7 @@ def test_megatrons_attention_and_swiglu_are_known_by_their_marks_and_a_declarati
     model.mlp.linear_fc1 = torch.nn.Module()
     model.mlp.linear_fc1.weight = marked(torch.zeros(20, 6), stride=2)
     model.mlp.plain = torch.nn.Linear(6, 20)
+    model.gated = attention(marked(torch.zeros(48, 6)), heads=4, groups=2, head=4, gated=True)
     model.other = attention(marked(torch.zeros(32, 6)), heads=4, groups=2, head=4)
     ds_lowrank.tag_fused(model.other.linear_qkv.weight, {"all": 32})
     tag_parameters(model)
@@ -231,6 +270,10 @@ def test_megatrons_attention_and_swiglu_are_known_by_their_marks_and_a_declarati
         "attention.linear_qkv.weight.q": (16, 6),
         "attention.linear_qkv.weight.k": (8, 6),
         "attention.linear_qkv.weight.v": (8, 6),
+        "gated.linear_qkv.weight.q": (16, 6),
+        "gated.linear_qkv.weight.gate": (16, 6),
+        "gated.linear_qkv.weight.k": (8, 6),
+        "gated.linear_qkv.weight.v": (8, 6),
         "mlp.linear_fc1.weight.gate": (10, 6),
         "mlp.linear_fc1.weight.up": (10, 6),
         "mlp.plain.weight": (20, 6),
