@@ -5,8 +5,8 @@ megatron-core 0.16.1 asks CUDA for two things on the way, whatever the configura
 * on which device it is, for the frequencies of the rotary embedding and for the buffers of collectives;
 * for the state of its random numbers, around dropout, also where the rate is 0.
 
-Everything else is avoided by the configuration: weights initialised on the CPU, no fused kernels, an attention mask that
-is passed in.
+Everything else is avoided by the configuration: weights initialised on the CPU, no fused kernels, an attention mask
+that is passed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """megatron-core's own GPTModel as a small LLaMA: fused weights are trained as the matrices in them, fp32.
 
-The reference is one process without tensor parallelism, and that is held to the dense rules on its q, k, v, gate and up.
-Ranks hand in the elements of every logical matrix that they hold; the test puts the matrices together.
+The reference is one process without tensor parallelism, itself held to the dense rules on its q, k, v, gate and up.
+Ranks hand in the elements that they hold of every logical matrix; the test puts the matrices together.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def train(grid: Grid, settings: dict[str, Any], steps: int, with_gradients: bool
     import torch.distributed as dist
 
     import ds_lowrank
+    from ds_lowrank.checkpoint.gather import whole_weights
     from ds_lowrank.parallel.mpu import make_grid
 
     cpu_shim.install()
@@ -120,7 +121,7 @@ def train(grid: Grid, settings: dict[str, Any], steps: int, with_gradients: bool
     optimizer = engine.basic_optimizer
     return {
         "weights": weights,
-        "raw": {name: parameter.detach().clone() for name, parameter in named.items()},
+        "whole": whole_weights(engine),
         "gradients": gradients,
         "losses": losses,
         "metrics": optimizer.metrics(),
@@ -183,7 +184,7 @@ def test_in_one_process_the_dense_rules_on_q_k_v_gate_and_up_lead_to_its_weights
             rules[name].step(gradient)
         if step == 0:
             assert worst(whole, together([result], 1)) < 1e-5
-    assert worst(whole, unfused(result["raw"])) < 1e-4
+    assert worst(whole, together([result], 2)) < 1e-4
 
 
 @pytest.mark.parametrize(("grid", "method"), CASES, ids=str)
@@ -194,6 +195,7 @@ def test_a_grid_lands_on_the_weights_of_one_process(grid, method):
     assert worst(together(results, 0), together([expected], 0)) == 0
     assert worst(together(results, 1), together([expected], 1)) < 1e-5
     assert worst(together(results, 2), together([expected], 2)) < 1e-4
+    assert worst(unfused(results[0]["whole"]), together(results, 2)) == 0
     for result in results:
         assert result["roles"] == expected["roles"]
         assert result["metrics"]["lowrank/projected_matrices"] == 2 * 7
@@ -208,3 +210,24 @@ def test_seven_matrices_a_layer_are_projected_and_nothing_else():
     assert result["roles"]["output_layer.weight"] == (False, "head")
     assert result["metrics"]["lowrank/projected_matrices"] == 2 * 7
     assert result["metrics"]["lowrank/adamw_parameters"] == 2 + 5  # these two, and the norms
+
+
+def refusal(settings: dict[str, Any]) -> str:
+    import ds_lowrank
+    from ds_lowrank.parallel.mpu import make_grid
+
+    cpu_shim.install()
+    mpu = make_grid(4, 1)
+    try:
+        ds_lowrank.initialize(model=build(4), mpu=mpu, config=settings)
+    except ds_lowrank.ConfigError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_a_rank_without_rows_of_a_matrix_cannot_project_its_own():
+    """Two groups of ``q q k v`` on four ranks: ``q q | k v | q q | k v``."""
+    local = settings_of(MORE_RANKS_THAN_GROUPS, params={"tensor_parallel_projection": "local"})
+    for text in run_ranks(4, refusal, local):
+        assert "tensor-parallel rank 1 has no rows of decoder.layers.0.self_attention.linear_qkv.weight.q" in text
+        assert "set tensor_parallel_projection to 'logical'" in text
