@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ds_lowrank.config import parse_options
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method, Options
-from ds_lowrank.placing import Member, check_fit, members_of
+from ds_lowrank.placing import Member, check_fit, members_of, names_in
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.grid import Grid
 from ds_lowrank.sharding.zero import shape_before_zero
@@ -41,7 +41,6 @@ class ParameterGroups:
         self._method, self._given, self._grid = method, given, grid
         self._tags: dict[torch.Tensor, Tag] = {}
         self._names: list[str] = []
-        self._pieces: list[str] = []
         self._patterns: list[tuple[str, str]] = []
         self.dicts: list[dict[str, Any]] = []
         self.parameters: list[list[torch.nn.Parameter]] = []
@@ -59,18 +58,17 @@ class ParameterGroups:
         entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
+        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in names_in(p, tag)]
+        for key in PATTERNS:
+            self._must_match(names, key, given.get(key) or ())
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
         trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
         for parameter in trained:
             if parameter.dtype not in DTYPES:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
-        members = [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, self._grid())]
-        check_fit(self._method, members)
-        pieces = [member.tag.name for member in members]
-        self._pieces += pieces
-        for key in PATTERNS:
-            self._must_match([*(tag.name for tag in tags), *pieces], key, given.get(key) or ())
+        grid = self._grid()
+        check_fit(self._method, [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, grid)])
         values = {key: getattr(options, key) for key in self._method.Options.model_fields}
         return {**group, **values, "params": trained}
 
@@ -89,7 +87,7 @@ class ParameterGroups:
         if problem := self._method.lacks(self._names, options):
             raise ConfigError(f"{self._method.name}: {problem}")
         for key in PATTERNS:
-            self._must_match([*self._names, *self._pieces], key, getattr(options, key) or ())
+            self._must_match(self._names, key, getattr(options, key) or ())
 
     def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
         tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
@@ -98,11 +96,10 @@ class ParameterGroups:
                 f"{self._method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
                 "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
             )
-        if tag.name in self._names:
-            raise ConfigError(
-                f"{tag.name}: given twice. State and seeds belong to a name; each parameter needs its own"
-            )
-        self._names.append(tag.name)
+        names = names_in(parameter, tag)
+        if twice := next((name for name in names if name in self._names), None):
+            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name; each parameter needs its own")
+        self._names += names
         return tag
 
     def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
@@ -119,7 +116,7 @@ class ParameterGroups:
             ConfigError: a pattern matches no parameter of any stage.
         """
         stages: list[list[str]] = [[]] * dist.get_world_size(pipeline)
-        dist.all_gather_object(stages, [*self._names, *self._pieces], group=pipeline)
+        dist.all_gather_object(stages, self._names, group=pipeline)
         names = [name for stage in stages for name in stage]
         for key, pattern in self._patterns:
             check_patterns(names, key, [pattern])

@@ -17,7 +17,7 @@ from ds_lowrank.roles import Role, Tag, role_of
 from ds_lowrank.sharding.grid import Grid
 from ds_lowrank.sharding.layout import NOTHING, Held, Range
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.tensor_parallel import Logical, logical_matrices
+from ds_lowrank.sharding.tensor_parallel import Logical, logical_matrices, piece_names
 from ds_lowrank.sharding.zero import Placement, read_intervals, shape_before_zero
 from ds_lowrank.slots import Slot
 
@@ -52,6 +52,11 @@ class Member:
         return self.logical.apart() if self.options.tensor_parallel_projection == "local" else self.logical
 
 
+def names_in(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:
+    """What patterns may match: the parameter's name, and those of the matrices fused in it."""
+    return list(dict.fromkeys([tag.name, *piece_names(parameter, shape_before_zero(parameter), tag.name)]))
+
+
 def members_of(
     parameter: torch.nn.Parameter, tag: Tag, group: dict[str, Any], options: Options, state: State, grid: Grid
 ) -> list[Member]:
@@ -59,11 +64,15 @@ def members_of(
     found = logical_matrices(parameter, shape_before_zero(parameter), tag.name, grid)
     return [
         Member(
-            *(parameter, logical, replace(tag, name=logical.name), group, options),
+            *(parameter, logical, _tag_in(tag, logical), group, options),
             state if logical.piece is None else state.setdefault(logical.piece, {}),
         )
         for logical in found
     ]
+
+
+def _tag_in(tag: Tag, logical: Logical) -> Tag:
+    return tag if logical.piece is None else replace(tag, name=logical.name, within=tag.name)
 
 
 def check_fit(method: type[Method], members: Iterable[Member]) -> None:

@@ -40,10 +40,19 @@ HEAD_NAMES = (
 
 @dataclass(frozen=True)
 class Tag:
-    """What a parameter is in its model."""
+    """What a parameter is in its model.
+
+    Attributes:
+        within: for one of the matrices in a fused weight, the name of that weight.
+    """
 
     name: str
     kind: Kind
+    within: str | None = None
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches its name, or that of the weight it is in."""
+        return any(matches(name, pattern) for name in (self.name, self.within) if name is not None)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,9 @@ def _mark_fused(module: Any) -> None:
     if qkv is not None and hasattr(module, "num_query_groups_per_partition") and not hasattr(qkv, FUSION):
         head = module.hidden_size_per_attention_head
         queries = module.num_attention_heads_per_partition // module.num_query_groups_per_partition
-        tag_fused(qkv, {"q": queries * head, "k": head, "v": head})
+        gated = getattr(getattr(module, "config", None), "attention_output_gate", False)
+        gate = {"gate": queries * head} if gated else {}
+        tag_fused(qkv, {"q": queries * head, **gate, "k": head, "v": head})
     fc1 = getattr(getattr(module, "linear_fc1", None), "weight", None)
     if fc1 is not None and getattr(fc1, "partition_stride", 1) == 2 and not hasattr(fc1, FUSION):
         half = shape_before_zero(fc1)[0] // 2
@@ -147,12 +158,12 @@ def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, exc
     if len(shape) != 2:
         return Role(False, f"{len(shape)}-D")
     for pattern in excludes:
-        if matches(tag.name, pattern):
+        if tag.matches(pattern):
             return Role(False, f"exclude_modules {pattern!r}")
     if targets is None:
         return Role(tag.kind == "weight", "matrix" if tag.kind == "weight" else tag.kind)
     for pattern in targets:
-        if matches(tag.name, pattern):
+        if tag.matches(pattern):
             return Role(True, f"target_modules {pattern!r}")
     return Role(False, "not in target_modules")
 

@@ -40,20 +40,31 @@ def _ranks(group: distributed.ProcessGroup) -> list[int]:
 
 def _over_tensor_ranks(parameter: Any, name: str, grid: Grid) -> Tensor:
     local: Tensor = parameter.detach()
-    logical = logical_matrices(parameter, tuple(local.shape), name, grid)[0]
-    if grid.tensor is None or logical.held == "copied" or logical.piece is not None:
+    matrices = logical_matrices(parameter, tuple(local.shape), name, grid)
+    logical = matrices[0]
+    if grid.tensor is None or logical.held == "copied":
         return local
-    sizes = [sum(strip.block.numel for strip in strips) for strips in logical.strips]
+    sizes = [sum(s.block.numel for m in matrices for s in m.strips[rank]) for rank in range(grid.tensor_size)]
     padded = local.new_zeros(max(sizes))
     padded[: local.numel()] = local.reshape(-1)
     shards = [torch.empty_like(padded) for _ in sizes]
     distributed.all_gather(shards, padded, group=grid.tensor)
+    if logical.piece is not None:
+        return _below_each_other(
+            [s[:n].view(-1, local.shape[1]) for s, n in zip(shards, sizes, strict=True)], parameter
+        )
     whole: Tensor = local.new_empty(logical.shape)
     matrix = whole if whole.ndim == 2 else whole.view(1, -1)
     for shard, size, (strip,) in zip(shards, sizes, logical.strips, strict=True):
         part = matrix[slice(*strip.block.rows), slice(*strip.block.cols)]
         part.copy_(shard[:size].view(part.shape))
     return whole
+
+
+def _below_each_other(shards: list[Tensor], parameter: Any) -> Tensor:
+    """A fused weight as it is where it is not split. megatron-core splits each of its ``partition_stride`` parts."""
+    parts = [shard.chunk(getattr(parameter, "partition_stride", 1)) for shard in shards]
+    return torch.cat([part for same in zip(*parts, strict=True) for part in same])
 
 
 def _over_stages(

@@ -98,9 +98,18 @@ class Logical:
         return replace(self, **_one_after_the_other([sum(s.block.numel for s in strips) for strips in self.strips]))
 
     def apart(self) -> Logical:
-        """This rank's shard as a matrix of its own."""
+        """This rank's shard as a matrix of its own.
+
+        Raises:
+            ConfigError: one of the ranks has nothing of it.
+        """
         if self.held == "copied" or len(self.strips) == 1:
             return self
+        if not all(self.strips):
+            raise ConfigError(
+                f"tensor-parallel rank {self.strips.index(())} has no rows of {self.name}, so that not every rank can "
+                "project its own: set tensor_parallel_projection to 'logical'"
+            )
         own = self.strips[self.own]
         ends = [0, *accumulate(strip.block.rows[1] - strip.block.rows[0] for strip in own)]
         width = max((strip.block.cols[1] - strip.block.cols[0] for strip in own), default=0)
@@ -120,8 +129,13 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     """
     dim, sizes = _split(parameter, shape, name, grid)
     fusion = _fusion(parameter, shape)
-    if fusion is not None and dim in (None, 0):
-        return _fused(fusion, shape, sizes if dim == 0 else (), name, grid)
+    if fusion is not None:
+        if dim == 1:
+            raise ConfigError(
+                f"{name} is declared to be {fusion.names} one below the other, and tensor parallelism splits its "
+                "columns: leave it whole, or split its rows"
+            )
+        return _fused(fusion, shape, sizes, name, grid)
     if dim is None:
         strips = (_whole(shape),) * grid.tensor_size
         return [Logical(name, shape, strips, grid.tensor_rank, "shared" if grid.tensor_size == 1 else "copied")]
@@ -133,6 +147,12 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     ends = [0, *accumulate(sizes)]
     blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
     return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "shared")]
+
+
+def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> list[str]:
+    """The names of the matrices in a fused weight; none where a parameter is not fused."""
+    fusion = _fusion(parameter, shape)
+    return [] if fusion is None else [_piece_name(name, piece) for piece in fusion.names]
 
 
 def shard_of(whole: torch.Tensor, logical: Logical) -> torch.Tensor:
@@ -178,18 +198,17 @@ def _fusion(parameter: Any, shape: tuple[int, ...]) -> Fusion | None:
 
 def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
     """The whole weight repeats its period; a rank has the rows that follow those of the rank before."""
-    period, width, copies = sum(fusion.heights), shape[1], max(1, len(sizes))
-    if copies * shape[0] % period:
-        raise ConfigError(f"{name}: {copies * shape[0]} rows are no whole number of the {period} of {fusion.names}")
-    periods = copies * shape[0] // period
+    period, width = sum(fusion.heights), shape[1]
+    ends = [0, *accumulate(sizes or shape[:1])]
+    if ends[-1] % period:
+        raise ConfigError(f"{name}: {ends[-1]} rows are no whole number of the {period} of {fusion.names}")
+    periods = ends[-1] // period
+    own = list(pairwise(ends)) if sizes else [(0, shape[0])] * grid.tensor_size
     found = []
     for piece, height, end in zip(fusion.names, fusion.heights, accumulate(fusion.heights), strict=True):
         rows = [(p * period + end - height, p * height) for p in range(periods)]
-        strips = tuple(
-            _strips(rows, height, (t * shape[0], (t + 1) * shape[0]) if copies > 1 else (0, shape[0]), width)
-            for t in range(grid.tensor_size)
-        )
-        held: Literal["shared", "copied"] = "shared" if copies == grid.tensor_size else "copied"
+        strips = tuple(_strips(rows, height, span, width) for span in own)
+        held: Literal["shared", "copied"] = "shared" if sizes or grid.tensor_size == 1 else "copied"
         found.append(
             Logical(_piece_name(name, piece), (periods * height, width), strips, grid.tensor_rank, held, piece)
         )
