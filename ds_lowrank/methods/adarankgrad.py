@@ -64,6 +64,11 @@ class AdaRankGradOptions(Options):
             )
 
 
+NEW_SUBSPACE, CHANGE = 11, 2
+"""Rounds of :func:`new_subspace` and :func:`change_subspace`. Tensor-parallel ranks that project their own shards need
+them in different steps; who has nothing to ask stays in the same rounds."""
+
+
 @dataclass
 class Fitted(Projection):
     """A projection on a subspace whose rank was chosen for it."""
@@ -100,7 +105,9 @@ class AdaRankGrad(Method):
     def project(shard: MatrixShard, state: State, options: AdaRankGradOptions, step: int) -> Program[Projection]:
         if state["used_up"]:
             return (yield from new_subspace(shard, options, state["rank"], step))
-        return (yield from project_on(shard, state["basis"], refreshed=False))
+        seen = yield from project_on(shard, state["basis"], refreshed=False)
+        yield from shard.idle(NEW_SUBSPACE - 2)
+        return seen
 
     @staticmethod
     def update(
@@ -114,6 +121,8 @@ class AdaRankGrad(Method):
             projected = projected.new_zeros(projected.shape[0], state["rank"])
         elif isinstance(seen, Fitted):
             yield from change_subspace(shard, state, options, seen)
+        else:
+            yield from shard.idle(CHANGE)
         direction = adam(state["exp_avg"], state["exp_avg_sq"], projected, options.betas, options.eps, step + 1)
         squares = projected.square().sum().view(1, 1)
         direction, squares = yield shard.kept.gather(direction), shard.agree(squares)

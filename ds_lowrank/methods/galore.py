@@ -26,6 +26,7 @@ from ds_lowrank.methods.subspace import (
     project_on,
     subspace_state,
 )
+from ds_lowrank.sharding.layout import APART
 from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
@@ -78,8 +79,11 @@ class GaLore(Method):
 
 
 def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
-    """Steps 0, T, 2T, ...; staggered, the later ones are moved by an offset that is a function of the name."""
-    offset = name_hash("stagger", name) % options.update_proj_gap if options.stagger else 0
+    """Steps 0, T, 2T, ...; staggered, the later ones are moved by an offset that is a function of the name.
+
+    The shards of one matrix that are matrices of their own have the same: their ranks exchange in the same rounds.
+    """
+    offset = name_hash("stagger", name.partition(APART)[0]) % options.update_proj_gap if options.stagger else 0
     return step == 0 or (step + offset) % options.update_proj_gap == 0
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+APART = "@tensor"
+"""In the name of a tensor-parallel rank's shard that is a matrix of its own: between the matrix's name and the rank."""
 Range = tuple[int, int]
 Spans = tuple[Range, ...]
 

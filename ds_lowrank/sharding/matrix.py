@@ -103,6 +103,16 @@ class MatrixShard:
         self._everyone: dict[int, Route] = {}
         self._views: dict[tuple[int, int], MatrixShard] = {}
 
+    @property
+    def has_strangers(self) -> bool:
+        """Whether other ranks of the group have a matrix of their own in its place, and exchange in the same rounds."""
+        return len(self.peers) < len(self.parts)
+
+    def idle(self, rounds: int) -> Program[None]:
+        """Take part in rounds that only the matrices of strangers may need."""
+        for _ in range(rounds if self.has_strangers else 0):
+            yield self.kept.gather(torch.empty(self.kept.owned_rows, 0, device=self.device))
+
     def _axis(self, size: int, held: Sequence[Range]) -> Axis:
         return Axis(size, held, self._weights, self.factor_rank, self.rank, self.run, self.peers)
 

@@ -24,7 +24,7 @@ import torch
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.sharding.grid import Grid
-from ds_lowrank.sharding.layout import NOTHING, Block, Held, Joined, Part, Range, Spans
+from ds_lowrank.sharding.layout import APART, NOTHING, Block, Held, Joined, Part, Range, Spans
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 FUSION = "ds_lowrank_fusion"
@@ -105,7 +105,7 @@ class Logical:
         ends = [0, *accumulate(strip.block.rows[1] - strip.block.rows[0] for strip in own)]
         width = max((strip.block.cols[1] - strip.block.cols[0] for strip in own), default=0)
         strips = tuple(Strip(s.start, Block(rows, (0, width))) for s, rows in zip(own, pairwise(ends), strict=True))
-        name, everybody = f"{self.name}@tensor{self.own}", (strips,) * len(self.strips)
+        name, everybody = f"{self.name}{APART}{self.own}", (strips,) * len(self.strips)
         return replace(self, name=name, shape=(ends[-1], width), strips=everybody, held="apart")
 
 

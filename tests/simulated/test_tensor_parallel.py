@@ -12,7 +12,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.placing import _parts
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import lockstep
+from ds_lowrank.sharding.reduce import Request, everyone, lockstep
 from ds_lowrank.sharding.tensor_parallel import AUTOTP, logical_matrices
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
@@ -404,6 +404,43 @@ def test_the_watched_world_sees_what_crosses():
     world, split = Watched([0, 1]), Sharded("GaLore", torch.zeros(24, 12), parts, **GALORE)
     step_together(world, [split], [torch.randn(24, 12)])
     assert world.crosses
+
+
+def test_shards_apart_that_refresh_at_different_steps_stay_in_the_same_rounds():
+    """A subspace of the second shard is used up in every step, one of the first never: one exchange is all ranks'."""
+    options = {"rank_max": 6, "update_proj_gap": 50, "grad_norm_tol": 1.0, "lr": 1e-2, "eps": 0.1}
+    world, shards = shards_apart(2, 2, "rows", "AdaRankGrad", [torch.zeros(12, 24)] * 2, **options)
+    dense = [DENSE["AdaRankGrad"](torch.zeros(12, 24), name=f"w@tensor{t}", **options) for t in range(2)]
+    for step in range(3):
+        gradients = [stairs((12, 24))(step), stairs((12, 24))(10 + step) / 100]
+        for one, gradient in zip(dense, gradients, strict=True):
+            one.step(gradient)
+        step_together(world, shards, gradients)
+        assert [shard.states[shard.peers[0]]["used_up"] for shard in shards] == [0, 1]
+    for shard, one in zip(shards, dense, strict=True):
+        assert (shard.weight - one.weight).norm() < 1e-6 * one.weight.norm()
+    assert not world.crosses
+
+
+@pytest.mark.parametrize("method", ["GaLore", "GradNormLoRP"])
+def test_staggered_shards_of_one_matrix_refresh_together(method):
+    options = {"rank": 4, "update_proj_gap": 7, "stagger": True}
+    world, shards = shards_apart(4, 1, "rows", method, [torch.ones(12, 24)] * 4, **options)
+    for step in range(8):
+        step_together(world, shards, [gradients_apart(method, (12, 24), t)(step) for t in range(4)])
+
+
+def test_a_world_whose_ranks_ask_for_different_things_is_refused():
+    route = everyone(2, 3)
+
+    def asking(columns, rounds):
+        for _ in range(rounds):
+            yield [Request(route, torch.ones(3, columns))]
+
+    SimulatedWorld(2).run([asking(2, 1), asking(2, 1)])
+    for programs in ([asking(2, 1), asking(2, 2)], [asking(2, 1), asking(1, 1)]):
+        with pytest.raises(RuntimeError, match="the ranks disagree on the round"):
+            SimulatedWorld(2).run(programs)
 
 
 # 6. What is stored, and what travels.
