@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from ds_lowrank.sharding.reduce import Request, Rounds, packed, unpacked
+from ds_lowrank.sharding.reduce import Request, Rounds, incoming_sizes, packed, unpacked
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ class SimulatedWorld:
                     results[rank] = stop.value
             if not asked:
                 return results  # type: ignore[return-value]
-            if len(asked) != self.size or len({len(requests) for requests in asked}) != 1:
-                raise RuntimeError(f"the ranks disagree on the round: {[len(requests) for requests in asked]} requests")
+            if len(asked) != self.size:
+                raise RuntimeError(f"the ranks disagree on the round: {len(asked)} of {self.size} ask for anything")
             answers = self._exchange(asked)  # type: ignore[assignment]
 
     def _exchange(self, asked: list[list[Request]]) -> list[list[object]]:
@@ -60,4 +60,7 @@ class SimulatedWorld:
             self.bytes_sent[rank] += buffer.numel() * buffer.element_size()
             sent.append(torch.split(buffer, sizes))
         self.rounds += 1
+        for rank in ranks:
+            if [to[rank].numel() for to in sent] != incoming_sizes(asked[rank], rank, self.size):
+                raise RuntimeError(f"the ranks disagree on the round: rank {rank} is not sent what it waits for")
         return [list(unpacked(asked[rank], rank, [to[rank] for to in sent])) for rank in ranks]

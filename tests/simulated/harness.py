@@ -16,7 +16,7 @@ from tests.reference import DENSE
 class Sharded:
     """One matrix over the parts of a simulated world."""
 
-    def __init__(self, method, weight, parts, name="w", **options):
+    def __init__(self, method, weight, parts, name="w", peers=None, **options):
         self.method = METHODS[method]
         self.weight, self.parts, self.options = weight, parts, self.method.Options(**options)
         shape, world = tuple(weight.shape), len(parts)
@@ -24,7 +24,8 @@ class Sharded:
         factor_rank = max(range(world), key=lambda i: parts[i].numel)
         side = self.method.side(shape, self.options)
         run = self.options.run
-        self.shards = [MatrixShard(name, shape, parts, i, side, factor_rank, run) for i in range(world)]
+        self.peers = range(world) if peers is None else peers
+        self.shards = [MatrixShard(name, shape, parts, i, side, factor_rank, run, peers) for i in range(world)]
         rank = self.method.rank(shape, self.options)
         self.keeps = [Keep(name, lambda at, s=s: self.method.state(s, self.options, at), rank) for s in self.shards]
         self.states = [{"step": 0, **keep.empty(torch.device("cpu"))} for keep in self.keeps]
@@ -38,12 +39,16 @@ class Sharded:
         for shard in self.shards:
             shard.attach(self.cut(gradient, shard.part), self.cut(self.weight, shard.part))
 
-    def programs(self, gradient):
+    def begin(self, gradient):
         self.attach(gradient)
         self.opened = [keep.opened(state) for keep, state in zip(self.keeps, self.states, strict=True)]
-        return [
-            lockstep([self.whole_step(shard, state)]) for shard, state in zip(self.shards, self.opened, strict=True)
-        ]
+
+    def program(self, rank):
+        return self.whole_step(self.shards[rank], self.opened[rank])
+
+    def programs(self, gradient):
+        self.begin(gradient)
+        return [lockstep([self.program(rank)]) for rank in range(len(self.parts))]
 
     def whole_step(self, shard, state):
         """Both halves of a step, for a gradient that is known to be finite."""
@@ -55,16 +60,30 @@ class Sharded:
 
     def step(self, gradient):
         updates = self.world.run(self.programs(gradient))
+        self.finish({rank: update for rank, (update,) in enumerate(updates)})
+
+    def finish(self, updates):
+        """Write what the peers' programs returned."""
         self.t += 1
-        for i, (shard, (update,)) in enumerate(zip(self.shards, updates, strict=True)):
-            flat = self.cut(self.weight, shard.part)
-            shard.write(flat, update, self.options.rate, self.options.rate * self.options.weight_decay)
-            (r0, r1), (c0, c1) = shard.part.block.rows, shard.part.block.cols
+        for rank, update in updates.items():
+            part, flat = self.parts[rank], self.cut(self.weight, self.parts[rank])
+            self.shards[rank].write(flat, update, self.options.rate, self.options.rate * self.options.weight_decay)
+            (r0, r1), (c0, c1) = part.block.rows, part.block.cols
             block = self.weight[r0:r1, c0:c1].reshape(-1)
-            block[shard.part.start : shard.part.end] = flat
+            block[part.start : part.end] = flat
             self.weight[r0:r1, c0:c1] = block.view(r1 - r0, c1 - c0)
-            self.keeps[i].close(self.states[i], self.opened[i])
-            self.states[i]["step"] = self.t
+            self.keeps[rank].close(self.states[rank], self.opened[rank])
+            self.states[rank]["step"] = self.t
+
+
+def step_together(world, matrices, gradients):
+    """One step of several matrices in lockstep. A rank takes part in those of which it is a peer."""
+    for matrix, gradient in zip(matrices, gradients, strict=True):
+        matrix.begin(gradient)
+    sharing = [[matrix for matrix in matrices if rank in matrix.peers] for rank in range(world.size)]
+    found = world.run([lockstep([m.program(rank) for m in own]) for rank, own in enumerate(sharing)])
+    for matrix in matrices:
+        matrix.finish({rank: found[rank][sharing[rank].index(matrix)] for rank in matrix.peers})
 
 
 def flat_parts(shape, cuts):
@@ -88,6 +107,31 @@ def tensor_parallel_parts(shape, split):
         else [Block((0, m), (0, n // 2 - 1)), Block((0, m), (n // 2 - 1, n))]
     )
     return [Part(b, lo, hi) for b in halves for lo, hi in ((0, b.numel // 3), (b.numel // 3, b.numel))]
+
+
+def tensor_blocks(shape, split, ranks):
+    """The equal blocks of a matrix whose rows (column-parallel) or columns (row-parallel) are split."""
+    m, n = shape
+    size = (m if split == "rows" else n) // ranks
+    spans = [(t * size, (t + 1) * size) for t in range(ranks)]
+    return [Block(span, (0, n)) if split == "rows" else Block((0, m), span) for span in spans]
+
+
+def grid_order(tensor, data, side_by_side="tensor"):
+    """The tensor and the data rank of every rank of a world in which ranks of one of the two stand side by side."""
+    if side_by_side == "tensor":
+        return [(t, d) for d in range(data) for t in range(tensor)]
+    return [(t, d) for t in range(tensor) for d in range(data)]
+
+
+def grid_parts(blocks, cuts, order):
+    """Every rank's part of a matrix of which each tensor rank has a block, cut over its data ranks.
+
+    Args:
+        cuts: of every block, one less than there are data ranks.
+    """
+    bounds = [[0, *sorted(own), block.numel] for own, block in zip(cuts, blocks, strict=True)]
+    return [Part(blocks[t], *bounds[t][d : d + 2]) for t, d in order]
 
 
 def relative_error(method, shape, parts, steps=4, gradients=None, **options):
