@@ -223,6 +223,20 @@ def test_every_refusal_is_documented_with_its_advice():
     assert documented == {refusal.key: refusal.advice for refusal in REFUSALS}
 
 
+def said_by_the_package() -> list[str]:
+    """Every string of the package, as far as nothing is filled in."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "ds_lowrank").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+@pytest.mark.parametrize("heading", ["What `launch/pretrain.py` refuses", "And `ds_lowrank.initialize`"])
+def test_the_messages_of_a_grid_are_those_of_the_code(heading):
+    said = said_by_the_package()
+    for given, message in rows("parallelism", heading):
+        assert any(message in text for text in said), given
+
+
 def step_with_a_sparse_gradient():
     embedding = torch.nn.Embedding(4, 4, sparse=True)
     optimizer = ds_lowrank.GaLore([("embedding.weight", embedding.weight)])
@@ -285,6 +299,9 @@ def layer_rows() -> list[tuple[str, str]]:
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         other, _, anchor = target.partition("#")
+        if other.endswith(".png"):
+            assert (ROOT / "docs" / other).is_file(), target
+            continue
         text = (ROOT / "docs" / (other or f"{page}.md")).read_text()
         titles = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
         anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
