@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def initialize(
         grid = None if unit is None else grid_of(unit)
         _allow_under_zero()
         if optimizer is None:
-            optimizer = _factory(settings, grid, in_pipeline)
+            optimizer = _factory(model, settings, grid)
         elif "scheduler" in settings:
             _keep_ratios(optimizer)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
@@ -158,20 +157,21 @@ def _plain(parameters: Iterable[Any] | None) -> list[Any] | None:
 
 
 def _factory(
-    settings: Mapping[str, Any], grid: Grid | None, in_pipeline: bool
+    model: torch.nn.Module, settings: Mapping[str, Any], grid: Grid | None
 ) -> Callable[[Iterable[Any]], LowRankOptimizer]:
     """What DeepSpeed calls with the parameters, once it has placed the model."""
     block = settings["optimizer"]
     params = block.get("params", {})
     climb = parse_options(method_named(block["type"]), params).climb
-    if in_pipeline and climb is not None and climb.per_micro_batch:
+    if grid is not None and grid.pipeline is not None and climb is not None and climb.per_micro_batch:
         raise ConfigError(
             "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on several at "
             "a time: set accumulation to 'per_step'"
         )
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
-        with together() if in_pipeline else nullcontext():  # a stage alone may have what does not fit
+        tag_parameters(model)  # AutoTP makes new parameters of those that zero.Init has partitioned
+        with together():  # a stage or a shard alone may have what does not fit
             optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
         if "scheduler" in settings:
             _keep_ratios(optimizer)

@@ -17,6 +17,7 @@ from ds_lowrank.methods.base import Method, Options
 from ds_lowrank.placing import Member, check_fit, members_of, names_in
 from ds_lowrank.roles import Tag, check_patterns, tag_from_name, tag_of
 from ds_lowrank.sharding.grid import Grid
+from ds_lowrank.sharding.tensor_parallel import refuse_empty_shards
 from ds_lowrank.sharding.zero import shape_before_zero
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +62,8 @@ class ParameterGroups:
         names = [name for (_, p), tag in zip(named, tags, strict=True) for name in names_in(p, tag)]
         for key in PATTERNS:
             self._must_match(names, key, given.get(key) or ())
+        for (_, parameter), tag in zip(named, tags, strict=True):
+            refuse_empty_shards(parameter, tag.name)
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
         trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
         for parameter in trained:

@@ -107,12 +107,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._log_roles(slots)
 
     def _log_roles(self, slots: list[Slot]) -> None:
-        own = take_inventory(slots, self._executor.group if isinstance(self._executor, Distributed) else None)
+        groups = [self._executor.group] if isinstance(self._executor, Distributed) else []
+        if self._is_local and self.grid.tensor is not None:
+            groups.append(self.grid.tensor)
+        own = take_inventory(slots, groups)
         stages: list[Inventory] = [own] * self.grid.pipeline_size
         if self.grid.pipeline is not None:
             torch.distributed.all_gather_object(stages, own, group=self.grid.pipeline)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            table = role_table(stages, state_bytes(slots), self._executor.size * self.grid.pipeline_size)
+            ranks = self._executor.size * self.grid.pipeline_size * (self.grid.tensor_size if self._is_local else 1)
+            table = role_table(stages, state_bytes(slots), ranks)
             logger.info("%s on %s\n%s", self.method.name, self.wrapper, table)
 
     @property

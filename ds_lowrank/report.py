@@ -59,15 +59,15 @@ def _bytes(slots: Sequence[Slot]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def take_inventory(slots: Sequence[Slot], group: dist.ProcessGroup | None) -> Inventory:
-    """Of this rank's stage. Collective over the ranks that share the state."""
+def take_inventory(slots: Sequence[Slot], groups: Sequence[dist.ProcessGroup]) -> Inventory:
+    """Of this rank's stage. Collective over the groups whose ranks have the state between them."""
     rows: dict[Row, int] = {}
     for slot in slots:
         row = _row(slot)
         rows[row] = rows.get(row, 0) + 1
     copies = sum(_bytes([slot]) * (slot.copies - 1) / slot.copies for slot in slots)
     totals = torch.tensor([*state_bytes(slots), copies], dtype=torch.float64)
-    if group is not None and slots:
+    for group in groups if slots else ():
         totals = totals.to(slots[0].fragment.store.device)
         dist.all_reduce(totals, group=group)
     coded = tuple(sorted({slot.group["state_dtype"] for slot in slots} - {"fp32"}))

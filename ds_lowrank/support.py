@@ -114,12 +114,17 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
             "gradients of different shards. Pass mpu=megatron.core.parallel_state to ds_lowrank.initialize"
         )
     lowered = next((key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled", False)), None)
-    if tensor > 1 and lowered and stage == 0 and not in_pipeline:
+    if stage == 0 and misses_shards(lowered, tensor, in_pipeline):
         raise ConfigError(
             f"{lowered} with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel "
             "ranks but the first out of the gradient norm. Set zero_optimization.stage to 1"
         )
     _check_parameters(model, tensor, in_pipeline, method)
+
+
+def misses_shards(lowered: str | None, tensor: int, in_pipeline: bool) -> bool:
+    """Whether DeepSpeed's wrapper at ZeRO 0 is the one whose norm misses shards; bf16 in a pipeline has another."""
+    return tensor > 1 and (lowered == "fp16" or (lowered == "bf16" and not in_pipeline))
 
 
 def _autotp_size(config: Mapping[str, Any]) -> int:

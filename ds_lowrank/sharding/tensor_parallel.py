@@ -149,6 +149,20 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "shared")]
 
 
+def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
+    """AutoTP can leave a rank without any of a weight, where there are fewer heads than ranks.
+
+    Raises:
+        ConfigError: on every rank, those too that have some.
+    """
+    meta = getattr(parameter, AUTOTP, None)
+    if meta and 0 in (meta["partition_sizes"] or ()):
+        raise ConfigError(
+            f"{name}: AutoTP leaves a tensor-parallel rank without any of it (sizes {tuple(meta['partition_sizes'])}); "
+            "set tensor_parallel.autotp_size to a divisor of the number of key-value heads"
+        )
+
+
 def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> list[str]:
     """The names of the matrices in a fused weight; none where a parameter is not fused."""
     fusion = _fusion(parameter, shape)

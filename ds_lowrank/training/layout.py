@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.models.llama import check_split
 from ds_lowrank.parallel.mpu import check_grid
+from ds_lowrank.support import misses_shards
 from ds_lowrank.training.config import GLOBAL, precision, zero_stage
 
 
@@ -59,7 +60,7 @@ def shape_of(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, r
             f"ZeRO {zero_stage(config)} with --pipeline-parallel {shape.pipeline}: DeepSpeed allows "
             "zero_optimization.stage 0 and 1 with a pipeline"
         )
-    if shape.tensor * autotp > 1 and shape.pipeline == 1 and zero_stage(config) == 0 and precision(config) != "fp32":
+    if zero_stage(config) == 0 and misses_shards(precision(config), shape.tensor * autotp, shape.pipeline > 1):
         raise ConfigError(
             f"{precision(config)} with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 takes a wrong gradient norm; set "
             "zero_optimization.stage to 1"

@@ -450,7 +450,7 @@ def test_the_role_table_says_how_moments_are_stored_and_counts_the_bytes(state_d
     from ds_lowrank.report import role_table, state_bytes, take_inventory
 
     slots = build("GaLore", small_model(), state_dtype=state_dtype).slots
-    text = role_table([take_inventory(slots, None)], state_bytes(slots), 1)
+    text = role_table([take_inventory(slots, [])], state_bytes(slots), 1)
     assert text.endswith("." if state_dtype == "fp32" else f"Moments are stored in {state_dtype}.")
     stored = [v for slot in slots for v in slot.state.values() if torch.is_tensor(v)]
     assert sum(state_bytes(slots)) == sum(v.numel() * v.element_size() for v in stored)

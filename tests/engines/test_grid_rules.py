@@ -25,6 +25,7 @@ REFUSED = [
     (Grid(1, 1, 2, 2), {}, "set one of them"),
     (Grid(1, 2, 1, 0), {"dtype": "bf16"}, "Set zero_optimization.stage to 1"),
     (Grid(1, 2, 1, 0, "autotp"), {"dtype": "bf16"}, "Set zero_optimization.stage to 1"),
+    (Grid(1, 2, 2, 0), {"fp16": {"enabled": True}}, "fp16 with tensor parallelism at ZeRO 0"),
     (PIPELINE, {"method": "Lorenza", "params": {"accumulation": "per_micro_batch"}}, "set accumulation to 'per_step'"),
     (PIPELINE, {"params": {"target_modules": ["*nothing*"]}}, "'*nothing*' matches no parameter"),
     (
@@ -308,3 +309,39 @@ def with_stock_initialize():
     for step in range(2):
         train_step(engine, step)
     return whole_weights(engine)
+
+
+def test_autotp_at_zero_3_under_zero_init():
+    """AutoTP replaces the parameters that zero.Init has partitioned."""
+    expected = run_ranks(4, run_grid, Grid(2, 2, 1, 3, "autotp"), settings_of(Grid(2, 2, 1, 3)), 2)
+    assert worst(run_ranks(4, under_zero_init)[0], expected[0]["weights"][1]) < 1e-5
+
+
+def under_zero_init():
+    import ds_lowrank
+    from ds_lowrank.checkpoint.gather import whole_weights
+    from ds_lowrank.models import llama
+    from tests.engines.grids import llama_config
+
+    settings = settings_of(Grid(2, 2, 1, 3), tensor_parallel={"autotp_size": 2})
+    del settings["train_batch_size"]
+    engine, *_ = ds_lowrank.initialize(model=llama.build(llama_config(), 0, settings), config=settings)
+    for step in range(2):
+        train_step(engine, step)
+    return whole_weights(engine)
+
+
+def test_autotp_with_more_ranks_than_key_value_heads():
+    grid = Grid(1, 4, 1, 1, "autotp")
+    for error in run_ranks(4, error_of, grid, settings_of(grid)):
+        assert "AutoTP leaves a tensor-parallel rank without any of it" in error
+
+
+def test_the_role_table_counts_the_shards_of_all_tensor_ranks():
+    grid = Grid(1, 2, 1, 0)
+    tables = [
+        run_ranks(2, role_table_of, grid, settings_of(grid, params={"tensor_parallel_projection": projection}))[0]
+        for projection in ("logical", "local")
+    ]
+    assert all("State over 2 ranks" in table for table in tables)
+    assert "projected, as 2 shards apart" in tables[1]

@@ -272,4 +272,4 @@ def table_of(settings):
 
     engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
     slots = engine.basic_optimizer.slots
-    return role_table([take_inventory(slots, None)], state_bytes(slots), 1)
+    return role_table([take_inventory(slots, [])], state_bytes(slots), 1)

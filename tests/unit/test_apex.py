@@ -171,7 +171,7 @@ def trained(**options):
         optimizer.zero_grad()
         model(torch.arange(step, step + 6)).square().sum().backward()
         optimizer.step()
-    return role_table([take_inventory(optimizer.slots, None)], (0, 0), 1), [
+    return role_table([take_inventory(optimizer.slots, [])], (0, 0), 1), [
         p.detach().view(-1) for p in model.parameters()
     ]
 
