@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
-from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -98,7 +97,6 @@ def build(
     *,
     sequence_parallel: bool = False,
     recompute: bool = False,
-    ds_config: dict[str, Any] | None = None,
 ) -> ParallelLlama:
     """A LLaMA on the grid of :func:`ds_lowrank.parallel.mpu.make_grid`, with the weights of ``llama.build`` for a seed.
 
