@@ -1,13 +1,17 @@
 """Imported once by the fork server: every rank of every test starts from here instead of importing for five seconds."""
 
+import gc
 import os
+import warnings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import deepspeed
+import deepspeed.module_inject.auto_ep_layer  # by every engine, as it is built, like the next but one
 import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer
 import scipy.stats
 import sklearn.metrics
 import torch
@@ -23,3 +27,9 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 _ = transformers.LlamaForSequenceClassification, transformers.RobertaForSequenceClassification
 _ = ds_lowrank.GaLore, ds_lowrank.finetuning.setup, ds_lowrank.models.llama_parallel, scipy.stats, sklearn.metrics
+
+# As in the tests' own process: hundreds a rank, about what DeepSpeed calls.
+warnings.simplefilter("ignore", FutureWarning)
+# A collection in a rank would look at, and so copy, the page of every object imported here; stage 3 asks for some.
+gc.collect()
+gc.freeze()
