@@ -1,4 +1,4 @@
-# make test       lint, types and every test
+# make test       lint, types and every test, JOBS=2 at a time
 # make pretrain   a small LLaMA with GaLore on two ranks at ZeRO 2, from nothing
 # make finetune   that model with GaLore on a task that needs no download
 # Each creates what it needs in .venv; on a machine with GPUs they use them.
@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= runs/quickstart
 RANKS ?= 2
 STEPS ?= 200
+JOBS ?= 2
 FINETUNED ?= runs/finetuned
 
 .PHONY: test lint pretrain finetune environment clean
@@ -29,7 +30,7 @@ lint: environment
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 pretrain: environment
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \

@@ -17,7 +17,7 @@ from ds_lowrank.data.tokenizer import load_tokenizer
 from ds_lowrank.together import RemoteError, from_first, from_nodes, raise_together, together
 
 WORLD = 3
-SECONDS = 30
+SECONDS = 120
 
 
 def on_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:

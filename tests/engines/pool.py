@@ -16,8 +16,15 @@ from typing import Any
 PRELOAD = "tests.engines.preload"
 
 
+def warm_context() -> Any:
+    """Processes of it are forked from the warm server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
+    return context
+
+
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 90, device: str = "cpu", **named: Any
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 180, device: str = "cpu", **named: Any
 ) -> list[Any]:
     """What ``function(*args, **named)`` returns on each of ``world`` ranks of a group: gloo on a CPU, NCCL on ``cuda``.
 
@@ -26,9 +33,7 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not finish in time.
     """
-    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
-    if device == "cpu":
-        context.set_forkserver_preload([PRELOAD])
+    context = warm_context() if device == "cpu" else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 
 import pytest
@@ -113,13 +114,19 @@ def resume(settings, directory, interrupt, steps):
 LAYOUTS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (1, "bf16_fp32_accumulation"), (3, "fp32"), (3, "bf16")]
 
 
+ROTATED = {"moments": "rotate", "stagger": True}
+
+
+@functools.cache
+def uninterrupted(stage, dtype):
+    return run_ranks(2, resume, config(stage, 2, dtype, params=ROTATED), "", None, 7)
+
+
 @pytest.mark.parametrize(("stage", "dtype"), LAYOUTS)
 @pytest.mark.parametrize("interrupt", [3, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, dtype, interrupt, tmp_path):
-    settings = config(stage, 2, dtype, params={"moments": "rotate", "stagger": True})
-    through = run_ranks(2, resume, settings, str(tmp_path), None, 7)
-    resumed = run_ranks(2, resume, settings, str(tmp_path), interrupt, 7)
-    for a, b in zip(through, resumed, strict=True):
+    resumed = run_ranks(2, resume, config(stage, 2, dtype, params=ROTATED), str(tmp_path), interrupt, 7)
+    for a, b in zip(uninterrupted(stage, dtype), resumed, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 

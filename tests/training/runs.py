@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.training import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.py"
 
@@ -30,6 +32,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "GaLore": {"type": "GaLore", "params": {"lr": 1e-2, "rank": 8, "update_proj_gap": 2}},
 }
 SEQUENCE_LENGTH = 32
+HANGS = 300
+"""Seconds after which a script that takes ten on an idle machine has come to a stop, however busy this one is."""
 
 
 def deepspeed_config(optimizer: str = "GaLore", zero_stage: int = 2, **more: Any) -> dict[str, Any]:
@@ -83,8 +87,12 @@ class Workspace:
 
     def run(self, arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         process = self.start(arguments, launcher)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANGS)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def run_warm(self, arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+        """As ``run`` under torchrun, many times as fast. That users can start it is for ``run`` to test."""
+        return warm.run_script(SCRIPT, arguments, ranks, self.path, HANGS)
 
     def metrics(self, output: str) -> dict[int, dict[str, Any]]:
         """Records by step; a step that appears twice fails here."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.engines.pool import run_ranks
 from tests.training.finetuning import CLASSES, EPOCH, command_line, finetune, make_workspace, rows
-from tests.training.runs import ROOT, deepspeed_config
+from tests.training.runs import HANGS, ROOT, deepspeed_config
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_the_script_leaves_what_a_run_leaves(folder):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [sys.executable, *launcher, str(ROOT / "launch" / "finetune.py"), *arguments]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": "/usr/bin:/bin"}
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=HANGS)
     assert run.returncode == 0, run.stderr
     assert {path.name for path in (folder / "script").iterdir()} == {
         *("best", "checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),

@@ -91,7 +91,7 @@ def refuse_by_rank(command_lines):
 
 def test_what_one_rank_finds_wrong_ends_both(folder):
     starts = [command_line(folder, "alone"), command_line(folder, "alone", "--model", str(folder / "empty"))]
-    for message in run_ranks(2, refuse_by_rank, starts, timeout=60):
+    for message in run_ranks(2, refuse_by_rank, starts):
         assert "is no checkpoint: the folder has no config.json" in message
 
 
