@@ -62,8 +62,8 @@ def initialize(
 
     The signature and the return value are DeepSpeed's. A configuration that names none of the methods, or a client
     ``optimizer`` of another kind, goes through, but for the gradient norm of fp32 at ZeRO 0 on a grid, which is
-    repaired. ``model_parameters`` may be parameters, named parameters, or
-    groups of either; a group keeps its own ``lr``, ``weight_decay`` and other options.
+    repaired. ``model_parameters`` may be parameters, named parameters, or groups of either; a group keeps its own
+    ``lr``, ``weight_decay`` and other options.
 
     Returns:
         engine, optimizer (DeepSpeed's wrapper, or this package's where DeepSpeed does not wrap), data loader,
@@ -94,16 +94,17 @@ def initialize(
             settings = _with_adapters(model, settings, model_parameters)
         check_model(model, mpu, settings, method)
         tag_parameters(model)
-        in_pipeline = isinstance(model, PipelineModule)
-        if in_pipeline:
-            settings = with_whole_activations(model, settings)
-        unit: Any = model.mpu() if isinstance(model, PipelineModule) else mpu
+        unit = mpu
+        if isinstance(model, PipelineModule):
+            settings, unit = with_whole_activations(model, settings), model.mpu()
         grid = None if unit is None else grid_of(unit)
         _allow_under_zero()
         if optimizer is None:
             optimizer = _factory(model, settings, grid)
-        elif "scheduler" in settings:
-            _keep_ratios(optimizer)
+        else:
+            optimizer.on_grid(grid)
+            if "scheduler" in settings:
+                _keep_ratios(optimizer)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=_without_path(args),
         model=model,
@@ -162,12 +163,7 @@ def _factory(
     """What DeepSpeed calls with the parameters, once it has placed the model."""
     block = settings["optimizer"]
     params = block.get("params", {})
-    climb = parse_options(method_named(block["type"]), params).climb
-    if grid is not None and grid.pipeline is not None and climb is not None and climb.per_micro_batch:
-        raise ConfigError(
-            "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on several at "
-            "a time: set accumulation to 'per_step'"
-        )
+    parse_options(method_named(block["type"]), params)
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
         tag_parameters(model)  # AutoTP makes new parameters of those that zero.Init has partitioned

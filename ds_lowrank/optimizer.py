@@ -81,12 +81,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """As it is now: AutoTP makes its groups after a client optimizer was built."""
         return grid_of(None) if self._given_grid is None else self._given_grid
 
+    def on_grid(self, grid: Grid | None) -> None:
+        """Take the grid of the engine that the optimizer, built before it, is given to."""
+        self._given_grid = self._given_grid if grid is None else grid
+
     def finalize(self) -> None:
         """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
         if self._slots is not None:
             return
-        self._climb()
-        self.grid = self._grid()
+        self.grid, climb = self._grid(), self._climb()
+        if climb is not None and climb.per_micro_batch and self.grid.pipeline is not None:
+            raise ConfigError(
+                "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on "
+                "several at a time: set accumulation to 'per_step'"
+            )
         placement = read_placement(self._groups.parameters, self._groups.dicts)
         # Tensor-parallel ranks that project their own shards have nothing to exchange, and may do so in other rounds.
         group = placement.process_group if self._is_local else joined(placement.process_group, self.grid.tensor)

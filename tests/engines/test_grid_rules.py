@@ -345,3 +345,35 @@ def test_the_role_table_counts_the_shards_of_all_tensor_ranks():
     ]
     assert all("State over 2 ranks" in table for table in tables)
     assert "projected, as 2 shards apart" in tables[1]
+
+
+def test_a_client_optimizer_learns_of_the_pipeline():
+    """LORENZA's perturbation has one norm over all stages: the same weights as with an optimizer named in the JSON."""
+    for own, named in run_ranks(2, lorenza_in_a_plain_pipeline):
+        assert own.keys() == named.keys()
+        assert all(torch.equal(own[name], named[name]) for name in own)
+
+
+def lorenza_in_a_plain_pipeline():
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from torch import nn
+
+    import ds_lowrank
+
+    found = []
+    for is_client in (True, False):
+        torch.manual_seed(0)
+        layers = [LayerSpec(nn.Linear, 6, 8), LayerSpec(nn.Linear, 8, 8), LayerSpec(nn.Linear, 8, 6)]
+        model = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+        settings = settings_of(PIPELINE, method="Lorenza", gas=2)
+        optimizer = None
+        if is_client:
+            block = settings.pop("optimizer")
+            optimizer = ds_lowrank.Lorenza(model.named_parameters(), **block["params"])
+        engine, *_ = ds_lowrank.initialize(model=model, optimizer=optimizer, config=settings)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            batches = [tuple(torch.randn(12, 6, generator=generator) for _ in range(2)) for _ in range(2)]
+            ds_lowrank.train_batch(engine, batches)
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return found
