@@ -77,6 +77,7 @@ ALLOWED = {
         "pipeline",
         "roles",
         "sharding",
+        "support",
         "together",
     },
     "finetuning": {"checkpoint", "data", "errors", "models", "together", "training"},
