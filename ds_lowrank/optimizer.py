@@ -60,7 +60,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._groups = ParameterGroups(self.method, options, self._grid)
         self._slots: dict[int, list[Slot]] | None = None
         self._executor: Executor = Alone()
-        self.wrapper, self.grid = "none", Grid()
+        self.wrapper, self.grid, self._is_local = "none", Grid(), False
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
         parsed = parse_options(self.method, options)
@@ -96,6 +96,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "several at a time: set accumulation to 'per_step'"
             )
         placement = read_placement(self._groups.parameters, self._groups.dicts)
+        self._is_local = self._projects_locally()
         # Tensor-parallel ranks that project their own shards have nothing to exchange, and may do so in other rounds.
         group = placement.process_group if self._is_local else joined(placement.process_group, self.grid.tensor)
         if group is not None and torch.distributed.get_world_size(group) > 1:
@@ -234,13 +235,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         apart = (self.grid.tensor if self._is_local else None, self.grid.pipeline)
         groups = [group for group in apart if group is not None and self.wrapper == "none"]
+        if not groups:
+            return finite
         found = torch.tensor(finite, dtype=torch.int32, device=self.slots[0].fragment.store.device)
         for group in groups:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group)
-        return bool(found) if groups else finite
+        return bool(found)
 
-    @property
-    def _is_local(self) -> bool:
+    def _projects_locally(self) -> bool:
         """Whether tensor-parallel ranks project their own shards."""
         chosen = {options.tensor_parallel_projection for options in self.options.values()}
         if len(chosen) > 1:

@@ -105,7 +105,7 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
         )
     if in_pipeline and mpu is not None:
         raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
-    tensor = _autotp_size(config) if mpu is None else grid_of(mpu).tensor_size
+    tensor = autotp_size(config) if mpu is None else grid_of(mpu).tensor_size
     if in_pipeline:
         tensor = grid_of(model.mpu()).tensor_size
     elif mpu is None and tensor == 1 and grid_of(None).tensor_size > 1:
@@ -127,7 +127,8 @@ def misses_shards(lowered: str | None, tensor: int, in_pipeline: bool) -> bool:
     return tensor > 1 and (lowered == "fp16" or (lowered == "bf16" and not in_pipeline))
 
 
-def _autotp_size(config: Mapping[str, Any]) -> int:
+def autotp_size(config: Mapping[str, Any]) -> int:
+    """DeepSpeed's own tensor-parallel degree."""
     return int((config.get("tensor_parallel") or {}).get("autotp_size", 1))
 
 

@@ -20,7 +20,7 @@ from ds_lowrank.finetuning.model import Source, build_model, find_model, trainab
 from ds_lowrank.finetuning.tasks import Task
 from ds_lowrank.models.lora import add_lora
 from ds_lowrank.together import together
-from ds_lowrank.training.config import BatchSizes
+from ds_lowrank.training.config import BatchSizes, read_config
 from ds_lowrank.training.output import check_output
 from ds_lowrank.training.plan import checkpoint_to_resume, identify, settle_config
 from ds_lowrank.training.run import Run, start_engine
@@ -33,7 +33,8 @@ def set_up(arguments: Namespace) -> Run:
     """Everything up to the first step. Errors are raised on every rank."""
     ranks = get_world_size()
     with together():
-        config, batch = settle_config(arguments, ranks)
+        config = read_config(arguments.deepspeed_config)
+        batch = settle_config(arguments, config, ranks)
         if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
             raise ConfigError("fine-tuning is data-parallel only: remove the tensor_parallel block")
         _check_lora(arguments, config)

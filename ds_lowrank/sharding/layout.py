@@ -10,6 +10,7 @@ has one owner: among the ranks whose elements touch it, in proportion to how man
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,8 +46,27 @@ class Block:
         return (self.rows[1] - self.rows[0]) * (self.cols[1] - self.cols[0])
 
 
+class Covering(ABC):
+    """Elements that are some rectangles of the logical matrix."""
+
+    @property
+    @abstractmethod
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        """In storage order."""
+
+    @cached_property
+    def rows(self) -> Range:
+        """The rows of the logical matrix that hold an element of these; ``(0, 0)`` where there are none."""
+        return _covered((r.row, r.row + r.height) for r in self.rectangles)
+
+    @cached_property
+    def cols(self) -> Range:
+        """The smallest range of columns that covers them; ``(0, 0)`` where there are none."""
+        return _covered((r.col, r.col + r.width) for r in self.rectangles)
+
+
 @dataclass(frozen=True)
-class Part:
+class Part(Covering):
     """The elements ``[start, end)`` of a row-major block: what one rank holds of one logical matrix."""
 
     block: Block
@@ -80,16 +100,6 @@ class Part:
             position += height * span
         return tuple(found)
 
-    @cached_property
-    def rows(self) -> Range:
-        """The rows of the logical matrix that hold an element of this part; ``(0, 0)`` where it is empty."""
-        return _covered((r.row, r.row + r.height) for r in self.rectangles)
-
-    @cached_property
-    def cols(self) -> Range:
-        """The smallest range of columns that covers this part; ``(0, 0)`` where it is empty."""
-        return _covered((r.col, r.col + r.width) for r in self.rectangles)
-
     def flat(self, columns: int) -> Range | None:
         """The interval of the row-major logical matrix that this part is; None where it is none."""
         (row, last), cols = self.block.rows, self.block.cols
@@ -102,7 +112,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Covering):
     """Several parts one after the other in storage: what a rank holds of one of the matrices in a fused weight."""
 
     parts: tuple[Part, ...]
@@ -119,16 +129,6 @@ class Joined:
             found += [replace(rectangle, offset=before + rectangle.offset) for rectangle in part.rectangles]
             before += part.numel
         return tuple(found)
-
-    @cached_property
-    def rows(self) -> Range:
-        """The smallest range of rows that covers all parts; ``(0, 0)`` where they are empty."""
-        return _covered((r.row, r.row + r.height) for r in self.rectangles)
-
-    @cached_property
-    def cols(self) -> Range:
-        """The smallest range of columns that covers all parts; ``(0, 0)`` where they are empty."""
-        return _covered((r.col, r.col + r.width) for r in self.rectangles)
 
     def flat(self, columns: int) -> Range | None:
         """The interval of the row-major logical matrix that the parts are together; None where they are none."""

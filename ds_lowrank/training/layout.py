@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.models.llama import check_split
 from ds_lowrank.parallel.mpu import check_grid
-from ds_lowrank.support import misses_shards
+from ds_lowrank.support import autotp_size, misses_shards
 from ds_lowrank.training.config import GLOBAL, precision, zero_stage
 
 
@@ -46,7 +46,7 @@ def shape_of(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, r
     Raises:
         ConfigError: it cannot be had; says what to change.
     """
-    autotp = int((config.get("tensor_parallel") or {}).get("autotp_size", 1))
+    autotp = autotp_size(config)
     shape = GridShape(ranks, arguments.tensor_parallel, arguments.pipeline_parallel, autotp)
     if autotp > 1 and shape.uses_megatron:
         raise ConfigError(

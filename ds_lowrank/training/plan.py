@@ -43,7 +43,7 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
     config = ds_config.read_config(arguments.deepspeed_config)
     model = load_config(arguments.model)
     grid = shape_of(arguments, config, model, ranks)
-    config, batch = settle_config(arguments, grid.data)
+    batch = settle_config(arguments, config, grid.data)
     if arguments.sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"--sequence-length {arguments.sequence_length} is above max_position_embeddings "
@@ -67,16 +67,15 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
     return Plan(without_global_size(config, grid), model, grid, batch, warmup, identity, checkpoint)
 
 
-def settle_config(arguments: Namespace, ranks: int) -> tuple[dict[str, Any], BatchSizes]:
-    """DeepSpeed's configuration with what the command line puts over it. Raises ValueError or OSError.
+def settle_config(arguments: Namespace, config: dict[str, Any], ranks: int) -> BatchSizes:
+    """Put over DeepSpeed's configuration what the command line says. Raises ValueError.
 
     ranks: of data parallelism.
     """
-    config = ds_config.read_config(arguments.deepspeed_config)
     ds_config.set_learning_rate(config, arguments.lr)
     if config["optimizer"]["type"] in METHODS:
         config["optimizer"]["params"].setdefault("seed", arguments.seed)
-    return config, ds_config.set_batch_sizes(config, ranks, arguments.global_batch_size, arguments.micro_batch_size)
+    return ds_config.set_batch_sizes(config, ranks, arguments.global_batch_size, arguments.micro_batch_size)
 
 
 def identify(

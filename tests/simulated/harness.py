@@ -164,3 +164,15 @@ def compare(method, shape, parts, bound=1e-6, **options):
 def state_elements(sharded):
     """Over all ranks."""
     return sum(t.numel() for state in sharded.states for t in state.values() if torch.is_tensor(t))
+
+
+def directions_on(sharded, targets):
+    """What every rank is told to move its target along, before the next step."""
+    for target, shard in zip(targets, sharded.shards, strict=True):
+        target.attach(torch.empty(target.part.numel), torch.empty(0))
+        shard.attach(torch.empty(shard.part.numel), torch.empty(0))
+    programs = [
+        lockstep([sharded.method.directions(shard, state, sharded.options, target)])
+        for shard, state, target in zip(sharded.shards, sharded.states, targets, strict=True)
+    ]
+    return [found for (found,) in SimulatedWorld(len(targets)).run(programs)]

@@ -12,13 +12,14 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.placing import _parts
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Request, everyone, lockstep
+from ds_lowrank.sharding.reduce import Request, everyone
 from ds_lowrank.sharding.tensor_parallel import AUTOTP, logical_matrices
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
 from tests.simulated.harness import (
     Sharded,
     compare,
+    directions_on,
     grid_order,
     grid_parts,
     relative_error,
@@ -458,15 +459,8 @@ def test_directions_on_blocks_put_together_are_the_whole_matrixs(tensor, data, s
     targets = [
         MatrixShard("w", shape, [Part(blocks[t], 0, blocks[t].numel)], 0, sharded.shards[0].side, 0) for t, _ in order
     ]
-    for target, shard in zip(targets, sharded.shards, strict=True):
-        target.attach(torch.empty(target.part.numel), torch.empty(0))
-        shard.attach(torch.empty(shard.part.numel), torch.empty(0))
-    programs = [
-        lockstep([sharded.method.directions(shard, state, sharded.options, target)])
-        for shard, state, target in zip(sharded.shards, sharded.states, targets, strict=True)
-    ]
     together, squares = torch.full(shape, torch.nan), set()
-    for (t, _), target, (found,) in zip(order, targets, SimulatedWorld(len(order)).run(programs), strict=True):
+    for (t, _), target, found in zip(order, targets, directions_on(sharded, targets), strict=True):
         coordinates = found.draw("1 probe 0.0")
         (r0, r1), (c0, c1) = blocks[t].rows, blocks[t].cols
         moved = target.dense(found.at(coordinates)).view(r1 - r0, c1 - c0)

@@ -9,10 +9,8 @@ import ds_lowrank
 from ds_lowrank.backward import forward_backward
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import lockstep
-from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference.lorenza import DenseLorenza, climb
-from tests.simulated.harness import Sharded, even_parts
+from tests.simulated.harness import Sharded, directions_on, even_parts
 
 FORMS = [
     {"rank": 3},
@@ -294,14 +292,7 @@ def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks,
         for s in sharded.shards
     ]
     for targets in (sharded.shards, everything):
-        for target, shard in zip(targets, sharded.shards, strict=True):
-            target.attach(torch.empty(target.part.numel), torch.empty(0))
-            shard.attach(torch.empty(shard.part.numel), torch.empty(0))
-        programs = [
-            lockstep([sharded.method.directions(shard, state, sharded.options, target)])
-            for shard, state, target in zip(sharded.shards, sharded.states, targets, strict=True)
-        ]
-        for target, (found,) in zip(targets, SimulatedWorld(ranks).run(programs), strict=True):
+        for target, found in zip(targets, directions_on(sharded, targets), strict=True):
             coordinates = found.draw("1 probe 0.0")
             got = target.dense(found.at(coordinates))
             assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
