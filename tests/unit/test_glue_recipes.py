@@ -15,6 +15,7 @@ from ds_lowrank.data.glue import GLUE
 from ds_lowrank.finetuning.arguments import parse
 from ds_lowrank.roles import role_of, tag_from_name
 from ds_lowrank.support import check_supported
+from ds_lowrank.training.config import read_config
 from ds_lowrank.training.plan import settle_config
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,8 @@ def test_a_setting_can_be_started_as_documented(command, monkeypatch):
     arguments = parse(expanded(command))
     task = arguments.data.removeprefix("glue:")
     for ranks in (1, 2, 4, 8, 16):
-        config, batch = settle_config(arguments, ranks)
+        config = read_config(arguments.deepspeed_config)
+        batch = settle_config(arguments, config, ranks)
         large = task == "cola" and "galore" in command
         assert (batch.total, batch.accumulation) == (32 if large else 16, 1)
     check_supported(config, config["optimizer"]["type"])
