@@ -9,6 +9,7 @@ import torch
 
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import (
+    COMMON,
     broadcast_dense_init,
     config,
     full_weights,
@@ -19,7 +20,7 @@ from tests.engines.scenario import (
 )
 
 STEPS = 3
-ADAMW = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+ADAMW = {**COMMON, "betas": [0.9, 0.999], "weight_decay": 0.0}
 # Whatever is gathered is released at once, and no parameter stays whole for being small.
 STINGY = {
     "stage3_param_persistence_threshold": 0,
