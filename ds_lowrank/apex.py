@@ -65,6 +65,14 @@ def find_apex() -> Apex:
     return Apex("usable", version, location)
 
 
+def is_importable(module: str) -> bool:
+    """Whether there is a module of that name, which may have dots; of those only what lies before the last is run."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
 def version_of(distribution: str) -> str:
     """As installed; empty where there is no such metadata."""
     try:
@@ -87,8 +95,8 @@ def check_apex() -> None:
     apex = find_apex()
     if apex.status == "impostor":
         raise ConfigError(
-            f"{apex.location} is not NVIDIA's apex but megatron-core would take it for that: run `{UNINSTALL}` or "
-            "remove it from the path"
+            f"{apex.location} is not NVIDIA's apex but megatron-core would take it for that: run `{UNINSTALL}`, or "
+            "where it was not installed remove or rename it"
         )
 
 

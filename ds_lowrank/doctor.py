@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import platform
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_lowrank.apex import UNINSTALL, Apex, adamw_by, find_apex, one_line, version_of
+from ds_lowrank.apex import UNINSTALL, Apex, adamw_by, find_apex, is_importable, one_line, version_of
 
 BUILD = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex"
 """Needs CUDA's compiler."""
@@ -43,7 +42,9 @@ class Package:
 PACKAGES = (
     Package("torch", "torch", "2.13.0", "everything", "pip install torch==2.13.0", required=True),
     Package("deepspeed", "deepspeed", "0.19.8", "ZeRO", "pip install deepspeed==0.19.8", required=True, pinned=True),
-    Package("megatron-core", "megatron.core", "0.16.1", "Megatron's data sets and models", 'pip install ".[megatron]"'),
+    Package(
+        "megatron-core", "megatron.core", "0.16.1", "tensor and pipeline parallelism, data", 'pip install ".[megatron]"'
+    ),
     Package("transformers", "transformers", "5", "the scripts in launch/", 'pip install ".[train]"'),
     Package(
         "transformer-engine",
@@ -84,11 +85,7 @@ def package_line(package: Package) -> Line:
 
 def installed_version(package: Package) -> str | None:
     """None where it cannot be imported."""
-    try:
-        spec = importlib.util.find_spec(package.module)
-    except ModuleNotFoundError:  # the parent of a dotted name
-        return None
-    return None if spec is None else version_of(package.name) or "unknown"
+    return version_of(package.name) or "unknown" if is_importable(package.module) else None
 
 
 def apex_line(apex: Apex) -> Line:
@@ -152,7 +149,7 @@ def deepspeed_accelerator() -> tuple[str, str]:
 def examine() -> list[Line]:
     """All lines of the report."""
     packages = [package_line(package) for package in PACKAGES]
-    deepspeed = importlib.util.find_spec("deepspeed") is not None
+    deepspeed = is_importable("deepspeed")
     return [*packages, apex_line(find_apex()), *machine_lines(deepspeed)]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_lowrank.config import looks_like_method, method_named, parse_options
 from ds_lowrank.errors import ConfigError
@@ -14,10 +16,10 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.models.adapter import add_adapters, has_adapters
 from ds_lowrank.optimizer import LowRankOptimizer
 from ds_lowrank.optimizers import OPTIMIZERS
-from ds_lowrank.parallel.mpu import as_mpu
+from ds_lowrank.parallel.mpu import as_mpu, check_grid
 from ds_lowrank.roles import tag_parameters
 from ds_lowrank.sharding.grid import Grid, grid_of
-from ds_lowrank.support import check_model, check_supported
+from ds_lowrank.support import autotp_size, check_model, check_supported
 from ds_lowrank.together import together
 
 PLACES = ("target_modules", "exclude_modules", "modules_to_save")
@@ -89,6 +91,7 @@ def initialize(
             raise ConfigError("ds_lowrank.initialize needs a model")
         method = name if optimizer is None else optimizer.method.name
         check_supported(settings, method)
+        _check_ranks(autotp_size(settings))
         mpu = as_mpu(mpu)
         if optimizer is None:
             settings = _with_adapters(model, settings, model_parameters)
@@ -123,6 +126,13 @@ def initialize(
         engine.basic_optimizer.finalize()
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
+
+
+def _check_ranks(autotp: int) -> None:
+    """DeepSpeed's own error for a grid that the ranks do not fill says nothing, and not on every rank."""
+    ranks = dist.get_world_size() if dist.is_initialized() else os.environ.get("WORLD_SIZE")
+    if autotp > 1 and ranks is not None:
+        check_grid(int(ranks), autotp, pipeline=1, megatron=False)
 
 
 def _settings(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -168,6 +178,12 @@ def _factory(
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
         tag_parameters(model)  # AutoTP makes new parameters of those that zero.Init has partitioned
         with together():  # a stage or a shard alone may have what does not fit
+            parameters = list(parameters)
+            if not parameters and grid is not None and grid.pipeline is not None:
+                raise ConfigError(
+                    "a stage of the pipeline has nothing to train: ask for no more stages than there are layers with "
+                    "parameters, or choose another partition_method"
+                )
             optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
         if "scheduler" in settings:
             _keep_ratios(optimizer)

@@ -36,7 +36,7 @@ def set_up(arguments: Namespace) -> Run:
         plan = make_plan(arguments, get_world_size())
     text = open_text(
         arguments.data,
-        arguments.tokenizer,
+        plan.tokenizer,
         vocab_size=arguments.vocab_size,
         model_vocab=plan.model.vocab_size,
         sequence_length=arguments.sequence_length,
@@ -75,7 +75,7 @@ def build_engine(arguments: Namespace, plan: Plan) -> DeepSpeedEngine:
 def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
     """The model, and the mpu where DeepSpeed needs one."""
     if not plan.grid.uses_megatron:
-        model = llama.build(plan.model, arguments.seed, plan.config)
+        model = llama.build(plan.model, arguments.seed, plan.config, weights=plan.weights)
         if arguments.activation_checkpointing:
             model.gradient_checkpointing_enable()
         return model, None
@@ -87,6 +87,7 @@ def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
         *(plan.model, arguments.seed, tensor, pipeline),
         sequence_parallel=arguments.sequence_parallel,
         recompute=arguments.activation_checkpointing,
+        weights=plan.weights,
     )
     return model, None if pipeline > 1 else mpu
 

@@ -8,12 +8,15 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from torch.distributed import get_rank
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -54,6 +57,25 @@ def load_config(path: str | Path) -> LlamaConfig:
         raise ValueError(f"{path} is not a valid LLaMA configuration: {error}") from error
 
 
+def config_of_folder(folder: Path) -> LlamaConfig:
+    """The configuration of a Hugging Face folder.
+
+    Raises:
+        ValueError, OSError: it has none, or of another model than a LLaMA.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no Hugging Face folder: it has no config.json")
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+        config = LlamaConfig.from_pretrained(folder, use_cache=False) if kind == "llama" else None
+    except Exception as error:  # its validators raise classes of their own
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if config is None:
+        raise ValueError(f"{path}: model_type is {kind!r}, and only 'llama' can be built")
+    return config
+
+
 def _check_keys(entries: dict[str, Any], path: Path) -> None:
     known = {field.name for field in dataclasses.fields(LlamaConfig)} | set(DESCRIPTIVE)
     for key in entries:
@@ -75,8 +97,11 @@ def build(
     seed: int,
     ds_config: dict[str, Any] | None = None,
     architecture: type[PreTrainedModel] = LlamaForCausalLM,
+    weights: Callable[[str, tuple[int, ...]], torch.Tensor] | None = None,
 ) -> Any:
     """Build a LLaMA of the given architecture with weights that depend on `seed` and the configuration alone.
+
+    weights: by name and shape, instead of those of the seed.
 
     At ZeRO stage 3 of `ds_config` the parameters are partitioned as they are made, so that no rank ever holds the whole
     model, and their dtype is that of `ds_config`; otherwise they are whole, fp32 and on the CPU.
@@ -92,9 +117,11 @@ def build(
     rotary = model.model.rotary_emb
     for name, buffer in LlamaRotaryEmbedding(config).named_buffers():
         setattr(rotary, name, buffer.to(getattr(rotary, name).device))
+    weights = weights or partial(draw_weight, seed=seed, std=config.initializer_range)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            parameter.copy_(draw_weight(name, tuple(parameter.shape), seed, config.initializer_range))
+            if not partitioned or get_rank() == 0:  # whose weights the others are given
+                parameter.copy_(weights(name, tuple(parameter.shape)))
     return model
 
 

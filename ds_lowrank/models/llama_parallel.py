@@ -7,7 +7,7 @@ weights go back and forth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -97,8 +97,12 @@ def build(
     *,
     sequence_parallel: bool = False,
     recompute: bool = False,
+    weights: Callable[[str, tuple[int, ...]], Tensor] | None = None,
 ) -> ParallelLlama:
     """A LLaMA on the grid of :func:`ds_lowrank.parallel.mpu.make_grid`, with the weights of ``llama.build`` for a seed.
+
+    Args:
+        weights: the whole ones of a ``LlamaForCausalLM`` by name and shape, instead of those of the seed.
 
     Raises:
         ConfigError: the model cannot be split so.
@@ -110,17 +114,12 @@ def build(
         model: ParallelLlama = LlamaPipeline(recipe, PipeModelDataParallelTopology(pipeline, tensor, data))
     else:
         model = LlamaTensorParallel(recipe)
-    fill(model, partial(draw_weight, seed=seed, std=config.initializer_range))
+    _fill(model, weights or partial(draw_weight, seed=seed, std=config.initializer_range))
     return model
 
 
-def load_weights(model: ParallelLlama, weights: Mapping[str, Tensor]) -> None:
-    """Take the weights of a ``LlamaForCausalLM``: its ``state_dict``."""
-    fill(model, lambda name, shape: weights[name])
-
-
 @torch.no_grad()
-def fill(model: ParallelLlama, weight: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+def _fill(model: ParallelLlama, weight: Callable[[str, tuple[int, ...]], Tensor]) -> None:
     """Give every parameter its shard of the whole weight of that name and shape."""
     grid, names = _grid(model), model.logical_names()
     for name, parameter in model.named_parameters():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch.distributed as dist
 
-from ds_lowrank.apex import check_apex
+from ds_lowrank.apex import check_apex, is_importable
 from ds_lowrank.errors import ConfigError
 
 INSTALL = "megatron-core is not installed, and tensor and pipeline parallelism are made of its layers: pip install "
@@ -34,9 +33,15 @@ class MegatronMPU:
 
 
 def as_mpu(mpu: Any) -> Any:
-    """An mpu as DeepSpeed can use it: megatron-core's ``parallel_state`` is wrapped, anything else left as it is."""
-    bare = mpu is not None and not hasattr(mpu, "get_model_parallel_rank")
-    return MegatronMPU(mpu) if bare and hasattr(mpu, "get_tensor_model_parallel_group") else mpu
+    """An mpu as DeepSpeed can use it: megatron-core's ``parallel_state`` is wrapped, anything else left as it is.
+
+    Raises:
+        ConfigError: an apex that is not NVIDIA's has misled megatron-core.
+    """
+    if hasattr(mpu, "get_model_parallel_rank") or not hasattr(mpu, "get_tensor_model_parallel_group"):
+        return mpu
+    check_apex()
+    return MegatronMPU(mpu)
 
 
 def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) -> None:
@@ -49,7 +54,7 @@ def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) ->
         ConfigError: says what to change.
     """
     if megatron and tensor * pipeline > 1:
-        if importlib.util.find_spec("megatron") is None:
+        if not is_importable("megatron.core"):
             raise ConfigError(INSTALL)
         check_apex()
     if world % (tensor * pipeline):

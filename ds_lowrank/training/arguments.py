@@ -59,10 +59,13 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", type=Path, required=True, metavar="JSON", help="Hugging Face LlamaConfig")
+    group.add_argument(
+        "--model", type=Path, required=True, help="a LlamaConfig JSON, or a Hugging Face folder to go on from"
+    )
     group.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, hf:NAME[:CONFIG] or megatron:PREFIX")
     group.add_argument(
-        "--tokenizer", help="bpe (trained on the data; the default for text), bytes, or a folder or hub name"
+        "--tokenizer",
+        help="bpe (trained on the data; the default for text with a new model), bytes, or a folder or hub name",
     )
     group.add_argument("--vocab-size", type=positive, default=4096, help="entries of a bpe tokenizer")
     group.add_argument("--sequence-length", type=positive, default=256, help="tokens a sequence")

@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from ds_lowrank.checkpoint.manifest import Identity, check_manifest
 from ds_lowrank.checkpoint.store import find_checkpoint, step_of
 from ds_lowrank.methods import METHODS
-from ds_lowrank.models.llama import load_config
+from ds_lowrank.models.llama import config_of_folder, load_config
+from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
 from ds_lowrank.training.layout import GridShape, shape_of, without_global_size
@@ -20,7 +21,11 @@ from ds_lowrank.training.schedule import warmup_steps
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` is DeepSpeed's, complete; `warmup` is in steps; `checkpoint` is the one to resume from."""
+    """`config` is DeepSpeed's, complete; `warmup` is in steps; `checkpoint` is the one to resume from.
+
+    weights: by name and shape, of a folder given as the model; None for those of the seed, or of the checkpoint.
+    tokenizer: as given, or that of the folder.
+    """
 
     config: dict[str, Any]
     model: LlamaConfig
@@ -29,6 +34,8 @@ class Plan:
     warmup: int
     identity: Identity
     checkpoint: Path | None
+    weights: FolderWeights | None
+    tokenizer: str | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -41,7 +48,8 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
     Raises ValueError or OSError for whatever cannot be honoured. Not a collective.
     """
     config = ds_config.read_config(arguments.deepspeed_config)
-    model = load_config(arguments.model)
+    folder = arguments.model if arguments.model.is_dir() else None
+    model = load_config(arguments.model) if folder is None else config_of_folder(folder)
     grid = shape_of(arguments, config, model, ranks)
     batch = settle_config(arguments, config, grid.data)
     if arguments.sequence_length > model.max_position_embeddings:
@@ -64,7 +72,10 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
         **({} if scale is None else {"matrix_lr_scale": scale}),
     )
     checkpoint = checkpoint_to_resume(arguments, identity, arguments.steps)
-    return Plan(without_global_size(config, grid), model, grid, batch, warmup, identity, checkpoint)
+    weights = None if folder is None or checkpoint is not None else FolderWeights(folder, model)
+    tokenizer = arguments.tokenizer or (folder and str(folder))
+    config = without_global_size(config, grid)
+    return Plan(config, model, grid, batch, warmup, identity, checkpoint, weights, tokenizer)
 
 
 def settle_config(arguments: Namespace, config: dict[str, Any], ranks: int) -> BatchSizes:

@@ -13,9 +13,10 @@ from tests.reference.lorenza import DenseLorenza, climb
 
 VOCAB, LENGTH, BATCH = 131, 12, 24
 COMMON = {"lr": 1e-2, "eps": 3e-5}
-"""Adam's first step divides a gradient by its own magnitude. Near ``eps`` an element passes its rounding error on, 1e-9 to
-1e-8 here, as that over four ``eps``; and which elements are near it changes with a CPU's kernels. This is well below the
-gradients, about 1e-3, and leaves what two orders of summation cannot agree on well below the bounds of the tests."""
+"""Adam's first step divides a gradient by its own magnitude. Near ``eps`` an element passes its rounding error on, here
+1e-9 to 1e-8, as that over four ``eps``; and which elements are near it changes with a CPU's kernels. This is well below
+the gradients, about 1e-3, and leaves what two orders of summation cannot agree on well below the bounds of the tests.
+"""
 METHODS = {
     "GaLore": {**COMMON, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
     "OnlineSubspaceDescent": {**COMMON, "rank": 4, "basis_lr_ratio": 1.0},

@@ -20,9 +20,6 @@ from tests.reference import DENSE
 from tests.reference.galore import DenseAdamW
 
 STEPS = 8  # refreshes, where there are any, at steps 0 and 4
-EPS = 1e-6
-"""Of Adam. An element of the output layer has a first gradient of 5e-10, of which no digit is the same in two orders of
-summation; the usual epsilon of 1e-8 would make a twentieth of a whole step of it."""
 GROUPS, HEADS, HIDDEN = SIZES["num_key_value_heads"], SIZES["num_attention_heads"], SIZES["hidden_size"]
 ALONE = Grid(1, 1, 1, 0)
 GRIDS = [Grid(1, 2, 1, 0), *(Grid(2, 2, 1, stage) for stage in (0, 1, 2))]
@@ -161,7 +158,7 @@ def unfused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def settings_for(grid: Grid, method: str = "GaLore") -> dict[str, Any]:
-    return settings_of(grid, method=method, params={"eps": EPS})
+    return settings_of(grid, method=method)
 
 
 @functools.cache
@@ -174,7 +171,7 @@ def alone(method: str) -> dict[str, Any]:
 def test_in_one_process_the_dense_rules_on_q_k_v_gate_and_up_lead_to_its_weights(method):
     result = alone(method)
     whole = together([result], 0)
-    options = METHODS[method] | {"eps": EPS}
+    options = METHODS[method]
     rules = {
         name: DENSE[method](weight, name=name, **options) if name.endswith(PROJECTED) else DenseAdamW(weight, **options)
         for name, weight in whole.items()

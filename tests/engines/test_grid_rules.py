@@ -21,6 +21,17 @@ def error_of(grid, settings, **changes):
     return ""
 
 
+def error_of_model(model, settings):
+    import ds_lowrank
+    from ds_lowrank.together import RemoteError
+
+    try:
+        ds_lowrank.initialize(model=model, config=settings)
+    except (ValueError, RemoteError) as error:
+        return str(error)
+    return ""
+
+
 REFUSED = [
     (Grid(1, 1, 2, 2), {}, "set one of them"),
     (Grid(1, 2, 1, 0), {"dtype": "bf16"}, "Set zero_optimization.stage to 1"),
@@ -63,17 +74,34 @@ def misfit_on_the_last_stage():
     from deepspeed.pipe import LayerSpec, PipelineModule
     from torch import nn
 
-    import ds_lowrank
-    from ds_lowrank.together import RemoteError
-
     layers = [LayerSpec(nn.Linear, 6, 6), LayerSpec(nn.Linear, 6, 7), LayerSpec(nn.Linear, 7, 7)]
     model = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
     settings = settings_of(PIPELINE, method="VLoRP", params={"granularity": 3, "exclude_modules": ["1.weight"]})
-    try:
-        ds_lowrank.initialize(model=model, config=settings)
-    except (ValueError, RemoteError) as error:
-        return str(error)
-    return ""
+    return error_of_model(model, settings)
+
+
+def test_a_stage_without_parameters_stops_all():
+    errors = run_ranks(2, more_stages_than_layers)
+    assert all("a stage of the pipeline has nothing to train" in error for error in errors)
+
+
+def more_stages_than_layers():
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from torch import nn
+
+    model = PipelineModule([LayerSpec(nn.Linear, 6, 6), LayerSpec(nn.GELU)], num_stages=2, partition_method="uniform")
+    return error_of_model(model, settings_of(PIPELINE))
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(3, 2), (2, 3)])
+def test_ranks_that_autotp_does_not_divide(ranks, size):
+    message = f"{ranks} ranks are no multiple of tensor-parallel {size}"
+    assert all(message in error for error in run_ranks(ranks, with_autotp, size))
+
+
+def with_autotp(size):
+    settings = settings_of(PIPELINE) | {"tensor_parallel": {"autotp_size": size}}
+    return error_of_model(dense_model(), settings)
 
 
 def test_deepspeed_must_be_told_of_megatrons_grid():

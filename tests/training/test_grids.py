@@ -1,12 +1,16 @@
 """launch/pretrain.py on a grid of ranks: as one process, resumed bit for bit, refused where it cannot be had."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ds_lowrank.apex import Apex
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.parallel.mpu import as_mpu
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.layout import GridShape
 from ds_lowrank.training.plan import make_plan
@@ -75,6 +79,19 @@ def test_a_resumed_grid_lands_on_the_same_bits(workspace, on_a_grid):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize(
+    ("more", "config", "ranks"),
+    [(GRID, ZERO1, 4), ([], AUTOTP, 2), ([], deepspeed_config(zero_stage=3), 2)],
+    ids=["megatron", "autotp", "zero3"],
+)
+def test_an_export_goes_on_from_where_it_was(workspace, on_a_grid, more, config, ranks, request):
+    model = str(workspace.path / "grid" / "export")
+    output = f"continued-{request.node.callspec.id}"
+    records = run(workspace, output, "--model", model, "--lr", "0", *more, config=config, ranks=ranks)
+    # The same numbers in fp32, on other layouts of them.
+    assert records[3]["eval_loss"] == pytest.approx(on_a_grid[6]["eval_loss"], rel=1e-6)
+
+
 def test_another_grid_does_not_resume_it(workspace, on_a_grid):
     checkpoint = str(workspace.path / "grid" / "checkpoints" / "global_step3")
     arguments = [*workspace.arguments("other", config=ZERO1), "--resume", checkpoint, "--tensor-parallel", "2"]
@@ -109,10 +126,46 @@ def test_a_grid_that_cannot_be_had_is_refused(workspace, more, ranks, config, me
         make_plan(parse([*arguments, *more]), ranks)
 
 
-def test_a_missing_megatron_core_is_named_with_what_to_install(workspace, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def of_another_project(monkeypatch, path):
+    """The folder of a namespace that others share."""
+    (path / "megatron" / "energon").mkdir(parents=True)
+    for name in [name for name in sys.modules if name.split(".")[0] == "megatron"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(path)])
+
+
+@pytest.mark.parametrize("hide", [lambda m, _: m.setitem(sys.modules, "megatron", None), of_another_project])
+@pytest.mark.parametrize("flag", ["--tensor-parallel", "--pipeline-parallel"])
+def test_a_missing_megatron_core_is_named_with_what_to_install(workspace, monkeypatch, tmp_path, hide, flag):
+    arguments = parse([*workspace.arguments("refused", config=ZERO1), flag, "2"])
+    hide(monkeypatch, tmp_path)
     with pytest.raises(ConfigError, match=r"pip install 'ds_lowrank\[megatron\]'.*autotp_size works without"):
-        make_plan(parse([*workspace.arguments("refused", config=ZERO1), "--tensor-parallel", "2"]), 2)
+        make_plan(arguments, 2)
+
+
+def test_an_apex_that_is_not_nvidias_stops_a_grid_at_start(workspace, monkeypatch):
+    arguments = workspace.arguments("refused", config=ZERO1)
+    monkeypatch.setattr("ds_lowrank.apex.find_apex", lambda: Apex("impostor", "0.9", "/x/apex"))
+    for flag in ("--tensor-parallel", "--pipeline-parallel"):
+        with pytest.raises(ConfigError, match="/x/apex is not NVIDIA's apex"):
+            make_plan(parse([*arguments, flag, "2"]), 2)
+    with pytest.raises(ConfigError, match="/x/apex is not NVIDIA's apex"):
+        as_mpu(SimpleNamespace(get_tensor_model_parallel_group=None))
+    assert make_plan(parse(arguments), 2).grid == GridShape(2)
+
+
+BAD_STARTS = [
+    (3, ["--tensor-parallel", "2"], "3 ranks are no multiple of tensor-parallel 2"),
+    (2, ["--pipeline-parallel", "2", "--model", "/no/such.json"], "no model configuration at /no/such.json"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "more", "message"), BAD_STARTS, ids=["ranks", "model"])
+def test_all_ranks_end_and_one_line_says_why(workspace, ranks, more, message):
+    finished = workspace.run_warm([*workspace.arguments("bad", config=ZERO1), *more], ranks)
+    assert finished.returncode == 1
+    (line,) = finished.stderr.splitlines()
+    assert message in line
 
 
 def test_ranks_of_one_model_read_the_same_data():

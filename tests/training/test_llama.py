@@ -4,11 +4,15 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from ds_lowrank.models.llama import build, load_config
+from ds_lowrank.models.llama import build, config_of_folder, load_config
+from ds_lowrank.models.weights import FolderWeights
+from ds_lowrank.training.arguments import parse
+from ds_lowrank.training.plan import make_plan
 from tests.engines.pool import run_ranks
-from tests.training.runs import MODEL, ROOT
+from tests.training.runs import MODEL, ROOT, deepspeed_config
 
 MODELS = ROOT / "ds_configs" / "models"
 
@@ -89,6 +93,75 @@ def test_weights_follow_the_seed_and_have_the_configured_spread(model_file):
     assert first[matrix].std().item() == pytest.approx(0.05, rel=0.03)
     assert first[matrix].mean().item() == pytest.approx(0.0, abs=0.002)
     assert torch.equal(first["model.norm.weight"], torch.ones(128))
+
+
+@pytest.fixture
+def folder(tmp_path, model_file):
+    """A Hugging Face folder, its weights in several files."""
+    model = build(load_config(model_file(num_key_value_heads=1)), 3)
+    model.save_pretrained(tmp_path / "folder", max_shard_size="20KB")
+    assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 1
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_folder_gives_its_model(folder, single):
+    expected = LlamaForCausalLM.from_pretrained(folder)
+    if single:
+        for path in folder.glob("model*"):
+            path.unlink()
+        expected.bfloat16().save_pretrained(folder)
+    config = config_of_folder(folder)
+    model = build(config, 0, weights=FolderWeights(folder, config))
+    assert config.num_key_value_heads == 1 and not config.use_cache
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, expected.state_dict()[name].float()), name
+
+
+def rewrite(folder, change):
+    weights = LlamaForCausalLM.from_pretrained(folder).state_dict()
+    for path in folder.glob("model*"):
+        path.unlink()
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+NORM = "model.norm.weight"
+BAD_FOLDERS = {
+    "has no model.safetensors": lambda folder: [path.unlink() for path in folder.glob("model*")],
+    "no weights for 1 parameters of a LlamaForCausalLM, the first is model.norm.weight": lambda folder: rewrite(
+        folder, lambda weights: weights.pop(NORM)
+    ),
+    r"model.norm.weight is \(7,\) in the weights, and \(32,\) by config.json": lambda folder: rewrite(
+        folder, lambda weights: weights.update({NORM: torch.ones(7)})
+    ),
+    "cannot be read": lambda folder: [path.write_bytes(b"x" * 99) for path in folder.glob("*.safetensors")],
+    "the weights cannot be read": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "only 'llama' can be built": lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+    "config.json cannot be read": lambda folder: (folder / "config.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FOLDERS)
+def test_a_folder_that_is_no_llama_is_refused_before_it_is_read(folder, message):
+    BAD_FOLDERS[message](folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        FolderWeights(folder, config_of_folder(folder))
+
+
+def test_a_folder_brings_its_tokenizer(folder, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(deepspeed_config()))
+    arguments = ["--deepspeed_config", str(tmp_path / "ds.json"), "--steps", "1", "--output", str(tmp_path / "out")]
+    arguments += ["--model", str(folder), "--sequence-length", "8"]
+    assert make_plan(parse(arguments), 1).tokenizer == str(folder)
+    assert isinstance(make_plan(parse(arguments), 1).weights, FolderWeights)
+    assert make_plan(parse([*arguments, "--tokenizer", "bytes"]), 1).tokenizer == "bytes"
+    for path in folder.glob("model*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        make_plan(parse(arguments), 1)
 
 
 def _whole_weights(path: Path, bf16: bool):

@@ -62,11 +62,11 @@ def nvidias(folder, kernel=KERNEL, init="from . import optimizers"):
 
 
 def pyramids(folder):
-    """PyPI's, which does not survive being imported."""
+    """PyPI's, which imports what is not here either."""
     write(
         folder,
         {
-            "apex/__init__.py": "print 'this was written for another Python'",
+            "apex/__init__.py": "import pyramid_mailer",
             "apex/models.py": "",
             "apex-0.9.10.dev0.dist-info/METADATA": "Metadata-Version: 1.1\nName: apex\nVersion: 0.9.10.dev0\n",
         },

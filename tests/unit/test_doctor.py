@@ -135,7 +135,7 @@ def test_without_the_other_packages_it_still_reports():
     assert done.stdout.endswith("\nWrong: deepspeed.\n")
 
 
-def test_pypis_apex_is_named_with_what_it_breaks(tmp_path):
+def test_pypis_apex_is_wrong(tmp_path):
     pyramids(tmp_path)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(ROOT))])
     command = [sys.executable, "-m", "ds_lowrank", "doctor"]
@@ -143,5 +143,4 @@ def test_pypis_apex_is_named_with_what_it_breaks(tmp_path):
     assert done.returncode == 1, done.stderr
     assert f"WRONG: 0.9.10.dev0 in {tmp_path}/apex is not NVIDIA's" in done.stdout
     assert "$ pip uninstall apex\n" in done.stdout
-    assert "deepspeed does not import: SyntaxError" in done.stdout
-    assert done.stdout.endswith("\nWrong: apex, accelerator.\n")
+    assert done.stdout.endswith("\nWrong: apex.\n")
