@@ -146,6 +146,31 @@ def with_parallel_state():
     return whole_weights(engine)
 
 
+def test_deepspeed_and_megatron_core_count_the_ranks_alike():
+    found = run_ranks(8, groups_of_both)
+    assert [own for own, _ in found] == [megatrons for _, megatrons in found]
+    assert found[5][0] == [[4, 5], [5, 7], [1, 5]]  # tensor, data, pipeline
+
+
+def groups_of_both():
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from ds_lowrank.models import llama_parallel
+    from ds_lowrank.parallel.mpu import make_grid
+    from tests.engines.grids import llama_config
+
+    make_grid(2, 2)
+    ours = llama_parallel.build(llama_config(), 0, 2, 2).mpu()
+    own = (ours.get_slice_parallel_group(), ours.get_data_parallel_group(), ours.get_pipe_parallel_group())
+    megatrons = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return tuple([dist.get_process_group_ranks(group) for group in groups] for groups in (own, megatrons))
+
+
 def test_a_pipeline_is_stepped_by_train_batch():
     for errors in run_ranks(2, misused):
         assert "call ds_lowrank.train_batch" in errors[0]

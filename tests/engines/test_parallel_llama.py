@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.engines.grids import Grid, dense_model, llama_config, settings_of, start, tokens, train_step
+from tests.engines.grids import VOCAB, Grid, dense_model, llama_config, settings_of, start, tokens, train_step
 from tests.engines.pool import run_ranks
 
 VARIANTS = [
@@ -47,15 +47,23 @@ def parallel_model(tensor, changes):
 
 
 def logits_and_loss(tensor, changes):
-    import torch.distributed as dist
-
     model, batch = parallel_model(tensor, changes), tokens(0)[:3]
     with torch.no_grad():
-        own = model(batch).logits
-        loss = model(batch, labels=batch).loss.item()
-    shares = [torch.empty_like(own) for _ in range(tensor)]
-    dist.all_gather(shares, own)
-    return torch.cat(shares, dim=-1).transpose(0, 1), loss
+        return whole_logits(model(batch).logits).transpose(0, 1), model(batch, labels=batch).loss.item()
+
+
+def whole_logits(own):
+    """Of the tensor-parallel ranks' shares of the vocabulary."""
+    import torch.distributed as dist
+
+    from ds_lowrank.sharding.grid import grid_of
+
+    if own.shape[-1] == VOCAB:
+        return own
+    grid = grid_of(None)
+    shares = [torch.empty_like(own) for _ in range(grid.tensor_size)]
+    dist.all_gather(shares, own, group=grid.tensor)
+    return torch.cat(shares, dim=-1)
 
 
 GRIDS = [Grid(1, 2, 2, 1), Grid(2, 2, 1, 3), Grid(2, 1, 2, 0), Grid(2, 2, 1, 2, "autotp")]
@@ -66,22 +74,30 @@ GRIDS = [Grid(1, 2, 2, 1), Grid(2, 2, 1, 3), Grid(2, 1, 2, 0), Grid(2, 2, 1, 2, 
 def test_an_export_is_the_model_that_was_trained(grid, tied, tmp_path):
     from transformers import LlamaForCausalLM
 
-    losses = run_ranks(grid.world, export_and_evaluate, grid, tied, tmp_path / "export")
+    results = run_ranks(grid.world, export_and_evaluate, grid, tied, tmp_path / "export")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "export")
     with torch.no_grad():
-        loss = model(input_ids=tokens(1), labels=tokens(1)).loss.item()
-    assert abs(sum(losses) / len(losses) / loss - 1) < 1e-5
+        expected = model(input_ids=tokens(1), labels=tokens(1))
+    for _, logits in results:
+        if logits is not None:
+            assert ((logits - expected.logits[:3]).norm() / expected.logits[:3].norm()).item() < 1e-5
+    assert abs(sum(loss for loss, _ in results) / len(results) / expected.loss.item() - 1) < 1e-5
     assert model.config.tie_word_embeddings is tied
 
 
 def export_and_evaluate(grid, tied, directory):
-    """After a step, the loss of the next one's batch before it changes anything."""
+    """After a step, the loss of the next one's batch before it changes anything, and without a pipeline logits."""
     from ds_lowrank.checkpoint.export import export
 
     engine = start(grid, settings_of(grid, gas=2), tie_word_embeddings=tied)
     train_step(engine, 0)
     export(engine, None, directory)
-    return train_step(engine, 1)
+    logits = None
+    if grid.pipeline == 1:
+        with torch.no_grad():
+            logits = engine(input_ids=tokens(1)[:3]).logits
+        logits = whole_logits(logits.transpose(0, 1) if grid.layers == "megatron" else logits)
+    return train_step(engine, 1), logits
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)

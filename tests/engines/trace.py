@@ -13,13 +13,18 @@ from tests.reference.galore import DenseAdamW
 
 
 def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) -> dict[str, Any]:
-    """Train and record, for each step and parameter, this rank's interval, gradient, and weights before and after."""
+    """``trace`` of the scenario."""
 
     import ds_lowrank
 
     model = make_model_for(settings, zero_init)
-    engine, *_ = ds_lowrank.initialize(model=model, config=settings)
+    return trace(ds_lowrank.initialize(model=model, config=settings)[0], steps, train_step)
+
+
+def trace(engine: Any, steps: int, train: Callable[[Any, int], Any]) -> dict[str, Any]:
+    """Train and record, for each step and parameter, this rank's part, gradient, and weights before and after."""
     optimizer = engine.basic_optimizer
+    norms: list[float] = []
     records: list[dict[str, Any]] = []
     plain_step: Callable[..., Any] = optimizer.step
 
@@ -45,13 +50,20 @@ def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) 
     optimizer.step = recorded_step
     for step in range(steps):
         records.append({})
-        train_step(engine, step)
-    return {"records": records, "wrapper": type(engine.optimizer).__name__, "metrics": optimizer.metrics()}
+        train(engine, step)
+        norms.append(float(engine.get_global_grad_norm() or 0.0))
+    wrapper = type(engine.optimizer).__name__
+    return {"records": records, "norms": norms, "wrapper": wrapper, "metrics": optimizer.metrics()}
+
+
+def names_of(traces: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All parameters, each with the record of a rank that has one; the stages of a pipeline have different ones."""
+    return {name: piece for trace in traces for name, piece in trace["records"][0].items()}
 
 
 def assemble(traces: list[dict[str, Any]], step: int, name: str, key: str) -> torch.Tensor:
-    """A whole tensor from all ranks' pieces."""
-    pieces = [trace["records"][step][name] for trace in traces]
+    """A whole tensor from all ranks' pieces; of copies any."""
+    pieces = [trace["records"][step][name] for trace in traces if name in trace["records"][step]]
     shape = torch.Size(pieces[0]["shape"])
     whole = torch.full(shape if pieces[0]["projected"] else (1, shape.numel()), float("nan"))
     for piece in pieces:
@@ -63,6 +75,12 @@ def assemble(traces: list[dict[str, Any]], step: int, name: str, key: str) -> to
     return whole.view(pieces[0]["shape"])
 
 
+def norm_of(traces: list[dict[str, Any]], step: int) -> float:
+    """Of the gradient of the whole model that the wrapper presented."""
+    squares = [assemble(traces, step, name, "gradient").double().square().sum() for name in names_of(traces)]
+    return float(torch.stack(squares).sum().sqrt())
+
+
 def worst_against_references(traces: list[dict[str, Any]], method: str = "GaLore", **options: Any) -> float:
     """Every step's weights should be what the dense reference makes of the gradients that the wrapper presented.
 
@@ -71,7 +89,7 @@ def worst_against_references(traces: list[dict[str, Any]], method: str = "GaLore
     """
     options = METHODS[method] | options
     largest = 0.0
-    for name, first in traces[0]["records"][0].items():
+    for name, first in names_of(traces).items():
         weight = assemble(traces, 0, name, "before")
         rule = (DENSE[method] if first["projected"] else DenseAdamW)(weight, name=name, **options)
         for step in range(len(traces[0]["records"])):

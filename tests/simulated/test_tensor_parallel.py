@@ -95,19 +95,23 @@ def test_every_method_on_every_grid_cut_anywhere(tensor, data, split, method):
     """
     side = st.sampled_from((12, 24) if method == "VLoRP" else (12, 16, 20, 24))
 
-    # Hypothesis begins with cuts at zero: parts that are empty. One process cut by data ranks is `test_methods`'.
-    @settings(max_examples=1 if tensor == 1 else max(2, data), deadline=None, database=None)
-    @given(st.data())
-    def check(drawn):
-        shape = drawn.draw(st.tuples(side, side))
-        blocks = tensor_blocks(shape, split, tensor)
-        cut = st.integers(0, blocks[0].numel)
-        cuts = [drawn.draw(st.lists(cut, min_size=data - 1, max_size=data - 1)) for _ in blocks]
-        parts = grid_parts(blocks, cuts, grid_order(tensor, data))
+    def check(shape, cuts):
+        parts = grid_parts(tensor_blocks(shape, split, tensor), cuts, grid_order(tensor, data))
         for options in CHOSEN[method]:
             compare(method, shape, parts, gradients=gradients_for(method, shape), **options)
 
-    check()
+    # Hypothesis begins with cuts at zero: parts that are empty.
+    @settings(max_examples=1 if data == 1 else 3, deadline=None, database=None)
+    @given(st.data())
+    def check_drawn(drawn):
+        shape = drawn.draw(st.tuples(side, side))
+        cut = st.integers(0, shape[0] * shape[1] // tensor)
+        check(shape, [drawn.draw(st.lists(cut, min_size=data - 1, max_size=data - 1)) for _ in range(tensor)])
+
+    for shape in [(12, 24), (24, 12)]:
+        numel = shape[0] * shape[1] // tensor
+        check(shape, [[(cut + 5 * t) % numel for cut in inside_rows(numel, data)] for t in range(tensor)])
+    check_drawn()
 
 
 @pytest.mark.parametrize("split", SPLITS)
