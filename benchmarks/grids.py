@@ -2,7 +2,8 @@
 
 python benchmarks/grids.py
 
-Runs the tests' own scenario on real engines, one to four gloo ranks, fp32. Needs the ``dev`` and ``megatron`` extras.
+Runs the tests' own scenario on real engines, one to eight gloo ranks, fp32: every
+method on every grid. Needs the ``dev`` and ``megatron`` extras.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.engines.grids import Grid, oracle, run_grid, settings_of
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, worst
-from tests.engines.test_grids import CROSSED, GRIDS
+from tests.engines.test_grids import CROSSED, CUBE, GRIDS
 
 STEPS, CLIP = 8, 0.5
 
@@ -49,8 +50,8 @@ def main() -> None:
     single = Grid(1, 1, 1, 0)
     rows: Numbers = []
     for method in methods:
-        (result,) = run_ranks(1, run_grid, single, settings_of(single, method=method), STEPS)
-        grids = CROSSED[:1] if arguments.quick else GRIDS if method == "GaLore" else CROSSED
+        (result,) = run_ranks(1, run_grid, single, settings_of(single, clip=CLIP, gas=2, method=method), STEPS)
+        grids = CROSSED[:1] if arguments.quick else [*GRIDS, CUBE]
         rows += [compare(grid, method, result["bytes"][0]) for grid in grids]
     report(rows, arguments)
 

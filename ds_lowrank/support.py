@@ -96,13 +96,7 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     """
     from deepspeed.runtime.pipe import PipelineModule
 
-    stage = int(_zero(config).get("stage", 0))
     in_pipeline = isinstance(model, PipelineModule)
-    if in_pipeline and stage > 1:
-        raise ConfigError(
-            f"ZeRO {stage} partitions gradients, which a pipeline accumulates over micro-batches: DeepSpeed allows "
-            "zero_optimization.stage 0 and 1 with a PipelineModule; set one of them"
-        )
     if in_pipeline and mpu is not None:
         raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
     tensor = autotp_size(config) if mpu is None else grid_of(mpu).tensor_size
@@ -113,18 +107,30 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
             "megatron-core's tensor-parallel groups are initialised, and DeepSpeed was not told: it would average the "
             "gradients of different shards. Pass mpu=megatron.core.parallel_state to ds_lowrank.initialize"
         )
-    lowered = next((key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled", False)), None)
-    if stage == 0 and misses_shards(lowered, tensor, in_pipeline):
+    check_stage(config, tensor, in_pipeline)
+    _check_parameters(model, tensor, in_pipeline, method)
+
+
+def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> None:
+    """Refuse a ZeRO stage at which DeepSpeed has no pipeline, or takes a gradient norm that misses shards.
+
+    Raises:
+        ConfigError: with the stage that works.
+    """
+    stage = int(_zero(config).get("stage", 0))
+    if in_pipeline and stage > 1:
+        raise ConfigError(
+            f"ZeRO {stage} partitions gradients, which a pipeline accumulates over micro-batches: DeepSpeed allows "
+            "zero_optimization.stage 0 and 1 with a pipeline; set one of them"
+        )
+    # bf16 in a pipeline has another wrapper, whose norm is right.
+    wrong = ("fp16",) if in_pipeline else ("fp16", "bf16")
+    lowered = next((key for key in wrong if _enabled(key)(config)), None)
+    if stage == 0 and tensor > 1 and lowered is not None:
         raise ConfigError(
             f"{lowered} with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel "
             "ranks but the first out of the gradient norm. Set zero_optimization.stage to 1"
         )
-    _check_parameters(model, tensor, in_pipeline, method)
-
-
-def misses_shards(lowered: str | None, tensor: int, in_pipeline: bool) -> bool:
-    """Whether DeepSpeed's wrapper at ZeRO 0 is the one whose norm misses shards; bf16 in a pipeline has another."""
-    return tensor > 1 and (lowered == "fp16" or (lowered == "bf16" and not in_pipeline))
 
 
 def autotp_size(config: Mapping[str, Any]) -> int:

@@ -39,14 +39,19 @@ def _counts_here(parameter: Any, grid: Grid) -> bool:
     return grid.tensor_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
 
 
+def keeps_no_norm(engine: DeepSpeedEngine) -> bool:
+    """In fp32 at ZeRO 0 DeepSpeed has no wrapper that would keep it; the reduced gradients are then in ``.grad``."""
+    lowered = engine.bfloat16_enabled() or engine.fp16_enabled()
+    return engine.zero_optimization_stage() == 0 and not lowered
+
+
 def repair_clipping(engine: DeepSpeedEngine) -> None:
     """Let an fp32 engine without ZeRO on a grid find the whole norm, report it, and clip by it if it clips.
 
     Every other engine is left as it is.
     """
     grid = grid_of(engine.mpu)
-    lowered = engine.bfloat16_enabled() or engine.fp16_enabled()
-    if grid.is_flat or lowered or engine.zero_optimization_stage() > 0:
+    if grid.is_flat or not keeps_no_norm(engine):
         return
 
     def clip_fp32_gradients(self: DeepSpeedEngine) -> None:

@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.models.llama import check_split
 from ds_lowrank.parallel.mpu import check_grid
-from ds_lowrank.support import autotp_size, misses_shards
-from ds_lowrank.training.config import GLOBAL, precision, zero_stage
+from ds_lowrank.support import autotp_size, check_stage
+from ds_lowrank.training.config import GLOBAL
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,7 @@ def shape_of(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, r
         )
     check_grid(ranks, shape.tensor * autotp, shape.pipeline, megatron=shape.uses_megatron)
     check_split(model, shape.tensor * autotp, shape.pipeline)
-    if shape.pipeline > 1 and zero_stage(config) > 1:
-        raise ConfigError(
-            f"ZeRO {zero_stage(config)} with --pipeline-parallel {shape.pipeline}: DeepSpeed allows "
-            "zero_optimization.stage 0 and 1 with a pipeline"
-        )
-    if zero_stage(config) == 0 and misses_shards(precision(config), shape.tensor * autotp, shape.pipeline > 1):
-        raise ConfigError(
-            f"{precision(config)} with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 takes a wrong gradient norm; set "
-            "zero_optimization.stage to 1"
-        )
+    check_stage(config, shape.tensor * autotp, shape.pipeline > 1)
     if arguments.sequence_parallel:
         _check_sequence_parallel(shape, arguments.sequence_length)
     return shape

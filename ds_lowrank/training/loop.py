@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, distributed
 
 from ds_lowrank.backward import forward_backward
+from ds_lowrank.parallel.clipping import keeps_no_norm
 from ds_lowrank.pipeline import train_batch
 from ds_lowrank.sharding.grid import grid_of
 
@@ -71,12 +72,13 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
     losses = forward_backward(engine, [partial(loss_of, batch) for batch in batches])
     backward += watch.read()
     grad_norm = None
-    if measure and _engine_keeps_no_norm(engine):
+    unknown = keeps_no_norm(engine) and grid_of(engine.mpu).is_flat  # on a grid `initialize` sees to it
+    if measure and unknown:
         grad_norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]))
         watch.read()
     engine.step()
     update = watch.read()
-    if not _engine_keeps_no_norm(engine):
+    if not unknown:
         grad_norm = _number(engine.get_global_grad_norm())
     return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, update)
 
@@ -86,15 +88,6 @@ def _pipeline_step(engine: PipelineEngine, batches: Sequence[Mapping[str, Tensor
     watch = Stopwatch(exact=measure)
     loss = train_batch(engine, [(batch["input_ids"], batch["labels"]) for batch in batches])
     return StepResult(loss, _number(engine.get_global_grad_norm()), None, None, watch.read())
-
-
-def _engine_keeps_no_norm(engine: DeepSpeedEngine) -> bool:
-    """In fp32 at ZeRO 0 DeepSpeed has no wrapper that would keep it; the reduced gradients are then in `param.grad`.
-
-    On a grid `initialize` sees to it.
-    """
-    lowered = engine.bfloat16_enabled() or engine.fp16_enabled()
-    return engine.zero_optimization_stage() == 0 and not lowered and grid_of(engine.mpu).is_flat
 
 
 def _number(norm: Tensor | float | None) -> float | None:

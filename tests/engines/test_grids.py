@@ -17,10 +17,11 @@ GRIDS = [
     *(Grid(2, 1, 2, stage) for stage in (0, 1)),
     *(Grid(2, 2, 1, stage, "autotp") for stage in range(4)),
 ]
+CUBE = Grid(2, 2, 2, 1)
 CROSSED = [Grid(2, 2, 1, 2), Grid(1, 2, 2, 1), Grid(2, 1, 2, 0), Grid(2, 2, 1, 1, "autotp")]
 """For the methods beside GaLore: each kind of layers, each axis, and each way of placing elements once."""
 CASES = [
-    *((grid, "GaLore") for grid in [*GRIDS, Grid(2, 2, 2, 1)]),
+    *((grid, "GaLore") for grid in [*GRIDS, CUBE]),
     *((grid, method) for method in sorted(set(METHODS) - {"GaLore"}) for grid in CROSSED),
 ]
 
