@@ -24,7 +24,10 @@ GRIDS = [
     *(Degrees(*degrees) for degrees in [(1, 2), (3, 2), (9, 1), (2, 4, 2)]),
     *(Degrees(*degrees, zero=3) for degrees in [(3, 2), (2, 4)]),
 ]
-MEASURED = json.loads((ROOT / "docs/measured/grid_bytes.json").read_text())["numbers"]
+MEASURED, SIMULATED = (
+    json.loads((ROOT / f"docs/measured/{name}.json").read_text())["numbers"]
+    for name in ("grid_bytes", "grid_bytes_simulated")
+)
 SECTION = "## What a step sends on a grid"
 
 
@@ -111,6 +114,10 @@ def test_the_table_at_7b_is_what_was_measured():
     assert documented
     for zero, grid, kind, *cells in documented:
         assert cells == known[int(zero), grid, kind], (zero, grid, kind)
+
+
+def test_what_was_simulated_rank_by_rank_is_what_one_rank_told():
+    assert len(SIMULATED) == 2 and all(row in MEASURED for row in SIMULATED)
 
 
 def by_data(kind, zero, pipeline, head):
