@@ -19,7 +19,7 @@ from ds_lowrank.optimizers import OPTIMIZERS
 from ds_lowrank.parallel.mpu import as_mpu, check_grid
 from ds_lowrank.roles import tag_parameters
 from ds_lowrank.sharding.grid import Grid, grid_of
-from ds_lowrank.support import autotp_size, check_model, check_supported
+from ds_lowrank.support import autotp_size, check_model, check_supported, unit_of
 from ds_lowrank.together import together
 
 PLACES = ("target_modules", "exclude_modules", "modules_to_save")
@@ -76,38 +76,17 @@ def initialize(
         change.
     """
     import deepspeed
-    from deepspeed.runtime.pipe import PipelineModule
 
     from ds_lowrank.parallel.clipping import repair_clipping
-    from ds_lowrank.parallel.stages import with_whole_activations
 
     settings = _settings(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
     if optimizer is None and name is not None and name not in METHODS and (meant := looks_like_method(name)):
         raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
     low_rank = (optimizer is None and name in METHODS) or isinstance(optimizer, LowRankOptimizer)
+    mpu = as_mpu(mpu)
     if low_rank:
-        if model is None:
-            raise ConfigError("ds_lowrank.initialize needs a model")
-        method = name if optimizer is None else optimizer.method.name
-        check_supported(settings, method)
-        _check_ranks(autotp_size(settings))
-        mpu = as_mpu(mpu)
-        if optimizer is None:
-            settings = _with_adapters(model, settings, model_parameters)
-        check_model(model, mpu, settings, method)
-        tag_parameters(model)
-        unit = mpu
-        if isinstance(model, PipelineModule):
-            settings, unit = with_whole_activations(model, settings), model.mpu()
-        grid = None if unit is None else grid_of(unit)
-        _allow_under_zero()
-        if optimizer is None:
-            optimizer = _factory(model, settings, grid)
-        else:
-            optimizer.on_grid(grid)
-            if "scheduler" in settings:
-                _keep_ratios(optimizer)
+        settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=_without_path(args),
         model=model,
@@ -128,8 +107,46 @@ def initialize(
     return engine, wrapped, loader, scheduler
 
 
-def _check_ranks(autotp: int) -> None:
-    """DeepSpeed's own error for a grid that the ranks do not fill says nothing, and not on every rank."""
+def _prepare(
+    model: torch.nn.Module | None,
+    settings: dict[str, Any],
+    optimizer: LowRankOptimizer | None,
+    model_parameters: Iterable[Any] | None,
+    mpu: Any,
+) -> tuple[dict[str, Any], Any]:
+    """Check everything, and put names on the parameters.
+
+    Args:
+        optimizer: the client's; None for the one that the settings name.
+
+    Returns:
+        The settings and the optimizer (or what builds it) for DeepSpeed.
+    """
+    from ds_lowrank.parallel.stages import with_whole_activations
+
+    if model is None:
+        raise ConfigError("ds_lowrank.initialize needs a model")
+    method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
+    check_supported(settings, method)
+    _check_ranks_of_autotp(autotp_size(settings))
+    if optimizer is None:
+        settings = _with_adapters(model, settings, model_parameters)
+    check_model(model, mpu, settings, method)
+    tag_parameters(model)
+    settings = with_whole_activations(model, settings)
+    unit = unit_of(model, mpu)
+    grid = None if unit is None else grid_of(unit)
+    _allow_under_zero()
+    if optimizer is None:
+        return settings, _factory(model, settings, grid)
+    optimizer.on_grid(grid)
+    if "scheduler" in settings:
+        _keep_ratios(optimizer)
+    return settings, optimizer
+
+
+def _check_ranks_of_autotp(autotp: int) -> None:
+    """DeepSpeed's own error for ranks that it does not divide says nothing, and not on every rank."""
     ranks = dist.get_world_size() if dist.is_initialized() else os.environ.get("WORLD_SIZE")
     if autotp > 1 and ranks is not None:
         check_grid(int(ranks), autotp, pipeline=1, megatron=False)

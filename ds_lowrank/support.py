@@ -99,16 +99,26 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline and mpu is not None:
         raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
-    tensor = autotp_size(config) if mpu is None else grid_of(mpu).tensor_size
-    if in_pipeline:
-        tensor = grid_of(model.mpu()).tensor_size
-    elif mpu is None and tensor == 1 and grid_of(None).tensor_size > 1:
+    unit, autotp = unit_of(model, mpu), autotp_size(config)
+    if unit is not None and autotp > 1:
+        raise ConfigError(
+            "tensor_parallel.autotp_size makes a grid of its own: remove it, or give a plain model without mpu"
+        )
+    tensor = autotp if unit is None else grid_of(unit).tensor_size
+    if unit is None and autotp == 1 and grid_of(None).tensor_size > 1:
         raise ConfigError(
             "megatron-core's tensor-parallel groups are initialised, and DeepSpeed was not told: it would average the "
             "gradients of different shards. Pass mpu=megatron.core.parallel_state to ds_lowrank.initialize"
         )
     check_stage(config, tensor, in_pipeline)
     _check_parameters(model, tensor, in_pipeline, method)
+
+
+def unit_of(model: Any, mpu: Any) -> Any:
+    """The model-parallel unit of an engine: a ``PipelineModule`` brings its own, else ``mpu``."""
+    from deepspeed.runtime.pipe import PipelineModule
+
+    return model.mpu() if isinstance(model, PipelineModule) else mpu
 
 
 def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> None:
@@ -142,7 +152,8 @@ def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -
     experts = [name for name, p in model.named_parameters() if getattr(p, "allreduce", True) is False]
     if experts:
         raise ConfigError(
-            f"{method}: expert parallelism is not supported yet ({experts[0]} is split over expert ranks)"
+            f"{method}: expert parallelism is not supported yet ({experts[0]} is split over expert ranks): use a "
+            "model without experts"
         )
     if (tensor > 1 or in_pipeline) and has_adapters(model):
         raise ConfigError(f"{method}: adapters are not split over ranks: use them with data parallelism only")

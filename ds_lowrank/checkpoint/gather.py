@@ -20,15 +20,16 @@ def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     One parameter at a time is gathered, so that no device ever holds the model. Collective.
     """
     grid = grid_of(engine.mpu)
+    # Rank 0, and of the other stages the ranks that send to it.
     keeps = distributed.get_rank() == 0 or (grid.pipeline is not None and _ranks(grid.pipeline)[0] == 0)
     weights: dict[str, Tensor] = {}
     names = logical_names(engine.module)
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             whole = _over_tensor_ranks(parameter, names.get(name, name), grid)
-            if keeps and grid.tensor_rank == 0:
+            if keeps:
                 weights[names.get(name, name)] = whole.cpu().clone()
-    if grid.pipeline is not None and keeps and grid.tensor_rank == 0:
+    if grid.pipeline is not None and keeps:
         weights = _over_stages(weights, grid.pipeline, engine.device)
     return weights if distributed.get_rank() == 0 else {}
 

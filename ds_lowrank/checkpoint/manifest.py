@@ -9,7 +9,7 @@ from typing import Any
 from ds_lowrank.errors import CheckpointError
 
 FILE = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Identity:
     zero_stage: int
     ranks: int
     tensor_parallel: int
+    autotp_size: int
     pipeline_parallel: int
     sequence_length: int
     train_batch_size: int
@@ -37,7 +38,8 @@ REMEDIES = {
     "precision": "use the same bf16 and fp16 blocks in the DeepSpeed configuration",
     "zero_stage": "use the same zero_optimization.stage",
     "ranks": "start as many ranks",
-    "tensor_parallel": "give the same --tensor-parallel, or tensor_parallel.autotp_size",
+    "tensor_parallel": "give the same --tensor-parallel",
+    "autotp_size": "use the same tensor_parallel.autotp_size",
     "pipeline_parallel": "give the same --pipeline-parallel",
     "sequence_length": "give the same --sequence-length or --max-length",
     "train_batch_size": "give the same --global-batch-size",

@@ -155,7 +155,8 @@ def check_split(config: LlamaConfig, tensor: int, pipeline: int) -> None:
             )
     if pipeline > config.num_hidden_layers:
         raise ConfigError(
-            f"{pipeline} pipeline stages for num_hidden_layers {config.num_hidden_layers}: every stage needs a layer"
+            f"{pipeline} pipeline stages for num_hidden_layers {config.num_hidden_layers}: every stage needs a layer, "
+            "lower --pipeline-parallel"
         )
     if tensor * pipeline > 1 and config.attention_dropout:
         raise ConfigError("attention_dropout is not supported with tensor or pipeline parallelism: set it to 0")

@@ -7,6 +7,7 @@ is 0. In a pipeline that rank spans the stages, so all such parameters of the la
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,7 @@ from deepspeed import DeepSpeedEngine
 from ds_lowrank.sharding.grid import Grid, grid_of
 
 
-def gradient_norm(parameters: Any, grid: Grid) -> torch.Tensor:
+def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch.Tensor:
     """The 2-norm of the whole model's gradient, from reduced gradients in ``.grad``: a scalar, the same everywhere.
 
     A parameter that several ranks hold copies of counts once. Collective over the grid.
@@ -45,14 +46,19 @@ def keeps_no_norm(engine: DeepSpeedEngine) -> bool:
     return engine.zero_optimization_stage() == 0 and not lowered
 
 
+def is_repaired(engine: DeepSpeedEngine) -> bool:
+    """Whether :func:`repair_clipping` lets it find, and keep, the norm after all."""
+    return keeps_no_norm(engine) and not grid_of(engine.mpu).is_flat
+
+
 def repair_clipping(engine: DeepSpeedEngine) -> None:
     """Let an fp32 engine without ZeRO on a grid find the whole norm, report it, and clip by it if it clips.
 
     Every other engine is left as it is.
     """
-    grid = grid_of(engine.mpu)
-    if grid.is_flat or not keeps_no_norm(engine):
+    if not is_repaired(engine):
         return
+    grid, limit = grid_of(engine.mpu), engine.gradient_clipping()
 
     def clip_fp32_gradients(self: DeepSpeedEngine) -> None:
         parameters = list(self.module.parameters())
@@ -61,6 +67,5 @@ def repair_clipping(engine: DeepSpeedEngine) -> None:
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
-    limit = engine.gradient_clipping()
     engine.clip_fp32_gradients = MethodType(clip_fp32_gradients, engine)
     engine.gradient_clipping = lambda: limit or math.inf  # DeepSpeed asks for the norm only where this is above 0

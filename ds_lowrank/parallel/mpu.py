@@ -9,8 +9,10 @@ import torch.distributed as dist
 from ds_lowrank.apex import check_apex, is_importable
 from ds_lowrank.errors import ConfigError
 
-INSTALL = "megatron-core is not installed, and tensor and pipeline parallelism are made of its layers: pip install "
-INSTALL += "'ds_lowrank[megatron]'. tensor_parallel.autotp_size works without"
+MISSING = (
+    "megatron-core is not installed, and tensor and pipeline parallelism are made of its layers: pip install "
+    "megatron-core==0.16.1. tensor_parallel.autotp_size works without"
+)
 
 
 class MegatronMPU:
@@ -55,7 +57,7 @@ def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) ->
     """
     if megatron and tensor * pipeline > 1:
         if not is_importable("megatron.core"):
-            raise ConfigError(INSTALL)
+            raise ConfigError(MISSING)
         check_apex()
     if world % (tensor * pipeline):
         raise ConfigError(

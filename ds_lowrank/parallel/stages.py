@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.pipe import PipelineModule
 
 from ds_lowrank.errors import ConfigError
 
@@ -12,7 +13,7 @@ PARTITIONED = ("pipe_partitioned", "grad_partitioned")
 
 
 def with_whole_activations(model: torch.nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings for a pipeline whose tensor-parallel ranks hold different parts of the sequence.
+    """The settings, for a pipeline whose tensor-parallel ranks hold different parts of the sequence changed.
 
     DeepSpeed by default lets each tensor-parallel rank send its share of an activation that all of them hold alike, and
     puts the shares together behind. With sequence parallelism they hold different ones, which would be mixed up.
@@ -20,7 +21,9 @@ def with_whole_activations(model: torch.nn.Module, settings: dict[str, Any]) -> 
     Raises:
         ConfigError: the settings insist on it.
     """
-    if not any(getattr(module, "sequence_parallel", False) for module in model.modules()):
+    if not isinstance(model, PipelineModule) or not any(
+        getattr(module, "sequence_parallel", False) for module in model.modules()
+    ):
         return settings
     pipeline = dict(settings.get("pipeline", {}))
     insisted = [key for key in PARTITIONED if pipeline.get(key)]

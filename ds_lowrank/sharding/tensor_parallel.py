@@ -215,7 +215,10 @@ def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name:
     period, width = sum(fusion.heights), shape[1]
     ends = [0, *accumulate(sizes or shape[:1])]
     if ends[-1] % period:
-        raise ConfigError(f"{name}: {ends[-1]} rows are no whole number of the {period} of {fusion.names}")
+        raise ConfigError(
+            f"{name}: {ends[-1]} rows are no whole number of the {period} of {fusion.names}: correct the heights that "
+            "tag_fused was given"
+        )
     periods = ends[-1] // period
     own = list(pairwise(ends)) if sizes else [(0, shape[0])] * grid.tensor_size
     found = []

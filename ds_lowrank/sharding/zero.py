@@ -108,6 +108,7 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
 
     Raises:
         RuntimeError: a wrapper that this package does not know rearranged the groups.
+        ConfigError: the optimizer's states are offloaded, or a parameter is not contiguous.
     """
     # Decided by what the groups hold now: a parameter may still carry marks of an engine that is gone.
     both = list(zip(parameters, groups, strict=True))
@@ -197,12 +198,16 @@ def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
                 raise ConfigError(NO_OFFLOAD)
             sub_group, offset, _ = zero.grad_position[zero.get_param_id(tensor)]
             process_group = tensor.ds_process_group
-            size = tensor.partition_numel()
-            start = min(size * dist.get_rank(process_group), tensor.ds_numel)
-            end = min(start + size, tensor.ds_numel)
-            found.append(Interval(zero.fp32_partitioned_groups_flat[sub_group], start, end, offset))
+            found.append(Interval(zero.fp32_partitioned_groups_flat[sub_group], *_own_share(tensor), offset))
         intervals.append(found)
     return Placement("ZeRO stage 3 partitions", intervals, process_group)
+
+
+def _own_share(tensor: Any) -> Range:
+    """Of a parameter that stage 3 has cut evenly, the elements on this rank."""
+    size = tensor.partition_numel()
+    start = min(size * dist.get_rank(tensor.ds_process_group), tensor.ds_numel)
+    return start, min(start + size, tensor.ds_numel)
 
 
 def forward_weights(parameter: torch.nn.Parameter) -> tuple[Interval, bool]:
@@ -214,9 +219,7 @@ def forward_weights(parameter: torch.nn.Parameter) -> tuple[Interval, bool]:
     tensor: Any = parameter
     if getattr(tensor, "ds_tensor", None) is None:
         return Interval(parameter, 0, parameter.numel(), 0), False
-    size = tensor.partition_numel()
-    start = min(size * dist.get_rank(tensor.ds_process_group), tensor.ds_numel)
-    return Interval(tensor.ds_tensor, start, min(start + size, tensor.ds_numel), 0), True
+    return Interval(tensor.ds_tensor, *_own_share(tensor), 0), True
 
 
 def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:

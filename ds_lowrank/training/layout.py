@@ -28,12 +28,16 @@ class GridShape:
     @property
     def data(self) -> int:
         """Data-parallel ranks."""
-        return self.ranks // (self.tensor * self.pipeline * self.autotp)
+        return self.ranks // (self.tensor_ranks * self.pipeline)
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Over how many ranks a layer is split, by whichever of the two."""
+        return self.tensor * self.autotp
 
     def data_rank(self, rank: int) -> int:
         """Which of them a rank is: tensor-parallel ranks lie side by side, stages farthest apart."""
-        tensor = self.tensor * self.autotp
-        return rank % (self.data * tensor) // tensor
+        return rank % (self.data * self.tensor_ranks) // self.tensor_ranks
 
     @property
     def uses_megatron(self) -> bool:
@@ -53,9 +57,9 @@ def shape_of(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, r
             "tensor_parallel.autotp_size splits Hugging Face's layers, --tensor-parallel and --pipeline-parallel are "
             "made of megatron-core's: use one of them"
         )
-    check_grid(ranks, shape.tensor * autotp, shape.pipeline, megatron=shape.uses_megatron)
-    check_split(model, shape.tensor * autotp, shape.pipeline)
-    check_stage(config, shape.tensor * autotp, shape.pipeline > 1)
+    check_grid(ranks, shape.tensor_ranks, shape.pipeline, megatron=shape.uses_megatron)
+    check_split(model, shape.tensor_ranks, shape.pipeline)
+    check_stage(config, shape.tensor_ranks, shape.pipeline > 1)
     if arguments.sequence_parallel:
         _check_sequence_parallel(shape, arguments.sequence_length)
     return shape
@@ -67,9 +71,11 @@ def _check_sequence_parallel(shape: GridShape, length: int) -> None:
             "--sequence-parallel shares the sequence out over tensor-parallel ranks: give --tensor-parallel"
         )
     if length % shape.tensor:
-        raise ConfigError(f"--sequence-length {length} is no multiple of --tensor-parallel {shape.tensor}")
+        raise ConfigError(f"--sequence-length {length} is no multiple of --tensor-parallel {shape.tensor}: change one")
     if get_accelerator().device_name() == "cpu":
-        raise ConfigError("--sequence-parallel needs a GPU: megatron-core's collectives for it ask for a CUDA device")
+        raise ConfigError(
+            "--sequence-parallel needs a GPU, as megatron-core's collectives for it ask for CUDA: leave it out"
+        )
 
 
 def without_global_size(config: dict[str, Any], shape: GridShape) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, distributed
 
 from ds_lowrank.backward import forward_backward
-from ds_lowrank.parallel.clipping import keeps_no_norm
+from ds_lowrank.parallel.clipping import is_repaired, keeps_no_norm
 from ds_lowrank.pipeline import train_batch
-from ds_lowrank.sharding.grid import grid_of
 
 
 @dataclass
@@ -72,7 +71,7 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
     losses = forward_backward(engine, [partial(loss_of, batch) for batch in batches])
     backward += watch.read()
     grad_norm = None
-    unknown = keeps_no_norm(engine) and grid_of(engine.mpu).is_flat  # on a grid `initialize` sees to it
+    unknown = keeps_no_norm(engine) and not is_repaired(engine)
     if measure and unknown:
         grad_norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]))
         watch.read()

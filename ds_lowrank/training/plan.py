@@ -67,8 +67,7 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
         ranks,
         model=model.to_diff_dict(),
         sequence_length=arguments.sequence_length,
-        tensor_parallel=grid.tensor * grid.autotp,
-        pipeline_parallel=grid.pipeline,
+        grid=grid,
         **({} if scale is None else {"matrix_lr_scale": scale}),
     )
     checkpoint = checkpoint_to_resume(arguments, identity, arguments.steps)
@@ -97,11 +96,11 @@ def identify(
     *,
     model: dict[str, Any],
     sequence_length: int,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
+    grid: GridShape | None = None,
     **optimizer_params: Any,
 ) -> Identity:
-    """The run's identity; `optimizer_params` are those beside the configuration's."""
+    """The run's identity; `grid` where there is more than data parallelism, `optimizer_params` beside the JSON's."""
+    grid = grid or GridShape(ranks)
     return Identity(
         model=model,
         optimizer=config["optimizer"]["type"],
@@ -109,8 +108,9 @@ def identify(
         precision=ds_config.precision(config),
         zero_stage=ds_config.zero_stage(config),
         ranks=ranks,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
+        tensor_parallel=grid.tensor,
+        autotp_size=grid.autotp,
+        pipeline_parallel=grid.pipeline,
         sequence_length=sequence_length,
         train_batch_size=batch.total,
         micro_batch_size=batch.micro,

@@ -80,6 +80,37 @@ def misfit_on_the_last_stage():
     return error_of_model(model, settings)
 
 
+def test_autotp_goes_with_no_other_grid():
+    for error in run_ranks(2, error_of_autotp_in_a_pipeline):
+        assert "tensor_parallel.autotp_size makes a grid of its own" in error
+
+
+def error_of_autotp_in_a_pipeline():
+    return error_of(PIPELINE, settings_of(PIPELINE) | {"tensor_parallel": {"autotp_size": 2}})
+
+
+def test_parallel_state_will_do_for_a_dense_optimizer_too():
+    assert run_ranks(2, dense_with_parallel_state) == [1, 1]
+
+
+def dense_with_parallel_state():
+    from megatron.core import parallel_state
+
+    import ds_lowrank
+    from ds_lowrank.models import llama_parallel
+    from tests.engines.grids import llama_config
+
+    parallel_state.initialize_model_parallel(2)
+    model = llama_parallel.build(llama_config(), 0, 2, 1)
+    settings = settings_of(Grid(1, 2, 1, 1))
+    settings["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    engine, *_ = ds_lowrank.initialize(
+        model=model, model_parameters=model.parameters(), config=settings, mpu=parallel_state
+    )
+    train_step(engine, 0)
+    return engine.global_steps
+
+
 def test_a_stage_without_parameters_stops_all():
     errors = run_ranks(2, more_stages_than_layers)
     assert all("a stage of the pipeline has nothing to train" in error for error in errors)

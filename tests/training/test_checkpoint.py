@@ -26,6 +26,7 @@ IDENTITY = Identity(
     zero_stage=2,
     ranks=1,
     tensor_parallel=1,
+    autotp_size=1,
     pipeline_parallel=1,
     sequence_length=32,
     train_batch_size=8,

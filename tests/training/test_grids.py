@@ -97,6 +97,9 @@ def test_another_grid_does_not_resume_it(workspace, on_a_grid):
     arguments = [*workspace.arguments("other", config=ZERO1), "--resume", checkpoint, "--tensor-parallel", "2"]
     with pytest.raises(ValueError, match="pipeline_parallel: the checkpoint has 2, this run 1"):
         make_plan(parse(arguments), 4)
+    autotp = [*workspace.arguments("other", config=AUTOTP), "--resume", checkpoint]
+    with pytest.raises(ValueError, match=r"tensor_parallel: the checkpoint has 2, this run 1.*autotp_size: the"):
+        make_plan(parse(autotp), 4)
 
 
 REFUSED = [
@@ -149,7 +152,7 @@ def of_another_project(monkeypatch, path):
 def test_a_missing_megatron_core_is_named_with_what_to_install(workspace, monkeypatch, tmp_path, hide, flag):
     arguments = parse([*workspace.arguments("refused", config=ZERO1), flag, "2"])
     hide(monkeypatch, tmp_path)
-    with pytest.raises(ConfigError, match=r"pip install 'ds_lowrank\[megatron\]'.*autotp_size works without"):
+    with pytest.raises(ConfigError, match=r"pip install megatron-core==0\.16\.1\. .*autotp_size works without"):
         make_plan(arguments, 2)
 
 

@@ -157,7 +157,15 @@ def test_commands_parse_and_name_files_that_exist(command):
 
 def test_every_flag_that_is_mentioned_exists(parsers):
     elsewhere = {"--num_gpus", "--hostfile", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend"}
-    elsewhere |= {"--rdzv_endpoint", "--constraint", "--logdir", "--no-build-isolation", "--help"}
+    elsewhere |= {
+        "--rdzv_endpoint",
+        "--constraint",
+        "--logdir",
+        "--no-build-isolation",
+        "--help",
+        "--picture",
+        "--simulated",
+    }
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, page
