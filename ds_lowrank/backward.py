@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,6 +184,8 @@ class RandomState:
         self._cpu = torch.get_rng_state()
         self._device = torch.accelerator.current_accelerator()
         self._own = self._module().get_rng_state() if self._device is not None else None
+        self._tracker = self._of_megatron_core()
+        self._tracked = None if self._tracker is None else self._tracker.get_states()
 
     def _module(self) -> Any:
         return torch.get_device_module(self._device)
@@ -191,6 +194,15 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         if self._own is not None:
             self._module().set_rng_state(self._own)
+        if self._tracker is not None:
+            self._tracker.set_states(self._tracked)
+
+    @staticmethod
+    def _of_megatron_core() -> Any:
+        """Its layers drop by states of their own, where somebody has seeded them."""
+        module = sys.modules.get("megatron.core.tensor_parallel.random")
+        tracker = None if module is None else module.get_cuda_rng_tracker()
+        return tracker if tracker is not None and tracker.is_initialized() else None
 
 
 _warned_of_dropout = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def initialize(
     import deepspeed
 
     from ds_lowrank.parallel.clipping import repair_clipping
+    from ds_lowrank.parallel.stages import check_groups
 
     settings = _settings(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
@@ -103,6 +105,7 @@ def initialize(
     )
     if low_rank:
         engine.basic_optimizer.finalize()
+        check_groups(engine)
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
 
@@ -122,6 +125,8 @@ def _prepare(
     Returns:
         The settings and the optimizer (or what builds it) for DeepSpeed.
     """
+    from deepspeed.accelerator import get_accelerator
+
     from ds_lowrank.parallel.stages import with_whole_activations
 
     if model is None:
@@ -131,11 +136,14 @@ def _prepare(
     _check_ranks_of_autotp(autotp_size(settings))
     if optimizer is None:
         settings = _with_adapters(model, settings, model_parameters)
-    check_model(model, mpu, settings, method)
-    tag_parameters(model)
-    settings = with_whole_activations(model, settings)
     unit = unit_of(model, mpu)
+    if unit is not mpu:  # a pipeline: what is refused may lie on one stage
+        get_accelerator().set_device(model.local_rank)  # as DeepSpeed will; collectives need it
+    with together() if unit is not mpu else nullcontext():
+        check_model(model, mpu, settings, method)
+    tag_parameters(model)
     grid = None if unit is None else grid_of(unit)
+    settings = with_whole_activations(model, settings, grid)
     _allow_under_zero()
     if optimizer is None:
         return settings, _factory(model, settings, grid)

@@ -42,7 +42,7 @@ class ParameterGroups:
         self._method, self._given, self._grid = method, given, grid
         self._tags: dict[torch.Tensor, Tag] = {}
         self._names: list[str] = []
-        self._patterns: list[tuple[str, str]] = []
+        self._patterns: list[tuple[list[str], str, str]] = []
         self.dicts: list[dict[str, Any]] = []
         self.parameters: list[list[torch.nn.Parameter]] = []
 
@@ -106,22 +106,26 @@ class ParameterGroups:
         return tag
 
     def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-        """Every pattern has a parameter here, or in a pipeline on some stage: that is asked when all are there."""
-        if self._grid().pipeline is None:
-            check_patterns(names, key, patterns)
+        """Every pattern has a parameter here, or in a pipeline on some stage: that is asked when the grid is known."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._patterns += [(list(names), key, pattern) for pattern in patterns]
         else:
-            self._patterns += [(key, pattern) for pattern in patterns]
+            check_patterns(names, key, patterns)
 
-    def match_on_all_stages(self, pipeline: dist.ProcessGroup) -> None:
-        """Judge the patterns by the names of every stage. Collective over the pipeline.
+    def check_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
+        """Judge what was left open by the names here, or of every stage. Collective over the pipeline.
 
         Raises:
-            ConfigError: a pattern matches no parameter of any stage.
+            ConfigError: a pattern matches no parameter.
         """
+        if pipeline is None:
+            for own, key, pattern in self._patterns:
+                check_patterns(own, key, [pattern])
+            return
         stages: list[list[str]] = [[]] * dist.get_world_size(pipeline)
         dist.all_gather_object(stages, self._names, group=pipeline)
         names = [name for stage in stages for name in stage]
-        for key, pattern in self._patterns:
+        for _, key, pattern in self._patterns:
             check_patterns(names, key, [pattern])
 
     def options_of(self, group: dict[str, Any]) -> Options:

@@ -26,7 +26,7 @@ from ds_lowrank.placing import make_slots
 from ds_lowrank.report import Inventory, logger, role_table, state_bytes, take_inventory
 from ds_lowrank.sharding.grid import Grid, grid_of, joined
 from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
-from ds_lowrank.sharding.zero import read_placement
+from ds_lowrank.sharding.zero import MISSES_SHARDS, read_placement
 from ds_lowrank.slots import Slot, Work, groups_of, largest_magnitude, waves
 from ds_lowrank.state import dump_state, load_state
 from ds_lowrank.together import together
@@ -96,6 +96,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "several at a time: set accumulation to 'per_step'"
             )
         placement = read_placement(self._groups.parameters, self._groups.dicts)
+        if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
+            raise ConfigError(MISSES_SHARDS)
         self._is_local = self._projects_locally()
         # Tensor-parallel ranks that project their own shards have nothing to exchange, and may do so in other rounds.
         group = placement.process_group if self._is_local else joined(placement.process_group, self.grid.tensor)
@@ -104,8 +106,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.wrapper = placement.wrapper
         with together() if self.grid.pipeline else nullcontext():  # a stage alone may have what does not fit
             slots = make_slots(self.method, self._groups.members(self.state), placement, self.grid, group)
-        if self.grid.pipeline is not None:
-            self._groups.match_on_all_stages(self.grid.pipeline)
+        self._groups.check_patterns(self.grid.pipeline)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")

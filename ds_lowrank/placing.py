@@ -88,6 +88,8 @@ def check_fit(method: type[Method], members: Iterable[Member]) -> None:
             continue
         m, n = member.placed(role).shape
         problem = method.misfit((m, n), member.options)
+        if getattr(member.parameter, "ds_pipe_replicated", False):
+            problem = "a weight that stages of a pipeline share is not projected, as its copies would drift apart"
         if problem is not None:
             misfits.setdefault(f"{m} x {n}: {problem}", []).append(member.tag.name)
     if misfits:

@@ -9,6 +9,7 @@ from typing import Any
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.models.adapter import has_adapters
 from ds_lowrank.sharding.grid import grid_of
+from ds_lowrank.sharding.zero import MISSES_SHARDS
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
     return asked
 
 
+SIZES_OF_SHARDS = ("output_size_per_partition", "input_size_per_partition", "num_embeddings_per_partition")
+"""What megatron-core's parallel layers know."""
 MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
 
 REFUSALS = (
@@ -70,6 +73,12 @@ REFUSALS = (
         lambda c: c.get("bf16", {}).get("check_grad_overflow", True) is False,
         "remove it: a gradient that is not finite would stop some parameter groups and not the others",
     ),
+    Refusal(
+        "zero_optimization.compute_grad_norm = false",
+        lambda c: _zero(c).get("compute_grad_norm", True) is False,
+        "remove it: a gradient that is not finite would stop some parameter groups and not the others",
+    ),
+    Refusal("bfloat16", lambda c: "bfloat16" in c, "call it bf16"),
     Refusal("amp", _enabled("amp"), "use bf16 or fp16"),
     Refusal("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
     Refusal("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
@@ -104,11 +113,17 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
         raise ConfigError(
             "tensor_parallel.autotp_size makes a grid of its own: remove it, or give a plain model without mpu"
         )
+    if getattr(unit, "get_context_parallel_world_size", lambda: 1)() > 1:
+        raise ConfigError(
+            "context parallelism is not supported: DeepSpeed would average gradients without its ranks. Set "
+            "context_parallel_size to 1"
+        )
     tensor = autotp if unit is None else grid_of(unit).tensor_size
     if unit is None and autotp == 1 and grid_of(None).tensor_size > 1:
         raise ConfigError(
-            "megatron-core's tensor-parallel groups are initialised, and DeepSpeed was not told: it would average the "
-            "gradients of different shards. Pass mpu=megatron.core.parallel_state to ds_lowrank.initialize"
+            "tensor-parallel groups are initialised (megatron-core's, or of an earlier engine with AutoTP), and "
+            "DeepSpeed was not told: it would average the gradients of different shards. Pass "
+            "mpu=megatron.core.parallel_state to ds_lowrank.initialize"
         )
     check_stage(config, tensor, in_pipeline)
     _check_parameters(model, tensor, in_pipeline, method)
@@ -122,7 +137,7 @@ def unit_of(model: Any, mpu: Any) -> Any:
 
 
 def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> None:
-    """Refuse a ZeRO stage at which DeepSpeed has no pipeline, or takes a gradient norm that misses shards.
+    """Refuse a ZeRO stage at which DeepSpeed has no pipeline, or gets gradients or their norm wrong.
 
     Raises:
         ConfigError: with the stage that works.
@@ -133,14 +148,14 @@ def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> No
             f"ZeRO {stage} partitions gradients, which a pipeline accumulates over micro-batches: DeepSpeed allows "
             "zero_optimization.stage 0 and 1 with a pipeline; set one of them"
         )
-    # bf16 in a pipeline has another wrapper, whose norm is right.
-    wrong = ("fp16",) if in_pipeline else ("fp16", "bf16")
-    lowered = next((key for key in wrong if _enabled(key)(config)), None)
-    if stage == 0 and tensor > 1 and lowered is not None:
+    if stage == 0 and _enabled("fp16")(config):
         raise ConfigError(
-            f"{lowered} with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel "
-            "ranks but the first out of the gradient norm. Set zero_optimization.stage to 1"
+            "fp16 at ZeRO 0: DeepSpeed 0.19.8 divides the gradient by a loss scale that it has not multiplied the loss "
+            "by. Set zero_optimization.stage to 1"
         )
+    # In a pipeline bf16 has another wrapper, whose norm is right.
+    if stage == 0 and tensor > 1 and _enabled("bf16")(config) and not in_pipeline:
+        raise ConfigError(MISSES_SHARDS)
 
 
 def autotp_size(config: Mapping[str, Any]) -> int:
@@ -157,3 +172,16 @@ def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -
         )
     if (tensor > 1 or in_pipeline) and has_adapters(model):
         raise ConfigError(f"{method}: adapters are not split over ranks: use them with data parallelism only")
+    if tensor > 1:
+        _check_marks(model)
+
+
+def _check_marks(model: Any) -> None:
+    """megatron-core marks a weight as split while it draws it; told not to, it leaves a shard that looks whole."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        split = any(hasattr(module, size) for size in SIZES_OF_SHARDS)
+        if split and weight is not None and not getattr(weight, "tensor_model_parallel", False):
+            raise ConfigError(
+                f"{name}.weight is a shard and not marked as one: set perform_initialization in megatron-core's config"
+            )

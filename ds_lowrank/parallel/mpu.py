@@ -67,7 +67,7 @@ def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) ->
 
 
 def make_grid(tensor: int, pipeline: int) -> Any:
-    """Initialise megatron-core's groups; ``torch.distributed`` must be. Collective.
+    """Initialise megatron-core's groups, or take those that are there; ``torch.distributed`` must be. Collective.
 
     Returns:
         The mpu, for ``initialize`` (a ``PipelineModule`` brings its own).
@@ -75,5 +75,15 @@ def make_grid(tensor: int, pipeline: int) -> Any:
     check_grid(dist.get_world_size(), tensor, pipeline)
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+    found = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if found != (tensor, pipeline):
+        raise ConfigError(
+            f"megatron-core's groups are there already, for tensor x pipeline {found}, not {(tensor, pipeline)}: call "
+            "megatron.core.parallel_state.destroy_model_parallel() first"
+        )
     return MegatronMPU(parallel_state)

@@ -26,6 +26,11 @@ from ds_lowrank.sharding.tensor_parallel import Logical
 
 NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offload_optimizer"
 
+MISSES_SHARDS = (
+    "bf16 with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel ranks but the "
+    "first out of the gradient norm. Set zero_optimization.stage to 1"
+)
+
 
 @dataclass
 class Interval:
@@ -236,12 +241,21 @@ def read_intervals(
 
     Returns:
         Every rank's tensor-parallel rank, and for every rank the ``[start, end)`` of each parameter.
+
+    Raises:
+        ConfigError: on all ranks, where they would step a parameter in different calls of ``step``.
     """
-    own = [(tensor_rank, 0), *((i.start, i.end) for i in intervals)]
+    numbers = {store: number for number, store in enumerate(dict.fromkeys(id(i.store) for i in intervals))}
+    own = [(tensor_rank, 0, 0), *((i.start, i.end, numbers[id(i.store)]) for i in intervals)]
     if process_group is None or not intervals:
-        return [tensor_rank], [own[1:]]
+        return [tensor_rank], [[(start, end) for start, end, _ in own[1:]]]
     mine = torch.tensor(own, dtype=torch.int64, device=intervals[0].store.device)
     world = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(world, mine, group=process_group)
-    found = [[(start, end) for start, end in rows.tolist()] for rows in world]
+    if any(not torch.equal(rows[1:, 2], mine[1:, 2]) for rows in world):
+        raise ConfigError(
+            "ZeRO 3 cuts the parameters into other sub-groups on tensor-parallel ranks whose shards differ in size: "
+            "leave zero_optimization.sub_group_size at its default, or choose a degree that divides all widths"
+        )
+    found = [[(start, end) for start, end, _ in rows.tolist()] for rows in world]
     return [rows[0][0] for rows in found], [rows[1:] for rows in found]

@@ -36,7 +36,9 @@ REFUSED = [
     (Grid(1, 1, 2, 2), {}, "set one of them"),
     (Grid(1, 2, 1, 0), {"dtype": "bf16"}, "Set zero_optimization.stage to 1"),
     (Grid(1, 2, 1, 0, "autotp"), {"dtype": "bf16"}, "Set zero_optimization.stage to 1"),
-    (Grid(1, 2, 2, 0), {"fp16": {"enabled": True}}, "fp16 with tensor parallelism at ZeRO 0"),
+    (Grid(1, 2, 2, 0), {"fp16": {"enabled": True}}, "fp16 at ZeRO 0"),
+    (PIPELINE, {"fp16": {"enabled": True}}, "fp16 at ZeRO 0"),
+    (Grid(1, 1, 1, 0, "autotp"), {"fp16": {"enabled": True}}, "fp16 at ZeRO 0"),
     (PIPELINE, {"method": "Lorenza", "params": {"accumulation": "per_micro_batch"}}, "set accumulation to 'per_step'"),
     (PIPELINE, {"params": {"target_modules": ["*nothing*"]}}, "'*nothing*' matches no parameter"),
     (
@@ -109,6 +111,162 @@ def dense_with_parallel_state():
     )
     train_step(engine, 0)
     return engine.global_steps
+
+
+def plain_pipeline(**changes):
+    """6 x 8 on one stage, 8 x 6 on the other."""
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from torch import nn
+
+    layers = [LayerSpec(nn.Linear, 6, 8, **changes), LayerSpec(nn.Linear, 8, 6, bias=False)]
+    return PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+
+
+def test_groups_that_one_stage_lacks_are_refused_where_deepspeed_would_wait():
+    for stage, message in ((1, "the stages of the pipeline have [2, 1] parameter groups"), (0, "")):
+        assert run_ranks(2, biases_on_one_stage, stage) == [message] * 2
+
+
+def biases_on_one_stage(stage):
+    import ds_lowrank
+
+    model = plain_pipeline()
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [pair for pair in named if pair[0].endswith(".weight")]},
+        {"params": [pair for pair in named if pair[0].endswith(".bias")]},
+    ]
+    try:
+        ds_lowrank.initialize(
+            model=model,
+            model_parameters=[group for group in groups if group["params"]],
+            config=settings_of(Grid(1, 1, 2, stage)),
+        )
+    except ds_lowrank.ConfigError as error:
+        return str(error).partition(" with something")[0]
+    return ""
+
+
+def test_what_one_stage_alone_can_see_stops_both():
+    errors = run_ranks(2, experts_on_the_first_stage)
+    assert all("expert parallelism is not supported yet" in error for error in errors)
+
+
+def experts_on_the_first_stage():
+    model = plain_pipeline()
+    for name, parameter in model.named_parameters():
+        parameter.allreduce = not name.startswith("0.")
+    return error_of_model(model, settings_of(PIPELINE))
+
+
+def test_a_client_s_pattern_may_match_on_one_stage_only():
+    assert run_ranks(2, client_optimizer, ["1.weight"]) == [1, 0]
+    assert all("'nothing' matches no parameter" in error for error in run_ranks(2, client_optimizer, ["nothing"]))
+
+
+def client_optimizer(excluded):
+    """How many matrices it projects, or the error."""
+    import ds_lowrank
+
+    model = plain_pipeline()
+    optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2, exclude_modules=excluded)
+    settings = settings_of(PIPELINE)
+    del settings["optimizer"]
+    try:
+        ds_lowrank.initialize(model=model, optimizer=optimizer, config=settings)
+    except ds_lowrank.ConfigError as error:
+        return str(error)
+    return sum(slot.is_projected for slot in optimizer.slots)
+
+
+def test_one_stage_with_sequence_parallel_layers_decides_for_both():
+    assert run_ranks(2, partitioned_activations) == [(False, False)] * 2
+
+
+def partitioned_activations():
+    from ds_lowrank.parallel.stages import with_whole_activations
+    from ds_lowrank.sharding.grid import grid_of
+
+    model = plain_pipeline()
+    for name, module in model.named_modules():
+        module.sequence_parallel = name == "1"
+    pipeline = with_whole_activations(model, {}, grid_of(model.mpu()))["pipeline"]
+    return pipeline["pipe_partitioned"], pipeline["grad_partitioned"]
+
+
+def test_a_tied_weight_is_not_projected_in_a_pipeline():
+    grid = Grid(1, 1, 2, 1)
+    settings = settings_of(grid, params={"target_modules": ["*embed_tokens*", "*q_proj*"]})
+    for error in run_ranks(2, error_of, grid, settings, tie_word_embeddings=True):
+        assert "a weight that stages of a pipeline share is not projected" in error
+
+
+def test_sub_groups_that_differ_between_tensor_ranks_are_refused():
+    """Three key-value heads on two ranks: shards of other sizes, cut after other parameters."""
+    grid = Grid(1, 2, 1, 3, "autotp")
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+    settings = settings_of(grid, zero_optimization={"sub_group_size": 5000})
+    for error in run_ranks(2, error_of, grid, settings, **sizes):
+        assert "leave zero_optimization.sub_group_size at its default" in error
+
+
+def test_layers_that_deepspeed_splits_beforehand_are_seen():
+    for error in run_ranks(2, split_beforehand):
+        assert "bf16 with tensor parallelism at ZeRO 0" in error
+
+
+def split_beforehand():
+    import deepspeed
+
+    model = deepspeed.tp_model_init(dense_model(), tp_size=2, dtype=torch.bfloat16)
+    settings = settings_of(Grid(1, 2, 1, 0), dtype="bf16")
+    del settings["train_batch_size"]
+    return error_of_model(model, settings)
+
+
+def test_context_parallelism_is_refused():
+    assert all("Set context_parallel_size to 1" in error for error in run_ranks(2, with_context_ranks))
+
+
+def with_context_ranks():
+    from megatron.core import parallel_state
+
+    import ds_lowrank
+
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    try:
+        ds_lowrank.initialize(model=dense_model(), mpu=parallel_state, config=settings_of(Grid(2, 1, 1, 1)))
+    except ds_lowrank.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_shards_that_megatron_core_has_not_marked_are_refused():
+    for error in run_ranks(2, without_initialization):
+        assert "up.weight is a shard and not marked as one" in error
+
+
+def without_initialization():
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    import ds_lowrank
+    from ds_lowrank.parallel.mpu import make_grid
+
+    mpu = make_grid(2, 1)
+    assert make_grid(2, 1).get_tensor_model_parallel_world_size() == 2
+    with pytest.raises(ds_lowrank.ConfigError, match="groups are there already"):
+        make_grid(1, 2)
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=2, use_cpu_initialization=True, perform_initialization=False
+    )
+    layer = ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.xavier_normal_, bias=False)
+    model = torch.nn.ModuleDict({"up": layer})
+    try:
+        ds_lowrank.initialize(model=model, mpu=mpu, config=settings_of(Grid(1, 2, 1, 1)))
+    except ds_lowrank.ConfigError as error:
+        return str(error)
+    return ""
 
 
 def test_a_stage_without_parameters_stops_all():

@@ -238,6 +238,8 @@ REFUSED = [
     {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
     {"zero_optimization": {"zero_hpz_partition_size": 8}},
     {"bf16": {"enabled": True, "check_grad_overflow": False}},
+    {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+    {"bfloat16": {"enabled": True}},
     {"zero_optimization": {"elastic_checkpoint": True}},
     {"checkpoint": {"load_universal": True}},
     {"amp": {"enabled": True}},

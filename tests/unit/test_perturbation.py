@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.backward import forward_backward
+from ds_lowrank.backward import RandomState, forward_backward
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
 from tests.reference.lorenza import DenseLorenza, climb
@@ -297,3 +297,19 @@ def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks,
             got = target.dense(found.at(coordinates))
             assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
             assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+def test_megatron_cores_random_states_are_rewound_too():
+    """Its layers drop by them on a GPU; here they are any tensors."""
+    random = pytest.importorskip("megatron.core.tensor_parallel.random")
+    tracker = random.get_cuda_rng_tracker()
+    RandomState().rewind()
+    assert not tracker.is_initialized(), "nobody has seeded them"
+    tracker.set_states({"model-parallel-rng": torch.tensor([1])})
+    try:
+        state = RandomState()
+        tracker.set_states({"model-parallel-rng": torch.tensor([2])})
+        state.rewind()
+        assert tracker.get_states() == {"model-parallel-rng": torch.tensor([1])}
+    finally:
+        tracker.reset()
