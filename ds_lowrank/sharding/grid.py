@@ -81,7 +81,7 @@ def _group(mpu: Any, names: Sequence[str]) -> dist.ProcessGroup | None:
 def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks that can be reached from one another through groups; None where that is this rank alone.
 
-    Collective over the world where more than one group has several ranks, as new groups are made.
+    Collective over the world where more than one group has several ranks, as groups are made that were not before.
     """
     given = [group for group in groups if group is not None and dist.get_world_size(group) > 1]
     if len(given) < 2:
@@ -91,10 +91,24 @@ def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     dist.all_gather_object(everybody, own)
     found: dist.ProcessGroup | None = None
     for ranks in _components([set(ranks) for lists in everybody for ranks in lists]):
-        group = dist.new_group(ranks)
+        group = _group_of(ranks)
         if dist.get_rank() in ranks:
             found = group
     return found
+
+
+_made: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})
+
+
+def _group_of(ranks: list[int]) -> Any:
+    """One group for the same ranks as long as the world lives: nobody destroys those of an engine that is gone."""
+    global _made
+    if _made[0] is not dist.group.WORLD:
+        _made = dist.group.WORLD, {}
+    groups = _made[1]
+    if tuple(ranks) not in groups:
+        groups[tuple(ranks)] = dist.new_group(ranks)
+    return groups[tuple(ranks)]
 
 
 def _components(sets: Sequence[set[int]]) -> list[list[int]]:

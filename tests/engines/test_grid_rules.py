@@ -360,6 +360,22 @@ def groups_of_both():
     return tuple([dist.get_process_group_ranks(group) for group in groups] for groups in (own, megatrons))
 
 
+def test_engines_one_after_the_other_share_their_group():
+    """Communicators of NCCL are not free, and nobody destroys them."""
+    assert run_ranks(4, joined_twice) == [([0, 1, 2, 3], True)] * 4
+
+
+def joined_twice():
+    import torch.distributed as dist
+
+    from ds_lowrank.parallel.mpu import make_grid
+    from ds_lowrank.sharding.grid import joined
+
+    mpu = make_grid(2, 1)
+    first, second = (joined(mpu.get_data_parallel_group(), mpu.get_tensor_model_parallel_group()) for _ in range(2))
+    return dist.get_process_group_ranks(first), first is second
+
+
 def test_a_pipeline_is_stepped_by_train_batch():
     for errors in run_ranks(2, misused):
         assert "call ds_lowrank.train_batch" in errors[0]
