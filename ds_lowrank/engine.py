@@ -126,6 +126,7 @@ def _prepare(
         The settings and the optimizer (or what builds it) for DeepSpeed.
     """
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.pipe import PipelineModule
 
     from ds_lowrank.parallel.stages import with_whole_activations
 
@@ -136,12 +137,13 @@ def _prepare(
     _check_ranks_of_autotp(autotp_size(settings))
     if optimizer is None:
         settings = _with_adapters(model, settings, model_parameters)
-    unit = unit_of(model, mpu)
-    if unit is not mpu:  # a pipeline: what is refused may lie on one stage
+    in_pipeline = isinstance(model, PipelineModule)
+    if in_pipeline:
         get_accelerator().set_device(model.local_rank)  # as DeepSpeed will; collectives need it
-    with together() if unit is not mpu else nullcontext():
+    with together() if in_pipeline else nullcontext():  # what is refused may lie on one stage
         check_model(model, mpu, settings, method)
     tag_parameters(model)
+    unit = unit_of(model, mpu)
     grid = None if unit is None else grid_of(unit)
     settings = with_whole_activations(model, settings, grid)
     _allow_under_zero()

@@ -112,7 +112,7 @@ class ParameterGroups:
         else:
             check_patterns(names, key, patterns)
 
-    def check_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
+    def match_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
         """Judge what was left open by the names here, or of every stage. Collective over the pipeline.
 
         Raises:

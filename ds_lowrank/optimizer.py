@@ -106,7 +106,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.wrapper = placement.wrapper
         with together() if self.grid.pipeline else nullcontext():  # a stage alone may have what does not fit
             slots = make_slots(self.method, self._groups.members(self.state), placement, self.grid, group)
-        self._groups.check_patterns(self.grid.pipeline)
+        self._groups.match_patterns(self.grid.pipeline)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")

@@ -47,6 +47,7 @@ def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
 SIZES_OF_SHARDS = ("output_size_per_partition", "input_size_per_partition", "num_embeddings_per_partition")
 """What megatron-core's parallel layers know."""
 MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
+SOME_WOULD_STOP = "remove it: a gradient that is not finite would stop some parameter groups and not the others"
 
 REFUSALS = (
     Refusal("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
@@ -71,12 +72,12 @@ REFUSALS = (
     Refusal(
         "bf16.check_grad_overflow = false",
         lambda c: c.get("bf16", {}).get("check_grad_overflow", True) is False,
-        "remove it: a gradient that is not finite would stop some parameter groups and not the others",
+        SOME_WOULD_STOP,
     ),
     Refusal(
         "zero_optimization.compute_grad_norm = false",
         lambda c: _zero(c).get("compute_grad_norm", True) is False,
-        "remove it: a gradient that is not finite would stop some parameter groups and not the others",
+        SOME_WOULD_STOP,
     ),
     Refusal("bfloat16", lambda c: "bfloat16" in c, "call it bf16"),
     Refusal("amp", _enabled("amp"), "use bf16 or fp16"),

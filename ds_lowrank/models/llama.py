@@ -31,6 +31,8 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""The whole weight of a name in the model, and a shape."""
 # Keys that Hugging Face writes into a config.json beside the fields of LlamaConfig.
 DESCRIPTIVE = ("model_type", "architectures", "torch_dtype", "transformers_version")
 
@@ -97,7 +99,7 @@ def build(
     seed: int,
     ds_config: dict[str, Any] | None = None,
     architecture: type[PreTrainedModel] = LlamaForCausalLM,
-    weights: Callable[[str, tuple[int, ...]], torch.Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> Any:
     """Build a LLaMA of the given architecture with weights that depend on `seed` and the configuration alone.
 
@@ -117,12 +119,17 @@ def build(
     rotary = model.model.rotary_emb
     for name, buffer in LlamaRotaryEmbedding(config).named_buffers():
         setattr(rotary, name, buffer.to(getattr(rotary, name).device))
-    weights = weights or partial(draw_weight, seed=seed, std=config.initializer_range)
+    weights = weights or drawn(seed, config)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if not partitioned or get_rank() == 0:  # whose weights the others are given
                 parameter.copy_(weights(name, tuple(parameter.shape)))
     return model
+
+
+def drawn(seed: int, config: LlamaConfig) -> Weights:
+    """The weights that a seed stands for."""
+    return partial(draw_weight, seed=seed, std=config.initializer_range)
 
 
 def draw_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> torch.Tensor:

@@ -7,9 +7,7 @@ weights go back and forth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import partial
 from io import StringIO
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, distributed, nn
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from ds_lowrank.models.llama import check_split, draw_weight
+from ds_lowrank.models.llama import Weights, check_split, drawn
 from ds_lowrank.models.llama_layers import DecoderLayer, Embedding, Head, Norm, Recipe, causal_loss, tied_head
 from ds_lowrank.sharding.grid import Grid, grid_of
 from ds_lowrank.sharding.tensor_parallel import logical_matrices, shard_of
@@ -97,7 +95,7 @@ def build(
     *,
     sequence_parallel: bool = False,
     recompute: bool = False,
-    weights: Callable[[str, tuple[int, ...]], Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> ParallelLlama:
     """A LLaMA on the grid of :func:`ds_lowrank.parallel.mpu.make_grid`, with the weights of ``llama.build`` for a seed.
 
@@ -114,12 +112,12 @@ def build(
         model: ParallelLlama = LlamaPipeline(recipe, PipeModelDataParallelTopology(pipeline, tensor, data))
     else:
         model = LlamaTensorParallel(recipe)
-    _fill(model, weights or partial(draw_weight, seed=seed, std=config.initializer_range))
+    _fill(model, weights or drawn(seed, config))
     return model
 
 
 @torch.no_grad()
-def _fill(model: ParallelLlama, weight: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+def _fill(model: ParallelLlama, weight: Weights) -> None:
     """Give every parameter its shard of the whole weight of that name and shape."""
     grid, names = _grid(model), model.logical_names()
     for name, parameter in model.named_parameters():

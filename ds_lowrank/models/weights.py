@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +20,7 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path, config: LlamaConfig) -> None:
-        self._folder = folder
-        self._files = self._find()
+        self._files = {name: file for file in _opened(folder) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
             needed = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
         missing = sorted(needed.keys() - self._files.keys())
@@ -30,33 +30,24 @@ class FolderWeights:
                 f"{missing[0]}: give the folder of a language model, or a LlamaConfig JSON for new weights"
             )
         for name, shape in needed.items():
-            found = self._shape(name)
+            found = tuple(self._files[name].get_slice(name).get_shape())
             if found != shape:
                 raise ValueError(f"--model {folder}: {name} is {found} in the weights, and {shape} by config.json")
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            weight: Tensor = file.get_tensor(name)
-            return weight.view(shape)
+        weight: Tensor = self._files[name].get_tensor(name)
+        return weight.view(shape)
 
-    def _find(self) -> dict[str, Path]:
-        """In which file each weight is."""
-        try:
-            if (self._folder / INDEX).is_file():
-                entries = json.loads((self._folder / INDEX).read_text())["weight_map"]
-                return {name: self._folder / file for name, file in entries.items()}
-            with safe_open(self._folder / SINGLE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), self._folder / SINGLE)
-        except FileNotFoundError:
-            raise ValueError(
-                f"--model {self._folder} has no {SINGLE}: save the model with transformers' save_pretrained"
-            ) from None
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"--model {self._folder}: the weights cannot be read ({error})") from error
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        try:
-            with safe_open(self._files[name], framework="pt") as file:
-                return tuple(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"--model {self._folder}: {name} cannot be read ({error})") from error
+def _opened(folder: Path) -> list[Any]:
+    """The files, their headers read; what is in them is read when it is asked for."""
+    index = folder / INDEX
+    try:
+        entries = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": SINGLE}
+        return [safe_open(folder / file, framework="pt") for file in dict.fromkeys(entries.values())]
+    except FileNotFoundError:
+        raise ValueError(
+            f"--model {folder} has no {SINGLE}: save the model with transformers' save_pretrained"
+        ) from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"--model {folder}: the weights cannot be read ({error})") from error

@@ -11,23 +11,34 @@ from tests.reference import DENSE
 PIPELINE = Grid(1, 1, 2, 0)
 
 
-def error_of(grid, settings, **changes):
+def message_of(attempt):
+    """What it says on this rank where it is refused, here or on another."""
     from ds_lowrank.together import RemoteError
 
     try:
-        start(grid, settings, **changes)
+        attempt()
     except (ValueError, RemoteError) as error:
         return str(error)
     return ""
 
 
-def error_of_model(model, settings):
+def error_of(grid, settings, **changes):
+    return message_of(lambda: start(grid, settings, **changes))
+
+
+def error_of_model(model, settings, **given):
     import ds_lowrank
-    from ds_lowrank.together import RemoteError
+
+    return message_of(lambda: ds_lowrank.initialize(model=model, config=settings, **given))
+
+
+def own_error_of_model(model, settings, **given):
+    """For what every rank must find by itself."""
+    import ds_lowrank
 
     try:
-        ds_lowrank.initialize(model=model, config=settings)
-    except (ValueError, RemoteError) as error:
+        ds_lowrank.initialize(model=model, config=settings, **given)
+    except ds_lowrank.ConfigError as error:
         return str(error)
     return ""
 
@@ -113,12 +124,12 @@ def dense_with_parallel_state():
     return engine.global_steps
 
 
-def plain_pipeline(**changes):
+def plain_pipeline():
     """6 x 8 on one stage, 8 x 6 on the other."""
     from deepspeed.pipe import LayerSpec, PipelineModule
     from torch import nn
 
-    layers = [LayerSpec(nn.Linear, 6, 8, **changes), LayerSpec(nn.Linear, 8, 6, bias=False)]
+    layers = [LayerSpec(nn.Linear, 6, 8), LayerSpec(nn.Linear, 8, 6, bias=False)]
     return PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
 
 
@@ -128,23 +139,15 @@ def test_groups_that_one_stage_lacks_are_refused_where_deepspeed_would_wait():
 
 
 def biases_on_one_stage(stage):
-    import ds_lowrank
-
     model = plain_pipeline()
     named = list(model.named_parameters())
     groups = [
         {"params": [pair for pair in named if pair[0].endswith(".weight")]},
         {"params": [pair for pair in named if pair[0].endswith(".bias")]},
     ]
-    try:
-        ds_lowrank.initialize(
-            model=model,
-            model_parameters=[group for group in groups if group["params"]],
-            config=settings_of(Grid(1, 1, 2, stage)),
-        )
-    except ds_lowrank.ConfigError as error:
-        return str(error).partition(" with something")[0]
-    return ""
+    groups = [group for group in groups if group["params"]]
+    error = own_error_of_model(model, settings_of(Grid(1, 1, 2, stage)), model_parameters=groups)
+    return error.partition(" with something")[0]
 
 
 def test_what_one_stage_alone_can_see_stops_both():
@@ -172,11 +175,8 @@ def client_optimizer(excluded):
     optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2, exclude_modules=excluded)
     settings = settings_of(PIPELINE)
     del settings["optimizer"]
-    try:
-        ds_lowrank.initialize(model=model, optimizer=optimizer, config=settings)
-    except ds_lowrank.ConfigError as error:
-        return str(error)
-    return sum(slot.is_projected for slot in optimizer.slots)
+    error = own_error_of_model(model, settings, optimizer=optimizer)
+    return error or sum(slot.is_projected for slot in optimizer.slots)
 
 
 def test_one_stage_with_sequence_parallel_layers_decides_for_both():
@@ -231,14 +231,8 @@ def test_context_parallelism_is_refused():
 def with_context_ranks():
     from megatron.core import parallel_state
 
-    import ds_lowrank
-
     parallel_state.initialize_model_parallel(context_parallel_size=2)
-    try:
-        ds_lowrank.initialize(model=dense_model(), mpu=parallel_state, config=settings_of(Grid(2, 1, 1, 1)))
-    except ds_lowrank.ConfigError as error:
-        return str(error)
-    return ""
+    return own_error_of_model(dense_model(), settings_of(Grid(2, 1, 1, 1)), mpu=parallel_state)
 
 
 def test_shards_that_megatron_core_has_not_marked_are_refused():
@@ -262,11 +256,7 @@ def without_initialization():
     )
     layer = ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.xavier_normal_, bias=False)
     model = torch.nn.ModuleDict({"up": layer})
-    try:
-        ds_lowrank.initialize(model=model, mpu=mpu, config=settings_of(Grid(1, 2, 1, 1)))
-    except ds_lowrank.ConfigError as error:
-        return str(error)
-    return ""
+    return own_error_of_model(model, settings_of(Grid(1, 2, 1, 1)), mpu=mpu)
 
 
 def test_a_stage_without_parameters_stops_all():
@@ -299,18 +289,13 @@ def test_deepspeed_must_be_told_of_megatrons_grid():
 
 
 def without_an_mpu():
-    import ds_lowrank
     from ds_lowrank.models import llama_parallel
     from ds_lowrank.parallel.mpu import make_grid
     from tests.engines.grids import llama_config
 
     make_grid(2, 1)
     model = llama_parallel.build(llama_config(), 0, 2, 1)
-    try:
-        ds_lowrank.initialize(model=model, config=settings_of(Grid(2, 1, 1, 1)))
-    except ds_lowrank.ConfigError as error:
-        return str(error)
-    return ""
+    return own_error_of_model(model, settings_of(Grid(2, 1, 1, 1)))
 
 
 def test_megatrons_own_parallel_state_will_do_as_an_mpu():
