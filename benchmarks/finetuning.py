@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ds_lowrank import add_adapters
 from ds_lowrank.data.functions import CLASSES
-from ds_lowrank.roles import role_of, tag_from_name
+from ds_lowrank.optimizer.roles import role_of
+from ds_lowrank.placement.parameter_names import tag_from_name
 
 MODEL = runs.ROOT / "ds_configs/models/llama_quickstart.json"
 QUICKSTART = runs.ROOT / "ds_configs/galore_zero2.json"

@@ -23,10 +23,10 @@ from common import Numbers, options, report
 from grid_layout import Degrees, Stage, stage_on
 
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
+from ds_lowrank.optimizer.step import waves
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Executor, Request, Rounds, Route, everyone, lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
-from ds_lowrank.slots import waves
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
 RANK = 1024

@@ -13,12 +13,12 @@ from itertools import accumulate
 
 import torch
 
+from ds_lowrank.methods.blocks.state_spec import Keep, State
+from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
-from ds_lowrank.methods.keep import Keep, State
-from ds_lowrank.methods.subspace import Projection
-from ds_lowrank.placing import members_of
-from ds_lowrank.roles import tag_from_name
-from ds_lowrank.sharding.grid import Grid
+from ds_lowrank.optimizer.logical_parameters import members_of
+from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.parameter_names import tag_from_name
 from ds_lowrank.sharding.layout import Range
 from ds_lowrank.sharding.matrix import MatrixShard
 

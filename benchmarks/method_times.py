@@ -61,7 +61,7 @@ def _take_turns(
 
 def _batches(work: Path, sizes: tuple[int, int], steps: int, seed: int) -> list[Any]:
     from ds_lowrank.data.batches import BatchStream
-    from ds_lowrank.training.text import open_text
+    from ds_lowrank.training.pretraining_data import open_text
 
     sequences, length = sizes
     text = open_text(

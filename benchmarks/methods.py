@@ -31,7 +31,7 @@ from runs import Found, Records, Setting, at_edge, best, final, over_seeds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.training.groups import matrix_groups
+from ds_lowrank.training.param_groups import matrix_groups
 
 GAP = 50
 RANK = runs.model()["hidden_size"] // 4

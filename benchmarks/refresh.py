@@ -23,13 +23,13 @@ import torch
 from common import Numbers, interleaved, medians, options, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.online_subspace_descent import (
     OnlineSubspaceDescent,
     OnlineSubspaceDescentOptions,
     move_basis,
 )
-from ds_lowrank.methods.range_finder import randomized_range
-from ds_lowrank.methods.subspace import Projection
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Alone, lockstep

@@ -18,7 +18,7 @@ import torch
 from common import Numbers, options, report
 
 import ds_lowrank
-from ds_lowrank.report import state_bytes
+from ds_lowrank.optimizer.report import state_bytes
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
 RANK = 128

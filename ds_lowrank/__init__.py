@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from ds_lowrank.backward import forward_backward
-from ds_lowrank.engine import initialize, register
+from ds_lowrank.adapters.model import add_adapters, merge_adapters
 from ds_lowrank.errors import CheckpointError, ConfigError
-from ds_lowrank.models.adapter import add_adapters, merge_adapters
-from ds_lowrank.optimizers import OPTIMIZERS
-from ds_lowrank.pipeline import train_batch
-from ds_lowrank.roles import tag_fused, tag_parameters
+from ds_lowrank.integration.forward_backward import forward_backward
+from ds_lowrank.integration.initialize import initialize
+from ds_lowrank.integration.register import register
+from ds_lowrank.integration.train_batch import train_batch
+from ds_lowrank.optimizer.registry import OPTIMIZERS
+from ds_lowrank.placement.parameter_names import tag_fused, tag_parameters
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ds_lowrank.doctor import doctor
+from ds_lowrank.environment.doctor import doctor
 
 
 def main() -> int:

@@ -17,17 +17,17 @@ from deepspeed import DeepSpeedEngine
 from torch.distributed import get_rank, get_world_size
 
 from ds_lowrank.checkpoint.random_state import seed_everything
+from ds_lowrank.collectives import together
 from ds_lowrank.data.batches import BatchStream, validation_batches
+from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.models import llama
-from ds_lowrank.parallel.mpu import make_grid
-from ds_lowrank.together import together
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.evaluation import evaluate
-from ds_lowrank.training.groups import matrix_groups
+from ds_lowrank.training.param_groups import matrix_groups
 from ds_lowrank.training.plan import Plan, make_plan
+from ds_lowrank.training.pretraining_data import TextSteps, open_text
 from ds_lowrank.training.run import Run, run_script, start_engine
 from ds_lowrank.training.schedule import scheduler_factory
-from ds_lowrank.training.text import TextSteps, open_text
 
 
 def set_up(arguments: Namespace) -> Run:

@@ -9,10 +9,10 @@ import torch
 from deepspeed import DeepSpeedEngine
 from transformers import LlamaForCausalLM
 
+from ds_lowrank.adapters import lora
+from ds_lowrank.adapters.model import merged_weights
 from ds_lowrank.checkpoint.gather import whole_weights
-from ds_lowrank.models import lora
-from ds_lowrank.models.adapter import merged_weights
-from ds_lowrank.together import global_rank, together
+from ds_lowrank.collectives import global_rank, together
 
 
 class Savable(Protocol):

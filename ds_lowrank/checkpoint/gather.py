@@ -9,9 +9,9 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, distributed
 
-from ds_lowrank.roles import logical_names
-from ds_lowrank.sharding.grid import Grid, grid_of
-from ds_lowrank.sharding.tensor_parallel import logical_matrices
+from ds_lowrank.placement.grid import Grid, grid_of
+from ds_lowrank.placement.parameter_names import logical_names
+from ds_lowrank.placement.tensor_parallel import logical_matrices
 
 
 def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:

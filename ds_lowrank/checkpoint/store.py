@@ -22,8 +22,8 @@ from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.deferred import DeferredErrors
 from ds_lowrank.checkpoint.manifest import FILE, Identity, write_manifest
+from ds_lowrank.collectives import global_rank, together
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.together import global_rank, together
 
 TAG = re.compile(r"global_step(\d+)")
 

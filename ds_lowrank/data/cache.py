@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_lowrank.collectives import leads_node, together
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import content_hash
-from ds_lowrank.together import leads_node, together
 
 logger = logging.getLogger(__name__)
 

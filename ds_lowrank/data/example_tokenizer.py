@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer
 
+from ds_lowrank.collectives import together
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.tokenizer import load_tokenizer
-from ds_lowrank.together import together
 
 SEPARATOR = "\n"  # between two texts, where the tokenizer knows no special tokens for a pair
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ds_lowrank.collectives import from_nodes
 from ds_lowrank.data.cache import ensure_built_on_nodes
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.indexed import IndexedTokens
 from ds_lowrank.data.sources import Source, TextFiles
 from ds_lowrank.data.stream import TextStream
 from ds_lowrank.data.tokenizer import TextTokenizer
-from ds_lowrank.together import from_nodes
 
 Tokens = npt.NDArray[np.integer[Any]]
 

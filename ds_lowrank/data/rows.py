@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_lowrank.collectives import leads_node, together
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import ROW_FORMATS, file_format, read_rows
 from ds_lowrank.data.functions import standard_library_functions
 from ds_lowrank.data.glue import GLUE, HUB_NAME
 from ds_lowrank.data.split import split_of
-from ds_lowrank.together import leads_node, together
 
 Row = Mapping[str, Any]
 

@@ -10,9 +10,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ds_lowrank.collectives import from_first, together
 from ds_lowrank.data.cache import ensure_built
 from ds_lowrank.data.errors import DataError
-from ds_lowrank.together import from_first, together
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_VOCABULARY = 257  # every byte and the end of text

@@ -13,8 +13,8 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.export import Savable, export
+from ds_lowrank.collectives import from_first
 from ds_lowrank.finetuning.metrics import better
-from ds_lowrank.together import from_first
 
 FOLDER = "best"
 FILE = "best.json"

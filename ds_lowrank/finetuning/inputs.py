@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 
+from ds_lowrank.collectives import from_first, together
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer, load_example_tokenizer
 from ds_lowrank.data.examples import Example, fingerprint
@@ -11,7 +12,6 @@ from ds_lowrank.data.tokenizer import check_vocabulary
 from ds_lowrank.finetuning.metrics import LOWER_IS_BETTER
 from ds_lowrank.finetuning.model import Source
 from ds_lowrank.finetuning.tasks import Task, make_task
-from ds_lowrank.together import from_first, together
 
 
 @dataclass(frozen=True)

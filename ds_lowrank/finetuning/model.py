@@ -19,9 +19,9 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hugging_face_logging
 
+from ds_lowrank.collectives import global_rank
 from ds_lowrank.finetuning.labels import Labels
 from ds_lowrank.models import llama
-from ds_lowrank.together import global_rank
 
 logger = logging.getLogger("ds_lowrank")
 

@@ -10,16 +10,16 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from torch.distributed import get_rank, get_world_size
 
+from ds_lowrank.adapters.lora import add_lora
 from ds_lowrank.checkpoint.manifest import Identity
 from ds_lowrank.checkpoint.random_state import seed_everything
+from ds_lowrank.collectives import together
 from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.finetuning.best import Best
 from ds_lowrank.finetuning.inputs import Inputs, open_inputs
 from ds_lowrank.finetuning.model import Source, build_model, find_model, trainable_parameters
 from ds_lowrank.finetuning.tasks import Task
-from ds_lowrank.models.lora import add_lora
-from ds_lowrank.together import together
 from ds_lowrank.training.config import BatchSizes, read_config
 from ds_lowrank.training.output import check_output
 from ds_lowrank.training.plan import checkpoint_to_resume, identify, settle_config

@@ -22,12 +22,14 @@ from pydantic import Field
 
 from ds_lowrank.linalg.energy import leading_coordinates, live_directions, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam
-from ds_lowrank.methods.base import Method, Options
-from ds_lowrank.methods.keep import Layout, Rows, State
-from ds_lowrank.methods.range_finder import randomized_range
-from ds_lowrank.methods.subspace import Projection, project_on
-from ds_lowrank.sharding.matrix import Factors, MatrixShard, Update
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.subspace import Projection, project_on
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, abreast
+from ds_lowrank.sharding.updates import Factors, Update
 
 
 class AdaRankGradOptions(Options):

@@ -21,11 +21,14 @@ import torch
 from pydantic import Field, model_validator
 
 from ds_lowrank.linalg.moments import adam
-from ds_lowrank.methods.base import Method, Options, Seen
-from ds_lowrank.methods.keep import Layout, Rows, State
-from ds_lowrank.methods.range_finder import held_sketch
-from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.projection import Seen
+from ds_lowrank.methods.blocks.range_finder import held_sketch
+from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.updates import Dense, Update
 
 
 class ApolloOptions(Options):

@@ -17,17 +17,12 @@ from pydantic import Field
 
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.keep import Layout, State
-from ds_lowrank.methods.range_finder import randomized_range, singular_basis
-from ds_lowrank.methods.subspace import (
-    Projection,
-    SubspaceOptions,
-    descend,
-    project_on,
-    subspace_state,
-)
-from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard
+from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.blocks.state_spec import Layout, State
+from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.updates import Dense, Factors
 
 
 class GaLoreOptions(SubspaceOptions):

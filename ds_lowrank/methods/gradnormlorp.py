@@ -10,7 +10,7 @@ the gradient ``G`` of W, with ``u = v / |v|``:
     W <- g v / |v|
 
 Only W, g and ``|v|`` are kept: v is W in another length. That is ``parametrization`` ``full``. With ``adapter`` the
-model itself computes ``W = g (W0 + B A) / |W0 + B A|`` (:mod:`ds_lowrank.models.adapter`), and what is left is GaLore
+model itself computes ``W = g (W0 + B A) / |W0 + B A|`` (:mod:`ds_lowrank.adapters.model`), and what is left is GaLore
 on the gradients of A and B.
 """
 
@@ -24,13 +24,14 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.inner_optimizers import Adam
+from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
-from ds_lowrank.methods.inner import Adam
-from ds_lowrank.methods.keep import Layout, Rows, State
-from ds_lowrank.methods.subspace import Projection, subspace_state
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update, Weights
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.updates import Dense, Factors, Update, Weights
 
 ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "modules_to_save")
 FACTORS = ("lora_A", "lora_B")

@@ -12,8 +12,8 @@ in that direction away, and Adam applies its gradient to the weights themselves.
     R <- H Q;  N <- Adam(R)
     W <- W - lr * scale * N Q^T                              Lorenza+ adds s (H - R Q^T)
 
-What climbs is :mod:`ds_lowrank.perturbation`, the same for every matrix; this file has the step, and the directions of
-one matrix. Without a rank the directions are ``Pi_j ~ N(0, 1)`` and Adam is of full size: AdaZo-SAM.
+What climbs is :mod:`ds_lowrank.optimizer.perturbation`, the same for every matrix; this file has the step, and the
+directions of one matrix. Without a rank the directions are ``Pi_j ~ N(0, 1)`` and Adam is of full size: AdaZo-SAM.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from pydantic import Field, model_validator
 
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.apollo import ratio
-from ds_lowrank.methods.base import Climb, Method, Options, Seen
-from ds_lowrank.methods.full_size import full_size_adam, full_size_state
-from ds_lowrank.methods.inner import Adam
-from ds_lowrank.methods.keep import Layout, Rows, State
-from ds_lowrank.methods.probing import Diagonal, Directions, Everywhere, InSubspace
-from ds_lowrank.methods.range_finder import randomized_range
-from ds_lowrank.methods.subspace import Projection, project_on
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.directions import Diagonal, Directions, Everywhere, InSubspace
+from ds_lowrank.methods.blocks.full_rank_adam import full_size_adam, full_size_state
+from ds_lowrank.methods.blocks.inner_optimizers import Adam
+from ds_lowrank.methods.blocks.options import Climb, Options
+from ds_lowrank.methods.blocks.projection import Seen
+from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.subspace import Projection, project_on
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.matrix import Dense, Factors, MatrixShard, Update
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, Request
+from ds_lowrank.sharding.updates import Dense, Factors, Update
 
 
 class LorenzaOptions(Options):

@@ -20,18 +20,13 @@ from pydantic import Field
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import gaussian
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.inner import Rule, rule_named
-from ds_lowrank.methods.keep import Layout, State
-from ds_lowrank.methods.range_finder import randomized_range, singular_basis
-from ds_lowrank.methods.subspace import (
-    Projection,
-    SubspaceOptions,
-    descend,
-    project_on,
-    subspace_state,
-)
-from ds_lowrank.sharding.matrix import MatrixShard, Update
+from ds_lowrank.methods.blocks.inner_optimizers import Rule, rule_named
+from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.blocks.state_spec import Layout, State
+from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, abreast
+from ds_lowrank.sharding.updates import Update
 
 
 class OnlineSubspaceDescentOptions(SubspaceOptions):

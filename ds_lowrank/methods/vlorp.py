@@ -27,12 +27,15 @@ from pydantic import BeforeValidator, Field
 
 from ds_lowrank.linalg.moments import adam, rotate_first
 from ds_lowrank.linalg.sketch import gaussian, rademacher
-from ds_lowrank.methods.base import Method, Options, Seen
-from ds_lowrank.methods.full_size import full_size_adam, full_size_state
-from ds_lowrank.methods.keep import Layout, Rows, State
-from ds_lowrank.sharding.matrix import Dense, MatrixShard, Update
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.full_rank_adam import full_size_adam, full_size_state
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.projection import Seen
+from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.units import Units
+from ds_lowrank.sharding.updates import Dense, Update
 
 
 def _fraction(value: Any) -> Any:

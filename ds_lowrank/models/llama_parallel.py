@@ -19,8 +19,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ds_lowrank.models.llama import Weights, check_split, drawn
 from ds_lowrank.models.llama_layers import DecoderLayer, Embedding, Head, Norm, Recipe, causal_loss, tied_head
-from ds_lowrank.sharding.grid import Grid, grid_of
-from ds_lowrank.sharding.tensor_parallel import logical_matrices, shard_of
+from ds_lowrank.placement.grid import Grid, grid_of
+from ds_lowrank.placement.tensor_parallel import logical_matrices
+from ds_lowrank.sharding.logical import shard_of
 
 
 class LlamaTensorParallel(nn.Module):
@@ -97,7 +98,7 @@ def build(
     recompute: bool = False,
     weights: Weights | None = None,
 ) -> ParallelLlama:
-    """A LLaMA on the grid of :func:`ds_lowrank.parallel.mpu.make_grid`, with the weights of ``llama.build`` for a seed.
+    """A LLaMA on the grid of :func:`ds_lowrank.make_grid`, with the weights of ``llama.build`` for a seed.
 
     Args:
         weights: the whole ones of a ``LlamaForCausalLM`` by name and shape, instead of those of the seed.

@@ -14,7 +14,6 @@ so a method is written once for both sides. A rank computes with the rows of ``Q
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal
@@ -25,45 +24,9 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.layout import NOTHING, Held, Part, Range, Rectangle, whole
 from ds_lowrank.sharding.reduce import Program, Request, Route, everyone
+from ds_lowrank.sharding.updates import Weights, Dense, Factors, Update
 
 Side = Literal["left", "right"]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """An update ``scale * kept @ compressed^T``, in the rows this rank holds."""
-
-    kept: torch.Tensor
-    compressed: torch.Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
-class Dense:
-    """An update that is not a product of two factors.
-
-    Attributes:
-        make: computes it for the elements this rank holds, flat, fp32. Called once, when it is written, so that one
-            matrix at a time is dense.
-        scale: multiplies it.
-    """
-
-    make: Callable[[], torch.Tensor]
-    scale: float
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The new weights themselves, where they are no sum of the old ones and an update: rate and decay are applied.
-
-    Attributes:
-        make: computes them for the elements this rank holds, flat, fp32. Called once, when they are written.
-    """
-
-    make: Callable[[], torch.Tensor]
-
-
-Update = Factors | Dense | Weights
 
 
 class MatrixShard:

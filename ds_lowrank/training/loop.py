@@ -13,9 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, distributed
 
-from ds_lowrank.backward import forward_backward
-from ds_lowrank.parallel.clipping import is_repaired, keeps_no_norm
-from ds_lowrank.pipeline import train_batch
+from ds_lowrank.integration.clipping import is_repaired, keeps_no_norm
+from ds_lowrank.integration.forward_backward import forward_backward
+from ds_lowrank.integration.train_batch import train_batch
 
 
 @dataclass

@@ -14,8 +14,8 @@ from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
-from ds_lowrank.training.layout import GridShape, shape_of, without_global_size
 from ds_lowrank.training.output import check_output
+from ds_lowrank.training.parallelism import GridShape, shape_of, without_global_size
 from ds_lowrank.training.schedule import warmup_steps
 
 

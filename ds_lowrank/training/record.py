@@ -6,7 +6,7 @@ from deepspeed import DeepSpeedEngine
 from torch import distributed
 
 from ds_lowrank.checkpoint.store import Progress
-from ds_lowrank.optimizer import LowRankOptimizer
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.training.loop import StepResult, mean_over_ranks, peak_memory_gib
 
 

@@ -14,15 +14,15 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch.distributed import get_rank
 
-import ds_lowrank.engine
+import ds_lowrank.integration.initialize
 from ds_lowrank.checkpoint.export import Savable, export
 from ds_lowrank.checkpoint.manifest import Identity
 from ds_lowrank.checkpoint.random_state import get_random_state, set_random_state
 from ds_lowrank.checkpoint.store import Progress, load_checkpoint, save_checkpoint
+from ds_lowrank.collectives import RemoteError
 from ds_lowrank.data.batches import Step
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.together import RemoteError
 from ds_lowrank.training import distributed
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.loop import train_step
@@ -90,7 +90,7 @@ def start_engine(
     model: Any, config: dict[str, Any], schedule: Callable[..., Any], parameters: Any = None, mpu: Any = None
 ) -> DeepSpeedEngine:
     """An engine in training mode. `schedule` is used where the configuration names no scheduler."""
-    engine, *_ = ds_lowrank.engine.initialize(
+    engine, *_ = ds_lowrank.integration.initialize.initialize(
         model=model,
         model_parameters=parameters,
         config=config,

@@ -11,7 +11,7 @@ import torch
 
 import ds_lowrank
 from ds_lowrank.methods import METHODS
-from ds_lowrank.optimizers import OPTIMIZERS
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 
 SMALL = {
     "GaLore": {"rank": 3, "update_proj_gap": 3},
@@ -371,7 +371,7 @@ def test_a_gradient_whose_squares_overflow_is_skipped_and_counted(name, scale):
 def test_matrices_are_stepped_in_waves_of_bounded_size_and_the_result_is_the_same(name, monkeypatch):
     results = []
     for wave in (2**28, 1):
-        monkeypatch.setattr("ds_lowrank.slots.WAVE", wave)
+        monkeypatch.setattr("ds_lowrank.optimizer.step.WAVE", wave)
         model = small_model()
         run(build(name, model), model, range(4))
         results.append([p.detach().clone() for p in model.parameters()])
@@ -447,7 +447,7 @@ def test_frozen_parameters_may_have_any_dtype(name):
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
 def test_the_role_table_says_how_moments_are_stored_and_counts_the_bytes(state_dtype):
-    from ds_lowrank.report import role_table, state_bytes, take_inventory
+    from ds_lowrank.optimizer.report import role_table, state_bytes, take_inventory
 
     slots = build("GaLore", small_model(), state_dtype=state_dtype).slots
     text = role_table([take_inventory(slots, [])], state_bytes(slots), 1)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from ds_lowrank.collectives import RemoteError, from_first, from_nodes, raise_together, together
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.packing import pack
 from ds_lowrank.data.sources import open_source
 from ds_lowrank.data.tokenizer import load_tokenizer
-from ds_lowrank.together import RemoteError, from_first, from_nodes, raise_together, together
 
 WORLD = 3
 SECONDS = 120

@@ -79,8 +79,8 @@ def start(
     grid: Grid, settings: dict[str, Any], recompute: bool = False, sequence_parallel: bool = False, **changes: Any
 ):
     import ds_lowrank
+    from ds_lowrank.integration.mpu import make_grid
     from ds_lowrank.models import llama_parallel
-    from ds_lowrank.parallel.mpu import make_grid
 
     if grid.layers == "autotp":
         settings = {**settings, "tensor_parallel": {"autotp_size": grid.tensor}}
@@ -120,7 +120,7 @@ def train_step(engine: Any, step: int) -> float:
 
 def run_grid(grid: Grid, settings: dict[str, Any], steps: int, **changes: Any) -> dict[str, Any]:
     from ds_lowrank.checkpoint.gather import whole_weights
-    from ds_lowrank.report import state_bytes
+    from ds_lowrank.optimizer.report import state_bytes
 
     engine = start(grid, settings, **changes)
     weights, norms, losses = [], [], []

@@ -144,7 +144,7 @@ def run_engine(
     """Train; return the weights after the first and after the last step, and what the optimizer reports."""
 
     import ds_lowrank
-    from ds_lowrank.report import state_bytes
+    from ds_lowrank.optimizer.report import state_bytes
 
     model = make_model_for(settings, zero_init, **(model_options or {}))
     if zero_init:

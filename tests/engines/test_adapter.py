@@ -38,7 +38,7 @@ def settings_of(stage, dtype="fp32"):
 
 def converted(settings=None, zero_init=False, **options):
     """The scenario's model with adapters: rank 3, those of layer 1's MLP left out."""
-    from ds_lowrank.models.adapter import add_adapters
+    from ds_lowrank.adapters.model import add_adapters
 
     model = make_model_for(settings, zero_init)
     if zero_init:

@@ -84,8 +84,8 @@ def pieces_of(engine: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What this rank has of every logical matrix: its whole shape, and blocks of it with their elements."""
     import deepspeed
 
-    from ds_lowrank.sharding.grid import grid_of
-    from ds_lowrank.sharding.tensor_parallel import logical_matrices
+    from ds_lowrank.placement.grid import grid_of
+    from ds_lowrank.placement.tensor_parallel import logical_matrices
 
     found = {}
     with deepspeed.zero.GatheredParameters(list(tensors.values())):
@@ -103,7 +103,7 @@ def train(grid: Grid, settings: dict[str, Any], steps: int, with_gradients: bool
 
     import ds_lowrank
     from ds_lowrank.checkpoint.gather import whole_weights
-    from ds_lowrank.parallel.mpu import make_grid
+    from ds_lowrank.integration.mpu import make_grid
 
     cpu_shim.install()
     mpu = make_grid(grid.tensor, 1)
@@ -215,7 +215,7 @@ def test_seven_matrices_a_layer_are_projected_and_nothing_else():
 
 def refusal(settings: dict[str, Any]) -> str:
     import ds_lowrank
-    from ds_lowrank.parallel.mpu import make_grid
+    from ds_lowrank.integration.mpu import make_grid
 
     cpu_shim.install()
     mpu = make_grid(4, 1)

@@ -13,7 +13,7 @@ PIPELINE = Grid(1, 1, 2, 0)
 
 def message_of(attempt):
     """What it says on this rank where it is refused, here or on another."""
-    from ds_lowrank.together import RemoteError
+    from ds_lowrank.collectives import RemoteError
 
     try:
         attempt()
@@ -184,8 +184,8 @@ def test_one_stage_with_sequence_parallel_layers_decides_for_both():
 
 
 def partitioned_activations():
-    from ds_lowrank.parallel.stages import with_whole_activations
-    from ds_lowrank.sharding.grid import grid_of
+    from ds_lowrank.integration.stages import with_whole_activations
+    from ds_lowrank.placement.grid import grid_of
 
     model = plain_pipeline()
     for name, module in model.named_modules():
@@ -245,7 +245,7 @@ def without_initialization():
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     import ds_lowrank
-    from ds_lowrank.parallel.mpu import make_grid
+    from ds_lowrank.integration.mpu import make_grid
 
     mpu = make_grid(2, 1)
     assert make_grid(2, 1).get_tensor_model_parallel_world_size() == 2
@@ -289,8 +289,8 @@ def test_deepspeed_must_be_told_of_megatrons_grid():
 
 
 def without_an_mpu():
+    from ds_lowrank.integration.mpu import make_grid
     from ds_lowrank.models import llama_parallel
-    from ds_lowrank.parallel.mpu import make_grid
     from tests.engines.grids import llama_config
 
     make_grid(2, 1)
@@ -330,8 +330,8 @@ def groups_of_both():
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from ds_lowrank.integration.mpu import make_grid
     from ds_lowrank.models import llama_parallel
-    from ds_lowrank.parallel.mpu import make_grid
     from tests.engines.grids import llama_config
 
     make_grid(2, 2)
@@ -353,8 +353,8 @@ def test_engines_one_after_the_other_share_their_group():
 def joined_twice():
     import torch.distributed as dist
 
-    from ds_lowrank.parallel.mpu import make_grid
-    from ds_lowrank.sharding.grid import joined
+    from ds_lowrank.integration.mpu import make_grid
+    from ds_lowrank.placement.grid import joined
 
     mpu = make_grid(2, 1)
     first, second = (joined(mpu.get_data_parallel_group(), mpu.get_tensor_model_parallel_group()) for _ in range(2))

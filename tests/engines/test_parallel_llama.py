@@ -38,8 +38,8 @@ def trained_like(changes):
 
 
 def parallel_model(tensor, changes):
+    from ds_lowrank.integration.mpu import make_grid
     from ds_lowrank.models import llama_parallel
-    from ds_lowrank.parallel.mpu import make_grid
 
     make_grid(tensor, 1)
     weights = trained_like(changes).state_dict()
@@ -56,7 +56,7 @@ def whole_logits(own):
     """Of the tensor-parallel ranks' shares of the vocabulary."""
     import torch.distributed as dist
 
-    from ds_lowrank.sharding.grid import grid_of
+    from ds_lowrank.placement.grid import grid_of
 
     if own.shape[-1] == VOCAB:
         return own

@@ -275,7 +275,7 @@ def test_a_rank_above_the_smaller_dimension_is_clipped_and_said():
 
 def table_of(settings):
     import ds_lowrank
-    from ds_lowrank.report import role_table, state_bytes, take_inventory
+    from ds_lowrank.optimizer.report import role_table, state_bytes, take_inventory
 
     engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
     slots = engine.basic_optimizer.slots

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.apex import apex_adamw, find_apex
+from ds_lowrank.environment.apex import apex_adamw, find_apex
 from ds_lowrank.linalg.moments import fused_adamw
-from ds_lowrank.optimizers import OPTIMIZERS
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, config, full_weights, make_model, train_step
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.keep import Keep
+from ds_lowrank.methods.blocks.state_spec import Keep
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import lockstep

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.placing import _parts
+from ds_lowrank.optimizer.build_slots import _parts
+from ds_lowrank.placement.tensor_parallel import AUTOTP, logical_matrices
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Request, everyone
-from ds_lowrank.sharding.tensor_parallel import AUTOTP, logical_matrices
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
 from tests.simulated.harness import (

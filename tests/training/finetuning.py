@@ -94,9 +94,9 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
 
 def refused(arguments: list[str]) -> str:
     """The error that this rank raises before the first step."""
+    from ds_lowrank.collectives import RemoteError
     from ds_lowrank.finetuning.arguments import parse
     from ds_lowrank.finetuning.setup import set_up
-    from ds_lowrank.together import RemoteError
 
     try:
         set_up(parse(arguments))

@@ -11,9 +11,9 @@ import torch
 from ds_lowrank.data.batches import ValidationBatch
 from ds_lowrank.models.llama import build
 from ds_lowrank.training.evaluation import evaluate
-from ds_lowrank.training.groups import matrix_groups
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.loop import mean_over_ranks, train_step
+from ds_lowrank.training.param_groups import matrix_groups
 from tests.engines.pool import run_ranks
 from tests.training.runs import MODEL, OPTIMIZERS, deepspeed_config
 

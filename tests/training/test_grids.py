@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_lowrank.apex import Apex
+from ds_lowrank.environment.apex import Apex
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.parallel.mpu import as_mpu
+from ds_lowrank.integration.mpu import as_mpu
 from ds_lowrank.training.arguments import parse
-from ds_lowrank.training.layout import GridShape
+from ds_lowrank.training.parallelism import GridShape
 from ds_lowrank.training.plan import make_plan
 from tests.training.runs import Workspace, deepspeed_config
 
@@ -139,15 +139,25 @@ def test_a_grid_that_cannot_be_had_is_refused(workspace, more, ranks, config, me
         make_plan(parse([*arguments, *more]), ranks)
 
 
+def forget_megatron(monkeypatch):
+    """A submodule that another test has imported would be found without its parent."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "megatron"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def not_installed(monkeypatch, _):
+    forget_megatron(monkeypatch)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+
+
 def of_another_project(monkeypatch, path):
     """The folder of a namespace that others share."""
     (path / "megatron" / "energon").mkdir(parents=True)
-    for name in [name for name in sys.modules if name.split(".")[0] == "megatron"]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_megatron(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(path)])
 
 
-@pytest.mark.parametrize("hide", [lambda m, _: m.setitem(sys.modules, "megatron", None), of_another_project])
+@pytest.mark.parametrize("hide", [not_installed, of_another_project])
 @pytest.mark.parametrize("flag", ["--tensor-parallel", "--pipeline-parallel"])
 def test_a_missing_megatron_core_is_named_with_what_to_install(workspace, monkeypatch, tmp_path, hide, flag):
     arguments = parse([*workspace.arguments("refused", config=ZERO1), flag, "2"])
@@ -158,7 +168,7 @@ def test_a_missing_megatron_core_is_named_with_what_to_install(workspace, monkey
 
 def test_an_apex_that_is_not_nvidias_stops_a_grid_at_start(workspace, monkeypatch):
     arguments = workspace.arguments("refused", config=ZERO1)
-    monkeypatch.setattr("ds_lowrank.apex.find_apex", lambda: Apex("impostor", "0.9", "/x/apex"))
+    monkeypatch.setattr("ds_lowrank.environment.apex.find_apex", lambda: Apex("impostor", "0.9", "/x/apex"))
     for flag in ("--tensor-parallel", "--pipeline-parallel"):
         with pytest.raises(ConfigError, match="/x/apex is not NVIDIA's apex"):
             make_plan(parse([*arguments, flag, "2"]), 2)

@@ -13,14 +13,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from ds_lowrank.adapters.model import AdapterLinear, add_adapters, has_adapters, merge_adapters, merged_weights
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.models.adapter import (
-    AdapterLinear,
-    add_adapters,
-    has_adapters,
-    merge_adapters,
-    merged_weights,
-)
 from tests.engines.scenario import make_model, tokens
 
 AXES = ["output", "input"]

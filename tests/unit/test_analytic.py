@@ -11,7 +11,7 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.adarankgrad import Fitted, change_subspace
 from ds_lowrank.methods.online_subspace_descent import pca_gradient
 from ds_lowrank.methods.vlorp import Sample, VLoRPOptions, draw, resample
-from ds_lowrank.optimizers import OPTIMIZERS
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Alone, lockstep

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.apex import Apex, adamw_by, apex_adamw, check_apex, find_apex
+from ds_lowrank.environment.apex import Apex, adamw_by, apex_adamw, check_apex, find_apex
 from ds_lowrank.linalg.moments import fused_adamw
-from ds_lowrank.report import role_table, take_inventory
+from ds_lowrank.optimizer.report import role_table, take_inventory
 from tests.unit.apexes import KERNEL, nvidias, pyramids, write
 from tests.unit.pages import ROOT
 
@@ -180,7 +180,7 @@ def trained(**options):
 def pretend_cuda(folder, monkeypatch):
     """What is decided for CUDA is done on the CPU, by the stand-in."""
     nvidias(folder)
-    for module in ("elementwise", "report"):
+    for module in ("optimizer.adamw", "optimizer.report"):
         monkeypatch.setattr(f"ds_lowrank.{module}.adamw_by", lambda device: adamw_by(CUDA))
 
 
@@ -195,7 +195,7 @@ def test_a_step_takes_apexs_and_says_so(pretend_cuda):
 
 def trained_by_torch():
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("elementwise", "report"):
+        for module in ("optimizer.adamw", "optimizer.report"):
             patch.setattr(f"ds_lowrank.{module}.adamw_by", lambda device: "torch")
         return trained()
 

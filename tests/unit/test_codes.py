@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ds_lowrank.linalg.codes import BLOCK, EXACT, BFloat16, Int8, spread
+from ds_lowrank.linalg.quantization import BLOCK, EXACT, BFloat16, Int8, spread
 from ds_lowrank.linalg.sketch import name_hash
 
 CODES = {"signed": Int8(signed=True), "unsigned": Int8(signed=False), "bf16": BFloat16()}
@@ -138,7 +138,7 @@ def test_a_tensor_coded_in_chunks_and_in_pieces_is_coded_the_same(name, monkeypa
     whole = code.encode(value, 0, offset(1))
     pieces = [code.encode(value[start:end], start, offset(1)) for start, end in ((0, 64), (64, 640), (640, 1000))]
     assert all(torch.equal(torch.cat([piece[key] for piece in pieces]), whole[key]) for key in whole)
-    monkeypatch.setattr("ds_lowrank.linalg.codes.IN_CACHE", 64 * 7 * 3)
+    monkeypatch.setattr("ds_lowrank.linalg.quantization.IN_CACHE", 64 * 7 * 3)
     chunked = code.encode(value, 0, offset(1))
     assert all(torch.equal(chunked[key], whole[key]) for key in whole)
     assert torch.equal(code.decode(whole), stored(name, value, 1))

@@ -8,11 +8,12 @@ import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_lowrank import ConfigError, GaLore, tag_parameters
-from ds_lowrank.config import looks_like_method, method_named, parse_options
+from ds_lowrank.integration.unsupported_settings import REFUSALS, check_supported
 from ds_lowrank.methods import METHODS
-from ds_lowrank.optimizers import OPTIMIZERS
-from ds_lowrank.roles import matches, role_of, tag_from_name, tag_of
-from ds_lowrank.support import REFUSALS, check_supported
+from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
+from ds_lowrank.optimizer.registry import OPTIMIZERS
+from ds_lowrank.optimizer.roles import role_of
+from ds_lowrank.placement.parameter_names import matches, tag_from_name, tag_of
 
 METHOD = METHODS["GaLore"]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank import slots
 from ds_lowrank.methods import METHODS
+from ds_lowrank.optimizer import step
 from ds_lowrank.sharding.layout import length
 from ds_lowrank.sharding.reduce import Alone
 from tests.simulated.harness import Sharded, flat_parts, state_elements
@@ -264,8 +264,8 @@ def test_waves_cost_what_is_documented(monkeypatch, room, count):
     """Each of the three matrices takes 2 (2 * 8 + 8) = 48 numbers of the room."""
     text = " ".join(PAGES["sharding"].split())
     assert "`WAVE` = 2^28" in text
-    assert slots.WAVE == 2**28
-    monkeypatch.setattr(slots, "WAVE", room)
+    assert step.WAVE == 2**28
+    monkeypatch.setattr(step, "WAVE", room)
     assert "3 w + 1 and 10 w + 1" in text
     assert collectives([1, 1]) == [10 * count + 1, 3 * count + 1]
 
@@ -273,7 +273,7 @@ def test_waves_cost_what_is_documented(monkeypatch, room, count):
 def test_gradnormlorp_in_eight_bits_reaches_the_papers_headline_at_7b():
     """89.5 % below AdamW in bf16, counting all tensors of the state, of the matrices and of the rest."""
     from ds_lowrank.models import llama
-    from ds_lowrank.report import state_bytes
+    from ds_lowrank.optimizer.report import state_bytes
 
     with torch.device("meta"):
         model = llama.LlamaForCausalLM(llama.load_config(ROOT / "ds_configs/models/llama_7b.json"))

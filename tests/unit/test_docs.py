@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.config import parse_options
+from ds_lowrank.integration.unsupported_settings import REFUSALS, check_supported
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.base import Options
-from ds_lowrank.methods.subspace import SubspaceOptions
-from ds_lowrank.optimizers import OPTIMIZERS
-from ds_lowrank.support import REFUSALS, check_supported
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.subspace import SubspaceOptions
+from ds_lowrank.optimizer.options import parse_options
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 from tests.engines.pool import run_ranks
 from tests.unit.pages import PAGES, ROOT, rows, weights
 from tests.unit.test_architecture import ALLOWED
@@ -295,7 +295,7 @@ def test_the_matrices_of_a_record_are_as_documented():
 
 
 def test_the_layers_are_those_that_are_enforced():
-    documented = {name.strip("`"): set(re.findall(r"`(\w+)`", below)) for name, below in layer_rows()}
+    documented = {name.strip("`"): set(re.findall(r"`([\w/]+)`", below)) for name, below in layer_rows()}
     assert documented == ALLOWED
 
 

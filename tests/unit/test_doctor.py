@@ -9,9 +9,9 @@ import tomllib
 import pytest
 import torch
 
-from ds_lowrank import doctor
-from ds_lowrank.apex import Apex
-from ds_lowrank.doctor import BUILD, PACKAGES, Line, Package, apex_line, machine_lines, package_line
+from ds_lowrank.environment import doctor
+from ds_lowrank.environment.apex import Apex
+from ds_lowrank.environment.doctor import BUILD, PACKAGES, Line, Package, apex_line, machine_lines, package_line
 from tests.unit.apexes import pyramids
 from tests.unit.pages import ROOT
 

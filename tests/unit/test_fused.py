@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ds_lowrank
-from ds_lowrank.roles import tag_parameters
-from ds_lowrank.sharding.tensor_parallel import logical_matrices
+from ds_lowrank.placement.parameter_names import tag_parameters
+from ds_lowrank.placement.tensor_parallel import logical_matrices
 
 NAME = "layers.0.weight"
 DEGREES = st.sampled_from([1, 2, 4])

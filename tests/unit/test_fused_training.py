@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import ds_lowrank
 from ds_lowrank.methods import METHODS
-from ds_lowrank.optimizers import OPTIMIZERS
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 
 HIDDEN, HEAD, GROUPS, QUERIES, INNER = 12, 4, 2, 2, 20
 STEPS = 7

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from ds_lowrank.config import METHODS, parse_options
 from ds_lowrank.data.glue import GLUE
 from ds_lowrank.finetuning.arguments import parse
-from ds_lowrank.roles import role_of, tag_from_name
-from ds_lowrank.support import check_supported
+from ds_lowrank.integration.unsupported_settings import check_supported
+from ds_lowrank.optimizer.options import METHODS, parse_options
+from ds_lowrank.optimizer.roles import role_of
+from ds_lowrank.placement.parameter_names import tag_from_name
 from ds_lowrank.training.config import read_config
 from ds_lowrank.training.plan import settle_config
 

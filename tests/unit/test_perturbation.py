@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.backward import RandomState, forward_backward
+from ds_lowrank.integration.forward_backward import forward_backward
+from ds_lowrank.integration.probe import RandomState
 from ds_lowrank.sharding.layout import Block, Part
 from ds_lowrank.sharding.matrix import MatrixShard
 from tests.reference.lorenza import DenseLorenza, climb
@@ -259,7 +260,7 @@ def test_bf16_weights_that_swallow_the_perturbation_are_told_of_once(caplog):
 
 
 def test_one_sided_probes_with_dropout_are_warned_of_once(caplog, monkeypatch):
-    monkeypatch.setattr("ds_lowrank.backward._warned_of_dropout", False)
+    monkeypatch.setattr("ds_lowrank.integration.forward_backward._warned_of_dropout", False)
     model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Dropout(0.5))
     engine = ds_lowrank.Lorenza(model.named_parameters(), rank=None, two_sided=False)
     engine.module = model

@@ -14,10 +14,11 @@ import torch
 from deepspeed.runtime import config as deepspeed_config
 from transformers import LlamaForCausalLM
 
-from ds_lowrank.config import METHODS, parse_options
+from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.models.llama import load_config
-from ds_lowrank.roles import role_of, tag_from_name
-from ds_lowrank.support import check_supported
+from ds_lowrank.optimizer.options import METHODS, parse_options
+from ds_lowrank.optimizer.roles import role_of
+from ds_lowrank.placement.parameter_names import tag_from_name
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.plan import make_plan
 

@@ -1,0 +1,209 @@
+"""Give a model adapters in GradNormLoRP's parametrisation (arXiv 2412.19616), and take them out again.
+
+Any model of ``torch.nn.Linear`` layers will do, built under ``zero.Init`` or not. Its linear layers get adapters, newly
+initialised task heads stay trainable, and everything else is frozen. Merged, the weights are those of the original
+architecture, under the original names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.adapters.linear import AdapterLinear, NormAxis
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.optimizer.roles import check_patterns, role_of
+from ds_lowrank.placement.parameter_names import Tag, matches, output_layers, tag_from_name, tag_parameters
+
+__all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
+
+TASK_HEADS = ("score", "classifier", "qa_outputs")
+"""Heads that a pre-trained model does not bring: what Hugging Face calls them in models for classification."""
+FACTORS = ("lora_A", "lora_B", "magnitude")
+
+
+def add_adapters(
+    model: torch.nn.Module,
+    *,
+    adapter_rank: int = 8,
+    adapter_alpha: float = 16.0,
+    adapter_dropout: float = 0.0,
+    norm_axis: NormAxis = "output",
+    target_modules: Sequence[str] | None = None,
+    exclude_modules: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Replace linear layers by :class:`AdapterLinear`, in place; the model computes what it did. Collective at ZeRO 3.
+
+    Patterns are globs on the name of a layer's weight, of the layer, or of one component of it.
+
+    Args:
+        adapter_rank: r of the factors A (r x n) and B (m x r).
+        adapter_alpha: the low-rank part is scaled by s = adapter_alpha / adapter_rank.
+        adapter_dropout: on the input of A.
+        norm_axis: ``output`` for a magnitude for each output unit, ``input`` for each input unit.
+        target_modules: the layers; None for every linear layer but the output head.
+        exclude_modules: layers that stay as they are, frozen; they win over the targets.
+        modules_to_save: modules that stay as they are, trainable; they win over the targets. None for
+            :data:`TASK_HEADS`, where the model has them.
+        seed: of the factors A, with each layer's name.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        ConfigError: an invalid option, a pattern that matches nothing, no layer to replace, a rank above a layer's
+            dimensions, a weight that another module shares, a model with adapters. The model is unchanged then.
+    """
+    _check_options(adapter_rank, adapter_alpha, adapter_dropout, norm_axis)
+    if has_adapters(model):
+        raise ConfigError("the model has adapters already: call merge_adapters first, or do not add them twice")
+    saved = TASK_HEADS if modules_to_save is None else tuple(modules_to_save)
+    linears = _linears(model)
+    weights = [f"{name}.weight" for name in linears]
+    if not linears:
+        raise ConfigError("adapters: the model has no torch.nn.Linear inside; they can replace no other layer")
+    check_patterns(weights, "target_modules", target_modules or ())
+    check_patterns(weights, "exclude_modules", exclude_modules)
+    check_patterns([name for name, _ in model.named_parameters()], "modules_to_save", modules_to_save or ())
+    chosen = _chosen(model, linears, target_modules, (*exclude_modules, *saved))
+    if not chosen:
+        raise ConfigError(
+            "adapters: no linear layer is left to replace, as exclude_modules and modules_to_save win over "
+            f"target_modules; name some of these in target_modules: {', '.join(list(linears)[:6])}, ..."
+        )
+    _check_layers(model, chosen, adapter_rank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and any(matches(name, pattern) for pattern in saved))
+    adapters = {}
+    for name, linear in chosen.items():
+        with _gathered([linear.weight]):
+            adapters[id(linear)] = AdapterLinear(
+                linear, name, adapter_rank, adapter_alpha, adapter_dropout, norm_axis, seed
+            )
+    _replace(model, adapters)
+    tag_parameters(model)
+    return list(chosen)
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether :func:`add_adapters` was called on the model."""
+    return any(isinstance(module, AdapterLinear) for module in model.modules())
+
+
+def merged_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of the original architecture from those of a model with adapters.
+
+    Args:
+        model: with adapters; or without, and nothing is changed.
+        weights: all its parameters by name, whole, wherever they were gathered. The model's own are not looked at.
+
+    Returns:
+        The same without A, B and g, and with W = g V / |V|, in the dtype of W0, where W0 was.
+    """
+    merged = dict(weights)
+    for name, layer in _adapters(model):
+        factors = [merged.pop(f"{name}.{factor}") for factor in FACTORS]
+        merged[f"{name}.weight"] = layer.merged(merged[f"{name}.weight"], *factors)
+    return merged
+
+
+@torch.no_grad()
+def merge_adapters(model: torch.nn.Module) -> None:
+    """Replace every adapter by the ``torch.nn.Linear`` that it is, in place. What was frozen stays frozen.
+
+    Raises:
+        ConfigError: the weights are partitioned over ranks.
+    """
+    layers = dict(_adapters(model))
+    if any(hasattr(layer.weight, "ds_id") for layer in layers.values()):
+        raise ConfigError(
+            "merge_adapters needs whole weights, and at ZeRO 3 they are partitioned: gather them with "
+            "deepspeed.zero.GatheredParameters and pass them to merged_weights"
+        )
+    linears = {}
+    for layer in layers.values():
+        linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        merged = layer.merged(layer.weight, layer.lora_A, layer.lora_B, layer.magnitude)
+        linear.weight = torch.nn.Parameter(merged, requires_grad=False)
+        linear.register_parameter("bias", layer.bias)
+        linears[id(layer)] = linear.train(layer.training)
+    _replace(model, linears)
+
+
+def _linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """Layers that can be replaced. A subclass may compute otherwise, or have its weight read past its forward."""
+    return {name: module for name, module in model.named_modules() if name and type(module) is torch.nn.Linear}
+
+
+def _chosen(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Linear],
+    targets: Sequence[str] | None,
+    excludes: Sequence[str],
+) -> dict[str, torch.nn.Linear]:
+    """The layers to replace, by the rule of projection, but for layers of an embedding: they are targets by default."""
+    heads = output_layers(model)
+
+    def is_chosen(name: str, linear: torch.nn.Linear) -> bool:
+        is_head = linear in heads or tag_from_name(name).kind == "head"
+        tag = Tag(name, "head" if is_head else "weight")
+        return role_of(tag, (linear.out_features, linear.in_features), targets, excludes).projected
+
+    return {name: linear for name, linear in linears.items() if is_chosen(f"{name}.weight", linear)}
+
+
+def _adapters(model: torch.nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterLinear))
+
+
+def _replace(model: torch.nn.Module, replacements: Mapping[int, torch.nn.Module]) -> None:
+    """Put new modules in the place of those whose ids are given, under every name that they have."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
+def _check_options(rank: Any, alpha: Any, dropout: Any, norm_axis: Any) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"adapter_rank: {rank!r} must be a whole number of at least 1")
+    if not 0 < alpha < float("inf"):
+        raise ConfigError(f"adapter_alpha: {alpha!r} must be above 0 and finite")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"adapter_dropout: {dropout!r} must be at least 0 and below 1")
+    if norm_axis not in get_args(NormAxis):
+        raise ConfigError(f"norm_axis: {norm_axis!r} must be 'output' or 'input'")
+
+
+def _check_layers(model: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], rank: int) -> None:
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, linear in linears.items():
+        largest = min(linear.in_features, linear.out_features)
+        if rank > largest:
+            raise ConfigError(
+                f"adapter_rank {rank} is above a dimension of {name} ({linear.out_features} x {linear.in_features}): "
+                f"at most {largest}, or put the layer in exclude_modules"
+            )
+        if owners[id(linear.weight)] > 1:
+            raise ConfigError(
+                f"{name}: another module shares its weight and would not see the adapter; put it in exclude_modules"
+            )
+        if linear.weight.is_meta:
+            raise ConfigError(f"{name}: its weight is on the meta device; load the weights before adding adapters")
+
+
+def _gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
+    """Whole parameters inside the context, where ZeRO 3 has partitioned them."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return context

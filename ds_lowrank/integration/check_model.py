@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ds_lowrank.adapters.model import has_adapters
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.unsupported_settings import autotp_size, check_stage
+from ds_lowrank.placement.grid import grid_of
+
+SIZES_OF_SHARDS = ("output_size_per_partition", "input_size_per_partition", "num_embeddings_per_partition")
+"""What megatron-core's parallel layers know."""
+
+
+def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) -> None:
+    """Refuse models and grids on which the update, or the norm that it is clipped by, would not be the method's.
+
+    Raises:
+        ConfigError: says which, and what works.
+    """
+    from deepspeed.runtime.pipe import PipelineModule
+
+    in_pipeline = isinstance(model, PipelineModule)
+    if in_pipeline and mpu is not None:
+        raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
+    unit, autotp = unit_of(model, mpu), autotp_size(config)
+    if unit is not None and autotp > 1:
+        raise ConfigError(
+            "tensor_parallel.autotp_size makes a grid of its own: remove it, or give a plain model without mpu"
+        )
+    if getattr(unit, "get_context_parallel_world_size", lambda: 1)() > 1:
+        raise ConfigError(
+            "context parallelism is not supported: DeepSpeed would average gradients without its ranks. Set "
+            "context_parallel_size to 1"
+        )
+    tensor = autotp if unit is None else grid_of(unit).tensor_size
+    if unit is None and autotp == 1 and grid_of(None).tensor_size > 1:
+        raise ConfigError(
+            "tensor-parallel groups are initialised (megatron-core's, or of an earlier engine with AutoTP), and "
+            "DeepSpeed was not told: it would average the gradients of different shards. Pass "
+            "mpu=megatron.core.parallel_state to ds_lowrank.initialize"
+        )
+    check_stage(config, tensor, in_pipeline)
+    _check_parameters(model, tensor, in_pipeline, method)
+
+
+def unit_of(model: Any, mpu: Any) -> Any:
+    """The model-parallel unit of an engine: a ``PipelineModule`` brings its own, else ``mpu``."""
+    from deepspeed.runtime.pipe import PipelineModule
+
+    return model.mpu() if isinstance(model, PipelineModule) else mpu
+
+
+def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -> None:
+    experts = [name for name, p in model.named_parameters() if getattr(p, "allreduce", True) is False]
+    if experts:
+        raise ConfigError(
+            f"{method}: expert parallelism is not supported yet ({experts[0]} is split over expert ranks): use a "
+            "model without experts"
+        )
+    if (tensor > 1 or in_pipeline) and has_adapters(model):
+        raise ConfigError(f"{method}: adapters are not split over ranks: use them with data parallelism only")
+    if tensor > 1:
+        _check_marks(model)
+
+
+def _check_marks(model: Any) -> None:
+    """megatron-core marks a weight as split while it draws it; told not to, it leaves a shard that looks whole."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        split = any(hasattr(module, size) for size in SIZES_OF_SHARDS)
+        if split and weight is not None and not getattr(weight, "tensor_model_parallel", False):
+            raise ConfigError(
+                f"{name}.weight is a shard and not marked as one: set perform_initialization in megatron-core's config"
+            )

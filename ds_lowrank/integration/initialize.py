@@ -1,0 +1,238 @@
+"""The two ways into DeepSpeed: :func:`initialize`, and :func:`register` for stock ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_lowrank.adapters.model import add_adapters, has_adapters
+from ds_lowrank.collectives import together
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.check_model import check_model, unit_of
+from ds_lowrank.integration.mpu import as_mpu, check_grid
+from ds_lowrank.integration.register import _allow_under_zero
+from ds_lowrank.integration.unsupported_settings import autotp_size, check_supported
+from ds_lowrank.methods import METHODS
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
+from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
+from ds_lowrank.optimizer.registry import OPTIMIZERS
+from ds_lowrank.placement.grid import Grid, grid_of
+from ds_lowrank.placement.parameter_names import tag_parameters
+
+PLACES = ("target_modules", "exclude_modules", "modules_to_save")
+ADAPTER_OPTIONS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "norm_axis", "seed", *PLACES)
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | dict[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | dict[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize``, with ``optimizer.type`` also one of this package's methods.
+
+    The signature and the return value are DeepSpeed's. A configuration that names none of the methods, or a client
+    ``optimizer`` of another kind, goes through, but for the gradient norm of fp32 at ZeRO 0 on a grid, which is
+    repaired. ``model_parameters`` may be parameters, named parameters, or groups of either; a group keeps its own
+    ``lr``, ``weight_decay`` and other options.
+
+    Returns:
+        engine, optimizer (DeepSpeed's wrapper, or this package's where DeepSpeed does not wrap), data loader,
+        scheduler.
+
+    Raises:
+        ConfigError: the configuration cannot be honoured; on every rank, before anything is built, saying what to
+        change.
+    """
+    import deepspeed
+
+    from ds_lowrank.integration.clipping import repair_clipping
+    from ds_lowrank.integration.stages import check_groups
+
+    settings = _settings(args, config if config is not None else config_params)
+    name = settings.get("optimizer", {}).get("type")
+    if optimizer is None and name is not None and name not in METHODS and (meant := looks_like_method(name)):
+        raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
+    low_rank = (optimizer is None and name in METHODS) or isinstance(optimizer, LowRankOptimizer)
+    mpu = as_mpu(mpu)
+    if low_rank:
+        settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
+    engine, wrapped, loader, scheduler = deepspeed.initialize(
+        args=_without_path(args),
+        model=model,
+        optimizer=optimizer,
+        model_parameters=_plain(model_parameters),
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=settings,
+        mesh_param=mesh_param,
+    )
+    if low_rank:
+        engine.basic_optimizer.finalize()
+        check_groups(engine)
+    repair_clipping(engine)
+    return engine, wrapped, loader, scheduler
+
+
+def _prepare(
+    model: torch.nn.Module | None,
+    settings: dict[str, Any],
+    optimizer: LowRankOptimizer | None,
+    model_parameters: Iterable[Any] | None,
+    mpu: Any,
+) -> tuple[dict[str, Any], Any]:
+    """Check everything, and put names on the parameters.
+
+    Args:
+        optimizer: the client's; None for the one that the settings name.
+
+    Returns:
+        The settings and the optimizer (or what builds it) for DeepSpeed.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.pipe import PipelineModule
+
+    from ds_lowrank.integration.stages import with_whole_activations
+
+    if model is None:
+        raise ConfigError("ds_lowrank.initialize needs a model")
+    method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
+    check_supported(settings, method)
+    _check_ranks_of_autotp(autotp_size(settings))
+    if optimizer is None:
+        settings = _with_adapters(model, settings, model_parameters)
+    in_pipeline = isinstance(model, PipelineModule)
+    if in_pipeline:
+        get_accelerator().set_device(model.local_rank)  # as DeepSpeed will; collectives need it
+    with together() if in_pipeline else nullcontext():  # what is refused may lie on one stage
+        check_model(model, mpu, settings, method)
+    tag_parameters(model)
+    unit = unit_of(model, mpu)
+    grid = None if unit is None else grid_of(unit)
+    settings = with_whole_activations(model, settings, grid)
+    _allow_under_zero()
+    if optimizer is None:
+        return settings, _factory(model, settings, grid)
+    optimizer.on_grid(grid)
+    if "scheduler" in settings:
+        _keep_ratios(optimizer)
+    return settings, optimizer
+
+
+def _check_ranks_of_autotp(autotp: int) -> None:
+    """DeepSpeed's own error for ranks that it does not divide says nothing, and not on every rank."""
+    ranks = dist.get_world_size() if dist.is_initialized() else os.environ.get("WORLD_SIZE")
+    if autotp > 1 and ranks is not None:
+        check_grid(int(ranks), autotp, pipeline=1, megatron=False)
+
+
+def _settings(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The configuration as a dict, from wherever DeepSpeed would take it."""
+    import deepspeed
+
+    path = getattr(args, "deepspeed_config", None)
+    if config is not None and path is not None:
+        raise ConfigError(
+            "the DeepSpeed configuration was given twice: as config and as args.deepspeed_config; pass one"
+        )
+    source = config if config is not None else path
+    if source is None:
+        raise ConfigError("no DeepSpeed configuration: pass config=..., or --deepspeed_config on the command line")
+    settings: dict[str, Any] = source if isinstance(source, dict) else deepspeed.load_ds_config(source)
+    return settings
+
+
+def _without_path(args: Any) -> Any:
+    """``args`` for DeepSpeed, which refuses a configuration that comes twice."""
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args
+
+
+def _plain(parameters: Iterable[Any] | None) -> list[Any] | None:
+    """DeepSpeed takes parameters or groups; a ``(name, parameter)`` pair has its name in the parameter's tag."""
+    if parameters is None:
+        return None
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
+
+
+def _factory(
+    model: torch.nn.Module, settings: Mapping[str, Any], grid: Grid | None
+) -> Callable[[Iterable[Any]], LowRankOptimizer]:
+    """What DeepSpeed calls with the parameters, once it has placed the model."""
+    block = settings["optimizer"]
+    params = block.get("params", {})
+    parse_options(method_named(block["type"]), params)
+
+    def build(parameters: Iterable[Any]) -> LowRankOptimizer:
+        tag_parameters(model)  # AutoTP makes new parameters of those that zero.Init has partitioned
+        with together():  # a stage or a shard alone may have what does not fit
+            parameters = list(parameters)
+            if not parameters and grid is not None and grid.pipeline is not None:
+                raise ConfigError(
+                    "a stage of the pipeline has nothing to train: ask for no more stages than there are layers with "
+                    "parameters, or choose another partition_method"
+                )
+            optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
+        if "scheduler" in settings:
+            _keep_ratios(optimizer)
+        return optimizer
+
+    return build
+
+
+def _with_adapters(
+    model: torch.nn.Module, settings: dict[str, Any], model_parameters: Iterable[Any] | None
+) -> dict[str, Any]:
+    """Give the model the adapters that ``optimizer.params`` asks for, unless it has them.
+
+    Returns:
+        The settings for the optimizer, without the patterns that chose the adapters' places.
+    """
+    block = settings["optimizer"]
+    params = dict(block.get("params", {}))
+    options = parse_options(method_named(block["type"]), params)
+    if getattr(options, "parametrization", None) != "adapter":
+        return settings
+    if not has_adapters(model):
+        if model_parameters is not None:
+            raise ConfigError(
+                "parametrization 'adapter' changes the model's parameters, and model_parameters were chosen before: "
+                "call ds_lowrank.add_adapters(model) and choose them then, or leave model_parameters out"
+            )
+        add_adapters(model, **{key: getattr(options, key) for key in ADAPTER_OPTIONS})
+    kept = {key: value for key, value in params.items() if key not in PLACES}
+    return {**settings, "optimizer": {**block, "params": kept}}
+
+
+def _keep_ratios(optimizer: LowRankOptimizer) -> None:
+    """DeepSpeed's schedulers write one rate into every group: keep the ratios of the groups' own rates."""
+    lr = optimizer.defaults["lr"]
+    for group in optimizer.param_groups:
+        if group["lr"] == lr:
+            continue
+        if lr == 0:
+            raise ConfigError("optimizer.params.lr is 0, so a group's own lr cannot be kept under the JSON scheduler")
+        group["lr_scale"] *= group["lr"] / lr
+        group["lr"] = lr

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import torch
+
+from ds_lowrank.optimizer.registry import OPTIMIZERS
+
+
+def register() -> None:
+    """Make the method names known to stock ``deepspeed.initialize``, the Hugging Face Trainer and accelerate.
+
+    DeepSpeed looks an unknown ``optimizer.type`` up in ``torch.optim`` and asks a list which optimizers ZeRO may wrap:
+    the classes are put into both. Idempotent. Call :func:`ds_lowrank.tag_parameters` on the model before DeepSpeed sees
+    it.
+    """
+    for name, optimizer in OPTIMIZERS.items():
+        setattr(torch.optim, name, optimizer)
+    _allow_under_zero()
+
+
+def _allow_under_zero() -> None:
+    from deepspeed.runtime.zero import utils
+
+    known = utils.ZERO_SUPPORTED_OPTIMIZERS
+    known.extend(optimizer for optimizer in OPTIMIZERS.values() if optimizer not in known)

@@ -1,0 +1,60 @@
+"""One optimizer step through DeepSpeed's ``PipelineEngine``, whatever the optimizer needs from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.probe import Probe, RandomState
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
+
+
+def train_batch(engine: Any, batches: Iterable[Any]) -> torch.Tensor:
+    """``engine.train_batch`` on the micro-batches of one step, for every optimizer.
+
+    For a method that looks at the loss around the weights (``Lorenza``) it probes first, by ``engine.eval_batch`` on
+    the same micro-batches, which runs the model in evaluation mode: nothing is dropped there. The weights are put back
+    before the optimizer changes them.
+
+    Args:
+        batches: ``(inputs, labels)`` of every micro-batch, as ``engine.train_batch`` takes them; only the first and the
+            last stage look at them, and every rank passes as many.
+
+    Returns:
+        The mean loss over micro-batches and data-parallel ranks, on every rank: a scalar.
+
+    Raises:
+        ConfigError: not as many micro-batches as a step has, or an engine without a pipeline.
+    """
+    if not hasattr(engine, "train_batch"):
+        raise ConfigError(
+            "train_batch is for a PipelineEngine: call ds_lowrank.forward_backward(engine, forwards) and engine.step()"
+        )
+    batches = list(batches)
+    if len(batches) != engine.micro_batches:
+        raise ConfigError(
+            f"train_batch got {len(batches)} micro-batches, gradient_accumulation_steps is {engine.micro_batches}: "
+            "pass those of one step"
+        )
+    optimizer = engine.basic_optimizer
+    perturbation = optimizer.perturbation if isinstance(optimizer, LowRankOptimizer) else None
+    if perturbation is None:
+        return _mean(engine.train_batch(iter(batches)))
+    random = RandomState()
+    probe = Probe(lambda: [engine.eval_batch(iter(batches))], random, engine.device, None)
+    try:
+        with torch.no_grad():
+            perturbation.ascend(probe, optimizer.options)
+        random.rewind()
+        perturbation.mark()
+        return _mean(engine.train_batch(iter(batches)))
+    finally:
+        with torch.no_grad():
+            perturbation.restore()
+
+
+def _mean(loss: torch.Tensor) -> torch.Tensor:
+    return loss.detach().mean()

@@ -1,0 +1,179 @@
+"""The inner optimizers: what turns a projected gradient into a direction.
+
+GaLore (arXiv 2403.03507, Algorithm 1) leaves the rule rho open, and Online Subspace Descent (arXiv 2408.12857,
+Algorithm 1) uses one for the weights and one for the basis. A rule works on rows along an axis, of which this rank owns
+some; where a rule needs a sum over all rows it asks for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.reduce import Program
+
+RuleName = Literal["adamw", "adafactor", "lion", "sgd"]
+
+
+class Rule(ABC):
+    """One optimizer's rule.
+
+    Args:
+        options: for ``betas``, ``eps`` and the dtype of the moments.
+        prefix: of the keys in the state, so that a matrix can hold two rules.
+        momentum: of SGD.
+    """
+
+    def __init__(self, options: Options, prefix: str = "", momentum: float = 0.0) -> None:
+        self.options, self.prefix, self.momentum = options, prefix, momentum
+
+    @abstractmethod
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+        """What the rule keeps for rows x columns along an axis of the matrix."""
+
+    @abstractmethod
+    def direction(
+        self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
+    ) -> Program[torch.Tensor]:
+        """Update the state and return the direction to descend along.
+
+        Args:
+            gradient: owned rows x columns, fp32.
+            step: 1 for the first step.
+
+        Returns:
+            owned rows x columns, fp32.
+        """
+
+    def rotate(self, state: State, rotation: torch.Tensor) -> None:
+        """Carry the moments into another basis: old x new, old basis transposed times new basis."""
+        raise NotImplementedError(f"{type(self).__name__} has no moments that a change of basis could carry")
+
+    def _key(self, name: str) -> str:
+        return self.prefix + name
+
+
+class Adam(Rule):
+    """Kingma and Ba, Algorithm 1. Decoupled weight decay is the optimizer's."""
+
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+        return {
+            self._key("exp_avg"): self.options.average(axis, columns),
+            self._key("exp_avg_sq"): self.options.average_of_squares(axis, columns),
+        }
+
+    def direction(
+        self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
+    ) -> Program[torch.Tensor]:
+        first, second = state[self._key("exp_avg")], state[self._key("exp_avg_sq")]
+        return adam(first, second, gradient, self.options.betas, self.options.eps, step)
+        yield  # a program without rounds
+
+    def rotate(self, state: State, rotation: torch.Tensor) -> None:
+        rotate_first(state[self._key("exp_avg")], rotation)
+        rotate_second(state[self._key("exp_avg_sq")], rotation)
+
+
+class Lion(Rule):
+    """Chen et al., arXiv 2302.06675, Algorithm 2.
+
+    ``interpolated`` is the direction before its sign is taken: the official code of Online Subspace Descent lifts that
+    and takes the sign of the lifted matrix.
+    """
+
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+        return {self._key("exp_avg"): self.options.average(axis, columns)}
+
+    def direction(
+        self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
+    ) -> Program[torch.Tensor]:
+        return self.interpolated(state, gradient).sign()
+        yield  # a program without rounds
+
+    def interpolated(self, state: State, gradient: torch.Tensor) -> torch.Tensor:
+        beta1, beta2 = self.options.betas
+        average = state[self._key("exp_avg")]
+        mixed: torch.Tensor = average.lerp(gradient, 1 - beta1)
+        average.lerp_(gradient, 1 - beta2)
+        return mixed
+
+    def rotate(self, state: State, rotation: torch.Tensor) -> None:
+        rotate_first(state[self._key("exp_avg")], rotation)
+
+
+class SGD(Rule):
+    """Plain, or with a heavy ball: ``b <- momentum * b + g``."""
+
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+        if self.momentum == 0:
+            return {}
+        return {self._key("momentum_buffer"): self.options.average(axis, columns)}
+
+    def direction(
+        self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
+    ) -> Program[torch.Tensor]:
+        if self.momentum == 0:
+            return gradient
+        buffer = state[self._key("momentum_buffer")]
+        moved = torch.add(gradient, buffer, alpha=self.momentum)
+        buffer.copy_(moved)
+        return moved
+        yield  # a program without rounds
+
+    def rotate(self, state: State, rotation: torch.Tensor) -> None:
+        if self.momentum:
+            rotate_first(state[self._key("momentum_buffer")], rotation)
+
+
+class Adafactor(Rule):
+    """Shazeer and Stern, arXiv 1804.04235, Algorithm 4, without relative step sizes and without a first moment.
+
+    The second moment is kept as a mean for every row and one for every column.
+    """
+
+    TINY: ClassVar[float] = 1e-30
+    """The paper's epsilon_1, added to the squares."""
+    DECAY: ClassVar[float] = 0.8
+    """``beta2`` of step t is ``1 - t^-0.8``."""
+    CLIP: ClassVar[float] = 1.0
+    """The paper's d: the root mean square that a direction may have."""
+
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+        return {self._key("row_mean"): Rows(axis, 1), self._key("column_mean"): Rows(shard.small(columns), 1)}
+
+    def direction(
+        self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
+    ) -> Program[torch.Tensor]:
+        row_mean, column_mean = state[self._key("row_mean")], state[self._key("column_mean")]
+        columns, new = gradient.shape[1], step**-self.DECAY
+        small, one = shard.small(columns), shard.small(1)
+        squares = gradient.square() + self.TINY
+        row_mean.lerp_(squares.mean(1, keepdim=True), new)
+        sums, total = yield (
+            small.reduce(shard.having(squares.sum(0).unsqueeze(1))),
+            one.reduce(shard.having(row_mean.sum().view(1, 1))),
+        )
+        column_mean.lerp_(sums / axis.size, new)
+        means, total = yield small.gather(column_mean), one.gather(total)
+        means, mean = shard.padded(means, columns), shard.padded(total, 1) / axis.size
+        scaled = gradient * (mean / row_mean).sqrt() * means.T.rsqrt()
+        total = yield from shard.total(scaled.square().sum().view(1, 1))
+        size = (total / (axis.size * columns)).sqrt()
+        direction: torch.Tensor = scaled / (size / self.CLIP).clamp_min(1.0)
+        return direction
+
+
+RULES: dict[str, type[Rule]] = {"adamw": Adam, "adam": Adam, "adafactor": Adafactor, "lion": Lion, "sgd": SGD}
+"""By the names in ``inner`` and ``basis_optimizer``."""
+
+
+def rule_named(name: str, options: Any, prefix: str = "", momentum: float = 0.0) -> Rule:
+    """The rule of that name."""
+    return RULES[name](options, prefix, momentum)

@@ -1,0 +1,155 @@
+"""The caller's parameter groups: their options validated, their parameters known by name.
+
+DeepSpeed replaces the parameters in an optimizer's groups. What the groups were built with is kept here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.optimizer.logical_parameters import Member, check_fit, members_of, names_in
+from ds_lowrank.optimizer.options import parse_options
+from ds_lowrank.optimizer.roles import check_patterns
+from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.parameter_names import Tag, tag_from_name, tag_of
+from ds_lowrank.placement.tensor_parallel import refuse_empty_shards
+from ds_lowrank.placement.zero import shape_before_zero
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = ("target_modules", "exclude_modules")
+UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
+
+
+class ParameterGroups:
+    """All groups of one optimizer.
+
+    Args:
+        method: of the optimizer.
+        given: the options it was built with, which a group may override.
+        grid: as it is when it is asked for.
+
+    Attributes:
+        dicts: the optimizer's groups that have something to train.
+        parameters: the trainable parameters each of them was built with.
+    """
+
+    def __init__(self, method: type[Method], given: Mapping[str, Any], grid: Callable[[], Grid]) -> None:
+        self._method, self._given, self._grid = method, given, grid
+        self._tags: dict[torch.Tensor, Tag] = {}
+        self._names: list[str] = []
+        self._patterns: list[tuple[list[str], str, str]] = []
+        self.dicts: list[dict[str, Any]] = []
+        self.parameters: list[list[torch.nn.Parameter]] = []
+
+    def validated(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with validated options, and of its parameters, plain, those that have something to train.
+
+        Raises:
+            ConfigError: an option is wrong, a parameter has no name or a dtype that is not trained, a matrix does not
+                fit the method.
+        """
+        given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
+        options = parse_options(self._method, {**self._given, **given})
+        entries = group["params"]
+        entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
+        named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
+        tags = [self._checked_tag(name, parameter) for name, parameter in named]
+        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in names_in(p, tag)]
+        for key in PATTERNS:
+            self._must_match(names, key, given.get(key) or ())
+        for (_, parameter), tag in zip(named, tags, strict=True):
+            refuse_empty_shards(parameter, tag.name)
+        self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
+        trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
+        for parameter in trained:
+            if parameter.dtype not in DTYPES:
+                name, dtype = self._tags[parameter].name, parameter.dtype
+                raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
+        grid = self._grid()
+        check_fit(self._method, [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, grid)])
+        values = {key: getattr(options, key) for key in self._method.Options.model_fields}
+        return {**group, **values, "params": trained}
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Take a validated group of the optimizer."""
+        if group["params"]:
+            self.dicts.append(group)
+            self.parameters.append(list(group["params"]))
+
+    def check(self, options: Options) -> None:
+        """What can only be judged by all groups together.
+
+        Raises:
+            ConfigError: the method lacks something among the parameters, or a pattern matches none.
+        """
+        if problem := self._method.lacks(self._names, options):
+            raise ConfigError(f"{self._method.name}: {problem}")
+        for key in PATTERNS:
+            self._must_match(self._names, key, getattr(options, key) or ())
+
+    def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
+        tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
+        if tag is None:
+            raise ConfigError(
+                f"{self._method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
+                "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
+            )
+        names = names_in(parameter, tag)
+        if twice := next((name for name in names if name in self._names), None):
+            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name; each parameter needs its own")
+        self._names += names
+        return tag
+
+    def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
+        """Every pattern has a parameter here, or in a pipeline on some stage: that is asked when the grid is known."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._patterns += [(list(names), key, pattern) for pattern in patterns]
+        else:
+            check_patterns(names, key, patterns)
+
+    def match_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
+        """Judge what was left open by the names here, or of every stage. Collective over the pipeline.
+
+        Raises:
+            ConfigError: a pattern matches no parameter.
+        """
+        if pipeline is None:
+            for own, key, pattern in self._patterns:
+                check_patterns(own, key, [pattern])
+            return
+        stages: list[list[str]] = [[]] * dist.get_world_size(pipeline)
+        dist.all_gather_object(stages, self._names, group=pipeline)
+        names = [name for stage in stages for name in stage]
+        for _, key, pattern in self._patterns:
+            check_patterns(names, key, [pattern])
+
+    def options_of(self, group: dict[str, Any]) -> Options:
+        """Of a group as it is now: a scheduler changes its rate."""
+        return parse_options(self._method, {key: group[key] for key in self._method.Options.model_fields})
+
+    @property
+    def options(self) -> dict[int, Options]:
+        """Of each group, by its id."""
+        return {id(group): self.options_of(group) for group in self.dicts}
+
+    def members(self, state: Mapping[torch.Tensor, Any]) -> list[Member]:
+        """Every logical matrix of every group, in order.
+
+        Args:
+            state: the optimizer's, an empty dict for each parameter.
+        """
+        return [
+            member
+            for own, group in zip(self.parameters, self.dicts, strict=True)
+            for parameter in own
+            for member in members_of(
+                *(parameter, self._tags[parameter], group, self.options_of(group), state[parameter], self._grid())
+            )
+        ]

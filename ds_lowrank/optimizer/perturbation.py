@@ -1,0 +1,256 @@
+"""Climbing: moving the weights to where the loss is higher, for the one backward pass, and back.
+
+Every probe moves all matrices at once, so that it costs one or two forward passes however many matrices there are. The
+losses are averaged over the data-parallel ranks before they are used, and directions are functions of (seed, name,
+step), so all ranks move alike. What is moved is what forward passes read: whole parameters, or at ZeRO 3 this rank's
+partitions. A copy of it restores every bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.directions import Directions
+from ds_lowrank.methods.blocks.options import Climb
+from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.zero import Fragment, forward_weights, release_gathered
+from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.reduce import Executor, Request, everyone, lockstep
+
+logger = logging.getLogger("ds_lowrank")
+
+SURVIVING = 0.5
+"""Where rounding to the weights' dtype leaves less than this share of a move, the user is told, once."""
+
+
+@dataclass
+class Movable:
+    """One matrix in one ascent.
+
+    Attributes:
+        place: what forward passes read of it.
+        saved: a copy of it from before, flat.
+        shard: which elements of the matrix these are.
+        copies: how many ranks move the same elements.
+        step: of its optimizer.
+    """
+
+    place: Fragment
+    saved: torch.Tensor
+    shard: MatrixShard
+    directions: Directions
+    copies: int
+    step: int
+
+    def coordinates(self, probes: Sequence[str], shares: Sequence[float]) -> torch.Tensor:
+        """Of a sum of this step's probes."""
+        return self.directions.combined([f"{self.step} {probe}" for probe in probes], shares)
+
+    def move(self, coordinates: torch.Tensor, distance: float) -> None:
+        """To ``distance`` times a direction from where the weights were."""
+        weights = self.place.weights.copy_(self.saved)
+        self.shard.write(weights, self.directions.at(coordinates), -distance, 0.0)
+        self.place.put(weights)
+
+    def mirror(self) -> None:
+        """To the other side of where they were, as far away, whatever rounding made of the move."""
+        weights = self.place.weights
+        self.place.put(torch.lerp(weights, self.saved, 2.0, out=weights))
+
+    def restore(self) -> None:
+        """Every bit as it was."""
+        self.place.put(self.place.weights.copy_(self.saved))
+
+
+class Perturbation:
+    """What moves the weights of an optimizer's matrices.
+
+    Args:
+        method: of the optimizer.
+        slots: the matrices that are perturbed.
+        climb: how higher loss is looked for.
+        executor: of the optimizer.
+        grid: of the optimizer. All its stages climb together.
+        is_local: whether tensor-parallel ranks project their own shards, and exchange nothing else.
+        like: a parameter of the model.
+    """
+
+    def __init__(
+        self,
+        method: type[Method],
+        slots: Sequence[Slot],
+        climb: Climb,
+        executor: Executor,
+        grid: Grid,
+        is_local: bool,
+        like: torch.Tensor,
+    ) -> None:
+        self.climb = climb
+        self._method, self._slots, self._executor, self._grid = method, slots, executor, grid
+        self._apart = grid.tensor if is_local else None
+        self._dtype, self._device = like.dtype, like.device
+        self._moving: list[Slot] = []
+        self._moved: list[Movable] = []
+        self._told: set[str] = set()
+        self.norm = 0.0
+        """Of the last perturbation, as the weights' dtype left it."""
+        self.without = 0
+        """Ascents so far that found no slope: a loss that is not finite, or the same on all sides."""
+
+    def ascend(self, loss: Callable[[], float], options: dict[int, Any], micro_batch: int = 0) -> None:
+        """Probe, then leave the weights where the loss is higher, until :meth:`restore`.
+
+        Before a method has found its first subspace nothing is probed.
+
+        Args:
+            loss: at the present weights, the same number on all ranks.
+            options: of each slot's group, by its id.
+            micro_batch: sets the directions of a step's micro-batches apart.
+        """
+        self.norm = 0.0
+        slots = [slot for slot in self._slots if slot.has_begun or "basis" not in slot.state]
+        (everywhere,) = self._over_stages(len(slots))
+        if not everywhere:
+            return
+        self._moving = slots
+        self._save(slots, options)
+        probes = [f"probe {micro_batch}.{number}" for number in range(self.climb.probes)]
+        slopes = self._slopes(loss, probes)
+        if all(map(math.isfinite, slopes)) and any(slopes):
+            self._climb(probes, [slope / self.climb.probes for slope in slopes])
+        else:
+            self.without += 1
+            self.restore()
+
+    def restore(self) -> None:
+        """Put every bit back. Idempotent."""
+        for movable in self._moved:
+            movable.restore()
+        if self._moved:
+            self._release()
+        self._moved = []
+
+    def mark(self) -> None:
+        """Note that the gradients to come were taken as ``climb`` asks."""
+        for slot in self._slots:
+            slot.looked_around = True
+
+    def _save(self, slots: Sequence[Slot], options: dict[int, Any]) -> None:
+        self._release()
+        moved = [self._place(slot) for slot in slots]
+        directions = self._executor.run(
+            lockstep(
+                self._method.directions(slot.shard, slot.state, options[id(slot.group)], shard)
+                for slot, (_, shard, _) in zip(slots, moved, strict=True)
+            )
+        )
+        self._moved = [
+            Movable(place, place.weights.clone(), shard, found, copies, slot.state["step"])
+            for slot, (place, shard, copies), found in zip(slots, moved, directions, strict=True)
+        ]
+
+    def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, int]:
+        """What is moved of a matrix: where, which elements, and on how many ranks."""
+        interval, is_partition = forward_weights(slot.parameter)
+        place, shard, copies = interval.fragment(slot.logical), slot.shard, slot.copies
+        if not is_partition:
+            part = slot.logical.part(slot.logical.own, interval.start, interval.end)
+            shard = MatrixShard(shard.name, shard.shape, [part], 0, shard.side, 0)
+            copies *= self._executor.size if self._apart else self._executor.size // self._grid.tensor_size
+        weights = place.weights
+        shard.attach(weights, weights)  # tells directions their device
+        return place, shard, copies
+
+    def _slopes(self, loss: Callable[[], float], probes: Sequence[str]) -> list[float]:
+        """The paper's c_j."""
+        radius, slopes = self.climb.probe_radius, []
+        here = None if self.climb.two_sided else loss()
+        for probe in probes:
+            self._probe(probe)
+            ahead = loss()
+            if here is not None:
+                slopes.append((ahead - here) / radius)
+                continue
+            for movable in self._moved:
+                movable.mirror()
+            self._release()
+            slopes.append((ahead - loss()) / (2 * radius))
+        return slopes
+
+    def _probe(self, probe: str) -> None:
+        for movable in self._moved:
+            movable.move(movable.coordinates([probe], [1.0]), self.climb.probe_radius)
+        self._release()
+        if "probe_radius" not in self._told:
+            (square,) = self._over_matrices([m.directions.square(m.coordinates([probe], [1.0])) for m in self._moved])
+            self._realised("probe_radius", self.climb.probe_radius * math.sqrt(square))
+
+    def _climb(self, probes: Sequence[str], shares: Sequence[float]) -> None:
+        squares = [movable.directions.square(movable.coordinates(probes, shares)) for movable in self._moved]
+        total, count = self._over_matrices(squares, [float(square > 0) for square in squares])
+        for movable, square in zip(self._moved, squares, strict=True):
+            length = math.sqrt(square if self.climb.per_matrix else total)
+            movable.move(movable.coordinates(probes, shares), self.climb.radius / length if length else 0.0)
+        self._release()
+        asked = self.climb.radius * (math.sqrt(count) if self.climb.per_matrix else 1.0)
+        self.norm = self._realised("perturbation_radius", asked)
+
+    def _realised(self, key: str, asked: float) -> float:
+        """How much of a move rounding has left. Where that is little, the user is told once what to raise."""
+        if self._dtype == torch.float32:
+            return asked
+        got = self._distance()
+        if got < SURVIVING * asked and key not in self._told:
+            logger.warning(
+                "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
+                "train in fp32",
+                *(key, self._dtype, asked, got, key),
+            )
+        self._told.add(key)
+        return got
+
+    def _distance(self) -> float:
+        """How far the weights are from where they were: over all matrices, and all ranks that hold parts of them."""
+        total = 0.0
+        if self._moved:
+            squares = [
+                torch.linalg.vector_norm(m.place.weights.float() - m.saved.float(), dtype=torch.float64).square()
+                / m.copies
+                for m in self._moved
+            ]
+            own = torch.stack(squares).sum().float().view(1, 1)
+            (own,) = self._executor.exchange([Request(everyone(self._executor.size, 1), own)])
+            total = own.item()
+        return math.sqrt(*self._over_ranks_apart(total))
+
+    def _over_matrices(self, *lists: list[float]) -> list[float]:
+        """The sum of each list, which has a number for every matrix that is moved here, over the whole model."""
+        # A matrix of which each tensor-parallel rank has a copy counts once.
+        shares = [1.0 / slot.copies if self._apart else 1.0 for slot in self._moving]
+        return self._over_ranks_apart(*(sum(n * s for n, s in zip(numbers, shares, strict=True)) for numbers in lists))
+
+    def _over_ranks_apart(self, *numbers: float) -> list[float]:
+        """The sums over tensor-parallel ranks that have matrices of their own, and over the stages."""
+        return self._over_stages(*(numbers if self._apart is None else self._summed(numbers, self._apart)))
+
+    def _over_stages(self, *numbers: float) -> list[float]:
+        """The sums over the stages of the pipeline."""
+        return list(numbers) if self._grid.pipeline is None else self._summed(numbers, self._grid.pipeline)
+
+    def _summed(self, numbers: Sequence[float], group: dist.ProcessGroup) -> list[float]:
+        total = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total, group=group)
+        found: list[float] = total.tolist()
+        return found
+
+    def _release(self) -> None:
+        release_gathered(slot.parameter for slot in self._slots)

@@ -1,0 +1,171 @@
+"""Which part of which logical matrix a tensor-parallel rank's parameter is: read off the layers' own marks.
+
+=================  ==========================================================================
+layers             marks on a parameter
+=================  ==========================================================================
+megatron-core      ``tensor_model_parallel``, ``partition_dim``, ``partition_stride``
+DeepSpeed AutoTP   ``ds_autotp_universal_checkpoint_meta``: its dimension and everybody's size
+none               the parameter is whole on every tensor-parallel rank
+=================  ==========================================================================
+
+A fused weight holds several logical matrices, one below the other, once or periodically (``q q k v`` for every group of
+heads). It is projected as these matrices, so that a fused and an unfused model take the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.placement.grid import Grid
+from ds_lowrank.sharding.layout import Block, Range
+from ds_lowrank.sharding.logical import Logical, Strip, _one_after_the_other
+
+AUTOTP = "ds_autotp_universal_checkpoint_meta"
+FUSION = "ds_lowrank_fusion"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The matrices in a fused weight: ``heights`` rows of each, again and again down to the last row of every rank."""
+
+    names: tuple[str, ...]
+    heights: tuple[int, ...]
+
+
+def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
+    """What a parameter is: one logical matrix, or those of a fused weight.
+
+    Args:
+        shape: of the parameter on this tensor-parallel rank.
+
+    Raises:
+        ConfigError: it is marked as split, and not how; or fused in a way that does not fit its rows.
+    """
+    dim, sizes = _split(parameter, shape, name, grid)
+    fusion = _fusion(parameter, shape)
+    if fusion is not None:
+        if dim == 1:
+            raise ConfigError(
+                f"{name} is declared to be {fusion.names} one below the other, and tensor parallelism splits its "
+                "columns: leave it whole, or split its rows"
+            )
+        return _fused(fusion, shape, sizes, name, grid)
+    if dim is None:
+        strips = (_whole(shape),) * grid.tensor_size
+        return [Logical(name, shape, strips, grid.tensor_rank, "shared" if grid.tensor_size == 1 else "copied")]
+    full = tuple(sum(sizes) if axis == dim else size for axis, size in enumerate(shape))
+    if len(shape) != 2:
+        rest = math.prod(size for axis, size in enumerate(shape) if axis != dim)
+        row = _one_after_the_other([size * rest for size in sizes])
+        return [Logical(name, full, row["strips"], grid.tensor_rank, "shared")]
+    ends = [0, *accumulate(sizes)]
+    blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
+    return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "shared")]
+
+
+def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
+    """AutoTP can leave a rank without any of a weight, where there are fewer heads than ranks.
+
+    Raises:
+        ConfigError: on every rank, those too that have some.
+    """
+    meta = getattr(parameter, AUTOTP, None)
+    if meta and 0 in (meta["partition_sizes"] or ()):
+        raise ConfigError(
+            f"{name}: AutoTP leaves a tensor-parallel rank without any of it (sizes {tuple(meta['partition_sizes'])}); "
+            "set tensor_parallel.autotp_size to a divisor of the number of key-value heads"
+        )
+
+
+def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> list[str]:
+    """The names of the matrices in a fused weight; none where a parameter is not fused."""
+    fusion = _fusion(parameter, shape)
+    return [] if fusion is None else [_piece_name(name, piece) for piece in fusion.names]
+
+
+def _split(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tuple[int | None, tuple[int, ...]]:
+    """Along which dimension a parameter is split, and every rank's size along it; None where it is not."""
+    meta = getattr(parameter, AUTOTP, None)
+    if grid.tensor_size == 1 or not (meta or getattr(parameter, "tensor_model_parallel", False)):
+        return None, ()
+    if meta:
+        if meta["replicated"] or meta["partition_dim"] is None:
+            return None, ()
+        sizes = meta["partition_sizes"]
+        if sizes is None or meta["sub_param_sizes"] is not None or len(sizes) != grid.tensor_size:
+            raise ConfigError(
+                f"{name}: AutoTP splits this weight in pieces that ds_lowrank cannot read; exclude it from AutoTP by a "
+                "tensor_parallel.partition_config, or use a model whose projections are not fused"
+            )
+        return int(meta["partition_dim"]), tuple(sizes)
+    dim = getattr(parameter, "partition_dim", -1)
+    if not 0 <= dim < len(shape):
+        raise ConfigError(
+            f"{name} is marked tensor_model_parallel, and partition_dim does not say how it is split: use "
+            "megatron-core's layers, or set partition_dim on the parameter"
+        )
+    return dim, (shape[dim],) * grid.tensor_size
+
+
+def _fusion(parameter: Any, shape: tuple[int, ...]) -> Fusion | None:
+    if len(shape) != 2:
+        return None
+    declared: Fusion | None = getattr(parameter, FUSION, None)
+    stride = int(getattr(parameter, "partition_stride", 1))
+    if declared is None and stride > 1 and getattr(parameter, "partition_dim", -1) == 0:
+        return Fusion(tuple(map(str, range(stride))), (shape[0] // stride,) * stride)
+    return declared
+
+
+def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
+    """The whole weight repeats its period; a rank has the rows that follow those of the rank before."""
+    period, width = sum(fusion.heights), shape[1]
+    ends = [0, *accumulate(sizes or shape[:1])]
+    if ends[-1] % period:
+        raise ConfigError(
+            f"{name}: {ends[-1]} rows are no whole number of the {period} of {fusion.names}: correct the heights that "
+            "tag_fused was given"
+        )
+    periods = ends[-1] // period
+    own = list(pairwise(ends)) if sizes else [(0, shape[0])] * grid.tensor_size
+    found = []
+    for piece, height, end in zip(fusion.names, fusion.heights, accumulate(fusion.heights), strict=True):
+        rows = [(p * period + end - height, p * height) for p in range(periods)]
+        strips = tuple(_strips(rows, height, span, width) for span in own)
+        held: Literal["shared", "copied"] = "shared" if sizes or grid.tensor_size == 1 else "copied"
+        found.append(
+            Logical(_piece_name(name, piece), (periods * height, width), strips, grid.tensor_rank, held, piece)
+        )
+    return found
+
+
+def _strips(rows: list[tuple[int, int]], height: int, own: Range, width: int) -> tuple[Strip, ...]:
+    """What a rank's rows of a fused weight have of one of its matrices.
+
+    Args:
+        rows: for every period where the matrix begins in the weight, and which of its rows that is.
+        height: so many rows.
+        own: the rank's rows of the weight.
+    """
+    found = []
+    for first, row in rows:
+        lo, hi = max(first, own[0]), min(first + height, own[1])
+        if lo < hi:
+            found.append(Strip((lo - own[0]) * width, Block((row + lo - first, row + hi - first), (0, width))))
+    return tuple(found)
+
+
+def _piece_name(name: str, piece: str) -> str:
+    """A piece with a dot in its name brings a whole name along: that of the weight in an unfused model."""
+    return piece if "." in piece else f"{name}.{piece}"
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[Strip, ...]:
+    rows, width = shape if len(shape) == 2 else (1, math.prod(shape))
+    return (Strip(0, Block((0, rows), (0, width))),)
