@@ -11,6 +11,7 @@ RANKS ?= 2
 STEPS ?= 200
 JOBS ?= 2
 FINETUNED ?= runs/finetuned
+EPOCHS ?= 2
 
 .PHONY: test lint pretrain finetune environment clean
 
@@ -42,7 +43,7 @@ $(OUTPUT)/export/config.json: | environment
 
 finetune: environment $(OUTPUT)/export/config.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --deepspeed_config ds_configs/galore_zero2.json --lr 0.002 \
-		--model $(OUTPUT)/export --max-length 128 --epochs 2 --output $(FINETUNED)
+		--model $(OUTPUT)/export --max-length 128 --epochs $(EPOCHS) --output $(FINETUNED)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -90,7 +90,7 @@ def report(rows: Numbers, arguments: argparse.Namespace, **more: Numbers) -> Non
     if arguments.json is None:
         return
     record = {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "quick": arguments.quick,
         "seed": arguments.seed,

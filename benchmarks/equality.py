@@ -1,6 +1,6 @@
 """The largest differences from one dense process that the parity tests see: how far below their bounds they are.
 
-python benchmarks/equality.py
+python -m benchmarks.equality
 
 Runs the tests' own scenarios: real DeepSpeed engines on 1, 2 and 3 gloo ranks, the wrappers pairwise, and the
 simulated world. Needs the ``dev`` extra.
@@ -8,15 +8,10 @@ simulated world. Needs the ``dev`` extra.
 
 from __future__ import annotations
 
-import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from common import Numbers, options, report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks.common import Numbers, options, report
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, Oracle, config, run_engine, worst
 from tests.engines.test_wrappers import CASES, settings_of

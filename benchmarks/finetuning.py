@@ -1,6 +1,6 @@
 """Fine-tuning with every optimizer: accuracy on the default task after equal steps, bytes of state, time.
 
-python benchmarks/finetuning.py
+python -m benchmarks.finetuning
 
 The checkpoint is one that launch/pretrain.py makes first, as `make pretrain` does, on the standard library's source;
 the task is to tell the package of a function. Every contender is run with all its rates and all seeds, on one rank and
@@ -25,10 +25,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import runs
-from common import Numbers, options, report
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from benchmarks import runs
+from benchmarks.common import Numbers, options, report
 from ds_lowrank import add_adapters
 from ds_lowrank.data.functions import CLASSES
 from ds_lowrank.optimizer.roles import role_of

@@ -1,6 +1,6 @@
 """Bytes that a step of GaLore sends on a grid of data x tensor x pipeline ranks, and rounds, at a model's shapes.
 
-python benchmarks/grid_bytes.py
+python -m benchmarks.grid_bytes
 
 Counted is what the optimizer itself sends, in fp32: projections, bases and the decision. The method's own programs run
 on meta tensors, on one rank of every stage: a request names what every rank has and wants, so what one rank asks for
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Numbers, options, report
-from grid_layout import Degrees, Stage, stage_on
 
+from benchmarks.common import Numbers, options, report
+from benchmarks.grid_layout import Degrees, Stage, stage_on
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
 from ds_lowrank.optimizer.step import waves
 from ds_lowrank.sharding.matrix import MatrixShard

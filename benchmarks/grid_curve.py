@@ -1,6 +1,6 @@
 """The quick start's loss curve on a grid of tensor- and pipeline-parallel ranks, on top of that of one process.
 
-python benchmarks/grid_curve.py --work runs/grid_curve --picture docs/images/grid.png
+python -m benchmarks.grid_curve --work runs/grid_curve --picture docs/images/grid.png
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import Numbers, options, report
-from plots import picture
-from runs import ROOT, working_folder
+from benchmarks.common import Numbers, options, report
+from benchmarks.plots import picture
+from benchmarks.runs import ROOT, working_folder
 
 CONTENDERS = {
     "one process": (1, []),

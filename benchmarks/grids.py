@@ -1,6 +1,6 @@
 """Grids of data x tensor x pipeline ranks against one process: weights, gradient norms, bytes of state.
 
-python benchmarks/grids.py
+python -m benchmarks.grids
 
 Runs the tests' own scenario on real engines, one to eight gloo ranks, fp32: every
 method on every grid. Needs the ``dev`` and ``megatron`` extras.
@@ -8,14 +8,9 @@ method on every grid. Needs the ``dev`` and ``megatron`` extras.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-from common import Numbers, options, report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks.common import Numbers, options, report
 from tests.engines.grids import Grid, oracle, run_grid, settings_of
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, worst

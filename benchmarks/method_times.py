@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import runs
-from common import interleaved
-from ranks import engines, on_ranks
+from benchmarks import runs
+from benchmarks.common import interleaved
+from benchmarks.ranks import engines, on_ranks
 
 TIMED_GAP = 10
 """The interval of the timed engines, so that few steps have many refreshes."""

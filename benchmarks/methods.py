@@ -1,6 +1,6 @@
 """Every method against AdamW: validation loss after the same tokens, bytes of state, time of a step.
 
-python benchmarks/methods.py
+python -m benchmarks.methods
 
 Every run is launch/pretrain.py on one rank and one core, two at a time, on the standard library's source. Each
 contender is swept over three learning rates, at the best of them over three factors on the matrices' own rate (a
@@ -22,14 +22,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import runs
 import torch
-from common import Numbers, options, report
-from method_times import time_in_turns
-from plots import draw_methods
-from runs import Found, Records, Setting, at_edge, best, final, over_seeds
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import runs
+from benchmarks.common import Numbers, options, report
+from benchmarks.method_times import time_in_turns
+from benchmarks.plots import draw_methods
+from benchmarks.runs import Found, Records, Setting, at_edge, best, final, over_seeds
 from ds_lowrank.methods import METHODS
 from ds_lowrank.training.param_groups import matrix_groups
 

@@ -8,11 +8,12 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
-from common import Numbers
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from runs import Found, Records, Setting
+
+from benchmarks.common import Numbers
+from benchmarks.runs import Found, Records, Setting
 
 COLOURS = {"GaLore": "tab:blue", "AdamW": "tab:orange"}
 OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan")

@@ -1,6 +1,6 @@
 """Cost and quality of GaLore's randomized refresh and cost of Online Subspace Descent's PCA step, against an exact SVD.
 
-python benchmarks/refresh.py
+python -m benchmarks.refresh
 
 The matrices are gradients of a 2-layer LLaMA of the 350M shapes on the standard library's source, byte by byte, at
 initialisation and after ten AdamW steps. One thread, fp32. *Energy* is what the basis captures of the gradient's
@@ -20,9 +20,9 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from common import Numbers, interleaved, medians, options, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import Numbers, interleaved, medians, options, report
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.online_subspace_descent import (

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import Numbers
+from benchmarks.common import Numbers
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "ds_configs/models/llama_9m.json"

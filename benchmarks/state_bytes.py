@@ -1,6 +1,6 @@
 """Bytes of optimizer state at a model's shapes, from the accounting of the role table.
 
-python benchmarks/state_bytes.py
+python -m benchmarks.state_bytes
 
 Nothing is allocated: the model and the state are meta tensors. Counted is every tensor of the state at rank 128, over
 all ranks: of the projected matrices (moments, bases, magnitudes, scales of codes) and of the rest (AdamW's moments and
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Numbers, options, report
 
 import ds_lowrank
+from benchmarks.common import Numbers, options, report
 from ds_lowrank.optimizer.report import state_bytes
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"

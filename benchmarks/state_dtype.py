@@ -1,6 +1,6 @@
 """Loss curves with moments in sixteen and in eight bits against those in fp32, and the bytes of state.
 
-python benchmarks/state_dtype.py
+python -m benchmarks.state_dtype
 
 Every run is launch/pretrain.py on one rank and one core, two at a time, on the standard library's source, at a
 rate of 0.02 and a scale of 0.125. Held-out loss is found after every tenth of the steps. *off* is the
@@ -16,9 +16,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import runs
-from common import Numbers, options, report
-from runs import Records, Setting, final
+from benchmarks import runs
+from benchmarks.common import Numbers, options, report
+from benchmarks.runs import Records, Setting, final
 
 RANK = runs.model()["hidden_size"] // 4
 METHODS: dict[str, dict[str, Any]] = {

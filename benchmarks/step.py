@@ -1,7 +1,7 @@
 """Step time of ds_lowrank's GaLore against the official galore-torch, on the matrices of one LLaMA-350M layer.
 
 pip install galore-torch==1.0
-python benchmarks/step.py
+python -m benchmarks.step
 
 One process, one thread, fp32, both optimizers on weights of their own and the same gradients. *Ordinary* is a step
 that keeps the basis. *Amortised* is the mean over an interval of 200 steps, one of which refreshes: by the randomized
@@ -17,8 +17,8 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from common import Numbers, interleaved, medians, options, relative_difference, report
 
+from benchmarks.common import Numbers, interleaved, medians, options, relative_difference, report
 from ds_lowrank import GaLore
 
 GAP = 200

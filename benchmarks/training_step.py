@@ -1,6 +1,6 @@
 """Time of a whole training step with several optimizers, at the same ZeRO stage, on the quick-start model.
 
-python benchmarks/training_step.py --stages 0 1 2 3
+python -m benchmarks.training_step --stages 0 1 2 3
 
 All engines live in the same gloo ranks, one thread each, and take turns step by step. The rank is a quarter of the
 hidden size; LORENZA probes once, on two sides. Ordinary steps, and *amortised* over an interval of 200 steps, one of
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Numbers, interleaved, options, report
-from ranks import engines, on_ranks
+
+from benchmarks.common import Numbers, interleaved, options, report
+from benchmarks.ranks import engines, on_ranks
 
 MODEL = Path(__file__).parents[1] / "ds_configs/models/llama_quickstart.json"
 GAP = 200

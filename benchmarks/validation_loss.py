@@ -1,6 +1,6 @@
 """Validation loss of GaLore against AdamW on the same model, data, order and tokens, each at its best learning rate.
 
-python benchmarks/validation_loss.py
+python -m benchmarks.validation_loss
 
 Every run is launch/pretrain.py on one rank and one core, two at a time, on the standard library's source. AdamW has the
 same freedom as GaLore: a rate of its own for the matrices inside the layers, which GaLore has in its ``scale``, and it
@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import runs
-from common import Numbers, options, report
-from plots import draw_sweep
-from runs import Found, Records, Setting, at_edge, best, final, over_seeds
+from benchmarks import runs
+from benchmarks.common import Numbers, options, report
+from benchmarks.plots import draw_sweep
+from benchmarks.runs import Found, Records, Setting, at_edge, best, final, over_seeds
 
 SCALE = 0.25
 

@@ -24,7 +24,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.layout import NOTHING, Held, Part, Range, Rectangle, whole
 from ds_lowrank.sharding.reduce import Program, Request, Route, everyone
-from ds_lowrank.sharding.updates import Weights, Dense, Factors, Update
+from ds_lowrank.sharding.updates import Dense, Factors, Update, Weights
 
 Side = Literal["left", "right"]
 

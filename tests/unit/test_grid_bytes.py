@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 
+from benchmarks.grid_bytes import KINDS, all_gathered, basis_gathered, counted, gathered, rows_sent, simulated
+from benchmarks.grid_layout import Degrees, stage_on
 from ds_lowrank.methods.galore import GaLoreOptions
 from ds_lowrank.sharding.layout import length
 from ds_lowrank.sharding.matrix import MatrixShard
 from tests.unit.pages import PAGES, ROOT, rows
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from grid_bytes import KINDS, all_gathered, basis_gathered, counted, gathered, rows_sent, simulated
-from grid_layout import Degrees, stage_on
 
 SMALL = {"hidden_size": 16, "intermediate_size": 40, "vocab_size": 24, "num_hidden_layers": 2}
 OPTIONS = GaLoreOptions(rank=4)
