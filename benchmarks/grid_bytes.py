@@ -23,9 +23,9 @@ import torch
 from benchmarks.common import Numbers, options, report
 from benchmarks.grid_layout import Degrees, Stage, stage_on
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
-from ds_lowrank.optimizer.step import waves
+from ds_lowrank.optimizer.step import buckets
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Executor, Request, Rounds, Route, everyone, lockstep
+from ds_lowrank.sharding.reduce import Executor, Request, Rounds, Route, all_reduce_route, lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
@@ -44,14 +44,14 @@ GRIDS = (
 
 
 def step(stage: Stage, options: GaLoreOptions, ranks: int, number: int) -> Rounds[None]:
-    """The optimizer's order of a step: project wave by wave, decide on all parameters, update wave by wave."""
-    for wave in waves(stage.matrices):
-        found = yield from lockstep(GaLore.project(m.shard, m.state, options, number) for m in wave)
-        for matrix, seen in zip(wave, found, strict=True):
-            matrix.seen = seen
-    yield [Request(everyone(ranks, stage.parameters), torch.ones(stage.parameters, 1))]
-    for wave in waves(stage.matrices):
-        yield from lockstep(GaLore.update(m.shard, m.state, options, number, m.seen) for m in wave)
+    """The optimizer's order of a step: project bucket by bucket, decide on all parameters, update bucket by bucket."""
+    for bucket in buckets(stage.matrices):
+        projections = yield from lockstep(GaLore.project(m.shard, m.state, options, number) for m in bucket)
+        for matrix, found in zip(bucket, projections, strict=True):
+            matrix.found = found
+    yield [Request(all_reduce_route(ranks, stage.parameters), torch.ones(stage.parameters, 1))]
+    for bucket in buckets(stage.matrices):
+        yield from lockstep(GaLore.update(m.shard, m.state, options, number, m.found) for m in bucket)
 
 
 class Ledger(Executor):
@@ -116,7 +116,7 @@ def counted(
 def basis_gathered(shard: MatrixShard, options: GaLoreOptions) -> int:
     """Bytes in all of the first round of an ordinary step."""
     rank = GaLore.rank(shard.shape, options)
-    return 4 * rank * int(rows_sent(shard.compressed.gather(torch.empty(0, rank)).route).sum())
+    return 4 * rank * int(rows_sent(shard.compressed.all_gather(torch.empty(0, rank)).route).sum())
 
 
 def all_gathered(shard: MatrixShard) -> int:
@@ -127,7 +127,7 @@ def all_gathered(shard: MatrixShard) -> int:
 
 def gathered(shard: MatrixShard) -> int:
     """Bytes in all where the factoring rank gets the whole gradient, and sends the others their parts of the update."""
-    return 2 * 4 * (shard.shape[0] * shard.shape[1] - shard.parts[shard.factor_rank].numel)
+    return 2 * 4 * (shard.shape[0] * shard.shape[1] - shard.parts[shard.root].numel)
 
 
 def measure(

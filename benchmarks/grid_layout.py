@@ -13,10 +13,10 @@ from itertools import accumulate
 
 import torch
 
-from ds_lowrank.methods.blocks.state_spec import Keep, State
+from ds_lowrank.methods.blocks.state_spec import State, StateStore
 from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
-from ds_lowrank.optimizer.logical_parameters import members_of
+from ds_lowrank.optimizer.logical_parameters import logical_parameters_of
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.parameter_names import tag_from_name
 from ds_lowrank.sharding.layout import Range
@@ -64,7 +64,7 @@ class Matrix:
     shard: MatrixShard
     state: State
     elements: int
-    seen: Projection = field(init=False)
+    found: Projection = field(init=False)
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,16 @@ def stage_on(
     grid = Pretended(number=rank % degrees.tensor, size=degrees.tensor)
     matrices: list[Matrix] = []
     for number, (name, parameter) in enumerate(named):
-        (member,) = members_of(parameter, tag_from_name(name), {}, options, {}, grid)
+        (member,) = logical_parameters_of(parameter, tag_from_name(name), {}, options, {}, grid)
         role = member.role(GaLore)
         if not role.projected:
             continue
-        logical, shape = member.placed(role), member.logical.shape
+        logical, shape = member.stepped_matrix(role), member.logical.shape
         parts = [logical.part(r % degrees.tensor, *held[r // degrees.tensor][number]) for r in range(degrees.sharing)]
         holders = [r for r, part in enumerate(parts) if part.numel]
-        factor_rank = holders[len(matrices) % len(holders)]
-        shard = MatrixShard(name, shape, parts, rank, GaLore.side(shape, options), factor_rank, options.run)
-        keep = Keep(name, lambda at, shard=shard: GaLore.state(shard, options, at), GaLore.rank(shape, options))
+        root = holders[len(matrices) % len(holders)]
+        shard = MatrixShard(name, shape, parts, rank, GaLore.side(shape, options), root, options.block_rows)
+        keep = StateStore(name, lambda at, shard=shard: GaLore.state(shard, options, at), GaLore.rank(shape, options))
         zeros = torch.zeros(shard.part.numel, device=device)
         shard.attach(zeros, zeros)
         matrices.append(Matrix(shard, keep.empty(torch.device(device)), keep.numel))

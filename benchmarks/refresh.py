@@ -32,7 +32,7 @@ from ds_lowrank.methods.online_subspace_descent import (
 )
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Alone, lockstep
+from ds_lowrank.sharding.reduce import SingleProcess, lockstep
 
 SPEED_TARGET, ENERGY_TARGET, PCA_TARGET = 15.0, 0.99, 20.0
 SEQUENCES, LENGTH, STEPS = 16, 256, 10
@@ -90,7 +90,7 @@ def source_bytes(seed: int, files: int = 200) -> torch.Tensor:
 
 def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: int) -> torch.Tensor:
     """The basis as one process finds it, compressed x rank."""
-    (basis,) = Alone().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
+    (basis,) = SingleProcess().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
     return basis
 
 
@@ -113,7 +113,7 @@ def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], objec
     state = {key: kept if isinstance(kept, int) else torch.zeros(kept.shape) for key, kept in layout.items()}
     seen = Projection(_turned(gradient) @ basis, refreshed=False, own=basis, basis=basis)
     state["basis"] = basis
-    return lambda: Alone().run(lockstep([move_basis(shard, state, options, seen)]))
+    return lambda: SingleProcess().run(lockstep([move_basis(shard, state, options, seen)]))
 
 
 def measure(seed: int, repeats: int) -> Numbers:

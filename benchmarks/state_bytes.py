@@ -29,7 +29,7 @@ STATE_DTYPES = ("fp32", "bf16", "int8")
 def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple[int, int]:
     """Of the projected matrices and of the rest."""
     optimizer = getattr(ds_lowrank, name)(model.named_parameters(), **params)
-    optimizer.finalize()
+    optimizer.bind()
     return state_bytes(optimizer.slots)
 
 

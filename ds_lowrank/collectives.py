@@ -26,12 +26,12 @@ def global_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def leads_node() -> bool:
+def is_local_rank0() -> bool:
     """True on the one process of each node that writes what the node's others read: `LOCAL_RANK` 0, else rank 0."""
     return int(os.environ.get("LOCAL_RANK", global_rank())) == 0
 
 
-def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Return if no rank passes an error; otherwise raise on every rank.
 
     A rank that failed raises its own error, the others a `RemoteError` that quotes it. Every rank of `group` must call.
@@ -46,7 +46,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block, then raise on every rank if it raised on any.
 
     The block must not itself contain a collective that a failing rank would skip: the others would wait in it.
@@ -56,13 +56,13 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    raise_together(error, group)
+    raise_if_any_failed(error, group)
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """`make()` of rank 0, on every rank. For small picklable values; an error of `make` is raised on every rank."""
     box: list[Any] = [None]
-    with together():
+    with raise_on_all_ranks():
         if global_rank() == 0:
             box[0] = make()
     if is_distributed():
@@ -71,14 +71,14 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def from_nodes(make: Callable[[], T], what: str) -> T:
+def once_per_node(make: Callable[[], T], what: str) -> T:
     """`make()`, computed once on each node, on every rank; a `ValueError` on every rank if two nodes differ.
 
     `what` names the value in that error.
     """
     mine: tuple[T] | None = None
-    with together():
-        if leads_node():
+    with raise_on_all_ranks():
+        if is_local_rank0():
             mine = (make(),)
     made = [box for box in (_gather(mine, None) if is_distributed() else [mine]) if box is not None]
     if not made:

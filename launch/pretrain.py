@@ -17,7 +17,7 @@ from deepspeed import DeepSpeedEngine
 from torch.distributed import get_rank, get_world_size
 
 from ds_lowrank.checkpoint.random_state import seed_everything
-from ds_lowrank.collectives import together
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.batches import BatchStream, validation_batches
 from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.models import llama
@@ -32,7 +32,7 @@ from ds_lowrank.training.schedule import scheduler_factory
 
 def set_up(arguments: Namespace) -> Run:
     """Everything up to the first step. Errors are raised on every rank."""
-    with together():
+    with raise_on_all_ranks():
         plan = make_plan(arguments, get_world_size())
     text = open_text(
         arguments.data,

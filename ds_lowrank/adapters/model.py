@@ -24,7 +24,7 @@ __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge
 
 TASK_HEADS = ("score", "classifier", "qa_outputs")
 """Heads that a pre-trained model does not bring: what Hugging Face calls them in models for classification."""
-FACTORS = ("lora_A", "lora_B", "magnitude")
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "magnitude")
 
 
 def add_adapters(
@@ -109,7 +109,7 @@ def merged_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> dic
     """
     merged = dict(weights)
     for name, layer in _adapters(model):
-        factors = [merged.pop(f"{name}.{factor}") for factor in FACTORS]
+        factors = [merged.pop(f"{name}.{factor}") for factor in ADAPTER_PARAMETERS]
         merged[f"{name}.weight"] = layer.merged(merged[f"{name}.weight"], *factors)
     return merged
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from ds_lowrank.adapters import lora
 from ds_lowrank.adapters.model import merged_weights
 from ds_lowrank.checkpoint.gather import whole_weights
-from ds_lowrank.collectives import global_rank, together
+from ds_lowrank.collectives import global_rank, raise_on_all_ranks
 
 
 class Savable(Protocol):
@@ -38,7 +38,7 @@ def export(
             model = LlamaForCausalLM(model.config)
     if lora.has_lora(model):
         model, weights = lora.merge(model, weights)
-    with together():
+    with raise_on_all_ranks():
         if global_rank() == 0:
             aside = directory.with_name(f".{directory.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)

@@ -22,7 +22,7 @@ from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.deferred import DeferredErrors
 from ds_lowrank.checkpoint.manifest import FILE, Identity, write_manifest
-from ds_lowrank.collectives import global_rank, together
+from ds_lowrank.collectives import global_rank, raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
 
 TAG = re.compile(r"global_step(\d+)")
@@ -99,7 +99,7 @@ def save_checkpoint(
             engine.save_checkpoint(
                 str(partial), tag=tag, client_state={"progress": asdict(progress)}, save_latest=False
             )
-        with together():
+        with raise_on_all_ranks():
             deferred.raise_first()
             torch.save(rank_state, partial / tag / _rank_file(global_rank()))
         _on_first_rank(lambda: _complete(directory, tag, partial, identity, progress))
@@ -116,7 +116,7 @@ def save_checkpoint(
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
     """Load what `save_checkpoint` wrote into a fresh engine; returns the progress and this rank's state. Collective."""
     loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    with together():
+    with raise_on_all_ranks():
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}")
         rank_state = torch.load(checkpoint / _rank_file(global_rank()), weights_only=True)
@@ -128,7 +128,7 @@ def _rank_file(rank: int) -> str:
 
 
 def _on_first_rank(act: Callable[[], None]) -> None:
-    with together():
+    with raise_on_all_ranks():
         if global_rank() == 0:
             act()
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_lowrank.collectives import leads_node, together
+from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import content_hash
 
@@ -47,10 +47,10 @@ def ensure_built_on_nodes(path: Path, write: Callable[[Path], None]) -> None:
     The wait counts against the time-out of the process group: data that take longer to build than that are best built
     by a short run on one process first.
     """
-    with together():
-        if leads_node():
+    with raise_on_all_ranks():
+        if is_local_rank0():
             ensure_built(path, write)
-    with together():
+    with raise_on_all_ranks():
         if not path.exists():
             raise DataError(f"{path} is not there: no process with LOCAL_RANK 0 on this node has built it")
 

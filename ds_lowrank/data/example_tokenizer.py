@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer
 
-from ds_lowrank.collectives import together
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.tokenizer import load_tokenizer
 
@@ -79,7 +79,7 @@ def load_example_tokenizer(spec: str, texts: Iterator[str], vocab_size: int, cac
     if spec in ("bpe", "bytes"):
         made = load_tokenizer(spec, lambda: texts, vocab_size=vocab_size, cache_dir=cache)
         return ExampleTokenizer(made.tokenizer, spec)
-    with together():
+    with raise_on_all_ranks():
         return ExampleTokenizer(_published(spec), spec)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ds_lowrank.collectives import from_nodes
+from ds_lowrank.collectives import once_per_node
 from ds_lowrank.data.cache import ensure_built_on_nodes
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.indexed import IndexedTokens
@@ -76,7 +76,7 @@ def pack(
         raise DataError(f"sequence_length {sequence_length}: use 2 or more, the model predicts each next token")
     if tokenizer is None and not isinstance(source, IndexedTokens):
         raise DataError(f"{source.name!r} is text: give a tokenizer")
-    data = from_nodes(source.fingerprint, f"the data of {source.name!r}")
+    data = once_per_node(source.fingerprint, f"the data of {source.name!r}")
     fingerprint = hashlib.sha256(f"{data} {tokenizer.fingerprint if tokenizer else 'ids'}".encode()).hexdigest()
     if isinstance(source, TextStream):
         assert tokenizer is not None
@@ -86,7 +86,7 @@ def pack(
     ensure_built_on_nodes(path, lambda aside: _write_tokens(aside, source, tokenizer))
     tokens: Tokens = np.load(path, mmap_mode="r")
     vocab_size = (
-        tokenizer.vocab_size if tokenizer else from_nodes(lambda: int(tokens.max()) + 1, "the largest token id")
+        tokenizer.vocab_size if tokenizer else once_per_node(lambda: int(tokens.max()) + 1, "the largest token id")
     )
     return PackedBlocks(source.name, tokens, sequence_length, vocab_size, fingerprint)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_lowrank.collectives import leads_node, together
+from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import ROW_FORMATS, file_format, read_rows
 from ds_lowrank.data.functions import standard_library_functions
@@ -48,8 +48,8 @@ def open_rows(spec: str, validation: Path | None, held_out: float, seed: int) ->
     """
     rows: Rows | None = None
     for turn in (True, False):
-        with together():
-            if leads_node() == turn:
+        with raise_on_all_ranks():
+            if is_local_rank0() == turn:
                 rows = _read(spec, validation, held_out, seed)
     assert rows is not None
     return rows

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_lowrank.collectives import from_first, together
+from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.cache import ensure_built
 from ds_lowrank.data.errors import DataError
 
@@ -79,11 +79,11 @@ def load_tokenizer(
     if spec == "bpe":
         if vocab_size < BYTE_VOCABULARY:
             raise DataError(f"vocab_size {vocab_size} cannot hold every byte and the end of text: use 257 or more")
-        trained = from_first(lambda: _trained_bpe(documents(), vocab_size, training_characters, cache_dir))
+        trained = broadcast_from_rank0(lambda: _trained_bpe(documents(), vocab_size, training_characters, cache_dir))
         return _wrapped(tokenizers.Tokenizer.from_str(trained), spec)
     if spec == "bytes":
         return _wrapped(_byte_tokenizer(), spec)
-    with together():
+    with raise_on_all_ranks():
         return _published(spec)
 
 

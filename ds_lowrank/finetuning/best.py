@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.export import Savable, export
-from ds_lowrank.collectives import from_first
+from ds_lowrank.collectives import broadcast_from_rank0
 from ds_lowrank.finetuning.metrics import better
 
 FOLDER = "best"
@@ -54,7 +54,7 @@ class Best:
         That is so in a run that branches off into another output folder, and where evaluations after the checkpoint
         have overwritten them: then the next evaluation is the best so far. Collective.
         """
-        on_disk = from_first(self._read)
+        on_disk = broadcast_from_rank0(self._read)
         self._found = state["found"] if on_disk == state["found"] else None
 
     def _read(self) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 
-from ds_lowrank.collectives import from_first, together
+from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer, load_example_tokenizer
 from ds_lowrank.data.examples import Example, fingerprint
@@ -29,12 +29,12 @@ class Inputs:
 def open_inputs(arguments: Namespace, source: Source) -> Inputs:
     """Read, check and encode the data. Collective; errors, also of data that differ, are raised on every rank."""
     rows = open_rows(arguments.data, arguments.validation, arguments.held_out, arguments.seed)
-    with together():
+    with raise_on_all_ranks():
         task = make_task(arguments, rows)
         best_metric = _best_metric(arguments.best_metric, task)
     spec = arguments.tokenizer or ("bpe" if source.random else source.name)
     tokenizer = load_example_tokenizer(spec, task.texts(rows.train), source.vocab_size, arguments.cache)
-    with together():
+    with raise_on_all_ranks():
         check_vocabulary(tokenizer.vocab_size, source.vocab_size)
         _check_length(arguments.max_length, source, tokenizer)
         segments = getattr(source.config, "type_vocab_size", 0) > 1
@@ -45,8 +45,8 @@ def open_inputs(arguments: Namespace, source: Source) -> Inputs:
         train = encode(rows.train)
         validation = {prefix: encode(part) for prefix, part in rows.validation.items()}
     own = [fingerprint(part) for part in (train, *validation.values())]
-    first = from_first(lambda: own)
-    with together():
+    first = broadcast_from_rank0(lambda: own)
+    with raise_on_all_ranks():
         if own != first:
             raise DataError(
                 "the examples differ between the ranks of this job; give every node the same files and packages"

@@ -13,7 +13,7 @@ from torch.distributed import get_rank, get_world_size
 from ds_lowrank.adapters.lora import add_lora
 from ds_lowrank.checkpoint.manifest import Identity
 from ds_lowrank.checkpoint.random_state import seed_everything
-from ds_lowrank.collectives import together
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.finetuning.best import Best
@@ -32,7 +32,7 @@ logger = logging.getLogger("ds_lowrank")
 def set_up(arguments: Namespace) -> Run:
     """Everything up to the first step. Errors are raised on every rank."""
     ranks = get_world_size()
-    with together():
+    with raise_on_all_ranks():
         config = read_config(arguments.deepspeed_config)
         batch = settle_config(arguments, config, ranks)
         if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
@@ -45,7 +45,7 @@ def set_up(arguments: Namespace) -> Run:
             raise ValueError("--lora-rank adapts trained weights: give a checkpoint as --model, not a JSON")
     inputs = open_inputs(arguments, source)
     share = {"micro_batch_size": batch.micro, "rank": get_rank(), "world_size": ranks}
-    with together():
+    with raise_on_all_ranks():
         stream = ExampleStream(inputs.train, inputs.pad_id, global_batch_size=batch.total, seed=arguments.seed, **share)
         steps = arguments.steps or arguments.epochs * stream.steps_per_epoch
         warmup = warmup_steps(arguments.warmup, steps)
@@ -87,7 +87,7 @@ def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[st
     """The model, the same on every rank: what is new in it is drawn from the seed."""
     seed_everything(arguments.seed)
     # Random weights are made in collectives at ZeRO 3, and the same on every rank, so that none can fail alone.
-    with nullcontext() if source.random else together():
+    with nullcontext() if source.random else raise_on_all_ranks():
         labels = getattr(inputs.task, "labels", None)
         model = build_model(source, arguments.task, labels, inputs.pad_id, arguments.seed, config)
         if arguments.activation_checkpointing:

@@ -23,7 +23,7 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline and mpu is not None:
         raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
-    unit, autotp = unit_of(model, mpu), autotp_size(config)
+    unit, autotp = model_parallel_unit(model, mpu), autotp_size(config)
     if unit is not None and autotp > 1:
         raise ConfigError(
             "tensor_parallel.autotp_size makes a grid of its own: remove it, or give a plain model without mpu"
@@ -44,7 +44,7 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     _check_parameters(model, tensor, in_pipeline, method)
 
 
-def unit_of(model: Any, mpu: Any) -> Any:
+def model_parallel_unit(model: Any, mpu: Any) -> Any:
     """The model-parallel unit of an engine: a ``PipelineModule`` brings its own, else ``mpu``."""
     from deepspeed.runtime.pipe import PipelineModule
 

@@ -47,12 +47,12 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
     passes.check_count()
     if not isinstance(optimizer, LowRankOptimizer) or optimizer.perturbation is None:
         return [passes.run(forward) for forward in steps]
-    climb = optimizer.perturbation.climb
-    if not climb.per_micro_batch:
+    ascent = optimizer.perturbation.ascent
+    if not ascent.per_micro_batch:
         passes.check_whole_step()
-    if not climb.two_sided:
+    if not ascent.two_sided:
         _warn_of_dropout(engine)
-    windows = [[forward] for forward in steps] if climb.per_micro_batch else [steps]
+    windows = [[forward] for forward in steps] if ascent.per_micro_batch else [steps]
     losses = [loss for window in windows for loss in _climb_and_run(optimizer, window, passes)]
     optimizer.perturbation.mark()
     return losses

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from ds_lowrank.adapters.model import add_adapters, has_adapters
-from ds_lowrank.collectives import together
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.integration.check_model import check_model, unit_of
+from ds_lowrank.integration.check_model import check_model, model_parallel_unit
 from ds_lowrank.integration.mpu import as_mpu, check_grid
 from ds_lowrank.integration.register import _allow_under_zero
 from ds_lowrank.integration.unsupported_settings import autotp_size, check_supported
@@ -87,7 +87,7 @@ def initialize(
         mesh_param=mesh_param,
     )
     if low_rank:
-        engine.basic_optimizer.finalize()
+        engine.basic_optimizer.bind()
         check_groups(engine)
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
@@ -123,16 +123,16 @@ def _prepare(
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline:
         get_accelerator().set_device(model.local_rank)  # as DeepSpeed will; collectives need it
-    with together() if in_pipeline else nullcontext():  # what is refused may lie on one stage
+    with raise_on_all_ranks() if in_pipeline else nullcontext():  # what is refused may lie on one stage
         check_model(model, mpu, settings, method)
     tag_parameters(model)
-    unit = unit_of(model, mpu)
+    unit = model_parallel_unit(model, mpu)
     grid = None if unit is None else grid_of(unit)
     settings = with_whole_activations(model, settings, grid)
     _allow_under_zero()
     if optimizer is None:
         return settings, _factory(model, settings, grid)
-    optimizer.on_grid(grid)
+    optimizer.set_grid(grid)
     if "scheduler" in settings:
         _keep_ratios(optimizer)
     return settings, optimizer
@@ -187,7 +187,7 @@ def _factory(
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
         tag_parameters(model)  # AutoTP makes new parameters of those that zero.Init has partitioned
-        with together():  # a stage or a shard alone may have what does not fit
+        with raise_on_all_ranks():  # a stage or a shard alone may have what does not fit
             parameters = list(parameters)
             if not parameters and grid is not None and grid.pipeline is not None:
                 raise ConfigError(

@@ -11,7 +11,7 @@ from ds_lowrank.placement.zero import MISSES_SHARDS
 
 
 @dataclass(frozen=True)
-class Refusal:
+class UnsupportedSetting:
     """A combination that would not compute the method's update, or was never tested."""
 
     key: str
@@ -45,40 +45,40 @@ def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
 MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
 SOME_WOULD_STOP = "remove it: a gradient that is not finite would stop some parameter groups and not the others"
 
-REFUSALS = (
-    Refusal("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
-    Refusal("zero_optimization.offload_param", _offloads("offload_param"), MORE_RANKS),
-    Refusal("zero_optimization.cpu_offload", lambda c: bool(_zero(c).get("cpu_offload", False)), MORE_RANKS),
-    Refusal("zero_optimization.zenflow", lambda c: bool(_zero(c).get("zenflow")), "remove it"),
-    Refusal(
+UNSUPPORTED_SETTINGS = (
+    UnsupportedSetting("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
+    UnsupportedSetting("zero_optimization.offload_param", _offloads("offload_param"), MORE_RANKS),
+    UnsupportedSetting("zero_optimization.cpu_offload", lambda c: bool(_zero(c).get("cpu_offload", False)), MORE_RANKS),
+    UnsupportedSetting("zero_optimization.zenflow", lambda c: bool(_zero(c).get("zenflow")), "remove it"),
+    UnsupportedSetting(
         "zero_optimization.zero_hpz_partition_size",
         _above_one("zero_optimization", "zero_hpz_partition_size"),
         "set it to 1",
     ),
-    Refusal(
+    UnsupportedSetting(
         "zero_optimization.elastic_checkpoint",
         lambda c: bool(_zero(c).get("elastic_checkpoint", False)),
         "set it to false: low-rank state cannot be cut like elementwise state",
     ),
-    Refusal(
+    UnsupportedSetting(
         "checkpoint.load_universal",
         lambda c: bool(c.get("checkpoint", {}).get("load_universal", False)),
         "remove it and resume on the layout that saved the checkpoint",
     ),
-    Refusal(
+    UnsupportedSetting(
         "bf16.check_grad_overflow = false",
         lambda c: c.get("bf16", {}).get("check_grad_overflow", True) is False,
         SOME_WOULD_STOP,
     ),
-    Refusal(
+    UnsupportedSetting(
         "zero_optimization.compute_grad_norm = false",
         lambda c: _zero(c).get("compute_grad_norm", True) is False,
         SOME_WOULD_STOP,
     ),
-    Refusal("bfloat16", lambda c: "bfloat16" in c, "call it bf16"),
-    Refusal("amp", _enabled("amp"), "use bf16 or fp16"),
-    Refusal("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
-    Refusal("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
+    UnsupportedSetting("bfloat16", lambda c: "bfloat16" in c, "call it bf16"),
+    UnsupportedSetting("amp", _enabled("amp"), "use bf16 or fp16"),
+    UnsupportedSetting("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
+    UnsupportedSetting("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
 )
 
 
@@ -88,7 +88,7 @@ def check_supported(config: Mapping[str, Any], method: str) -> None:
     Raises:
         ConfigError: names the key and what to change. Every rank reads the same file, so every rank raises.
     """
-    asked = [refusal for refusal in REFUSALS if refusal.asked(config)]
+    asked = [refusal for refusal in UNSUPPORTED_SETTINGS if refusal.asked(config)]
     if asked:
         lines = [f"  {refusal.key} is not supported with {method}: {refusal.advice}" for refusal in asked]
         raise ConfigError("the DeepSpeed configuration cannot be honoured:\n" + "\n".join(lines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.linalg.orthonormal import DEPENDENT, orthonormal
+from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE, orthonormal
 
 RESOLUTION = 1e-6
 """A residual below this share of the whole is fp32 rounding."""
@@ -47,9 +47,9 @@ def smallest_rank(values: torch.Tensor, whole: torch.Tensor, residual_tol: float
     return int((left_out > max(residual_tol, RESOLUTION) * whole).sum()) + 1
 
 
-def live_directions(values: torch.Tensor) -> int:
+def numerical_rank(values: torch.Tensor) -> int:
     """How many of some descending singular values are more than rounding."""
-    return int((values > DEPENDENT * values[0]).sum())
+    return int((values > RANK_TOLERANCE * values[0]).sum())
 
 
 def leading_coordinates(vectors: torch.Tensor, rank: int) -> torch.Tensor:

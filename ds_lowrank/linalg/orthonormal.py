@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-DEPENDENT = 1e-6
+RANK_TOLERANCE = 1e-6
 """A direction shorter than this, relative to the longest, is fp32 rounding and not information."""
 
 
@@ -27,7 +27,7 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     q, r = torch.linalg.qr(tall / tall.abs().max().clamp_min(torch.finfo(tall.dtype).tiny))
     diagonal = torch.diagonal(r)
     lengths = diagonal.abs()
-    alive = lengths > DEPENDENT * lengths.max()
+    alive = lengths > RANK_TOLERANCE * lengths.max()
     basis: torch.Tensor = q * (torch.sign(diagonal) * alive) * (tall != 0).any(1, keepdim=True)
     return basis
 
@@ -57,7 +57,7 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
             return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan, dtype=torch.float32)
         return leading_singular_vectors(matrix.double() / matrix.abs().max(), rank, side)
     vectors = vh[:rank].T if side == "right" else u[:, :rank]
-    alive = s[:rank] > DEPENDENT * s[0]
+    alive = s[:rank] > RANK_TOLERANCE * s[0]
     used = (matrix != 0).any(0 if side == "right" else 1).unsqueeze(1)
     basis: torch.Tensor = (vectors * alive * used).float().contiguous()
     return basis

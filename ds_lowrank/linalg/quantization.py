@@ -24,11 +24,11 @@ SPREAD = (12664746, 9560334)
 """Powers of the inverse of the root of x^3 = x + 1, times 2^24: their multiples fill a square evenly."""
 MANTISSA_BITS = 23
 MAGNITUDE = 2**31 - 1
-IN_CACHE = 2**16
+CPU_CHUNK_ELEMENTS = 2**16
 """Numbers that a CPU codes at a time."""
 
 
-def spread(first: int, rows: int, columns: int, offset: int, device: torch.device) -> torch.Tensor:
+def dither(first: int, rows: int, columns: int, offset: int, device: torch.device) -> torch.Tensor:
     """Whole numbers below 2^24, evenly spread over rows and columns.
 
     Args:
@@ -57,19 +57,19 @@ def _table(factor: int, count: int, device: torch.device) -> torch.Tensor:
 
 def chunks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Ranges of rows, in multiples of BLOCK, that are coded at a time."""
-    numbers = IN_CACHE if device.type == "cpu" else 2**24
+    numbers = CPU_CHUNK_ELEMENTS if device.type == "cpu" else 2**24
     step = max(1, numbers // (BLOCK * max(1, columns))) * BLOCK
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-class Code(ABC):
+class Quantizer(ABC):
     """One way to store an fp32 tensor of p rows and q columns.
 
     Attributes:
         run: rows that must lie on one rank, counted from row 0 of the whole tensor.
     """
 
-    run: ClassVar[int] = 1
+    block_rows: ClassVar[int] = 1
 
     @abstractmethod
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
@@ -94,7 +94,7 @@ class Code(ABC):
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors(rows, columns).values())
 
 
-class Exact(Code):
+class Exact(Quantizer):
     """fp32 as it is; ``decode`` gives the stored tensor itself."""
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
@@ -107,10 +107,10 @@ class Exact(Code):
         return {"": values}
 
 
-EXACT = Exact()
+FP32 = Exact()
 
 
-class BFloat16(Code):
+class BFloat16(Quantizer):
     """The upper half of fp32."""
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
@@ -123,13 +123,13 @@ class BFloat16(Code):
         rows, columns = values.shape
         stored = torch.empty(rows, columns, dtype=torch.bfloat16, device=values.device)
         for start, end in chunks(rows, columns, values.device):
-            by = spread(first + start, end - start, columns, offset, values.device) >> (DITHER_BITS - 16)
+            by = dither(first + start, end - start, columns, offset, values.device) >> (DITHER_BITS - 16)
             bits = values[start:end].view(torch.int32).add(by).bitwise_and_(-(2**16))
             stored[start:end] = bits.view(torch.float32)
         return {"": stored}
 
 
-class Int8(Code):
+class Int8(Quantizer):
     """Eight bits of each number: a sign if it has one, a few bits of its exponent, the first three of its mantissa.
 
     A block is BLOCK rows of one column. Its scale is the power of two below its largest number, or above where rounding
@@ -142,7 +142,7 @@ class Int8(Code):
         octaves: powers of two that the exponent reaches over: 16 with a sign, 32 without.
     """
 
-    run: ClassVar[int] = BLOCK
+    block_rows: ClassVar[int] = BLOCK
     KEPT: ClassVar[int] = 3
     """Bits of the mantissa: numbers are between 6 % and 12.5 % apart."""
     DROPPED: ClassVar[int] = MANTISSA_BITS - KEPT
@@ -171,7 +171,7 @@ class Int8(Code):
             for suffix, (shape, dtype) in self.tensors(rows, columns).items()
         }
         for start, end in chunks(rows, columns, values.device):
-            by = spread(first + start, end - start, columns, offset, values.device)
+            by = dither(first + start, end - start, columns, offset, values.device)
             codes, scales = self._encoded(_blocked(values[start:end]), _blocked(by))
             stored[""][start:end] = _unblocked(codes, end - start)
             stored["_scale"][start // BLOCK : -(-end // BLOCK)] = scales

@@ -20,22 +20,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.energy import leading_coordinates, live_directions, smallest_rank, spectrum
+from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.range_finder import randomized_range
-from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import Projection, project_on
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program, abreast
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
 class AdaRankGradOptions(Options):
     """The paper's own knobs."""
 
-    structure: ClassVar[tuple[str, ...]] = (*Options.structure, "rank_max")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank_max")
 
     rank_max: int = Field(128, gt=0, strict=True)
     rank_min: int = Field(1, gt=0, strict=True)
@@ -67,7 +67,7 @@ class AdaRankGradOptions(Options):
 
 
 @dataclass
-class Fitted(Projection):
+class AdaptiveProjection(Projection):
     """A projection on a subspace whose rank was chosen for it."""
 
     rank: int = field(kw_only=True)
@@ -88,11 +88,11 @@ class AdaRankGrad(Method):
         return f"at most {cls.rank(shape, options)}"
 
     @staticmethod
-    def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> StateSpec:
         return {
-            "basis": Rows(shard.compressed, rank),
-            "exp_avg": options.average(shard.kept, rank),
-            "exp_avg_sq": options.average_of_squares(shard.kept, rank),
+            "basis": TensorSpec(shard.compressed, rank),
+            "exp_avg": options.first_moment_spec(shard.kept, rank),
+            "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
             "rank": rank,
             "age": 0,
             "used_up": 1,
@@ -106,19 +106,19 @@ class AdaRankGrad(Method):
 
     @staticmethod
     def update(
-        shard: MatrixShard, state: State, options: AdaRankGradOptions, step: int, seen: Projection
+        shard: MatrixShard, state: State, options: AdaRankGradOptions, step: int, found: Projection
     ) -> Program[Update]:
-        projected, basis = seen.projected, seen.basis
-        if seen.is_zero:
+        projected, basis = found.projected, found.basis
+        if found.is_zero:
             # No subspace can be read off it: the old one stays, and a due change is tried again in the next step.
-            seen.refreshed = False
-            basis = yield shard.compressed.gather(state["basis"])
+            found.refreshed = False
+            basis = yield shard.compressed.all_gather(state["basis"])
             projected = projected.new_zeros(projected.shape[0], state["rank"])
-        elif isinstance(seen, Fitted):
-            yield from change_subspace(shard, state, options, seen)
+        elif isinstance(found, AdaptiveProjection):
+            yield from change_subspace(shard, state, options, found)
         direction = adam(state["exp_avg"], state["exp_avg_sq"], projected, options.betas, options.eps, step + 1)
         squares = projected.square().sum().view(1, 1)
-        direction, squares = yield shard.kept.gather(direction), shard.agree(squares)
+        direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
         state["age"] += 1
         # All ranks were sent the same bits, and so decide alike.
         converged = squares.sqrt().item() <= options.grad_norm_tol
@@ -126,7 +126,9 @@ class AdaRankGrad(Method):
         return Factors(direction, basis, options.scale)
 
 
-def new_subspace(shard: MatrixShard, options: AdaRankGradOptions, present: int, step: int) -> Program[Fitted]:
+def new_subspace(
+    shard: MatrixShard, options: AdaRankGradOptions, present: int, step: int
+) -> Program[AdaptiveProjection]:
     """The smallest subspace of the gradient that leaves out no more than ``residual_tol``.
 
     A range of ``rank_max`` columns is found once; the singular values of the gradient within it give the residual of
@@ -136,24 +138,27 @@ def new_subspace(shard: MatrixShard, options: AdaRankGradOptions, present: int, 
         present: the rank of the subspace that is used up.
     """
     most = AdaRankGrad.rank(shard.shape, options)
-    own, unit = yield from abreast(randomized_range(shard, most, options.seed, step), largest_element(shard))
-    basis = yield shard.compressed.gather(own)
-    projected, norms = yield shard.kept.reduce(shard.times(basis)), shard.kept.reduce(shard.kept_squares(unit))
-    whole, norms = yield shard.kept.collect(projected), shard.kept.collect(norms)
+    own, unit = yield from concurrently(randomized_range(shard, most, options.seed, step), largest_element(shard))
+    basis = yield shard.compressed.all_gather(own)
+    projected, norms = yield (
+        shard.kept.reduce_scatter(shard.times(basis)),
+        shard.kept.reduce_scatter(shard.kept_squares(unit)),
+    )
+    whole, norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(norms)
     within, rank = torch.zeros(0, most, device=shard.device), torch.zeros(1, 1, device=shard.device)
-    if shard.rank == shard.factor_rank:
+    if shard.rank == shard.root:
         within, chosen = fitting_subspace(whole / unit, norms, options, present)
         rank.fill_(chosen)
-    within, rank = yield shard.small(most).tell(within), shard.agree(rank)
+    within, rank = yield shard.replicated_axis(most).broadcast_from_root(within), shard.all_reduce(rank)
     chosen = int(rank.item())
-    within = shard.padded(within, most)[:, :chosen]
-    return Fitted(projected @ within, True, own=own @ within, basis=basis @ within, rank=chosen)
+    within = shard.or_zeros(within, most)[:, :chosen]
+    return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, rank=chosen)
 
 
 def largest_element(shard: MatrixShard) -> Program[torch.Tensor]:
     """About the largest magnitude in the gradient, the same on all ranks: keeps squares in the range of fp32."""
-    largest = shard.flat.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
-    total: torch.Tensor = yield shard.agree(largest.float().view(1, 1))
+    largest = shard.flat_gradient.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
+    total: torch.Tensor = yield shard.all_reduce(largest.float().view(1, 1))
     return total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -178,15 +183,17 @@ def fitting_subspace(
     rank = -(-rank // options.rank_multiple) * options.rank_multiple
     if options.never_grow:
         rank = min(rank, max(present, options.rank_min))
-    rank = max(1, min(rank, most, live_directions(values)))
+    rank = max(1, min(rank, most, numerical_rank(values)))
     within = torch.zeros(most, most, device=projected.device)
     within[:, :rank] = leading_coordinates(vectors, rank)
     return within, rank
 
 
-def change_subspace(shard: MatrixShard, state: State, options: AdaRankGradOptions, seen: Fitted) -> Program[None]:
+def change_subspace(
+    shard: MatrixShard, state: State, options: AdaRankGradOptions, found: AdaptiveProjection
+) -> Program[None]:
     """Carry both moments into the new subspace; the state takes its size."""
-    rotation = yield from shard.total(state["basis"].T @ seen.own)
+    rotation = yield from shard.replicated_sum(state["basis"].T @ found.own)
     first = state["exp_avg"] @ rotation
     second = state["exp_avg_sq"]
     match options.second_moment:
@@ -197,4 +204,4 @@ def change_subspace(shard: MatrixShard, state: State, options: AdaRankGradOption
         case "squared":
             second = second @ rotation.square()
     state["exp_avg"], state["exp_avg_sq"] = first, second
-    state["basis"], state["rank"], state["age"] = seen.own, seen.rank, 0
+    state["basis"], state["rank"], state["age"] = found.own, found.rank, 0

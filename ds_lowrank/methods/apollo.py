@@ -23,9 +23,9 @@ from pydantic import Field, model_validator
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.projection import Seen
+from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import held_sketch
-from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Update
@@ -34,7 +34,7 @@ from ds_lowrank.sharding.updates import Dense, Update
 class ApolloOptions(Options):
     """The paper's own knobs."""
 
-    structure: ClassVar[tuple[str, ...]] = (*Options.structure, "mini", "rank")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "mini", "rank")
 
     mini: bool = Field(False, strict=True)
     """APOLLO-Mini: rank 1, one factor a matrix, and a scale of sqrt(128) unless another is given."""
@@ -66,25 +66,27 @@ class Apollo(Method):
     Options: ClassVar[type[ApolloOptions]] = ApolloOptions
 
     @staticmethod
-    def state(shard: MatrixShard, options: ApolloOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: ApolloOptions, rank: int) -> StateSpec:
         return {
-            "exp_avg": options.average(shard.kept, rank),
-            "exp_avg_sq": options.average_of_squares(shard.kept, rank),
-            "scaled_norm": Rows(shard.small(1), 1),
+            "exp_avg": options.first_moment_spec(shard.kept, rank),
+            "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
+            "scaled_norm": TensorSpec(shard.replicated_axis(1), 1),
         }
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: ApolloOptions, step: int) -> Program[Seen]:
+    def project(shard: MatrixShard, state: State, options: ApolloOptions, step: int) -> Program[ProjectedGradient]:
         rank = Apollo.rank(shard.shape, options)
         projection = held_sketch(shard, rank, options.seed, step // options.update_proj_gap) / sqrt(rank)
-        projected = yield shard.kept.reduce(shard.times(projection))
-        return Seen(projected, step % options.update_proj_gap == 0)
+        projected = yield shard.kept.reduce_scatter(shard.times(projection))
+        return ProjectedGradient(projected, step % options.update_proj_gap == 0)
 
     @staticmethod
-    def update(shard: MatrixShard, state: State, options: ApolloOptions, step: int, seen: Seen) -> Program[Update]:
-        adapted = adam(state["exp_avg"], state["exp_avg_sq"], seen.projected, options.betas, options.eps, step + 1)
-        factors = yield from scaling_factors(shard, options, adapted, seen.projected / seen.unit)
-        factors = yield from limited(shard, state, options, factors, seen.unit)
+    def update(
+        shard: MatrixShard, state: State, options: ApolloOptions, step: int, found: ProjectedGradient
+    ) -> Program[Update]:
+        adapted = adam(state["exp_avg"], state["exp_avg_sq"], found.projected, options.betas, options.eps, step + 1)
+        factors = yield from scaling_factors(shard, options, adapted, found.projected / found.safe_scale)
+        factors = yield from limited(shard, state, options, factors, found.safe_scale)
 
         def scaled() -> torch.Tensor:
             flat = torch.empty(shard.part.numel, device=factors.device)
@@ -94,7 +96,7 @@ class Apollo(Method):
                 torch.mul(gradient, shard.kept_of(rectangle, factors), out=piece)
             return flat
 
-        return Dense(scaled, options.scale / seen.unit)
+        return Dense(scaled, options.scale / found.safe_scale)
 
 
 def scaling_factors(
@@ -106,11 +108,11 @@ def scaling_factors(
         adapted, projected: ``R~`` and ``R``, owned kept rows x rank.
     """
     if options.mini:
-        norms = yield shard.agree(torch.stack([adapted.square().sum(), projected.square().sum()]).view(2, 1))
+        norms = yield shard.all_reduce(torch.stack([adapted.square().sum(), projected.square().sum()]).view(2, 1))
         lengths = norms.sqrt().expand(2, shard.kept.held[1] - shard.kept.held[0])
         return ratio(lengths[0], lengths[1]).unsqueeze(1)
     own = ratio(torch.linalg.vector_norm(adapted, dim=1), torch.linalg.vector_norm(projected, dim=1))
-    factors: torch.Tensor = yield shard.kept.gather(own.unsqueeze(1))
+    factors: torch.Tensor = yield shard.kept.all_gather(own.unsqueeze(1))
     return factors
 
 
@@ -130,8 +132,8 @@ def limited(
     if options.norm_growth_limit is None:
         return factors
     squares = (factors.square() * shard.kept_squares(unit)).sum().view(1, 1)
-    squares, before = yield shard.agree(squares), shard.small(1).gather(state["scaled_norm"])
-    norm, allowed = squares.sqrt(), options.norm_growth_limit * shard.padded(before, 1)
+    squares, before = yield shard.all_reduce(squares), shard.replicated_axis(1).all_gather(state["scaled_norm"])
+    norm, allowed = squares.sqrt(), options.norm_growth_limit * shard.or_zeros(before, 1)
     factor = torch.where((allowed > 0) & (norm > allowed), allowed / norm, 1.0)
     state["scaled_norm"].copy_((norm * factor).expand_as(state["scaled_norm"]))
     return factors * factor

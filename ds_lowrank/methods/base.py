@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from ds_lowrank.methods.blocks.directions import Directions
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.state_spec import Layout, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.sharding.matrix import MatrixShard, Side
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
@@ -54,28 +54,28 @@ class Method(ABC):
         return f"{rank} (clipped from {options.rank})" if rank < options.rank else str(rank)
 
     @staticmethod
-    def chooses(name: str, options: Any) -> tuple[bool, str] | None:
+    def role_override(name: str, options: Any) -> tuple[bool, str] | None:
         """Whether a matrix of that name is stepped, and why, for a method that does not leave it to the patterns."""
         return None
 
     @staticmethod
-    def lacks(names: Collection[str], options: Any) -> str | None:
+    def missing_requirement(names: Collection[str], options: Any) -> str | None:
         """What is missing among the names of all parameters, and what to do about it; None where nothing is."""
         return None
 
     @staticmethod
-    def misfit(shape: tuple[int, int], options: Any) -> str | None:
+    def unsupported_shape(shape: tuple[int, int], options: Any) -> str | None:
         """Why a matrix of this shape cannot be stepped with these options, and what would work; None where it can."""
         return None
 
     @staticmethod
     @abstractmethod
-    def state(shard: MatrixShard, options: Any, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: Any, rank: int) -> StateSpec:
         """What is kept for one matrix at that rank, except ``step``. Every number starts at zero."""
 
     @staticmethod
     def directions(shard: MatrixShard, state: State, options: Any, target: MatrixShard) -> Program[Directions]:
-        """Along which directions a matrix is probed, for methods with a ``climb``. Not asked for before a first step
+        """Along which directions a matrix is probed, for methods with a ``ascent``. Not asked for before a first step
         where the state has a ``basis``, which is not there yet.
 
         Args:
@@ -96,13 +96,13 @@ class Method(ABC):
             step: 0 for the first step.
 
         Returns:
-            A :class:`Seen`.
+            A :class:`ProjectedGradient`.
         """
 
     @staticmethod
     @abstractmethod
-    def update(shard: MatrixShard, state: State, options: Any, step: int, seen: Any) -> Program[Update]:
-        """Update the state and return the direction. ``seen`` is finite, and not zero at ``step`` 0.
+    def update(shard: MatrixShard, state: State, options: Any, step: int, found: Any) -> Program[Update]:
+        """Update the state and return the direction. ``found`` is finite, and not zero at ``step`` 0.
 
         Every tensor of the state is fp32 here, and is changed or replaced at will.
         """

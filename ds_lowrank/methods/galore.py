@@ -18,7 +18,7 @@ from pydantic import Field
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
-from ds_lowrank.methods.blocks.state_spec import Layout, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
@@ -49,7 +49,7 @@ class GaLore(Method):
     Options: ClassVar[type[GaLoreOptions]] = GaLoreOptions
 
     @staticmethod
-    def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
         return subspace_state(shard, options, rank)
 
     @staticmethod
@@ -60,16 +60,16 @@ class GaLore(Method):
 
     @staticmethod
     def update(
-        shard: MatrixShard, state: State, options: GaLoreOptions, step: int, seen: Projection
+        shard: MatrixShard, state: State, options: GaLoreOptions, step: int, found: Projection
     ) -> Program[Factors | Dense]:
-        basis = seen.basis
-        if seen.is_zero:
+        basis = found.basis
+        if found.is_zero:
             # No subspace can be read off it: the old basis stays until the next refresh.
-            seen.refreshed = False
-            basis = yield shard.compressed.gather(state["basis"])
-        elif seen.refreshed:
-            yield from change_basis(shard, state, options, seen.own, first=step == 0)
-        return (yield from descend(shard, state, options, step, seen.projected, basis))
+            found.refreshed = False
+            basis = yield shard.compressed.all_gather(state["basis"])
+        elif found.refreshed:
+            yield from change_basis(shard, state, options, found.own, first=step == 0)
+        return (yield from descend(shard, state, options, step, found.projected, basis))
 
 
 def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
@@ -91,5 +91,5 @@ def change_basis(
 ) -> Program[None]:
     """Store this rank's own rows of a new basis and, if asked, carry the moments into it."""
     if options.moments == "rotate" and not first:
-        options.rule.rotate(state, (yield from shard.total(state["basis"].T @ new)))
+        options.inner_optimizer.rotate(state, (yield from shard.replicated_sum(state["basis"].T @ new)))
     state["basis"].copy_(new)

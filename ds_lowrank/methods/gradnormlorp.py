@@ -25,22 +25,22 @@ from pydantic import Field
 
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
-from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
 from ds_lowrank.methods.galore import GaLore, GaLoreOptions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
-from ds_lowrank.sharding.updates import Dense, Factors, Update, Weights
+from ds_lowrank.sharding.updates import Dense, Factors, NewWeights, Update
 
 ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "modules_to_save")
-FACTORS = ("lora_A", "lora_B")
+ADAPTER_FACTORS = ("lora_A", "lora_B")
 
 
 class GradNormLoRPOptions(GaLoreOptions):
     """The paper's keys beside GaLore's."""
 
-    structure: ClassVar[tuple[str, ...]] = (*GaLoreOptions.structure, "parametrization", "norm_axis")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*GaLoreOptions.fixed_on_resume, "parametrization", "norm_axis")
 
     update_proj_gap: int = Field(250, gt=0, strict=True)
     parametrization: Literal["full", "adapter"] = "full"
@@ -62,12 +62,12 @@ class GradNormLoRPOptions(GaLoreOptions):
                 raise ValueError(f"{key} belongs to parametrization 'adapter': remove it, or set that")
 
     @property
-    def magnitude_rule(self) -> Adam:
+    def magnitude_optimizer(self) -> Adam:
         return Adam(self, prefix="magnitude_")
 
 
 @dataclass
-class Directed(Projection):
+class TangentProjection(Projection):
     """A projection of the direction's gradient.
 
     Attributes:
@@ -87,7 +87,7 @@ class GradNormLoRP(Method):
     Options: ClassVar[type[GradNormLoRPOptions]] = GradNormLoRPOptions
 
     @staticmethod
-    def chooses(name: str, options: GradNormLoRPOptions) -> tuple[bool, str] | None:
+    def role_override(name: str, options: GradNormLoRPOptions) -> tuple[bool, str] | None:
         if options.parametrization == "full":
             return None
         return (True, "adapter") if is_factor(name) else (False, "no adapter")
@@ -102,13 +102,13 @@ class GradNormLoRP(Method):
         return None
 
     @staticmethod
-    def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> StateSpec:
         layout = subspace_state(shard, options, rank)
         if options.parametrization == "adapter":
             return layout
         axis = units(shard, options)
-        magnitudes = {"magnitude": Rows(axis, 1), "direction_norm": Rows(axis, 1)}
-        return {**layout, **magnitudes, **options.magnitude_rule.state(shard, axis, 1)}
+        magnitudes = {"magnitude": TensorSpec(axis, 1), "direction_norm": TensorSpec(axis, 1)}
+        return {**layout, **magnitudes, **options.magnitude_optimizer.state(shard, axis, 1)}
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GradNormLoRPOptions, step: int) -> Program[Projection]:
@@ -116,8 +116,8 @@ class GradNormLoRP(Method):
             return (yield from GaLore.project(shard, state, options, step))
         axis = units(shard, options)
         squares, dots = yield (
-            axis.reduce(shard.squares_along(axis, shard.weights)),
-            axis.reduce(shard.dots_along(axis, shard.flat, shard.weights)),
+            axis.reduce_scatter(shard.squares_along(axis, shard.weights)),
+            axis.reduce_scatter(shard.dots_along(axis, shard.flat_gradient, shard.weights)),
         )
         lengths = squares.sqrt()
         magnitude = lengths if step == 0 else state["magnitude"]
@@ -125,7 +125,7 @@ class GradNormLoRP(Method):
         # A unit of zeros has no direction: its weight is v itself, its gradient is not changed.
         zero = lengths == 0
         sign = torch.where(magnitude < 0, -1.0, 1.0)
-        held = yield axis.gather(
+        held = yield axis.all_gather(
             torch.cat(
                 [
                     torch.where(zero, 1.0, magnitude / direction_norm),
@@ -136,41 +136,41 @@ class GradNormLoRP(Method):
             )
         )
         slope, radial, stretch = held.split(1, dim=1)
-        shard.see_gradient_as(lambda pieces: tangent(shard, axis, pieces, slope, radial))
-        seen = yield from GaLore.project(shard, state, options, step)
+        shard.with_gradient(lambda pieces: tangent(shard, axis, pieces, slope, radial))
+        found = yield from GaLore.project(shard, state, options, step)
         along = torch.where(zero, 0.0, sign * dots / lengths)
-        return Directed(**vars(seen), lengths=lengths, along=along, stretch=stretch)
+        return TangentProjection(**vars(found), lengths=lengths, along=along, stretch=stretch)
 
     @staticmethod
     def update(
-        shard: MatrixShard, state: State, options: GradNormLoRPOptions, step: int, seen: Projection
+        shard: MatrixShard, state: State, options: GradNormLoRPOptions, step: int, found: Projection
     ) -> Program[Update]:
-        moved = yield from GaLore.update(shard, state, options, step, seen)
-        if not isinstance(seen, Directed):
+        moved = yield from GaLore.update(shard, state, options, step, found)
+        if not isinstance(found, TangentProjection):
             return moved
         if step == 0:
-            state["magnitude"].copy_(seen.lengths)
-            state["direction_norm"].copy_(seen.lengths)
-        axis, rate = units(shard, options), options.rate
-        change = yield from options.magnitude_rule.direction(shard, axis, state, seen.along, step + 1)
+            state["magnitude"].copy_(found.lengths)
+            state["direction_norm"].copy_(found.lengths)
+        axis, rate = units(shard, options), options.effective_lr
+        change = yield from options.magnitude_optimizer.direction(shard, axis, state, found.along, step + 1)
         if rate == 0:
-            return Weights(shard.weights.float)
+            return NewWeights(shard.weights.float)
         kept = 1 - rate * options.weight_decay
         magnitude = kept * state["magnitude"] - rate * change
-        direction = Direction(shard, axis, seen.stretch * kept, moved, rate)
-        squares = yield axis.reduce(shard.squares_along(axis, direction.flat()))
+        direction = Direction(shard, axis, found.stretch * kept, moved, rate)
+        squares = yield axis.reduce_scatter(shard.squares_along(axis, direction.flat()))
         direction_norm = squares.sqrt()
         # A unit that was zero takes the length that its plain step gave it.
-        magnitude = torch.where(seen.lengths == 0, direction_norm, magnitude)
+        magnitude = torch.where(found.lengths == 0, direction_norm, magnitude)
         state["magnitude"].copy_(magnitude)
         state["direction_norm"].copy_(direction_norm)
-        factor = yield axis.gather(torch.where(direction_norm > 0, magnitude / direction_norm, 0.0))
-        return Weights(lambda: direction.flat(factor))
+        factor = yield axis.all_gather(torch.where(direction_norm > 0, magnitude / direction_norm, 0.0))
+        return NewWeights(lambda: direction.flat(factor))
 
 
 def is_factor(name: str) -> bool:
     """Whether a parameter is an adapter's A or B."""
-    return name.rpartition(".")[2] in FACTORS
+    return name.rpartition(".")[2] in ADAPTER_FACTORS
 
 
 def units(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:

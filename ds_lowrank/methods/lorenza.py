@@ -26,13 +26,13 @@ from pydantic import Field, model_validator
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.apollo import ratio
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.directions import Diagonal, Directions, Everywhere, InSubspace
-from ds_lowrank.methods.blocks.full_rank_adam import full_size_adam, full_size_state
+from ds_lowrank.methods.blocks.directions import Diagonal, Directions, FullSpace, GaussianInSubspace
+from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
-from ds_lowrank.methods.blocks.options import Climb, Options
-from ds_lowrank.methods.blocks.projection import Seen
+from ds_lowrank.methods.blocks.options import Ascent, Options
+from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import randomized_range
-from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import Projection, project_on
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -43,7 +43,7 @@ from ds_lowrank.sharding.updates import Dense, Factors, Update
 class LorenzaOptions(Options):
     """The paper's own knobs."""
 
-    structure: ClassVar[tuple[str, ...]] = (*Options.structure, "rank", "probe_form")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "probe_form")
 
     rank: Annotated[int, Field(gt=0, strict=True)] | None = 128
     """None: AdaZo-SAM, on whole gradients."""
@@ -88,11 +88,11 @@ class LorenzaOptions(Options):
             raise ValueError("orthogonal_scale belongs to orthogonal_component: remove it, or set that to true")
 
     @property
-    def climb(self) -> Climb | None:
+    def ascent(self) -> Ascent | None:
         if self.perturbation_radius == 0:
             return None
         per_matrix, per_micro_batch = self.norm == "per_matrix", self.accumulation == "per_micro_batch"
-        return Climb(
+        return Ascent(
             self.probes, self.probe_radius, self.perturbation_radius, self.two_sided, per_matrix, per_micro_batch
         )
 
@@ -112,16 +112,16 @@ class Lorenza(Method):
         return "full" if options.rank is None else super().rank_text(shape, options)
 
     @staticmethod
-    def state(shard: MatrixShard, options: LorenzaOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: LorenzaOptions, rank: int) -> StateSpec:
         if options.rank is None:
-            return full_size_state(shard, options)
-        layout: dict[str, Rows | int] = {
-            "basis": Rows(shard.compressed, rank),
+            return full_rank_state(shard, options)
+        layout: dict[str, TensorSpec | int] = {
+            "basis": TensorSpec(shard.compressed, rank),
             **Adam(options).state(shard, shard.kept, rank),
             "age": 0,
         }
         if options.probe_form == "diagonal":
-            layout["right_factor"] = Rows(shard.kept, rank)
+            layout["right_factor"] = TensorSpec(shard.kept, rank)
         return layout
 
     @staticmethod
@@ -129,31 +129,31 @@ class Lorenza(Method):
         shard: MatrixShard, state: State, options: LorenzaOptions, target: MatrixShard
     ) -> Program[Directions]:
         if options.rank is None:
-            return Everywhere(target, options.seed)
+            return FullSpace(target, options.seed)
 
         def ask(axis: Axis, owned: torch.Tensor) -> Request:
-            return axis.gather(owned) if target is shard else axis.spread(owned)
+            return axis.all_gather(owned) if target is shard else axis.all_gather_full(owned)
 
         def pick(axis: Axis, rows: torch.Tensor) -> torch.Tensor:
             return rows if target is shard else rows[slice(*axis.held)]
 
         lengths = state["basis"].square().sum(0, keepdim=True)
         if options.probe_form == "gaussian":
-            basis, squares = yield ask(shard.compressed, state["basis"]), shard.agree(lengths)
-            return InSubspace(target, options.seed, pick(target.compressed, basis), squares.squeeze(0))
+            basis, squares = yield ask(shard.compressed, state["basis"]), shard.all_reduce(lengths)
+            return GaussianInSubspace(target, options.seed, pick(target.compressed, basis), squares.squeeze(0))
         lengths = torch.cat([lengths, state["right_factor"].square().sum(0, keepdim=True)])
         basis, factor, squares = yield (
             ask(shard.compressed, state["basis"]),
             ask(shard.kept, state["right_factor"]),
-            shard.agree(lengths),
+            shard.all_reduce(lengths),
         )
         basis, factor = pick(target.compressed, basis), pick(target.kept, factor)
         return Diagonal(target, options.seed, basis, factor, squares.prod(0))
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: LorenzaOptions, step: int) -> Program[Seen]:
+    def project(shard: MatrixShard, state: State, options: LorenzaOptions, step: int) -> Program[ProjectedGradient]:
         if options.rank is None:
-            return Seen(shard.flat, refreshed=False)
+            return ProjectedGradient(shard.flat_gradient, refreshed=False)
         due = step % options.update_proj_gap == 0
         own = state["basis"]
         if due:
@@ -161,25 +161,27 @@ class Lorenza(Method):
         return (yield from project_on(shard, own, refreshed=due))
 
     @staticmethod
-    def update(shard: MatrixShard, state: State, options: LorenzaOptions, step: int, seen: Seen) -> Program[Update]:
-        if not isinstance(seen, Projection):
-            return (yield from full_size_adam(shard, state, options, step, shard.flat.float))
-        basis = seen.basis
-        if seen.is_zero:
+    def update(
+        shard: MatrixShard, state: State, options: LorenzaOptions, step: int, found: ProjectedGradient
+    ) -> Program[Update]:
+        if not isinstance(found, Projection):
+            return (yield from full_rank_adam(shard, state, options, step, shard.flat_gradient.float))
+        basis = found.basis
+        if found.is_zero:
             # No subspace can be read off it: the old one stays until the next refresh.
-            seen.refreshed = False
-            basis = yield shard.compressed.gather(state["basis"])
-        elif seen.refreshed:
-            yield from change_subspace(shard, state, options, seen, first=step == 0)
+            found.refreshed = False
+            basis = yield shard.compressed.all_gather(state["basis"])
+        elif found.refreshed:
+            yield from change_subspace(shard, state, options, found, first=step == 0)
         state["age"] += 1
-        direction = yield from Adam(options).direction(shard, shard.kept, state, seen.projected, state["age"])
+        direction = yield from Adam(options).direction(shard, shard.kept, state, found.projected, state["age"])
         if options.orthogonal_component:
-            return (yield from with_the_rest(shard, options, seen, direction, basis))
-        return Factors((yield shard.kept.gather(direction)), basis, options.scale)
+            return (yield from add_orthogonal_component(shard, options, found, direction, basis))
+        return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
 
 
 def change_subspace(
-    shard: MatrixShard, state: State, options: LorenzaOptions, seen: Projection, first: bool
+    shard: MatrixShard, state: State, options: LorenzaOptions, found: Projection, first: bool
 ) -> Program[None]:
     """Store a new basis and its right factor; carry the moments over, or forget them."""
     if options.moment_on_refresh == "reset":
@@ -187,29 +189,29 @@ def change_subspace(
         state["exp_avg_sq"].zero_()
         state["age"] = 0
     if options.moment_on_refresh == "rotate" and not first:
-        Adam(options).rotate(state, (yield from shard.total(state["basis"].T @ seen.own)))
-    state["basis"].copy_(seen.own)
+        Adam(options).rotate(state, (yield from shard.replicated_sum(state["basis"].T @ found.own)))
+    state["basis"].copy_(found.own)
     if options.probe_form == "diagonal":
-        tall = yield shard.kept.collect(seen.projected)
-        state["right_factor"].copy_((yield shard.kept.hand_out(orthonormal(tall))))
+        tall = yield shard.kept.gather_to_root(found.projected)
+        state["right_factor"].copy_((yield shard.kept.scatter_from_root(orthonormal(tall))))
 
 
-def with_the_rest(
-    shard: MatrixShard, options: LorenzaOptions, seen: Projection, direction: torch.Tensor, basis: torch.Tensor
+def add_orthogonal_component(
+    shard: MatrixShard, options: LorenzaOptions, found: Projection, direction: torch.Tensor, basis: torch.Tensor
 ) -> Program[Update]:
     """Lorenza+: ``scale N Q^T + s (H - R Q^T)``.
 
     Args:
         direction: ``N``, owned kept rows x r.
     """
-    unit = seen.unit if options.orthogonal_scale == "norm_ratio" else 1.0
-    projected = seen.projected / unit
+    unit = found.safe_scale if options.orthogonal_scale == "norm_ratio" else 1.0
+    projected = found.projected / unit
     if options.orthogonal_scale == "norm_ratio":
         share = ratio(torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(projected, dim=1))
     else:
         share = torch.full_like(projected[:, 0], options.orthogonal_scale)
     share = share.unsqueeze(1)
-    held = yield shard.kept.gather(torch.cat([options.scale * direction - share * projected, share], dim=1))
+    held = yield shard.kept.all_gather(torch.cat([options.scale * direction - share * projected, share], dim=1))
     inside, share = held[:, :-1], held[:, -1:]
 
     def update() -> torch.Tensor:

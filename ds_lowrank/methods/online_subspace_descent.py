@@ -20,19 +20,19 @@ from pydantic import Field
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import gaussian
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.inner_optimizers import Rule, rule_named
+from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
-from ds_lowrank.methods.blocks.state_spec import Layout, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program, abreast
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Update
 
 
 class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The paper's own knobs beside GaLore's."""
 
-    structure: ClassVar[tuple[str, ...]] = (*SubspaceOptions.structure, "basis_optimizer")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*SubspaceOptions.fixed_on_resume, "basis_optimizer")
 
     pca_lambda: float = Field(0.1, ge=0, allow_inf_nan=False)
     """lambda: the weight of the term that keeps the basis near orthonormal."""
@@ -45,8 +45,8 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The basis's own decoupled weight decay. None: ``weight_decay``, as in Algorithm 1."""
 
     @property
-    def basis_rule(self) -> Rule:
-        return rule_named(self.basis_optimizer, self, prefix="basis_")
+    def basis_inner_optimizer(self) -> InnerOptimizer:
+        return make_inner_optimizer(self.basis_optimizer, self, prefix="basis_")
 
 
 class OnlineSubspaceDescent(Method):
@@ -56,10 +56,10 @@ class OnlineSubspaceDescent(Method):
     Options: ClassVar[type[OnlineSubspaceDescentOptions]] = OnlineSubspaceDescentOptions
 
     @staticmethod
-    def state(shard: MatrixShard, options: OnlineSubspaceDescentOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: OnlineSubspaceDescentOptions, rank: int) -> StateSpec:
         return {
             **subspace_state(shard, options, rank),
-            **options.basis_rule.state(shard, shard.compressed, rank),
+            **options.basis_inner_optimizer.state(shard, shard.compressed, rank),
             "basis_steps": 0,
         }
 
@@ -72,15 +72,15 @@ class OnlineSubspaceDescent(Method):
 
     @staticmethod
     def update(
-        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, step: int, seen: Projection
+        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, step: int, found: Projection
     ) -> Program[Update]:
-        state["basis"] = seen.own
-        descent = descend(shard, state, options, step, seen.projected, seen.basis)
+        state["basis"] = found.own
+        descent = descend(shard, state, options, step, found.projected, found.basis)
         was_read_off_this_gradient = step == 0 and options.basis_init != "random"
-        if was_read_off_this_gradient or seen.is_zero:
+        if was_read_off_this_gradient or found.is_zero:
             return (yield from descent)
         update: Update
-        update, _ = yield from abreast(descent, move_basis(shard, state, options, seen))
+        update, _ = yield from concurrently(descent, move_basis(shard, state, options, found))
         return update
 
 
@@ -92,29 +92,29 @@ def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Pr
     rank = OnlineSubspaceDescent.rank(shard.shape, options)
     random = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
     if options.basis_init == "random":
-        everything = orthonormal(random) if shard.rank == shard.factor_rank else random[:0]
-        own: torch.Tensor = yield shard.compressed.hand_out(everything)
+        everything = orthonormal(random) if shard.rank == shard.root else random[:0]
+        own: torch.Tensor = yield shard.compressed.scatter_from_root(everything)
         return own
     if options.basis_init == "svd":
         own = yield from singular_basis(shard, rank)
     else:
         own = yield from randomized_range(shard, rank, options.seed, 0)
-    squares = yield shard.agree(own.square().sum(0).unsqueeze(1))
+    squares = yield shard.all_reduce(own.square().sum(0).unsqueeze(1))
     missing = squares.T < 0.5  # of columns that are of length one or zero
     filled: torch.Tensor = own + missing * shard.compressed.own(random) / math.sqrt(shard.compressed.size)
     return filled
 
 
 def move_basis(
-    shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, seen: Projection
+    shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
 ) -> Program[None]:
     """One step of Opt_P on the PCA loss. Leaves a new tensor in the state: the old one is still needed for W."""
     basis = state["basis"]
-    gradient = yield from pca_gradient(shard, basis, seen.projected, options.pca_lambda, seen.unit)
+    gradient = yield from pca_gradient(shard, basis, found.projected, options.pca_lambda, found.safe_scale)
     state["basis_steps"] += 1
-    rule = options.basis_rule
+    rule = options.basis_inner_optimizer
     direction = yield from rule.direction(shard, shard.compressed, state, gradient, state["basis_steps"])
-    rate = options.basis_lr_ratio * options.rate
+    rate = options.basis_lr_ratio * options.effective_lr
     decay = options.weight_decay if options.basis_weight_decay is None else options.basis_weight_decay
     state["basis"] = torch.sub(basis * (1 - rate * decay), direction, alpha=rate)
 
@@ -139,12 +139,15 @@ def pca_gradient(
     """
     rank = basis.shape[1]
     projected = projected / unit
-    norm = torch.linalg.vector_norm(shard.flat, dtype=torch.float64) / unit
+    norm = torch.linalg.vector_norm(shard.flat_gradient, dtype=torch.float64) / unit
     squares = torch.cat([projected.T @ projected, basis.T @ basis, norm.square().float().expand(1, rank)])
-    small = shard.small(2 * rank + 1)
-    tall, squares = yield shard.kept.gather(projected), small.reduce(shard.having(squares))
-    back, squares = yield shard.compressed.reduce(shard.transposed_times(tall) / unit), small.gather(squares)
-    projected_square, basis_square, norm_square = torch.split(shard.padded(squares, 2 * rank + 1), [rank, rank, 1])
+    small = shard.replicated_axis(2 * rank + 1)
+    tall, squares = yield shard.kept.all_gather(projected), small.reduce_scatter(shard.local_contribution(squares))
+    back, squares = yield (
+        shard.compressed.reduce_scatter(shard.transposed_times(tall) / unit),
+        small.all_gather(squares),
+    )
+    projected_square, basis_square, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1])
     identity = torch.eye(rank, device=basis.device)
     reconstruction = basis @ projected_square + back @ (basis_square - 2 * identity)
     gradient: torch.Tensor = 2 / norm_square * reconstruction

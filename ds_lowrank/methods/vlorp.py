@@ -28,10 +28,10 @@ from pydantic import BeforeValidator, Field
 from ds_lowrank.linalg.moments import adam, rotate_first
 from ds_lowrank.linalg.sketch import gaussian, rademacher
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.full_rank_adam import full_size_adam, full_size_state
+from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.projection import Seen
-from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.projection import ProjectedGradient
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.units import Units
@@ -52,8 +52,8 @@ def _fraction(value: Any) -> Any:
 class VLoRPOptions(Options):
     """The paper's own knobs."""
 
-    structure: ClassVar[tuple[str, ...]] = (
-        *Options.structure,
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (
+        *Options.fixed_on_resume,
         *("rank", "granularity", "update_scheme", "distribution", "update_proj_gap", "left_view", "seed"),
     )
 
@@ -89,7 +89,7 @@ class VLoRPOptions(Options):
 
 
 @dataclass
-class Sample(Seen):
+class ProjectedUnits(ProjectedGradient):
     """``projected``: owned groups x (units a group * rank).
 
     Attributes:
@@ -109,7 +109,7 @@ class VLoRP(Method):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: VLoRPOptions) -> int:
-        _, compressed = turned(shape, options)
+        _, compressed = oriented(shape, options)
         return min(options.rank, int(compressed / options.c))
 
     @classmethod
@@ -117,57 +117,65 @@ class VLoRP(Method):
         return f"{super().rank_text(shape, options)} x {options.granularity} units a row"
 
     @staticmethod
-    def misfit(shape: tuple[int, int], options: VLoRPOptions) -> str | None:
-        kept, compressed = turned(shape, options)
+    def unsupported_shape(shape: tuple[int, int], options: VLoRPOptions) -> str | None:
+        kept, compressed = oriented(shape, options)
         if (kept * options.c).denominator == (compressed / options.c).denominator == 1:
             return None
         p, q = (", ".join(map(str, divisors(size))) for size in (compressed, kept))
         return f"granularity {options.granularity} does not fit; p/q does for p in {{{p}}} and q in {{{q}}}"
 
     @staticmethod
-    def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> Layout:
+    def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> StateSpec:
         if options.update_scheme == "original_space":
-            return full_size_state(shard, options)
+            return full_rank_state(shard, options)
         units = units_of(shard, options)
         columns = units.per_group * rank
-        moment = options.average(units.axis, columns)
+        moment = options.first_moment_spec(units.axis, columns)
         if options.update_scheme == "subspace":
-            return {"exp_avg": moment, "exp_avg_sq": options.average_of_squares(units.axis, columns)}
-        return {"exp_avg": moment, "row_squares": Rows(shard.rows, 1), "column_squares": Rows(shard.columns, 1)}
+            return {"exp_avg": moment, "exp_avg_sq": options.second_moment_spec(units.axis, columns)}
+        return {
+            "exp_avg": moment,
+            "row_squares": TensorSpec(shard.rows, 1),
+            "column_squares": TensorSpec(shard.columns, 1),
+        }
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: VLoRPOptions, step: int) -> Program[Sample]:
+    def project(shard: MatrixShard, state: State, options: VLoRPOptions, step: int) -> Program[ProjectedUnits]:
         units = units_of(shard, options)
         projection = draw(units, options, step // options.update_proj_gap)
-        projected = yield units.axis.reduce(units.times(projection))
-        return Sample(projected, step % options.update_proj_gap == 0, units=units, projection=projection)
+        projected = yield units.axis.reduce_scatter(units.times(projection))
+        return ProjectedUnits(projected, step % options.update_proj_gap == 0, units=units, projection=projection)
 
     @staticmethod
-    def update(shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
-        if seen.refreshed and step > 0:  # before the first projection there was none
-            resample(state, options, step, seen)
+    def update(
+        shard: MatrixShard, state: State, options: VLoRPOptions, step: int, found: ProjectedUnits
+    ) -> Program[Update]:
+        if found.refreshed and step > 0:  # before the first projection there was none
+            resample(state, options, step, found)
         match options.update_scheme:
             case "projfactor":
-                return (yield from projfactor(shard, state, options, step, seen))
+                return (yield from projfactor(shard, state, options, step, found))
             case "subspace":
-                return (yield from in_subspace(state, options, step, seen))
-        return (yield from in_original_space(shard, state, options, step, seen))
+                return (yield from in_subspace(state, options, step, found))
+        return (yield from in_original_space(shard, state, options, step, found))
 
 
-def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+def projfactor(
+    shard: MatrixShard, state: State, options: VLoRPOptions, step: int, found: ProjectedUnits
+) -> Program[Update]:
     """The update of ProjFactor."""
-    units, projection = seen.units, seen.projection
+    units, projection = found.units, found.projection
     beta1, beta2 = options.betas
-    moment = state["exp_avg"].lerp_(seen.projected, 1 - beta1)
-    projected, moment = yield units.axis.gather(seen.projected), units.axis.gather(moment)
+    moment = state["exp_avg"].lerp_(found.projected, 1 - beta1)
+    projected, moment = yield units.axis.all_gather(found.projected), units.axis.all_gather(moment)
     row_sums, column_sums = yield sums_of_squares(shard, units.lift(projected, projection))
     row_squares, column_squares = state["row_squares"], state["column_squares"]
     row_squares.lerp_(row_sums, 1 - beta2)
     column_squares.lerp_(column_sums, 1 - beta2)
     row_squares, column_squares, total = yield (
-        shard.rows.gather(row_squares),
-        shard.columns.gather(column_squares),
-        shard.agree(row_squares.sum().view(1, 1)),
+        shard.rows.all_gather(row_squares),
+        shard.columns.all_gather(column_squares),
+        shard.all_reduce(row_squares.sum().view(1, 1)),
     )
     # Squares of a projected gradient that is not zero may still underflow to zero, all of them.
     row_shares = row_squares / total.clamp_min(torch.finfo(torch.float32).tiny)
@@ -188,29 +196,29 @@ def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, step: in
 
 def sums_of_squares(shard: MatrixShard, back: torch.Tensor) -> tuple[Request, Request]:
     """Asks for the squared norms of the rows and of the columns of a matrix of which this rank holds ``back``."""
-    return shard.rows.reduce(shard.row_squares(back)), shard.columns.reduce(shard.column_squares(back))
+    return shard.rows.reduce_scatter(shard.row_squares(back)), shard.columns.reduce_scatter(shard.column_squares(back))
 
 
-def in_subspace(state: State, options: VLoRPOptions, step: int, seen: Sample) -> Program[Update]:
+def in_subspace(state: State, options: VLoRPOptions, step: int, found: ProjectedUnits) -> Program[Update]:
     """Adam on the projected gradient."""
-    units = seen.units
+    units = found.units
     direction = adam(
-        state["exp_avg"], state["exp_avg_sq"], seen.projected, options.betas, options.eps, age(options, step)
+        state["exp_avg"], state["exp_avg_sq"], found.projected, options.betas, options.eps, age(options, step)
     )
-    direction = yield units.axis.gather(direction)
-    return Dense(lambda: units.lift(direction, seen.projection), 1.0)
+    direction = yield units.axis.all_gather(direction)
+    return Dense(lambda: units.lift(direction, found.projection), 1.0)
 
 
 def in_original_space(
-    shard: MatrixShard, state: State, options: VLoRPOptions, step: int, seen: Sample
+    shard: MatrixShard, state: State, options: VLoRPOptions, step: int, found: ProjectedUnits
 ) -> Program[Update]:
     """Adam of full size on the gradient projected and lifted again."""
-    projected = yield seen.units.axis.gather(seen.projected)
-    lifted = partial(seen.units.lift, projected, seen.projection)
-    return (yield from full_size_adam(shard, state, options, step, lifted))
+    projected = yield found.units.axis.all_gather(found.projected)
+    lifted = partial(found.units.lift, projected, found.projection)
+    return (yield from full_rank_adam(shard, state, options, step, lifted))
 
 
-def resample(state: State, options: VLoRPOptions, step: int, seen: Sample) -> None:
+def resample(state: State, options: VLoRPOptions, step: int, found: ProjectedUnits) -> None:
     """What a new projection does to the moments of the projected gradient.
 
     ``reproject`` is Flora's rule (arXiv 2402.03293), ``M <- M P_old^T P_new``, over ``sqrt(1 + (L + 1) / r)``, by which
@@ -222,9 +230,9 @@ def resample(state: State, options: VLoRPOptions, step: int, seen: Sample) -> No
             if key in state:
                 state[key].zero_()
     if options.moment_on_resample == "reproject":
-        old = draw(seen.units, options, step // options.update_proj_gap - 1)
+        old = draw(found.units, options, step // options.update_proj_gap - 1)
         length, rank = old.shape
-        rotation = old.T @ seen.projection / math.sqrt(1 + (length + 1) / rank)
+        rotation = old.T @ found.projection / math.sqrt(1 + (length + 1) / rank)
         rotate_first(state["exp_avg"].view(-1, rank), rotation)
 
 
@@ -233,7 +241,7 @@ def age(options: VLoRPOptions, step: int) -> int:
     return (step % options.update_proj_gap if options.moment_on_resample == "reset" else step) + 1
 
 
-def turned(shape: tuple[int, int], options: VLoRPOptions) -> tuple[int, int]:
+def oriented(shape: tuple[int, int], options: VLoRPOptions) -> tuple[int, int]:
     """The kept and the compressed dimension."""
     return shape if VLoRP.side(shape, options) == "right" else (shape[1], shape[0])
 

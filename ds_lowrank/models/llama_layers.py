@@ -39,7 +39,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LayerConfig:
     """What every layer is built from.
 
     Attributes:
@@ -102,7 +102,7 @@ class Recipe:
 class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
     """Token ids, ``batch x sequence``, to hidden states."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         llama = recipe.llama
         super().__init__(llama.vocab_size, llama.hidden_size, init_method=nn.Identity(), config=recipe.megatron)
         self._recipe = recipe
@@ -117,7 +117,7 @@ class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
 class Norm(LlamaRMSNorm):  # type: ignore[misc]
     """Hugging Face's RMSNorm. On a part of the sequence its gradient is a part too, and is summed over the ranks."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         super().__init__(recipe.llama.hidden_size, eps=recipe.llama.rms_norm_eps)
         if recipe.sequence_parallel:
             self.weight.register_hook(_summed_over_tensor_ranks)
@@ -132,7 +132,7 @@ def _summed_over_tensor_ranks(gradient: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries; each rank has some of the heads."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         super().__init__()
         llama = recipe.llama
         ranks, hidden = parallel_state.get_tensor_model_parallel_world_size(), llama.hidden_size
@@ -168,7 +168,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """``down(act(gate x) * up x)``; each rank has some of the inner units."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         super().__init__()
         llama = recipe.llama
         self._recipe, self._act = recipe, ACT2FN[llama.hidden_act]
@@ -185,7 +185,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         super().__init__()
         self._recompute = recipe.recompute
         self.self_attn = Attention(recipe)
@@ -208,7 +208,7 @@ class DecoderLayer(nn.Module):
 class Head(nn.Module):
     """Hidden states to this rank's share of the logits, ``sequence x batch x vocabulary / ranks``."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         super().__init__()
         self._recipe = recipe
         self.projection = recipe.column(recipe.llama.hidden_size, recipe.llama.vocab_size)

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from ds_lowrank.models.llama import Weights, check_split, drawn
-from ds_lowrank.models.llama_layers import DecoderLayer, Embedding, Head, Norm, Recipe, causal_loss, tied_head
+from ds_lowrank.models.llama_layers import DecoderLayer, Embedding, Head, LayerConfig, Norm, causal_loss, tied_head
 from ds_lowrank.placement.grid import Grid, grid_of
 from ds_lowrank.placement.tensor_parallel import logical_matrices
 from ds_lowrank.sharding.logical import shard_of
@@ -27,7 +27,7 @@ from ds_lowrank.sharding.logical import shard_of
 class LlamaTensorParallel(nn.Module):
     """All layers on every rank, each split over the tensor-parallel ranks. Called like a ``LlamaForCausalLM``."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: LayerConfig) -> None:
         super().__init__()
         self.config = recipe.llama
         self.embed_tokens = Embedding(recipe)
@@ -57,7 +57,7 @@ def _as_in_hugging_face(name: str) -> str:
 class LlamaPipeline(PipelineModule):  # type: ignore[misc]
     """The layers dealt over the stages of a pipeline, the decoder layers evenly."""
 
-    def __init__(self, recipe: Recipe, topology: PipeModelDataParallelTopology) -> None:
+    def __init__(self, recipe: LayerConfig, topology: PipeModelDataParallelTopology) -> None:
         self.config = recipe.llama
         count = recipe.llama.num_hidden_layers
         decoder = [LayerSpec(DecoderLayer, recipe) for _ in range(count)]
@@ -107,7 +107,7 @@ def build(
         ConfigError: the model cannot be split so.
     """
     check_split(config, tensor, pipeline)
-    recipe = Recipe(config, sequence_parallel and tensor > 1, recompute)
+    recipe = LayerConfig(config, sequence_parallel and tensor > 1, recompute)
     if pipeline > 1:
         data = distributed.get_world_size() // (tensor * pipeline)
         model: ParallelLlama = LlamaPipeline(recipe, PipeModelDataParallelTopology(pipeline, tensor, data))

@@ -12,14 +12,14 @@ import torch
 
 from ds_lowrank.environment.apex import adamw_by, apex_adamw
 from ds_lowrank.linalg.moments import fused_adamw
-from ds_lowrank.methods.blocks.full_rank_adam import full_size_adam
+from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.optimizer.slots import Slot
-from ds_lowrank.optimizer.step import groups_of, waves
+from ds_lowrank.optimizer.step import buckets, groups_of
 from ds_lowrank.sharding.reduce import Rounds, lockstep
 
 
-def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
+def adamw_step(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
     """One AdamW step on each, by a fused kernel where everything is fp32: apex's or torch's.
 
     Args:
@@ -29,8 +29,8 @@ def step_elementwise(slots: Sequence[Slot], options: dict[int, Options]) -> Roun
     for group in groups_of(fused):
         _step_fused([slot for slot in fused if slot.group is group and slot.shard.part.numel], options[id(group)])
     coded = [slot for slot in slots if not _is_fp32(slot)]
-    for wave in waves(coded):
-        yield from _step_coded(wave, options)
+    for bucket in buckets(coded):
+        yield from _step_coded(bucket, options)
 
 
 def _is_fp32(slot: Slot) -> bool:
@@ -49,7 +49,7 @@ def _step_fused(slots: Sequence[Slot], options: Options) -> None:
         [slot.state["exp_avg"].squeeze(1) for slot in slots],
         [slot.state["exp_avg_sq"].squeeze(1) for slot in slots],
         [slot.state["step"] for slot in slots],
-        options.rate,
+        options.effective_lr,
         options.betas,
         options.eps,
         options.weight_decay,
@@ -59,14 +59,14 @@ def _step_fused(slots: Sequence[Slot], options: Options) -> None:
 
 
 def _step_coded(slots: Sequence[Slot], options: dict[int, Options]) -> Rounds[None]:
-    opened = [slot.keep.opened(slot.state) for slot in slots]
+    opened = [slot.state_store.decode(slot.state) for slot in slots]
     updates = yield from lockstep(
-        full_size_adam(slot.shard, state, options[id(slot.group)], state["step"], slot.fragment.gradient.float)
+        full_rank_adam(slot.shard, state, options[id(slot.group)], state["step"], slot.fragment.gradient.float)
         for slot, state in zip(slots, opened, strict=True)
     )
     for slot, state, update in zip(slots, opened, updates, strict=True):
         own = options[id(slot.group)]
         weights = slot.fragment.weights
-        slot.shard.write(weights, update, own.rate, own.rate * own.weight_decay)
+        slot.shard.write(weights, update, own.effective_lr, own.effective_lr * own.weight_decay)
         slot.fragment.put(weights)
-        slot.keep.close(slot.state, state)
+        slot.state_store.encode(slot.state, state)

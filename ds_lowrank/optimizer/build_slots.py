@@ -8,19 +8,23 @@ from dataclasses import replace
 from torch.distributed import ProcessGroup, get_rank
 
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.full_rank_adam import full_size_state
-from ds_lowrank.methods.blocks.state_spec import Keep
-from ds_lowrank.optimizer.logical_parameters import Member
+from ds_lowrank.methods.blocks.full_rank_adam import full_rank_state
+from ds_lowrank.methods.blocks.state_spec import StateStore
+from ds_lowrank.optimizer.logical_parameters import LogicalParameter
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.zero import Placement, read_intervals
-from ds_lowrank.sharding.layout import NOTHING, Held, Range
+from ds_lowrank.sharding.layout import EMPTY, Part, Range
 from ds_lowrank.sharding.logical import Logical
 from ds_lowrank.sharding.matrix import MatrixShard
 
 
 def make_slots(
-    method: type[Method], members: Sequence[Member], placement: Placement, grid: Grid, group: ProcessGroup | None
+    method: type[Method],
+    members: Sequence[LogicalParameter],
+    placement: Placement,
+    grid: Grid,
+    group: ProcessGroup | None,
 ) -> list[Slot]:
     """A slot with fresh state for every member; the ranks that hold a matrix take turns in factoring.
 
@@ -38,7 +42,7 @@ def make_slots(
     for member in members:
         number = numbers[id(member.parameter)]
         role = member.role(method)
-        logical = member.placed(role)
+        logical = member.stepped_matrix(role)
         parts, peers = _parts(logical, tensor_ranks, [held[number] for held in world])
         if role.projected:
             shard, keep, rank_text = _projected(method, member, logical, parts, peers, rank, matrices)
@@ -57,34 +61,34 @@ def make_slots(
     return slots
 
 
-def _parts(logical: Logical, tensor_ranks: list[int], held: list[Range]) -> tuple[list[Held], list[int]]:
+def _parts(logical: Logical, tensor_ranks: list[int], held: list[Range]) -> tuple[list[Part], list[int]]:
     """What every rank holds of a matrix, and which ranks share this copy of it."""
     peers = [r for r, t in enumerate(tensor_ranks) if logical.held == "shared" or t == logical.own]
     sharing = set(peers)
-    return [logical.part(t, *held[r]) if r in sharing else NOTHING for r, t in enumerate(tensor_ranks)], peers
+    return [logical.part(t, *held[r]) if r in sharing else EMPTY for r, t in enumerate(tensor_ranks)], peers
 
 
 def _projected(
     method: type[Method],
-    member: Member,
+    member: LogicalParameter,
     logical: Logical,
-    parts: list[Held],
+    parts: list[Part],
     peers: list[int],
     rank: int,
     index: int,
-) -> tuple[MatrixShard, Keep, str]:
+) -> tuple[MatrixShard, StateStore, str]:
     shape, options = (logical.shape[0], logical.shape[1]), member.options
     holders = [rank for rank, part in enumerate(parts) if part.numel]
-    side, factor_rank = method.side(shape, options), holders[index % len(holders)]
-    shard = MatrixShard(logical.name, shape, parts, rank, side, factor_rank, options.run, peers)
-    keep = Keep(logical.name, lambda at: method.state(shard, options, at), method.rank(shape, options))
+    side, root = method.side(shape, options), holders[index % len(holders)]
+    shard = MatrixShard(logical.name, shape, parts, rank, side, root, options.block_rows, peers)
+    keep = StateStore(logical.name, lambda at: method.state(shard, options, at), method.rank(shape, options))
     return shard, keep, method.rank_text(shape, options)
 
 
 def _elementwise(
-    member: Member, logical: Logical, parts: list[Held], peers: list[int], rank: int
-) -> tuple[MatrixShard, Keep]:
+    member: LogicalParameter, logical: Logical, parts: list[Part], peers: list[int], rank: int
+) -> tuple[MatrixShard, StateStore]:
     """A parameter of any shape as one row; the side does not matter, as nothing is compressed."""
     shape = (1, sum(part.numel for part in parts))
-    shard = MatrixShard(logical.name, shape, parts, rank, "right", 0, member.options.run, peers)
-    return shard, Keep(logical.name, lambda _: full_size_state(shard, member.options), 0)
+    shard = MatrixShard(logical.name, shape, parts, rank, "right", 0, member.options.block_rows, peers)
+    return shard, StateStore(logical.name, lambda _: full_rank_state(shard, member.options), 0)

@@ -14,12 +14,12 @@ from ds_lowrank.optimizer.roles import Role, role_of
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.parameter_names import Tag
 from ds_lowrank.placement.tensor_parallel import logical_matrices, piece_names
-from ds_lowrank.placement.zero import shape_before_zero
+from ds_lowrank.placement.zero import unpartitioned_shape
 from ds_lowrank.sharding.logical import Logical
 
 
 @dataclass(frozen=True)
-class Member:
+class LogicalParameter:
     """A logical matrix (or vector) that the optimizer was built with: a parameter, or one of the matrices fused in it.
 
     Attributes:
@@ -36,30 +36,30 @@ class Member:
 
     def role(self, method: type[Method]) -> Role:
         shape = self.logical.shape
-        choice = method.chooses(self.tag.name, self.options) if len(shape) == 2 else None
+        choice = method.role_override(self.tag.name, self.options) if len(shape) == 2 else None
         if choice is not None:
             return Role(*choice)
         return role_of(self.tag, shape, self.options.target_modules, self.options.exclude_modules)
 
-    def placed(self, role: Role) -> Logical:
+    def stepped_matrix(self, role: Role) -> Logical:
         """The matrix that is stepped: the logical one, or this rank's shard as one of its own."""
         if not role.projected:
             return self.logical.as_row()
         return self.logical.apart() if self.options.tensor_parallel_projection == "local" else self.logical
 
 
-def names_in(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:
+def matchable_names(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:
     """What patterns may match: the parameter's name, and those of the matrices fused in it."""
-    return list(dict.fromkeys([tag.name, *piece_names(parameter, shape_before_zero(parameter), tag.name)]))
+    return list(dict.fromkeys([tag.name, *piece_names(parameter, unpartitioned_shape(parameter), tag.name)]))
 
 
-def members_of(
+def logical_parameters_of(
     parameter: torch.nn.Parameter, tag: Tag, group: dict[str, Any], options: Options, state: State, grid: Grid
-) -> list[Member]:
+) -> list[LogicalParameter]:
     """One for every logical matrix in a parameter; those of a fused weight have a state each in the parameter's."""
-    found = logical_matrices(parameter, shape_before_zero(parameter), tag.name, grid)
+    found = logical_matrices(parameter, unpartitioned_shape(parameter), tag.name, grid)
     return [
-        Member(
+        LogicalParameter(
             *(parameter, logical, _tag_in(tag, logical), group, options),
             state if logical.piece is None else state.setdefault(logical.piece, {}),
         )
@@ -71,7 +71,7 @@ def _tag_in(tag: Tag, logical: Logical) -> Tag:
     return tag if logical.piece is None else replace(tag, name=logical.name, within=tag.name)
 
 
-def check_fit(method: type[Method], members: Iterable[Member]) -> None:
+def check_fit(method: type[Method], members: Iterable[LogicalParameter]) -> None:
     """Refuse matrices that the method cannot step.
 
     Raises:
@@ -82,8 +82,8 @@ def check_fit(method: type[Method], members: Iterable[Member]) -> None:
         role = member.role(method)
         if not role.projected:
             continue
-        m, n = member.placed(role).shape
-        problem = method.misfit((m, n), member.options)
+        m, n = member.stepped_matrix(role).shape
+        problem = method.unsupported_shape((m, n), member.options)
         if getattr(member.parameter, "ds_pipe_replicated", False):
             problem = "a weight that stages of a pipeline share is not projected, as its copies would drift apart"
         if problem is not None:

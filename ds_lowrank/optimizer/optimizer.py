@@ -1,7 +1,7 @@
 """One ``torch.optim.Optimizer`` for every method: groups, roles, the order of a step, ``state_dict``.
 
 It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: where the elements lie is read at the
-first step (or by :meth:`LowRankOptimizer.finalize`), after DeepSpeed has arranged them. The order of a step is always
+first step (or by :meth:`LowRankOptimizer.bind`), after DeepSpeed has arranged them. The order of a step is always
 
     basis if due, project, stop if a gradient is not finite, moments, lift, decay, write
 
@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ds_lowrank.collectives import together
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.options import Climb, Options
-from ds_lowrank.optimizer.adamw import step_elementwise
+from ds_lowrank.methods.blocks.options import Ascent, Options
+from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import make_slots
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
@@ -28,14 +28,22 @@ from ds_lowrank.optimizer.perturbation import Perturbation
 from ds_lowrank.optimizer.report import Inventory, logger, role_table, state_bytes, take_inventory
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
-from ds_lowrank.optimizer.step import Work, groups_of, largest_magnitude, waves
+from ds_lowrank.optimizer.step import PendingUpdate, buckets, groups_of, largest_magnitude
 from ds_lowrank.placement.grid import Grid, grid_of, joined
 from ds_lowrank.placement.zero import MISSES_SHARDS, read_placement
-from ds_lowrank.sharding.reduce import Alone, Distributed, Executor, Request, Rounds, everyone, lockstep
+from ds_lowrank.sharding.reduce import (
+    Distributed,
+    Executor,
+    Request,
+    Rounds,
+    SingleProcess,
+    all_reduce_route,
+    lockstep,
+)
 
 LARGEST = 1e16
 """A gradient beyond it is taken as not finite: sums of its squares leave the range of fp32."""
-NOT_LOOKED_AROUND = (
+UNPERTURBED_GRADIENT = (
     "{} takes its gradient where the loss is higher than at the weights, and this one was taken at the weights: call "
     "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), with a "
     "PipelineEngine ds_lowrank.train_batch(engine, batches), or set perturbation_radius to 0"
@@ -61,7 +69,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._given_grid = grid
         self._groups = ParameterGroups(self.method, options, self._grid)
         self._slots: dict[int, list[Slot]] | None = None
-        self._executor: Executor = Alone()
+        self._executor: Executor = SingleProcess()
         self.wrapper, self.grid, self._is_local = "none", Grid(), False
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
@@ -83,21 +91,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """As it is now: AutoTP makes its groups after a client optimizer was built."""
         return grid_of(None) if self._given_grid is None else self._given_grid
 
-    def on_grid(self, grid: Grid | None) -> None:
+    def set_grid(self, grid: Grid | None) -> None:
         """Take the grid of the engine that the optimizer, built before it, is given to."""
         self._given_grid = self._given_grid if grid is None else grid
 
-    def finalize(self) -> None:
+    def bind(self) -> None:
         """Read where DeepSpeed put the elements and create all state. Idempotent; the first step does it at last."""
         if self._slots is not None:
             return
-        self.grid, climb = self._grid(), self._climb()
-        if climb is not None and climb.per_micro_batch and self.grid.pipeline is not None:
+        self.grid, ascent = self._grid(), self._ascent()
+        if ascent is not None and ascent.per_micro_batch and self.grid.pipeline is not None:
             raise ConfigError(
                 "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on "
                 "several at a time: set accumulation to 'per_step'"
             )
-        placement = read_placement(self._groups.parameters, self._groups.dicts)
+        placement = read_placement(self._groups.parameters, self._groups.param_groups)
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
         self._is_local = self._projects_locally()
@@ -106,7 +114,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if group is not None and torch.distributed.get_world_size(group) > 1:
             self._executor = Distributed(group)
         self.wrapper = placement.wrapper
-        with together() if self.grid.pipeline else nullcontext():  # a stage alone may have what does not fit
+        with raise_on_all_ranks() if self.grid.pipeline else nullcontext():  # a stage alone may have what does not fit
             slots = make_slots(self.method, self._groups.members(self.state), placement, self.grid, group)
         self._groups.match_patterns(self.grid.pipeline)
         devices = {str(slot.fragment.store.device) for slot in slots}
@@ -134,7 +142,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @property
     def slots(self) -> list[Slot]:
         """One entry a trainable parameter; those that are stepped together stand together."""
-        self.finalize()
+        self.bind()
         assert self._slots is not None
         return [slot for slots in self._slots.values() for slot in slots]
 
@@ -149,7 +157,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.finalize()
+        self.bind()
         assert self._slots is not None
         if self._perturbation is not None:
             self._perturbation.restore()  # within a PipelineEngine's step nobody else could
@@ -171,50 +179,50 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_rounds(self, slots: list[Slot]) -> Rounds[None]:
         options = {id(group): self._groups.options_of(group) for group in groups_of(slots)}
-        matrices = [Work(slot, options[id(slot.group)]) for slot in slots if slot.is_projected]
+        matrices = [PendingUpdate(slot, options[id(slot.group)]) for slot in slots if slot.is_projected]
         rest = [slot for slot in slots if not slot.is_projected]
         try:
             for work in matrices:
                 work.shard.attach(work.slot.fragment.gradient, work.slot.fragment.weights)
-            for wave in waves(matrices):
-                yield from self._project(wave)
+            for bucket in buckets(matrices):
+                yield from self._project(bucket)
             found = [work.seen.projected for work in matrices] + [slot.fragment.gradient for slot in rest]
             sizes = yield from self._magnitudes(found)
-            if not self._everywhere(all(size < LARGEST for size in sizes)):
+            if not self._agree_all_finite(all(size < LARGEST for size in sizes)):
                 self._counts["skipped_updates"] += 1
                 return
             for work, size in zip(matrices, sizes, strict=False):
-                work.seen.size = size
-                if work.options.climb is not None and not work.slot.looked_around and size:
-                    raise RuntimeError(NOT_LOOKED_AROUND.format(self.method.name))
-            for wave in waves([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
-                yield from self._update(wave)
+                work.seen.magnitude = size
+                if work.options.ascent is not None and not work.slot.perturbed and size:
+                    raise RuntimeError(UNPERTURBED_GRADIENT.format(self.method.name))
+            for bucket in buckets([work for work in matrices if work.slot.has_begun or not work.seen.is_zero]):
+                yield from self._update(bucket)
         finally:
             for work in matrices:
                 work.shard.detach()
         live = [slot for slot, size in zip(rest, sizes[len(matrices) :], strict=True) if slot.has_begun or size > 0]
-        yield from step_elementwise(live, options)
+        yield from adamw_step(live, options)
         for slot in live:
             slot.count_step()
 
-    def _project(self, wave: list[Work]) -> Rounds[None]:
+    def _project(self, bucket: list[PendingUpdate]) -> Rounds[None]:
         seen = yield from lockstep(
-            self.method.project(work.shard, work.slot.state, work.options, work.slot.state["step"]) for work in wave
+            self.method.project(work.shard, work.slot.state, work.options, work.slot.state["step"]) for work in bucket
         )
-        for work, projection in zip(wave, seen, strict=True):
+        for work, projection in zip(bucket, seen, strict=True):
             work.seen = projection
 
-    def _update(self, wave: list[Work]) -> Rounds[None]:
-        states = [work.slot.keep.opened(work.slot.state) for work in wave]
+    def _update(self, bucket: list[PendingUpdate]) -> Rounds[None]:
+        states = [work.slot.state_store.decode(work.slot.state) for work in bucket]
         updates = yield from lockstep(
             self.method.update(work.shard, state, work.options, state["step"], work.seen)
-            for work, state in zip(wave, states, strict=True)
+            for work, state in zip(bucket, states, strict=True)
         )
-        for work, state, update in zip(wave, states, updates, strict=True):
-            rate, weights = work.options.rate, work.shard.weights
+        for work, state, update in zip(bucket, states, updates, strict=True):
+            rate, weights = work.options.effective_lr, work.shard.weights
             work.shard.write(weights, update, rate, rate * work.options.weight_decay)
             work.slot.fragment.put(weights)
-            work.slot.keep.close(work.slot.state, state)
+            work.slot.state_store.encode(work.slot.state, state)
             work.slot.count_step()
             self._counts["refreshes"] += work.seen.refreshed
             del work.seen
@@ -226,12 +234,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         which neither overflows nor underflows where a sum of squares would.
         """
         largest = [largest_magnitude(tensor) for tensor in tensors]
-        route = everyone(self._executor.size, len(largest))
+        route = all_reduce_route(self._executor.size, len(largest))
         (total,) = yield [Request(route, torch.stack(largest).view(-1, 1))]
         sizes: list[float] = total.view(-1).tolist()
         return sizes
 
-    def _everywhere(self, finite: bool) -> bool:
+    def _agree_all_finite(self, finite: bool) -> bool:
         """Whether all ranks found their gradients finite, those too that exchange nothing with this one.
 
         Only asked where no wrapper of DeepSpeed's has looked for that.
@@ -260,17 +268,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @property
     def perturbation(self) -> Perturbation | None:
         """What moves the weights before the gradient is taken, for a method that asks for it."""
-        self.finalize()
-        if self._perturbation is None and (climb := self._climb()) is not None:
+        self.bind()
+        if self._perturbation is None and (ascent := self._ascent()) is not None:
             slots = [slot for slot in self.slots if slot.is_projected]
             self._perturbation = Perturbation(
-                *(self.method, slots, climb, self._executor, self.grid), self._is_local, self.slots[0].parameter
+                *(self.method, slots, ascent, self._executor, self.grid), self._is_local, self.slots[0].parameter
             )
         return self._perturbation
 
-    def _climb(self) -> Climb | None:
+    def _ascent(self) -> Ascent | None:
         """The one of all groups: their matrices are moved together."""
-        climbs = {options.climb for options in self.options.values()}
+        climbs = {options.ascent for options in self.options.values()}
         if len(climbs) > 1:
             raise ConfigError(
                 f"{self.method.name}: all parameter groups are perturbed together, and must agree on probes, "
@@ -306,7 +314,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         perturbation = self.perturbation
         if perturbation is None:
             return {}
-        return {"lowrank/perturbation_norm": perturbation.norm, "lowrank/without_slope": perturbation.without}
+        return {"lowrank/perturbation_norm": perturbation.norm, "lowrank/failed_ascents": perturbation.failed_ascents}
 
     def matrices(self) -> dict[str, dict[str, int]]:
         """Present rank, and bytes of state over all ranks that share it, of every matrix whose rank is not fixed."""
@@ -318,7 +326,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's state under parameter names, in plain values that ``weights_only=True`` loads."""
-        return dump_state(self.method.name, self.slots, self._groups.dicts, self._counts)
+        return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """Load what :meth:`state_dict` gave on the same layout. Nothing is changed unless all of it fits.
@@ -326,5 +334,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; says which.
         """
-        structure = self.method.Options.structure
-        self._counts = load_state(self.method.name, self.slots, self._groups.dicts, state_dict, structure)
+        fixed_on_resume = self.method.Options.fixed_on_resume
+        self._counts = load_state(self.method.name, self.slots, self._groups.param_groups, state_dict, fixed_on_resume)

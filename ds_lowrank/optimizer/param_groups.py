@@ -14,13 +14,13 @@ import torch.distributed as dist
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.optimizer.logical_parameters import Member, check_fit, members_of, names_in
+from ds_lowrank.optimizer.logical_parameters import LogicalParameter, check_fit, logical_parameters_of, matchable_names
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.roles import check_patterns
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.parameter_names import Tag, tag_from_name, tag_of
 from ds_lowrank.placement.tensor_parallel import refuse_empty_shards
-from ds_lowrank.placement.zero import shape_before_zero
+from ds_lowrank.placement.zero import unpartitioned_shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("target_modules", "exclude_modules")
@@ -36,7 +36,7 @@ class ParameterGroups:
         grid: as it is when it is asked for.
 
     Attributes:
-        dicts: the optimizer's groups that have something to train.
+        param_groups: the optimizer's groups that have something to train.
         parameters: the trainable parameters each of them was built with.
     """
 
@@ -45,7 +45,7 @@ class ParameterGroups:
         self._tags: dict[torch.Tensor, Tag] = {}
         self._names: list[str] = []
         self._patterns: list[tuple[list[str], str, str]] = []
-        self.dicts: list[dict[str, Any]] = []
+        self.param_groups: list[dict[str, Any]] = []
         self.parameters: list[list[torch.nn.Parameter]] = []
 
     def validated(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -61,26 +61,29 @@ class ParameterGroups:
         entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
-        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in names_in(p, tag)]
+        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in matchable_names(p, tag)]
         for key in PATTERNS:
             self._must_match(names, key, given.get(key) or ())
         for (_, parameter), tag in zip(named, tags, strict=True):
             refuse_empty_shards(parameter, tag.name)
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
-        trained = [p for _, p in named if p.requires_grad and 0 not in shape_before_zero(p)]
+        trained = [p for _, p in named if p.requires_grad and 0 not in unpartitioned_shape(p)]
         for parameter in trained:
             if parameter.dtype not in DTYPES:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
         grid = self._grid()
-        check_fit(self._method, [m for p in trained for m in members_of(p, self._tags[p], group, options, {}, grid)])
+        check_fit(
+            self._method,
+            [m for p in trained for m in logical_parameters_of(p, self._tags[p], group, options, {}, grid)],
+        )
         values = {key: getattr(options, key) for key in self._method.Options.model_fields}
         return {**group, **values, "params": trained}
 
     def add(self, group: dict[str, Any]) -> None:
         """Take a validated group of the optimizer."""
         if group["params"]:
-            self.dicts.append(group)
+            self.param_groups.append(group)
             self.parameters.append(list(group["params"]))
 
     def check(self, options: Options) -> None:
@@ -89,7 +92,7 @@ class ParameterGroups:
         Raises:
             ConfigError: the method lacks something among the parameters, or a pattern matches none.
         """
-        if problem := self._method.lacks(self._names, options):
+        if problem := self._method.missing_requirement(self._names, options):
             raise ConfigError(f"{self._method.name}: {problem}")
         for key in PATTERNS:
             self._must_match(self._names, key, getattr(options, key) or ())
@@ -101,7 +104,7 @@ class ParameterGroups:
                 f"{self._method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
                 "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
             )
-        names = names_in(parameter, tag)
+        names = matchable_names(parameter, tag)
         if twice := next((name for name in names if name in self._names), None):
             raise ConfigError(f"{twice}: given twice. State and seeds belong to a name; each parameter needs its own")
         self._names += names
@@ -137,9 +140,9 @@ class ParameterGroups:
     @property
     def options(self) -> dict[int, Options]:
         """Of each group, by its id."""
-        return {id(group): self.options_of(group) for group in self.dicts}
+        return {id(group): self.options_of(group) for group in self.param_groups}
 
-    def members(self, state: Mapping[torch.Tensor, Any]) -> list[Member]:
+    def members(self, state: Mapping[torch.Tensor, Any]) -> list[LogicalParameter]:
         """Every logical matrix of every group, in order.
 
         Args:
@@ -147,9 +150,9 @@ class ParameterGroups:
         """
         return [
             member
-            for own, group in zip(self.parameters, self.dicts, strict=True)
+            for own, group in zip(self.parameters, self.param_groups, strict=True)
             for parameter in own
-            for member in members_of(
+            for member in logical_parameters_of(
                 *(parameter, self._tags[parameter], group, self.options_of(group), state[parameter], self._grid())
             )
         ]

@@ -19,21 +19,21 @@ import torch.distributed as dist
 
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.directions import Directions
-from ds_lowrank.methods.blocks.options import Climb
+from ds_lowrank.methods.blocks.options import Ascent
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.zero import Fragment, forward_weights, release_gathered
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Executor, Request, everyone, lockstep
+from ds_lowrank.sharding.reduce import Executor, Request, all_reduce_route, lockstep
 
 logger = logging.getLogger("ds_lowrank")
 
-SURVIVING = 0.5
+MIN_REALISED_SHARE = 0.5
 """Where rounding to the weights' dtype leaves less than this share of a move, the user is told, once."""
 
 
 @dataclass
-class Movable:
+class PerturbedMatrix:
     """One matrix in one ascent.
 
     Attributes:
@@ -58,7 +58,7 @@ class Movable:
     def move(self, coordinates: torch.Tensor, distance: float) -> None:
         """To ``distance`` times a direction from where the weights were."""
         weights = self.place.weights.copy_(self.saved)
-        self.shard.write(weights, self.directions.at(coordinates), -distance, 0.0)
+        self.shard.write(weights, self.directions.to_matrix(coordinates), -distance, 0.0)
         self.place.put(weights)
 
     def mirror(self) -> None:
@@ -77,7 +77,7 @@ class Perturbation:
     Args:
         method: of the optimizer.
         slots: the matrices that are perturbed.
-        climb: how higher loss is looked for.
+        ascent: how higher loss is looked for.
         executor: of the optimizer.
         grid: of the optimizer. All its stages climb together.
         is_local: whether tensor-parallel ranks project their own shards, and exchange nothing else.
@@ -88,22 +88,22 @@ class Perturbation:
         self,
         method: type[Method],
         slots: Sequence[Slot],
-        climb: Climb,
+        ascent: Ascent,
         executor: Executor,
         grid: Grid,
         is_local: bool,
         like: torch.Tensor,
     ) -> None:
-        self.climb = climb
+        self.ascent = ascent
         self._method, self._slots, self._executor, self._grid = method, slots, executor, grid
         self._apart = grid.tensor if is_local else None
         self._dtype, self._device = like.dtype, like.device
         self._moving: list[Slot] = []
-        self._moved: list[Movable] = []
-        self._told: set[str] = set()
+        self._moved: list[PerturbedMatrix] = []
+        self._warned: set[str] = set()
         self.norm = 0.0
         """Of the last perturbation, as the weights' dtype left it."""
-        self.without = 0
+        self.failed_ascents = 0
         """Ascents so far that found no slope: a loss that is not finite, or the same on all sides."""
 
     def ascend(self, loss: Callable[[], float], options: dict[int, Any], micro_batch: int = 0) -> None:
@@ -123,26 +123,26 @@ class Perturbation:
             return
         self._moving = slots
         self._save(slots, options)
-        probes = [f"probe {micro_batch}.{number}" for number in range(self.climb.probes)]
+        probes = [f"probe {micro_batch}.{number}" for number in range(self.ascent.probes)]
         slopes = self._slopes(loss, probes)
         if all(map(math.isfinite, slopes)) and any(slopes):
-            self._climb(probes, [slope / self.climb.probes for slope in slopes])
+            self._ascent(probes, [slope / self.ascent.probes for slope in slopes])
         else:
-            self.without += 1
+            self.failed_ascents += 1
             self.restore()
 
     def restore(self) -> None:
         """Put every bit back. Idempotent."""
-        for movable in self._moved:
-            movable.restore()
+        for matrix in self._moved:
+            matrix.restore()
         if self._moved:
             self._release()
         self._moved = []
 
     def mark(self) -> None:
-        """Note that the gradients to come were taken as ``climb`` asks."""
+        """Note that the gradients to come were taken as ``ascent`` asks."""
         for slot in self._slots:
-            slot.looked_around = True
+            slot.perturbed = True
 
     def _save(self, slots: Sequence[Slot], options: dict[int, Any]) -> None:
         self._release()
@@ -154,7 +154,7 @@ class Perturbation:
             )
         )
         self._moved = [
-            Movable(place, place.weights.clone(), shard, found, copies, slot.state["step"])
+            PerturbedMatrix(place, place.weights.clone(), shard, found, copies, slot.state["step"])
             for slot, (place, shard, copies), found in zip(slots, moved, directions, strict=True)
         ]
 
@@ -172,36 +172,36 @@ class Perturbation:
 
     def _slopes(self, loss: Callable[[], float], probes: Sequence[str]) -> list[float]:
         """The paper's c_j."""
-        radius, slopes = self.climb.probe_radius, []
-        here = None if self.climb.two_sided else loss()
+        radius, slopes = self.ascent.probe_radius, []
+        here = None if self.ascent.two_sided else loss()
         for probe in probes:
             self._probe(probe)
             ahead = loss()
             if here is not None:
                 slopes.append((ahead - here) / radius)
                 continue
-            for movable in self._moved:
-                movable.mirror()
+            for matrix in self._moved:
+                matrix.mirror()
             self._release()
             slopes.append((ahead - loss()) / (2 * radius))
         return slopes
 
     def _probe(self, probe: str) -> None:
-        for movable in self._moved:
-            movable.move(movable.coordinates([probe], [1.0]), self.climb.probe_radius)
+        for matrix in self._moved:
+            matrix.move(matrix.coordinates([probe], [1.0]), self.ascent.probe_radius)
         self._release()
-        if "probe_radius" not in self._told:
+        if "probe_radius" not in self._warned:
             (square,) = self._over_matrices([m.directions.square(m.coordinates([probe], [1.0])) for m in self._moved])
-            self._realised("probe_radius", self.climb.probe_radius * math.sqrt(square))
+            self._realised("probe_radius", self.ascent.probe_radius * math.sqrt(square))
 
-    def _climb(self, probes: Sequence[str], shares: Sequence[float]) -> None:
-        squares = [movable.directions.square(movable.coordinates(probes, shares)) for movable in self._moved]
+    def _ascent(self, probes: Sequence[str], shares: Sequence[float]) -> None:
+        squares = [matrix.directions.square(matrix.coordinates(probes, shares)) for matrix in self._moved]
         total, count = self._over_matrices(squares, [float(square > 0) for square in squares])
-        for movable, square in zip(self._moved, squares, strict=True):
-            length = math.sqrt(square if self.climb.per_matrix else total)
-            movable.move(movable.coordinates(probes, shares), self.climb.radius / length if length else 0.0)
+        for matrix, square in zip(self._moved, squares, strict=True):
+            length = math.sqrt(square if self.ascent.per_matrix else total)
+            matrix.move(matrix.coordinates(probes, shares), self.ascent.radius / length if length else 0.0)
         self._release()
-        asked = self.climb.radius * (math.sqrt(count) if self.climb.per_matrix else 1.0)
+        asked = self.ascent.radius * (math.sqrt(count) if self.ascent.per_matrix else 1.0)
         self.norm = self._realised("perturbation_radius", asked)
 
     def _realised(self, key: str, asked: float) -> float:
@@ -209,13 +209,13 @@ class Perturbation:
         if self._dtype == torch.float32:
             return asked
         got = self._distance()
-        if got < SURVIVING * asked and key not in self._told:
+        if got < MIN_REALISED_SHARE * asked and key not in self._warned:
             logger.warning(
                 "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
                 "train in fp32",
                 *(key, self._dtype, asked, got, key),
             )
-        self._told.add(key)
+        self._warned.add(key)
         return got
 
     def _distance(self) -> float:
@@ -228,7 +228,7 @@ class Perturbation:
                 for m in self._moved
             ]
             own = torch.stack(squares).sum().float().view(1, 1)
-            (own,) = self._executor.exchange([Request(everyone(self._executor.size, 1), own)])
+            (own,) = self._executor.exchange([Request(all_reduce_route(self._executor.size, 1), own)])
             total = own.item()
         return math.sqrt(*self._over_ranks_apart(total))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.methods.blocks.state_spec import Keep, State
+from ds_lowrank.methods.blocks.state_spec import State, StateStore
 from ds_lowrank.optimizer.roles import Role
 from ds_lowrank.placement.parameter_names import Tag
 from ds_lowrank.placement.zero import Fragment
@@ -22,13 +22,13 @@ class Slot:
     Attributes:
         shape: of the whole, before any kind of parallelism.
         shard: this rank's part; a parameter that is not a matrix counts as one row.
-        keep: how its state is laid out and stored.
+        state_store: how its state is laid out and stored.
         rank_text: the rank as the role table shows it.
         state: what the method keeps, and ``step``.
         parameter: of the model; of a fused weight, several slots have the same.
         logical: where what the slot steps lies in the parameter.
         stepped: whether the last step changed it.
-        looked_around: whether its gradient was taken as the method's ``climb`` asks.
+        perturbed: whether its gradient was taken as the method's ``ascent`` asks.
     """
 
     tag: Tag
@@ -37,13 +37,13 @@ class Slot:
     group: dict[str, Any]
     fragment: Fragment
     shard: MatrixShard
-    keep: Keep
+    state_store: StateStore
     rank_text: str
     state: State
     parameter: torch.nn.Parameter
     logical: Logical
     stepped: bool = False
-    looked_around: bool = False
+    perturbed: bool = False
 
     @property
     def is_projected(self) -> bool:
@@ -58,22 +58,22 @@ class Slot:
     @property
     def rank(self) -> int:
         """The present rank of a projected matrix; 0 for anything else."""
-        return self.keep.rank_of(self.state) if self.is_projected else 0
+        return self.state_store.rank_of(self.state) if self.is_projected else 0
 
     @property
     def elements(self) -> int:
         """Of the state at the start, over all ranks."""
-        return self.keep.numel
+        return self.state_store.numel
 
     @property
     def state_bytes(self) -> int:
         """Of its tensors now, over all ranks that share it."""
-        return self.keep.nbytes(self.state)
+        return self.state_store.nbytes(self.state)
 
     @property
     def is_fp32(self) -> bool:
         """Whether weights and moments are stored as what they are computed in; the same on all ranks."""
-        return self.keep.is_exact and self.fragment.store.dtype == torch.float32
+        return self.state_store.is_exact and self.fragment.store.dtype == torch.float32
 
     @property
     def has_begun(self) -> bool:
@@ -87,4 +87,4 @@ class Slot:
     def count_step(self) -> None:
         """Note that the parameter was changed."""
         self.state["step"] += 1
-        self.stepped, self.looked_around = True, False
+        self.stepped, self.perturbed = True, False

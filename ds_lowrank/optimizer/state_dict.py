@@ -36,12 +36,12 @@ def load_state(
     slots: Sequence[Slot],
     groups: Sequence[dict[str, Any]],
     saved: dict[str, Any],
-    structure: Iterable[str],
+    fixed_on_resume: Iterable[str],
 ) -> dict[str, int]:
     """Put a saved state into the slots and groups.
 
     Args:
-        structure: the options that must be those of the saved groups.
+        fixed_on_resume: the options that must be those of the saved groups.
 
     Returns:
         The saved counts.
@@ -51,7 +51,7 @@ def load_state(
     """
     _check_origin(method, saved)
     _check_names({slot.tag.name for slot in slots}, set(saved["layout"]))
-    _check_groups(slots, groups, saved["param_groups"], structure)
+    _check_groups(slots, groups, saved["param_groups"], fixed_on_resume)
     for slot in slots:
         _check_slot(slot, saved)
     for slot in slots:
@@ -101,7 +101,10 @@ def _check_names(own: set[str], saved: set[str]) -> None:
 
 
 def _check_groups(
-    slots: Sequence[Slot], groups: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]], structure: Iterable[str]
+    slots: Sequence[Slot],
+    groups: Sequence[dict[str, Any]],
+    stored: Sequence[dict[str, Any]],
+    fixed_on_resume: Iterable[str],
 ) -> None:
     if len(stored) != len(groups):
         raise CheckpointError(f"the checkpoint has {len(stored)} parameter groups, this run {len(groups)}")
@@ -111,7 +114,7 @@ def _check_groups(
                 f"parameter group {index} holds other parameters in the checkpoint than in this run: make the groups "
                 "as the run that saved it did"
             )
-        for key in structure:
+        for key in fixed_on_resume:
             if saved[key] != group[key]:
                 raise CheckpointError(
                     f"{key} is {saved[key]!r} in the checkpoint and {group[key]!r} in this run, and the state of one "
@@ -130,7 +133,7 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
     tensors = saved["state"][name]
     if set(tensors) != set(slot.state):
         raise CheckpointError(f"{name}: the checkpoint holds {sorted(tensors)}, this run needs {sorted(slot.state)}")
-    for key, (shape, dtype) in slot.keep.tensors(slot.keep.rank_of(tensors)).items():
+    for key, (shape, dtype) in slot.state_store.tensors(slot.state_store.rank_of(tensors)).items():
         found = tensors[key]
         if (tuple(found.shape), found.dtype) != (shape, dtype):
             raise CheckpointError(

@@ -7,19 +7,19 @@ from typing import Any, TypeVar
 import torch
 
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.projection import Seen
+from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.sharding.matrix import MatrixShard
 
-WAVE = 2**28
+BUCKET_ELEMENTS = 2**28
 """Matrices with up to so many elements of state (1 GiB in fp32) are in flight at a time."""
 
 
-T = TypeVar("T", Slot, "Work")
+T = TypeVar("T", Slot, "PendingUpdate")
 
 
 @dataclass
-class Work:
+class PendingUpdate:
     """One projected matrix in one step.
 
     Attributes:
@@ -28,7 +28,7 @@ class Work:
 
     slot: Slot
     options: Options
-    seen: Seen = field(init=False)
+    seen: ProjectedGradient = field(init=False)
 
     @property
     def shard(self) -> MatrixShard:
@@ -39,16 +39,16 @@ class Work:
         return self.slot.elements
 
 
-def waves(items: Sequence[T]) -> list[list[T]]:
+def buckets(items: Sequence[T]) -> list[list[T]]:
     """Cut a sequence into runs of at most WAVE elements of state; the same cut on all ranks.
 
     What a step gathers of a matrix, its basis and directions, is about as large as its state at the rank it starts
     with, which is the largest.
     """
     cut: list[list[T]] = []
-    size = WAVE
+    size = BUCKET_ELEMENTS
     for item in items:
-        if size + item.elements > WAVE:
+        if size + item.elements > BUCKET_ELEMENTS:
             cut.append([])
             size = 0
         cut[-1].append(item)

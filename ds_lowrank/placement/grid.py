@@ -97,15 +97,15 @@ def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return found
 
 
-_made: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})
+_groups_made: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})
 
 
 def _group_of(ranks: list[int]) -> Any:
     """One group for the same ranks as long as the world lives: nobody destroys those of an engine that is gone."""
-    global _made
-    if _made[0] is not dist.group.WORLD:
-        _made = dist.group.WORLD, {}
-    groups = _made[1]
+    global _groups_made
+    if _groups_made[0] is not dist.group.WORLD:
+        _groups_made = dist.group.WORLD, {}
+    groups = _groups_made[1]
     if tuple(ranks) not in groups:
         groups[tuple(ranks)] = dist.new_group(ranks)
     return groups[tuple(ranks)]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ds_lowrank.placement.tensor_parallel import FUSION, Fusion
-from ds_lowrank.placement.zero import shape_before_zero
+from ds_lowrank.placement.zero import unpartitioned_shape
 
 Kind = Literal["weight", "embedding", "head"]
 
@@ -98,7 +98,7 @@ def _mark_fused(module: Any) -> None:
         tag_fused(qkv, {"q": queries * head, **gate, "k": head, "v": head})
     fc1 = getattr(getattr(module, "linear_fc1", None), "weight", None)
     if fc1 is not None and getattr(fc1, "partition_stride", 1) == 2 and not hasattr(fc1, FUSION):
-        half = shape_before_zero(fc1)[0] // 2
+        half = unpartitioned_shape(fc1)[0] // 2
         tag_fused(fc1, {"gate": half, "up": half})
 
 

@@ -24,7 +24,7 @@ import torch
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.sharding.layout import Block, Range
-from ds_lowrank.sharding.logical import Logical, Strip, _one_after_the_other
+from ds_lowrank.sharding.logical import Logical, Strip, _concatenated_row
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 FUSION = "ds_lowrank_fusion"
@@ -62,7 +62,7 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     full = tuple(sum(sizes) if axis == dim else size for axis, size in enumerate(shape))
     if len(shape) != 2:
         rest = math.prod(size for axis, size in enumerate(shape) if axis != dim)
-        row = _one_after_the_other([size * rest for size in sizes])
+        row = _concatenated_row([size * rest for size in sizes])
         return [Logical(name, full, row["strips"], grid.tensor_rank, "shared")]
     ends = [0, *accumulate(sizes)]
     blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]

@@ -99,7 +99,7 @@ class Placement:
     process_group: dist.ProcessGroup | None
 
 
-def shape_before_zero(parameter: torch.Tensor) -> tuple[int, ...]:
+def unpartitioned_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of the parameter as its layer has it, also where ZeRO 3 has emptied it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -118,10 +118,12 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
     # Decided by what the groups hold now: a parameter may still carry marks of an engine that is gone.
     both = list(zip(parameters, groups, strict=True))
     if all(_is_untouched(own, group) for own, group in both):
-        return Placement("none", [[_entire(p, p) for p in own] for own in parameters], None)
+        return Placement("none", [[_whole_parameter(p, p) for p in own] for own in parameters], None)
     if all(_are_clones(own, group) for own, group in both):
         pairs = [zip(own, group["params"], strict=True) for own, group in both]
-        return Placement("FP16_UnfusedOptimizer", [[_entire(p, clone) for p, clone in pair] for pair in pairs], None)
+        return Placement(
+            "FP16_UnfusedOptimizer", [[_whole_parameter(p, clone) for p, clone in pair] for pair in pairs], None
+        )
     if all(_is_stage3(own, group) for own, group in both):
         return _stage3(parameters)
     if all(hasattr(parameter, "_hp_mapping") for own in parameters for parameter in own):
@@ -149,7 +151,7 @@ def _is_stage3(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool
     return all(hasattr(q, "_z3_optimizer") for q in own) and all(id(p) in partitions for p in group["params"])
 
 
-def _entire(parameter: torch.nn.Parameter, store: torch.Tensor) -> Interval:
+def _whole_parameter(parameter: torch.nn.Parameter, store: torch.Tensor) -> Interval:
     if not store.is_contiguous():
         raise ConfigError(
             f"a parameter of shape {tuple(parameter.shape)} is not contiguous in memory (a transposed view?), and its "

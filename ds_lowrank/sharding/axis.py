@@ -16,10 +16,10 @@ class Axis:
     Args:
         size: the length of the dimension.
         held: for each rank the range its elements touch.
-        weights: for each rank how many elements it holds.
-        factor_rank: the rank that factors this matrix.
+        counts: for each rank how many elements it holds.
+        root: the rank that runs this matrix's factorisations.
         rank: this rank.
-        run: so many rows have one owner together.
+        block_rows: so many rows have one owner together.
         peers: the ranks that share the tensor; None for all.
     """
 
@@ -27,27 +27,27 @@ class Axis:
         self,
         size: int,
         held: Sequence[Range],
-        weights: Sequence[int],
-        factor_rank: int,
+        counts: Sequence[int],
+        root: int,
         rank: int,
-        run: int = 1,
+        block_rows: int = 1,
         peers: Sequence[int] | None = None,
     ) -> None:
         self.size, self.rank = size, rank
         self.held = held[rank]
         touched: tuple[Spans, ...] = tuple((span,) if span[0] < span[1] else () for span in held)
-        owned = deal(held, weights, run)
-        at_factor: tuple[Spans, ...] = tuple(((0, size),) if i == factor_rank else () for i in range(len(held)))
+        owned = deal(held, counts, block_rows)
+        at_root: tuple[Spans, ...] = tuple(((0, size),) if i == root else () for i in range(len(held)))
         self.owned = owned[rank]
-        self._reduce = Route(touched, owned)
-        self._gather = Route(owned, touched)
+        self._reduce_scatter = Route(touched, owned)
+        self._all_gather = Route(owned, touched)
         sharing = range(len(held)) if peers is None else peers
         everything: tuple[Spans, ...] = tuple(((0, size),) if i in sharing else () for i in range(len(held)))
-        self._spread = Route(owned, everything)
-        self._collect = Route(owned, at_factor)
-        self._sum = Route(touched, at_factor)
-        self._hand_out = Route(at_factor, owned)
-        self._tell = Route(at_factor, touched)
+        self._all_gather_full = Route(owned, everything)
+        self._gather_to_root = Route(owned, at_root)
+        self._reduce_to_root = Route(touched, at_root)
+        self._scatter_from_root = Route(at_root, owned)
+        self._broadcast_from_root = Route(at_root, touched)
 
     @property
     def owned_rows(self) -> int:
@@ -57,30 +57,30 @@ class Axis:
         """The rows that this rank owns of a tensor that it has whole."""
         return torch.cat([everything[:0], *(everything[lo:hi] for lo, hi in self.owned)])
 
-    def reduce(self, held: torch.Tensor) -> Request:
+    def reduce_scatter(self, held: torch.Tensor) -> Request:
         """Sum what every rank computed for the rows it holds; the answer is the rows this rank owns."""
-        return Request(self._reduce, held)
+        return Request(self._reduce_scatter, held)
 
-    def gather(self, owned: torch.Tensor) -> Request:
+    def all_gather(self, owned: torch.Tensor) -> Request:
         """The rows this rank holds, each from its owner."""
-        return Request(self._gather, owned)
+        return Request(self._all_gather, owned)
 
-    def spread(self, owned: torch.Tensor) -> Request:
+    def all_gather_full(self, owned: torch.Tensor) -> Request:
         """All rows, on every peer."""
-        return Request(self._spread, owned)
+        return Request(self._all_gather_full, owned)
 
-    def collect(self, owned: torch.Tensor) -> Request:
-        """All rows on the factoring rank, none elsewhere."""
-        return Request(self._collect, owned)
+    def gather_to_root(self, owned: torch.Tensor) -> Request:
+        """All rows on the root, none elsewhere."""
+        return Request(self._gather_to_root, owned)
 
-    def sum_at_factor(self, held: torch.Tensor) -> Request:
-        """All rows on the factoring rank, summed over the ranks that hold parts of them; none elsewhere."""
-        return Request(self._sum, held)
+    def reduce_to_root(self, held: torch.Tensor) -> Request:
+        """All rows on the root, summed over the ranks that hold parts of them; none elsewhere."""
+        return Request(self._reduce_to_root, held)
 
-    def hand_out(self, everything: torch.Tensor) -> Request:
-        """The rows this rank owns, from the factoring rank (the others pass a tensor of no rows)."""
-        return Request(self._hand_out, everything)
+    def scatter_from_root(self, everything: torch.Tensor) -> Request:
+        """The rows this rank owns, from the root (the others pass a tensor of no rows)."""
+        return Request(self._scatter_from_root, everything)
 
-    def tell(self, everything: torch.Tensor) -> Request:
-        """The rows this rank holds, from the factoring rank (the others pass a tensor of no rows)."""
-        return Request(self._tell, everything)
+    def broadcast_from_root(self, everything: torch.Tensor) -> Request:
+        """The rows this rank holds, from the root (the others pass a tensor of no rows)."""
+        return Request(self._broadcast_from_root, everything)

@@ -46,28 +46,44 @@ class Block:
         return (self.rows[1] - self.rows[0]) * (self.cols[1] - self.cols[0])
 
 
-class Covering(ABC):
-    """Elements that are some rectangles of the logical matrix."""
+class Part(ABC):
+    """What one rank holds of one logical matrix: some rectangles of it.
+
+    Attributes:
+        numel: how many elements these are.
+    """
+
+    @property
+    @abstractmethod
+    def numel(self) -> int: ...
 
     @property
     @abstractmethod
     def rectangles(self) -> tuple[Rectangle, ...]:
-        """In storage order."""
+        """Rectangles of these elements, in storage order."""
+
+    @abstractmethod
+    def flat_interval(self, columns: int) -> Range | None:
+        """The ``[start, end)`` of the row-major logical matrix that these elements are, or None if they are not one.
+
+        Args:
+            columns: of the logical matrix.
+        """
 
     @cached_property
     def rows(self) -> Range:
-        """The rows of the logical matrix that hold an element of these; ``(0, 0)`` where there are none."""
+        """The rows of the logical matrix that contain one of these elements; ``(0, 0)`` if there are none."""
         return _covered((r.row, r.row + r.height) for r in self.rectangles)
 
     @cached_property
     def cols(self) -> Range:
-        """The smallest range of columns that covers them; ``(0, 0)`` where there are none."""
+        """The smallest range of columns that covers these elements; ``(0, 0)`` if there are none."""
         return _covered((r.col, r.col + r.width) for r in self.rectangles)
 
 
 @dataclass(frozen=True)
-class Part(Covering):
-    """The elements ``[start, end)`` of a row-major block: what one rank holds of one logical matrix."""
+class ContiguousPart(Part):
+    """The elements ``[start, end)`` of a row-major block."""
 
     block: Block
     start: int
@@ -84,7 +100,7 @@ class Part(Covering):
         return self.end - self.start
 
     @cached_property
-    def rectangles(self) -> tuple[Rectangle, ...]:
+    def rectangles(self) -> tuple[Rectangle, ...]:  # type: ignore[override]
         """The interval as at most three rectangles, in storage order."""
         row0, col0 = self.block.rows[0], self.block.cols[0]
         width = self.block.cols[1] - col0
@@ -100,8 +116,7 @@ class Part(Covering):
             position += height * span
         return tuple(found)
 
-    def flat(self, columns: int) -> Range | None:
-        """The interval of the row-major logical matrix that this part is; None where it is none."""
+    def flat_interval(self, columns: int) -> Range | None:
         (row, last), cols = self.block.rows, self.block.cols
         if not self.numel:
             return (0, 0)
@@ -112,27 +127,25 @@ class Part(Covering):
 
 
 @dataclass(frozen=True)
-class Joined(Covering):
-    """Several parts one after the other in storage: what a rank holds of one of the matrices in a fused weight."""
+class FusedPart(Part):
+    """Several parts, consecutive in storage: what a rank holds of one of the matrices in a fused weight."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ContiguousPart, ...]
 
     @property
     def numel(self) -> int:
         return sum(part.numel for part in self.parts)
 
     @cached_property
-    def rectangles(self) -> tuple[Rectangle, ...]:
-        """In storage order."""
+    def rectangles(self) -> tuple[Rectangle, ...]:  # type: ignore[override]
         found, before = [], 0
         for part in self.parts:
             found += [replace(rectangle, offset=before + rectangle.offset) for rectangle in part.rectangles]
             before += part.numel
         return tuple(found)
 
-    def flat(self, columns: int) -> Range | None:
-        """The interval of the row-major logical matrix that the parts are together; None where they are none."""
-        intervals = [part.flat(columns) for part in self.parts if part.numel]
+    def flat_interval(self, columns: int) -> Range | None:
+        intervals = [part.flat_interval(columns) for part in self.parts if part.numel]
         if not intervals:
             return (0, 0)
         if any(a is None or b is None or a[1] != b[0] for a, b in pairwise(intervals)):
@@ -141,8 +154,7 @@ class Joined(Covering):
         return None if first is None or last is None else (first[0], last[1])
 
 
-Held = Part | Joined
-NOTHING = Part(Block((0, 0), (0, 0)), 0, 0)
+EMPTY = ContiguousPart(Block((0, 0), (0, 0)), 0, 0)
 
 
 def _covered(ranges: Iterable[Range]) -> Range:
@@ -150,28 +162,29 @@ def _covered(ranges: Iterable[Range]) -> Range:
     return (min(lo for lo, _ in edges), max(hi for _, hi in edges)) if edges else (0, 0)
 
 
-def whole(shape: Sequence[int], start: int = 0, end: int | None = None) -> Part:
+def whole(shape: Sequence[int], start: int = 0, end: int | None = None) -> ContiguousPart:
     """The elements ``[start, end)`` of a matrix that tensor parallelism does not split."""
     m, n = shape
-    return Part(Block((0, m), (0, n)), start, m * n if end is None else end)
+    return ContiguousPart(Block((0, m), (0, n)), start, m * n if end is None else end)
 
 
-def deal(held: Sequence[Range], weights: Sequence[int], run: int = 1) -> tuple[Spans, ...]:
+def deal(held: Sequence[Range], counts: Sequence[int], block_rows: int = 1) -> tuple[Spans, ...]:
     """One owner for every row that anybody holds.
 
     Args:
         held: for each rank, the range of rows that its elements touch. Ranges may overlap.
-        weights: for each rank, how many elements it holds.
-        run: so many rows, counted from row 0, stay together.
+        counts: for each rank, how many elements it holds.
+        block_rows: so many rows, counted from row 0, stay together.
 
     Returns:
         For each rank the spans of rows that it owns, disjoint. Rows that several ranks hold are shared out in
-        proportion to the weights. Each span lies within what the rank holds, or within the runs that it touches.
+        proportion to the counts. Each span lies within what the rank holds, or within the blocks of rows that it
+        touches.
     """
-    if run > 1:
+    if block_rows > 1:
         last = max((hi for _, hi in held), default=0)
-        runs = deal([(lo // run, -(-hi // run)) if lo < hi else (0, 0) for lo, hi in held], weights)
-        return tuple(tuple((lo * run, min(hi * run, last)) for lo, hi in spans) for spans in runs)
+        blocks = deal([(lo // block_rows, -(-hi // block_rows)) if lo < hi else (0, 0) for lo, hi in held], counts)
+        return tuple(tuple((lo * block_rows, min(hi * block_rows, last)) for lo, hi in spans) for spans in blocks)
     taken = sorted(span for span in held if span[0] < span[1])
     if all(before[1] <= after[0] for before, after in pairwise(taken)):  # nothing is shared, as with single elements
         return tuple((span,) if span[0] < span[1] else () for span in held)
@@ -179,10 +192,10 @@ def deal(held: Sequence[Range], weights: Sequence[int], run: int = 1) -> tuple[S
     owned: list[list[Range]] = [[] for _ in held]
     for lo, hi in pairwise(bounds):
         holders = [i for i, (a, b) in enumerate(held) if a <= lo and hi <= b and a < b]
-        total = sum(weights[i] for i in holders)
+        total = sum(counts[i] for i in holders)
         done, position = 0, lo
         for i in holders:
-            done += weights[i]
+            done += counts[i]
             until = lo + round((hi - lo) * done / total)
             if until > position:
                 _append(owned[i], (position, until))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.sharding.layout import NOTHING, Block, Held, Joined, Part, Spans
+from ds_lowrank.sharding.layout import EMPTY, Block, ContiguousPart, FusedPart, Part, Spans
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Logical:
     held: Literal["shared", "copied", "apart"]
     piece: str | None = None
 
-    def part(self, tensor_rank: int, start: int, end: int) -> Held:
+    def part(self, tensor_rank: int, start: int, end: int) -> Part:
         """What the elements ``[start, end)`` of the parameter on some tensor-parallel rank are of this matrix."""
         parts = [part for _, part in self._cuts(tensor_rank, start, end)]
         if len(parts) == 1:
             return parts[0]
-        return Joined(tuple(parts)) if parts else NOTHING
+        return FusedPart(tuple(parts)) if parts else EMPTY
 
     def spans(self, start: int, end: int) -> Spans:
         """Where those elements lie on this rank, counted from ``start``."""
         return tuple((first, first + part.numel) for first, part in self._cuts(self.own, start, end))
 
-    def _cuts(self, tensor_rank: int, start: int, end: int) -> Iterator[tuple[int, Part]]:
+    def _cuts(self, tensor_rank: int, start: int, end: int) -> Iterator[tuple[int, ContiguousPart]]:
         for strip in self.strips[tensor_rank]:
             lo, hi = max(start, strip.start), min(end, strip.start + strip.block.numel)
             if lo < hi:
-                yield lo - start, Part(strip.block, lo - strip.start, hi - strip.start)
+                yield lo - start, ContiguousPart(strip.block, lo - strip.start, hi - strip.start)
 
     def as_row(self) -> Logical:
         """The same elements as one row, for what is stepped element by element."""
@@ -68,7 +68,7 @@ class Logical:
                 shape=(1, rows * width),
                 strips=tuple(tuple(Strip(s.start, _row(s.block, width)) for s in strips) for strips in self.strips),
             )
-        return replace(self, **_one_after_the_other([sum(s.block.numel for s in strips) for strips in self.strips]))
+        return replace(self, **_concatenated_row([sum(s.block.numel for s in strips) for strips in self.strips]))
 
     def apart(self) -> Logical:
         """This rank's shard as a matrix of its own.
@@ -102,7 +102,7 @@ def _row(block: Block, width: int) -> Block:
     return Block((0, 1), (block.rows[0] * width, block.rows[1] * width))
 
 
-def _one_after_the_other(numels: list[int]) -> dict[str, Any]:
+def _concatenated_row(numels: list[int]) -> dict[str, Any]:
     """Shape and strips of one row in which every rank's elements follow those of the rank before."""
     ends = [0, *accumulate(numels)]
     return {"shape": (1, ends[-1]), "strips": tuple((Strip(0, Block((0, 1), span)),) for span in pairwise(ends))}

@@ -22,9 +22,9 @@ import torch
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.layout import NOTHING, Held, Part, Range, Rectangle, whole
-from ds_lowrank.sharding.reduce import Program, Request, Route, everyone
-from ds_lowrank.sharding.updates import Dense, Factors, Update, Weights
+from ds_lowrank.sharding.layout import EMPTY, ContiguousPart, Part, Range, Rectangle, whole
+from ds_lowrank.sharding.reduce import Program, Request, Route, all_reduce_route
+from ds_lowrank.sharding.updates import Dense, Factors, NewWeights, Update
 
 Side = Literal["left", "right"]
 
@@ -38,8 +38,8 @@ class MatrixShard:
         parts: what each rank of the group holds.
         rank: this rank's position in the group.
         side: ``right`` compresses the columns, ``left`` the rows.
-        factor_rank: the rank that runs this matrix's factorisations.
-        run: rows of the state that one rank owns together.
+        root: the rank that runs this matrix's factorisations.
+        block_rows: rows of the state that one rank owns together.
         peers: the ranks of the group that share this copy of the matrix; all of them, unless tensor-parallel ranks
             have one each.
     """
@@ -48,26 +48,26 @@ class MatrixShard:
         self,
         name: str,
         shape: tuple[int, int],
-        parts: Sequence[Held],
+        parts: Sequence[Part],
         rank: int,
         side: Side,
-        factor_rank: int,
-        run: int = 1,
+        root: int,
+        block_rows: int = 1,
         peers: Sequence[int] | None = None,
     ) -> None:
-        self.name, self.shape, self.side, self.rank, self.run = name, shape, side, rank, run
-        self.factor_rank, self.parts = factor_rank, tuple(parts)
+        self.name, self.shape, self.side, self.rank, self.block_rows = name, shape, side, rank, block_rows
+        self.root, self.parts = root, tuple(parts)
         self.part = parts[rank]
         self.peers = tuple(range(len(parts))) if peers is None else tuple(peers)
-        self.flat, self.weights = torch.empty(0), torch.empty(0)
+        self.flat_gradient, self.weights = torch.empty(0), torch.empty(0)
         self._seen_as: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
-        self._weights = [part.numel for part in parts]
+        self._counts = [part.numel for part in parts]
         self._axes: dict[Hashable, Axis] = {}
         self._everyone: dict[int, Route] = {}
         self._views: dict[tuple[int, int], MatrixShard] = {}
 
     def _axis(self, size: int, held: Sequence[Range]) -> Axis:
-        return Axis(size, held, self._weights, self.factor_rank, self.rank, self.run, self.peers)
+        return Axis(size, held, self._counts, self.root, self.rank, self.block_rows, self.peers)
 
     @cached_property
     def rows(self) -> Axis:
@@ -83,12 +83,12 @@ class MatrixShard:
 
         They are numbered as in the row-major matrix; where a rank's are no interval of it, rank after rank.
         """
-        intervals = [part.flat(self.shape[1]) for part in self.parts]
+        intervals = [part.flat_interval(self.shape[1]) for part in self.parts]
         if None in intervals:
-            ends = list(accumulate(self._weights))
-            intervals = [(end - weight, end) for end, weight in zip(ends, self._weights, strict=True)]
+            ends = list(accumulate(self._counts))
+            intervals = [(end - weight, end) for end, weight in zip(ends, self._counts, strict=True)]
         held = [interval for interval in intervals if interval is not None]
-        return self._axis(sum(self._weights), held)
+        return self._axis(sum(self._counts), held)
 
     @property
     def kept(self) -> Axis:
@@ -110,31 +110,31 @@ class MatrixShard:
             self._axes["grouped", every] = self._axis(self.kept.size // every, held)
         return self._axes["grouped", every]
 
-    def small(self, rows: int) -> Axis:
+    def replicated_axis(self, rows: int) -> Axis:
         """The rows of a small tensor that every rank with a part of the matrix has whole."""
         if rows not in self._axes:
-            self._axes[rows] = self._axis(rows, [(0, rows) if weight else (0, 0) for weight in self._weights])
+            self._axes[rows] = self._axis(rows, [(0, rows) if weight else (0, 0) for weight in self._counts])
         return self._axes[rows]
 
-    def total(self, value: torch.Tensor) -> Program[torch.Tensor]:
+    def replicated_sum(self, value: torch.Tensor) -> Program[torch.Tensor]:
         """Sum a small tensor over the ranks that hold the matrix; each of them gets the sum, the others zeros."""
-        axis = self.small(value.shape[0])
-        own = yield axis.reduce(self.having(value))
-        return self.padded((yield axis.gather(own)), value.shape[0])
+        axis = self.replicated_axis(value.shape[0])
+        own = yield axis.reduce_scatter(self.local_contribution(value))
+        return self.or_zeros((yield axis.all_gather(own)), value.shape[0])
 
-    def having(self, value: torch.Tensor) -> torch.Tensor:
+    def local_contribution(self, value: torch.Tensor) -> torch.Tensor:
         """A small tensor as this rank contributes it: no rows where the rank has no part of the matrix."""
         return value if self.part.numel else value[:0]
 
-    def padded(self, value: torch.Tensor, rows: int) -> torch.Tensor:
+    def or_zeros(self, value: torch.Tensor, rows: int) -> torch.Tensor:
         """A small tensor to compute with: zeros where the rank has no part of the matrix and was sent none."""
         return value if self.part.numel else value.new_zeros(rows, value.shape[1])
 
-    def agree(self, value: torch.Tensor) -> Request:
+    def all_reduce(self, value: torch.Tensor) -> Request:
         """Sum a few numbers, one a row, over all peers: each gets the same bits, so that all decide alike."""
         rows = value.shape[0]
         if rows not in self._everyone:
-            self._everyone[rows] = everyone(len(self.parts), rows, self.peers)
+            self._everyone[rows] = all_reduce_route(len(self.parts), rows, self.peers)
         return Request(self._everyone[rows], value)
 
     def viewed(self, shape: tuple[int, int]) -> MatrixShard:
@@ -146,26 +146,26 @@ class MatrixShard:
         if shape not in self._views:
             parts = [self._viewed_part(part, shape) for part in self.parts]
             self._views[shape] = MatrixShard(
-                self.name, shape, parts, self.rank, self.side, self.factor_rank, self.run, self.peers
+                self.name, shape, parts, self.rank, self.side, self.root, self.block_rows, self.peers
             )
         view = self._views[shape]
-        view.attach(self.flat, self.weights)
+        view.attach(self.flat_gradient, self.weights)
         return view
 
-    def _viewed_part(self, part: Held, shape: tuple[int, int]) -> Part:
-        interval = part.flat(self.shape[1])
+    def _viewed_part(self, part: Part, shape: tuple[int, int]) -> ContiguousPart:
+        interval = part.flat_interval(self.shape[1])
         if interval is None:
             raise ConfigError(
                 f"{self.name}: tensor parallelism splits its columns, so that it has no view of another shape; set "
                 "left_view to 'transpose', or tensor_parallel_projection to 'local'"
             )
-        return whole(shape, *interval) if part.numel else NOTHING
+        return whole(shape, *interval) if part.numel else EMPTY
 
     def attach(self, flat: torch.Tensor, weights: torch.Tensor) -> None:
         """Take this step's gradient and the weights: the elements of this rank's part, ``part.numel`` of them."""
-        self.flat, self.weights, self._seen_as = flat, weights, None
+        self.flat_gradient, self.weights, self._seen_as = flat, weights, None
 
-    def see_gradient_as(self, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
+    def with_gradient(self, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
         """From now on ``gradient``, and every product with it, is of the changed gradient.
 
         Args:
@@ -176,18 +176,19 @@ class MatrixShard:
 
     def detach(self) -> None:
         """Let go of the gradient and the weights."""
-        self.flat, self.weights, self._seen_as = self.flat.new_empty(0), self.weights.new_empty(0), None
+        self.flat_gradient, self.weights = self.flat_gradient.new_empty(0), self.weights.new_empty(0)
+        self._seen_as = None
         for view in self._views.values():
             view.detach()
 
     @property
     def device(self) -> torch.device:
-        return self.flat.device
+        return self.flat_gradient.device
 
     @property
     def gradient(self) -> list[torch.Tensor]:
         """This step's gradient, one view a rectangle of this rank's part."""
-        pieces = self.views(self.flat)
+        pieces = self.views(self.flat_gradient)
         return pieces if self._seen_as is None else self._seen_as(pieces)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -241,7 +242,7 @@ class MatrixShard:
 
     def kept_squares(self, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """This rank's part of the squared norms of the rows of ``H / unit``: held kept rows x 1, fp32."""
-        return self.squares_along(self.kept, self.flat, unit)
+        return self.squares_along(self.kept, self.flat_gradient, unit)
 
     def row_squares(self, flat: torch.Tensor, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
         """This rank's part of the squared norms of the rows of a matrix, over ``unit`` squared: held rows x 1, fp32.
@@ -319,7 +320,7 @@ class MatrixShard:
         """
         if not self.part.numel:
             return
-        if isinstance(update, Weights):
+        if isinstance(update, NewWeights):
             flat.copy_(update.make())
             return
         if isinstance(update, Dense):

@@ -44,16 +44,16 @@ class Route:
         if len(have) != len(want):
             raise ValueError(f"a route needs as many wants as haves, got {len(want)} and {len(have)}")
         self.have, self.want = tuple(have), tuple(want)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, RankRoute] = {}
 
-    def plan(self, rank: int) -> Plan:
+    def plan(self, rank: int) -> RankRoute:
         """What ``rank`` sends, receives and keeps. Computed once."""
         if rank not in self._plans:
-            self._plans[rank] = Plan(self, rank)
+            self._plans[rank] = RankRoute(self, rank)
         return self._plans[rank]
 
 
-class Plan:
+class RankRoute:
     """One rank's side of a route.
 
     Attributes:
@@ -96,7 +96,7 @@ class Request:
     value: torch.Tensor
 
 
-def everyone(ranks: int, rows: int, among: Sequence[int] | None = None) -> Route:
+def all_reduce_route(ranks: int, rows: int, among: Sequence[int] | None = None) -> Route:
     """Every rank has all rows and wants their sum. For small tensors: each rank sends all of it to every other.
 
     Args:
@@ -130,7 +130,7 @@ def lockstep(programs: Iterable[Program[T]]) -> Rounds[list[T]]:
         }
 
 
-def abreast(*programs: Program[Any]) -> Program[tuple[Any, ...]]:
+def concurrently(*programs: Program[Any]) -> Program[tuple[Any, ...]]:
     """Run programs of one matrix side by side, in the rounds of the longest."""
     rounds = lockstep(programs)
     answers: list[torch.Tensor] | None = None
@@ -168,7 +168,7 @@ class Executor(ABC):
         """Answer one round."""
 
 
-class Alone(Executor):
+class SingleProcess(Executor):
     """One process that holds everything: every sum is the value itself."""
 
     rank, size = 0, 1

@@ -66,9 +66,9 @@ class Units:
         groups = self.axis.held[1] - self.axis.held[0]
         result = projection.new_zeros(groups, self.per_group, projection.shape[1])
         for rectangle, gradient in zip(self.shard.part.rectangles, self.shard.gradient, strict=True):
-            turned = self._turned(gradient)
+            oriented = self._oriented(gradient)
             for piece in self._pieces(rectangle):
-                units = _stacked(turned, piece).float()
+                units = _stacked(oriented, piece).float()
                 factor = projection[piece.entries].expand(piece.stack, -1, -1)
                 result[piece.groups, piece.units] += torch.bmm(units, factor).transpose(0, 1)
         return result.flatten(1)
@@ -86,14 +86,14 @@ class Units:
         flat = torch.empty(self.shard.part.numel, device=projected.device)
         stacked = projected.view(projected.shape[0], self.per_group, projection.shape[1])
         for rectangle, view in zip(self.shard.part.rectangles, self.shard.views(flat), strict=True):
-            turned = self._turned(view)
+            oriented = self._oriented(view)
             for piece in self._pieces(rectangle):
                 low = stacked[piece.groups, piece.units].transpose(0, 1)
                 factor = projection[piece.entries].T.expand(piece.stack, -1, -1)
-                _stacked(turned, piece).copy_(torch.bmm(low, factor))
+                _stacked(oriented, piece).copy_(torch.bmm(low, factor))
         return flat
 
-    def _turned(self, rectangle: torch.Tensor) -> torch.Tensor:
+    def _oriented(self, rectangle: torch.Tensor) -> torch.Tensor:
         return rectangle if self.shard.side == "right" else rectangle.T
 
     def _pieces(self, rectangle: Rectangle) -> Iterator[Piece]:
@@ -125,9 +125,9 @@ class Units:
         return pairwise(sorted(edges))
 
 
-def _stacked(turned: torch.Tensor, piece: Piece) -> torch.Tensor:
+def _stacked(oriented: torch.Tensor, piece: Piece) -> torch.Tensor:
     """A view of a piece: units x kept rows x elements of a unit."""
-    part = turned[piece.kept, piece.compressed]
+    part = oriented[piece.kept, piece.compressed]
     kept, compressed = part.stride()
     entries = part.shape[1] // piece.stack
     shape, stride = (piece.stack, part.shape[0], entries), (entries * compressed, kept, compressed)

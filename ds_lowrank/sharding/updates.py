@@ -30,7 +30,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Weights:
+class NewWeights:
     """The new weights themselves, where they are no sum of the old ones and an update: rate and decay are applied.
 
     Attributes:
@@ -40,4 +40,4 @@ class Weights:
     make: Callable[[], torch.Tensor]
 
 
-Update = Factors | Dense | Weights
+Update = Factors | Dense | NewWeights

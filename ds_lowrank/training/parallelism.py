@@ -44,7 +44,7 @@ class GridShape:
         return self.tensor * self.pipeline > 1
 
 
-def shape_of(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, ranks: int) -> GridShape:
+def grid_shape(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, ranks: int) -> GridShape:
     """The grid that flags and configuration ask for.
 
     Raises:

@@ -15,7 +15,7 @@ from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
 from ds_lowrank.training.output import check_output
-from ds_lowrank.training.parallelism import GridShape, shape_of, without_global_size
+from ds_lowrank.training.parallelism import GridShape, grid_shape, without_global_size
 from ds_lowrank.training.schedule import warmup_steps
 
 
@@ -50,7 +50,7 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
     config = ds_config.read_config(arguments.deepspeed_config)
     folder = arguments.model if arguments.model.is_dir() else None
     model = load_config(arguments.model) if folder is None else config_of_folder(folder)
-    grid = shape_of(arguments, config, model, ranks)
+    grid = grid_shape(arguments, config, model, ranks)
     batch = settle_config(arguments, config, grid.data)
     if arguments.sequence_length > model.max_position_embeddings:
         raise ValueError(

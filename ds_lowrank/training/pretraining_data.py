@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_lowrank.collectives import together
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.batches import BatchStream, Step
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.indexed import IndexedTokens
@@ -56,14 +56,14 @@ def open_text(
     Collective; an error is raised on every rank: DataError for data that cannot be used, and for a vocabulary that the
     model, with its `model_vocab` embeddings, does not have.
     """
-    with together():
+    with raise_on_all_ranks():
         sources = {split: open_source(data, split) for split in (("train", "validation") if held_out else ("train",))}
     loaded = _load(sources["train"], tokenizer, vocab_size, cache)
     packed = {
         split: pack(source, loaded, sequence_length=sequence_length, cache_dir=cache)
         for split, source in sources.items()
     }
-    with together():
+    with raise_on_all_ranks():
         for split in packed.values():
             check_vocabulary(split.vocab_size, model_vocab)
     return Text(packed["train"], packed.get("validation"), loaded)

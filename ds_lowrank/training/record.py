@@ -10,7 +10,7 @@ from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.training.loop import StepResult, mean_over_ranks, peak_memory_gib
 
 
-def describe(
+def step_record(
     engine: DeepSpeedEngine, result: StepResult, lr: float, progress: Progress, since: Progress
 ) -> dict[str, Any]:
     """The record of the step just done, which used `lr`; its tokens a second are those from `since` on.
@@ -54,6 +54,6 @@ def _over_stages(
     total["lowrank/mean_rank"] = sum(s["lowrank/mean_rank"] * s[projected] for s, _ in stages) / max(
         1, total[projected]
     )
-    for key in total.keys() & {"lowrank/skipped_updates", "lowrank/perturbation_norm", "lowrank/without_slope"}:
+    for key in total.keys() & {"lowrank/skipped_updates", "lowrank/perturbation_norm", "lowrank/failed_ascents"}:
         total[key] = counters[key]  # of the whole model on every stage
     return total, {name: found for _, of_stage in stages for name, found in of_stage.items()}

@@ -28,7 +28,7 @@ from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.loop import train_step
 from ds_lowrank.training.metrics import Reporter
 from ds_lowrank.training.output import write_results
-from ds_lowrank.training.record import describe
+from ds_lowrank.training.record import step_record
 
 
 class Stateful(Protocol):
@@ -120,7 +120,7 @@ def train(run: Run) -> bool:
             progress.seconds += time.perf_counter() - started
             report.advance()
             if records:
-                record = describe(engine, result, lr, progress, since=last)
+                record = step_record(engine, result, lr, progress, since=last)
                 if evaluates and run.evaluate is not None:
                     record |= run.evaluate(step)
                 report.record(record)

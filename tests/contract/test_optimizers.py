@@ -370,8 +370,8 @@ def test_a_gradient_whose_squares_overflow_is_skipped_and_counted(name, scale):
 @EVERY
 def test_matrices_are_stepped_in_waves_of_bounded_size_and_the_result_is_the_same(name, monkeypatch):
     results = []
-    for wave in (2**28, 1):
-        monkeypatch.setattr("ds_lowrank.optimizer.step.WAVE", wave)
+    for bucket in (2**28, 1):
+        monkeypatch.setattr("ds_lowrank.optimizer.step.BUCKET_ELEMENTS", bucket)
         model = small_model()
         run(build(name, model), model, range(4))
         results.append([p.detach().clone() for p in model.parameters()])
@@ -403,7 +403,7 @@ def test_a_group_may_come_as_a_generator_and_its_values_are_validated_and_kept(n
 def test_what_cannot_be_stepped_is_refused_before_anything_changes(name):
     transposed = torch.nn.Parameter(torch.randn(4, 6).T)
     with pytest.raises(ds_lowrank.ConfigError, match="not contiguous"):
-        single(name, transposed).finalize()
+        single(name, transposed).bind()
     with pytest.raises(ds_lowrank.ConfigError, match="float64; the arithmetic is fp32"):
         OPTIMIZERS[name]([("w", torch.nn.Parameter(torch.zeros(4, 6, dtype=torch.float64)))])
     table = torch.nn.Embedding(5, 4, sparse=True)

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ds_lowrank.collectives import RemoteError, from_first, from_nodes, raise_together, together
+from ds_lowrank.collectives import (
+    RemoteError,
+    broadcast_from_rank0,
+    once_per_node,
+    raise_if_any_failed,
+    raise_on_all_ranks,
+)
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.packing import pack
 from ds_lowrank.data.sources import open_source
@@ -49,7 +55,7 @@ def on_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:
 
 def test_one_ranks_error_is_raised_on_every_rank(tmp_path):
     def work(rank: int) -> None:
-        with together():
+        with raise_on_all_ranks():
             if rank == 1:
                 raise DataError("no such file")
 
@@ -59,17 +65,17 @@ def test_one_ranks_error_is_raised_on_every_rank(tmp_path):
 
 def test_ranks_go_on_together_when_none_fails_and_share_the_first_ranks_value(tmp_path):
     def work(rank: int) -> tuple[int, str]:
-        with together():
+        with raise_on_all_ranks():
             pass
-        raise_together(None)
-        return from_first(lambda: 10 + rank), from_nodes(lambda: f"of rank {rank}", "the value")
+        raise_if_any_failed(None)
+        return broadcast_from_rank0(lambda: 10 + rank), once_per_node(lambda: f"of rank {rank}", "the value")
 
     assert on_ranks(tmp_path, work) == [(10, "of rank 0")] * WORLD
 
 
 def test_failure_of_the_first_rank_is_everyones(tmp_path):
     def work(rank: int) -> int:
-        return from_first(lambda: 1 // rank)
+        return broadcast_from_rank0(lambda: 1 // rank)
 
     remote = ("RemoteError", "another rank failed; rank 0: ZeroDivisionError: integer division or modulo by zero")
     assert on_ranks(tmp_path, work) == [("ZeroDivisionError", remote[1].rpartition(": ")[2]), remote, remote]
@@ -78,7 +84,7 @@ def test_failure_of_the_first_rank_is_everyones(tmp_path):
 def test_nodes_that_hold_different_data_are_refused_everywhere(tmp_path):
     def work(rank: int) -> str:
         os.environ["LOCAL_RANK"] = "0" if rank != 1 else "1"  # ranks 0 and 1 on one node, rank 2 on another
-        return from_nodes(lambda: "same" if rank != 2 else "other", "the data")
+        return once_per_node(lambda: "same" if rank != 2 else "other", "the data")
 
     (first, *others) = on_ranks(tmp_path, work)
     message = "the data differs between the nodes of this job; give every node the same files and packages"
@@ -138,7 +144,7 @@ def test_unusable_data_stop_every_rank(tmp_path, cache_dir):
 
 
 def test_without_a_process_group_everything_is_local():
-    with pytest.raises(ZeroDivisionError), together():
+    with pytest.raises(ZeroDivisionError), raise_on_all_ranks():
         raise ZeroDivisionError
-    assert from_first(lambda: 3) == 3 and from_nodes(lambda: 4, "the value") == 4
+    assert broadcast_from_rank0(lambda: 3) == 3 and once_per_node(lambda: 4, "the value") == 4
     assert issubclass(RemoteError, RuntimeError)

@@ -130,7 +130,7 @@ def train(grid: Grid, settings: dict[str, Any], steps: int, with_gradients: bool
     }
 
 
-def together(results: list[dict[str, Any]], moment: int) -> dict[str, torch.Tensor]:
+def assembled(results: list[dict[str, Any]], moment: int) -> dict[str, torch.Tensor]:
     """The logical matrices from all ranks. Where several ranks hold an element, they agree on every bit."""
     whole: dict[str, torch.Tensor] = {}
     for result in results:
@@ -174,7 +174,7 @@ def alone(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_in_one_process_the_dense_rules_on_q_k_v_gate_and_up_lead_to_its_weights(method):
     result = alone(method)
-    whole = together([result], 0)
+    whole = assembled([result], 0)
     options = METHODS[method]
     rules = {
         name: DENSE[method](weight, name=name, **options) if name.endswith(PROJECTED) else DenseAdamW(weight, **options)
@@ -184,8 +184,8 @@ def test_in_one_process_the_dense_rules_on_q_k_v_gate_and_up_lead_to_its_weights
         for name, gradient in unfused(gradients).items():
             rules[name].step(gradient)
         if step == 0:
-            assert worst(whole, together([result], 1)) < 1e-5
-    assert worst(whole, together([result], 2)) < 1e-4
+            assert worst(whole, assembled([result], 1)) < 1e-5
+    assert worst(whole, assembled([result], 2)) < 1e-4
 
 
 @pytest.mark.parametrize(("grid", "method"), CASES, ids=str)
@@ -193,10 +193,10 @@ def test_a_grid_lands_on_the_weights_of_one_process(grid, method):
     """The bounds are those of the unfused LLaMA in test_grids.py; the worst seen are 2.5e-6 and 1.3e-5 (Lorenza)."""
     expected = alone(method)
     results = run_ranks(grid.world, train, grid, settings_for(grid, method), STEPS)
-    assert worst(together(results, 0), together([expected], 0)) == 0
-    assert worst(together(results, 1), together([expected], 1)) < 1e-5
-    assert worst(together(results, 2), together([expected], 2)) < 1e-4
-    assert worst(unfused(results[0]["whole"]), together(results, 2)) == 0
+    assert worst(assembled(results, 0), assembled([expected], 0)) == 0
+    assert worst(assembled(results, 1), assembled([expected], 1)) < 1e-5
+    assert worst(assembled(results, 2), assembled([expected], 2)) < 1e-4
+    assert worst(unfused(results[0]["whole"]), assembled(results, 2)) == 0
     for result in results:
         assert result["roles"] == expected["roles"]
         assert result["metrics"]["lowrank/projected_matrices"] == 2 * 7

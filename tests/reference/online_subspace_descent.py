@@ -49,7 +49,7 @@ class DenseOnlineSubspaceDescent:
         self.weight_decay, self.seed = weight_decay, seed
         self.basis_weight_decay = weight_decay if basis_weight_decay is None else basis_weight_decay
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign)
-        self.basis_rule = make_inner("adamw" if basis_optimizer == "adam" else basis_optimizer, betas, eps)
+        self.inner_basis_optimizer = make_inner("adamw" if basis_optimizer == "adam" else basis_optimizer, betas, eps)
         self.t, self.basis = 0, None
 
     def first_basis(self, G):
@@ -73,5 +73,5 @@ class DenseOnlineSubspaceDescent:
         self.t += 1
 
     def improve_basis(self, H, lr):
-        D = self.basis_rule.direction(pca_gradient(self.basis, H / H.norm(), self.pca_lambda))
+        D = self.inner_basis_optimizer.direction(pca_gradient(self.basis, H / H.norm(), self.pca_lambda))
         self.basis = (1 - lr * self.basis_weight_decay) * self.basis - lr * D

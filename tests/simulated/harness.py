@@ -5,8 +5,8 @@ import itertools
 import torch
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.blocks.state_spec import Keep
-from ds_lowrank.sharding.layout import Block, Part
+from ds_lowrank.methods.blocks.state_spec import StateStore
+from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
@@ -20,15 +20,17 @@ class Sharded:
         self.method = METHODS[method]
         self.weight, self.parts, self.options = weight, parts, self.method.Options(**options)
         shape, world = tuple(weight.shape), len(parts)
-        assert self.method.misfit(shape, self.options) is None
-        factor_rank = max(range(world), key=lambda i: parts[i].numel)
+        assert self.method.unsupported_shape(shape, self.options) is None
+        root = max(range(world), key=lambda i: parts[i].numel)
         side = self.method.side(shape, self.options)
-        run = self.options.run
+        run = self.options.block_rows
         self.peers = range(world) if peers is None else peers
-        self.shards = [MatrixShard(name, shape, parts, i, side, factor_rank, run, peers) for i in range(world)]
+        self.shards = [MatrixShard(name, shape, parts, i, side, root, run, peers) for i in range(world)]
         rank = self.method.rank(shape, self.options)
-        self.keeps = [Keep(name, lambda at, s=s: self.method.state(s, self.options, at), rank) for s in self.shards]
-        self.states = [{"step": 0, **keep.empty(torch.device("cpu"))} for keep in self.keeps]
+        self.state_stores = [
+            StateStore(name, lambda at, s=s: self.method.state(s, self.options, at), rank) for s in self.shards
+        ]
+        self.states = [{"step": 0, **keep.empty(torch.device("cpu"))} for keep in self.state_stores]
         self.world, self.t = SimulatedWorld(world), 0
 
     def cut(self, tensor, part):
@@ -41,7 +43,7 @@ class Sharded:
 
     def begin(self, gradient):
         self.attach(gradient)
-        self.opened = [keep.opened(state) for keep, state in zip(self.keeps, self.states, strict=True)]
+        self.opened = [keep.decode(state) for keep, state in zip(self.state_stores, self.states, strict=True)]
 
     def program(self, rank):
         return self.whole_step(self.shards[rank], self.opened[rank])
@@ -52,11 +54,11 @@ class Sharded:
 
     def whole_step(self, shard, state):
         """Both halves of a step, for a gradient that is known to be finite."""
-        seen = yield from self.method.project(shard, state, self.options, self.t)
-        largest = seen.projected.abs().max() if seen.projected.numel() else torch.tensor(0.0)
-        size = yield shard.agree(largest.view(1, 1))
-        seen.size = size.item()
-        return (yield from self.method.update(shard, state, self.options, self.t, seen))
+        found = yield from self.method.project(shard, state, self.options, self.t)
+        largest = found.projected.abs().max() if found.projected.numel() else torch.tensor(0.0)
+        size = yield shard.all_reduce(largest.view(1, 1))
+        found.magnitude = size.item()
+        return (yield from self.method.update(shard, state, self.options, self.t, found))
 
     def step(self, gradient):
         updates = self.world.run(self.programs(gradient))
@@ -67,12 +69,14 @@ class Sharded:
         self.t += 1
         for rank, update in updates.items():
             part, flat = self.parts[rank], self.cut(self.weight, self.parts[rank])
-            self.shards[rank].write(flat, update, self.options.rate, self.options.rate * self.options.weight_decay)
+            self.shards[rank].write(
+                flat, update, self.options.effective_lr, self.options.effective_lr * self.options.weight_decay
+            )
             (r0, r1), (c0, c1) = part.block.rows, part.block.cols
             block = self.weight[r0:r1, c0:c1].reshape(-1)
             block[part.start : part.end] = flat
             self.weight[r0:r1, c0:c1] = block.view(r1 - r0, c1 - c0)
-            self.keeps[rank].close(self.states[rank], self.opened[rank])
+            self.state_stores[rank].encode(self.states[rank], self.opened[rank])
             self.states[rank]["step"] = self.t
 
 
@@ -89,7 +93,7 @@ def step_together(world, matrices, gradients):
 def flat_parts(shape, cuts):
     m, n = shape
     bounds = [0, *sorted(cuts), m * n]
-    return [Part(Block((0, m), (0, n)), a, b) for a, b in itertools.pairwise(bounds)]
+    return [ContiguousPart(Block((0, m), (0, n)), a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def even_parts(shape, ranks):
@@ -106,7 +110,7 @@ def tensor_parallel_parts(shape, split):
         if split == "rows"
         else [Block((0, m), (0, n // 2 - 1)), Block((0, m), (n // 2 - 1, n))]
     )
-    return [Part(b, lo, hi) for b in halves for lo, hi in ((0, b.numel // 3), (b.numel // 3, b.numel))]
+    return [ContiguousPart(b, lo, hi) for b in halves for lo, hi in ((0, b.numel // 3), (b.numel // 3, b.numel))]
 
 
 def tensor_blocks(shape, split, ranks):
@@ -131,7 +135,7 @@ def grid_parts(blocks, cuts, order):
         cuts: of every block, one less than there are data ranks.
     """
     bounds = [[0, *sorted(own), block.numel] for own, block in zip(cuts, blocks, strict=True)]
-    return [Part(blocks[t], *bounds[t][d : d + 2]) for t, d in order]
+    return [ContiguousPart(blocks[t], *bounds[t][d : d + 2]) for t, d in order]
 
 
 def relative_error(method, shape, parts, steps=4, gradients=None, **options):

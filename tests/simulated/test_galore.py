@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lowrank.methods.galore import GaLore
-from ds_lowrank.sharding.reduce import Alone, lockstep
+from ds_lowrank.sharding.reduce import SingleProcess, lockstep
 from tests.reference.galore import positive_qr, sketch
 from tests.simulated.harness import Sharded, compare, flat_parts
 
@@ -60,6 +60,6 @@ def test_alone_copies_nothing():
     """In one process a gathered basis is the stored one, not a copy of it."""
     sharded = Sharded("GaLore", torch.randn(6, 10), flat_parts((6, 10), []), rank=4)
     (rounds,) = sharded.programs(torch.randn(6, 10))
-    Alone().run(rounds)
-    (seen,) = Alone().run(lockstep([GaLore.project(sharded.shards[0], sharded.states[0], sharded.options, 1)]))
-    assert seen.basis.data_ptr() == sharded.states[0]["basis"].data_ptr()
+    SingleProcess().run(rounds)
+    (found,) = SingleProcess().run(lockstep([GaLore.project(sharded.shards[0], sharded.states[0], sharded.options, 1)]))
+    assert found.basis.data_ptr() == sharded.states[0]["basis"].data_ptr()

@@ -318,7 +318,7 @@ def test_state_over_all_ranks_is_the_published_formula(shape, method, options, f
         sharded = Sharded(method, torch.zeros(shape), even_parts(shape, ranks), **options)
         for step in range(2):
             assert state_elements(sharded) == formula(30, 20)
-            assert sharded.keeps[0].numel == formula(30, 20)
+            assert sharded.state_stores[0].numel == formula(30, 20)
             torch.manual_seed(step)
             sharded.step(torch.randn(shape))
 

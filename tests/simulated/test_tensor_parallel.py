@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.build_slots import _parts
 from ds_lowrank.placement.tensor_parallel import AUTOTP, logical_matrices
-from ds_lowrank.sharding.layout import Block, Part
+from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Request, everyone
+from ds_lowrank.sharding.reduce import Request, all_reduce_route
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
 from tests.simulated.harness import (
@@ -177,7 +177,7 @@ def test_marks_give_the_blocks_that_one_would_write_by_hand(marks, own):
     for t, block in enumerate(blocks):
         for start in range(block.numel):
             for end in range(start + 1, block.numel + 1):
-                assert logical.part(t, start, end) == Part(block, start, end)
+                assert logical.part(t, start, end) == ContiguousPart(block, start, end)
                 if t == own:
                     assert logical.spans(start, end) == ((0, end - start),)
         assert logical.part(t, 3, 3).numel == 0
@@ -218,12 +218,16 @@ def test_a_stride_says_that_each_rank_has_a_share_of_every_matrix_in_the_weight(
 def test_a_split_vector_is_one_row_and_what_is_not_marked_is_copied():
     for parameter in (megatron_parameter((4,), 0), autotp_parameter((4,), 0, (4, 4))):
         (bias,) = logical_matrices(parameter, (4,), "b", FakeGrid(1, 2))
-        assert (bias.shape, bias.held, bias.part(1, 1, 3)) == ((8,), "shared", Part(Block((0, 1), (4, 8)), 1, 3))
+        assert (bias.shape, bias.held, bias.part(1, 1, 3)) == (
+            (8,),
+            "shared",
+            ContiguousPart(Block((0, 1), (4, 8)), 1, 3),
+        )
     unmarked = torch.nn.Parameter(torch.empty(4, 6))
     for parameter in (unmarked, megatron_parameter((4, 6), None), autotp_parameter((4, 6), replicated=True)):
         (copied,) = logical_matrices(parameter, (4, 6), "w", FakeGrid(1, 2))
         assert (copied.shape, copied.held) == ((4, 6), "copied")
-        assert copied.part(0, 5, 20) == copied.part(1, 5, 20) == Part(Block((0, 4), (0, 6)), 5, 20)
+        assert copied.part(0, 5, 20) == copied.part(1, 5, 20) == ContiguousPart(Block((0, 4), (0, 6)), 5, 20)
         assert copied.apart() is copied
         (alone,) = logical_matrices(parameter, (4, 6), "w", FakeGrid(0, 1))
         assert (alone.shape, alone.held) == ((4, 6), "shared")
@@ -307,7 +311,7 @@ def test_copies_of_a_vector_step_as_one(tensor, data, state_dtype):
     options = {"rank": None, "lr": 1e-2, "weight_decay": 0.1, "state_dtype": state_dtype}
     start = torch.randn(1, 300)
     world, split, copies = copies_beside_a_split_matrix(tensor, data, "Lorenza", start, **options)
-    alone = Sharded("Lorenza", start.clone(), [Part(Block((0, 1), (0, 300)), 0, 300)], name="copy", **options)
+    alone = Sharded("Lorenza", start.clone(), [ContiguousPart(Block((0, 1), (0, 300)), 0, 300)], name="copy", **options)
     kernel = torch.nn.Parameter(start.clone())
     adamw = torch.optim.AdamW([kernel], lr=1e-2, weight_decay=0.1)
     for step in range(4):
@@ -380,7 +384,7 @@ def test_local_projection_is_the_method_on_each_shard_alone(tensor, data, split,
 
 
 def test_a_world_whose_ranks_ask_for_different_things_is_refused():
-    route = everyone(2, 3)
+    route = all_reduce_route(2, 3)
 
     def asking(columns, rounds):
         for _ in range(rounds):
@@ -461,17 +465,18 @@ def test_directions_on_blocks_put_together_are_the_whole_matrixs(tensor, data, s
     sharded.step(gradient)
     expected = twin.direction("1 probe 0.0")
     targets = [
-        MatrixShard("w", shape, [Part(blocks[t], 0, blocks[t].numel)], 0, sharded.shards[0].side, 0) for t, _ in order
+        MatrixShard("w", shape, [ContiguousPart(blocks[t], 0, blocks[t].numel)], 0, sharded.shards[0].side, 0)
+        for t, _ in order
     ]
-    together, squares = torch.full(shape, torch.nan), set()
-    for (t, _), target, found in zip(order, targets, directions_on(sharded, targets), strict=True):
-        coordinates = found.draw("1 probe 0.0")
+    assembled, squares = torch.full(shape, torch.nan), set()
+    for (t, _), target, directions in zip(order, targets, directions_on(sharded, targets), strict=True):
+        coordinates = directions.draw("1 probe 0.0")
         (r0, r1), (c0, c1) = blocks[t].rows, blocks[t].cols
-        moved = target.dense(found.at(coordinates)).view(r1 - r0, c1 - c0)
-        seen = together[r0:r1, c0:c1]
-        assert seen.isnan().all() or torch.equal(seen, moved)  # data ranks move alike
-        together[r0:r1, c0:c1] = moved
-        squares.add(found.square(coordinates))
-    assert (together - expected).norm() < 1e-6 * expected.norm()
+        moved = target.dense(directions.to_matrix(coordinates)).view(r1 - r0, c1 - c0)
+        found = assembled[r0:r1, c0:c1]
+        assert found.isnan().all() or torch.equal(found, moved)  # data ranks move alike
+        assembled[r0:r1, c0:c1] = moved
+        squares.add(directions.square(coordinates))
+    assert (assembled - expected).norm() < 1e-6 * expected.norm()
     (square,) = squares
     assert square == pytest.approx(expected.square().sum().item(), rel=1e-5)

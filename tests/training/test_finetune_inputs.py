@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-REFUSALS = [
+REFUSED = [
     (["--label-column", "sentiment"], "row 0 has no column 'sentiment' (it has: text, other, label, number)"),
     (["--text-column", "sentence"], "row 0 has no column 'sentence'"),
     (["--text-column", "number"], "column 'number' holds 0.5, which is no text"),
@@ -76,9 +76,9 @@ def test_what_cannot_be_trained_is_refused_on_both_ranks(folder):
     wide = PreTrainedTokenizerFast(tokenizer_object=bytes_.backend_tokenizer, eos_token="<|endoftext|>")
     wide.add_tokens([f"word{number}" for number in range(143)])
     wide.save_pretrained(folder / "wide")
-    starts = [command_line(folder, "refused", *(flag.format(folder) for flag in flags)) for flags, _ in REFUSALS]
+    starts = [command_line(folder, "refused", *(flag.format(folder) for flag in flags)) for flags, _ in REFUSED]
     for messages in run_ranks(2, refuse_all, starts):
-        for (flags, expected), message in zip(REFUSALS, messages, strict=True):
+        for (flags, expected), message in zip(REFUSED, messages, strict=True):
             assert expected in message, flags
     assert not (folder / "refused").exists()
 

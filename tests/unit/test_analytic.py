@@ -8,18 +8,18 @@ import torch
 
 from ds_lowrank.linalg.energy import leading_coordinates, smallest_rank, spectrum
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.adarankgrad import Fitted, change_subspace
+from ds_lowrank.methods.adarankgrad import AdaptiveProjection, change_subspace
 from ds_lowrank.methods.online_subspace_descent import pca_gradient
-from ds_lowrank.methods.vlorp import Sample, VLoRPOptions, draw, resample
+from ds_lowrank.methods.vlorp import ProjectedUnits, VLoRPOptions, draw, resample
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Alone, lockstep
+from ds_lowrank.sharding.reduce import SingleProcess, lockstep
 from ds_lowrank.sharding.units import Units
 
 
 def alone(program):
-    (result,) = Alone().run(lockstep([program]))
+    (result,) = SingleProcess().run(lockstep([program]))
     return result
 
 
@@ -106,13 +106,13 @@ def test_projfactor_does_not_depend_on_the_scale_of_the_projection(factor, monke
 
 
 def test_the_projection_is_drawn_once_a_step_and_changes_every_gap_only(monkeypatch):
-    seen = []
+    found = []
     monkeypatch.setattr(
-        "ds_lowrank.methods.vlorp.draw", lambda u, o, counter: seen.append(counter) or draw(u, o, counter)
+        "ds_lowrank.methods.vlorp.draw", lambda u, o, counter: found.append(counter) or draw(u, o, counter)
     )
     torch.manual_seed(0)
     steps("VLoRP", [torch.randn(10, 6) for _ in range(5)], rank=2, granularity=1, update_proj_gap=2)
-    assert seen == [0, 0, 1, 1, 2]
+    assert found == [0, 0, 1, 1, 2]
 
 
 def test_a_reprojected_moment_keeps_its_expected_length():
@@ -124,7 +124,7 @@ def test_a_reprojected_moment_keeps_its_expected_length():
         old, new = (draw(units, options, counter) for counter in (0, 1))
         moment = torch.randn(8, 6)
         state = {"exp_avg": moment.clone()}
-        resample(state, options, 5, Sample(torch.empty(0), True, units=units, projection=new))
+        resample(state, options, 5, ProjectedUnits(torch.empty(0), True, units=units, projection=new))
         ratios.append(units.lift(state["exp_avg"], new).square().sum() / units.lift(moment, old).square().sum())
     ratios = torch.stack(ratios)
     assert abs(ratios.mean() - 1) < 4 * ratios.std() / len(ratios) ** 0.5
@@ -283,7 +283,7 @@ def test_a_subspace_turned_in_itself_leaves_the_lifted_first_moment_as_it_is(rul
     state = {"basis": old, "exp_avg": torch.randn(12, 4), "exp_avg_sq": torch.rand(12, 4), "rank": 4, "age": 7}
     lifted = state["exp_avg"] @ old.T
     new = old @ turn
-    alone(change_subspace(shard, state, options, Fitted(torch.empty(0), True, own=new, basis=new, rank=4)))
+    alone(change_subspace(shard, state, options, AdaptiveProjection(torch.empty(0), True, own=new, basis=new, rank=4)))
     assert torch.allclose(state["exp_avg"] @ state["basis"].T, lifted, atol=1e-5)
     assert (state["exp_avg_sq"] >= 0).all()
     assert (state["rank"], state["age"]) == (4, 0)

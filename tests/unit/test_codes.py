@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ds_lowrank.linalg.quantization import BLOCK, EXACT, BFloat16, Int8, spread
+from ds_lowrank.linalg.quantization import BLOCK, FP32, BFloat16, Int8, dither
 from ds_lowrank.linalg.sketch import name_hash
 
 CODES = {"signed": Int8(signed=True), "unsigned": Int8(signed=False), "bf16": BFloat16()}
@@ -22,8 +22,8 @@ def offset(step):
     return name_hash("test", step) % 2**24
 
 
-def dither(rows, columns, step):
-    return spread(0, rows, columns, offset(step), torch.device("cpu"))
+def dither_of_step(rows, columns, step):
+    return dither(0, rows, columns, offset(step), torch.device("cpu"))
 
 
 def stored(name, value, step=0):
@@ -122,7 +122,7 @@ def test_codes_and_scales_are_as_defined(signed):
     value[64:128, 2] = 0
     code = CODES[name]
     found = code.encode(value, 0, offset(7))
-    fraction = dither(150, 3, 7) / 2**24
+    fraction = dither_of_step(150, 3, 7) / 2**24
     assert found[""].dtype == torch.uint8 and found["_scale"].shape == (3, 3)
     for block in range(3):
         rows = slice(64 * block, min(64 * block + 64, 150))
@@ -138,7 +138,7 @@ def test_a_tensor_coded_in_chunks_and_in_pieces_is_coded_the_same(name, monkeypa
     whole = code.encode(value, 0, offset(1))
     pieces = [code.encode(value[start:end], start, offset(1)) for start, end in ((0, 64), (64, 640), (640, 1000))]
     assert all(torch.equal(torch.cat([piece[key] for piece in pieces]), whole[key]) for key in whole)
-    monkeypatch.setattr("ds_lowrank.linalg.quantization.IN_CACHE", 64 * 7 * 3)
+    monkeypatch.setattr("ds_lowrank.linalg.quantization.CPU_CHUNK_ELEMENTS", 64 * 7 * 3)
     chunked = code.encode(value, 0, offset(1))
     assert all(torch.equal(chunked[key], whole[key]) for key in whole)
     assert torch.equal(code.decode(whole), stored(name, value, 1))
@@ -161,7 +161,7 @@ def test_extreme_sizes_stay_finite(name, scale):
 
 
 def test_tensors_without_rows_are_ordinary():
-    for code in (*CODES.values(), EXACT):
+    for code in (*CODES.values(), FP32):
         empty = code.encode(torch.empty(0, 4), 0, 5)
         assert {key: tuple(t.shape) for key, t in empty.items()} == {
             key: s for key, (s, _) in code.tensors(0, 4).items()
@@ -172,13 +172,13 @@ def test_tensors_without_rows_are_ordinary():
 @pytest.mark.parametrize("name", ["signed", "unsigned"])
 def test_bytes_are_little_more_than_a_quarter(name):
     assert CODES[name].nbytes(4096, 128) == 4096 * 128 + 64 * 128 * 4
-    assert CODES[name].nbytes(4096, 128) / EXACT.nbytes(4096, 128) < 0.27
+    assert CODES[name].nbytes(4096, 128) / FP32.nbytes(4096, 128) < 0.27
 
 
 def test_what_decides_is_evenly_spread_over_rows_and_over_columns():
     cpu = torch.device("cpu")
-    for found in (spread(0, 5000, 1, 77, cpu), spread(0, 1, 5000, 77, cpu)):
+    for found in (dither(0, 5000, 1, 77, cpu), dither(0, 1, 5000, 77, cpu)):
         even = (torch.arange(5000) + 0.5) / 5000
         assert (found.flatten().sort().values / 2**24 - even).abs().max() < 2e-3  # chance would leave 1e-2
-    assert torch.equal(spread(7, 2, 4, 5, cpu), spread(0, 20, 4, 5, cpu)[7:9])
-    assert torch.equal(spread(2**33 + 7, 2, 4, 5, cpu), spread(2**33, 20, 4, 5, cpu)[7:9])
+    assert torch.equal(dither(7, 2, 4, 5, cpu), dither(0, 20, 4, 5, cpu)[7:9])
+    assert torch.equal(dither(2**33 + 7, 2, 4, 5, cpu), dither(2**33, 20, 4, 5, cpu)[7:9])

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_lowrank import ConfigError, GaLore, tag_parameters
-from ds_lowrank.integration.unsupported_settings import REFUSALS, check_supported
+from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -120,17 +120,17 @@ POWERS = "1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048"
 )
 def test_granularity_is_checked_on_the_dimension_it_divides(shape, c, fitting):
     """c divides the smaller dimension and multiplies the larger: 5461 = 43 x 127 allows few fractions."""
-    problem = METHODS["VLoRP"].misfit(shape, parse_options(METHODS["VLoRP"], {"granularity": c}))
+    problem = METHODS["VLoRP"].unsupported_shape(shape, parse_options(METHODS["VLoRP"], {"granularity": c}))
     assert problem == (fitting and f"granularity {c} does not fit; p/q does for {fitting}")
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8), (12, 12)])
 def test_the_granularities_that_are_named_are_those_that_fit(shape):
     method = METHODS["VLoRP"]
-    problem = method.misfit(shape, method.Options(granularity="97/89"))
+    problem = method.unsupported_shape(shape, method.Options(granularity="97/89"))
     p, q = (set(map(int, numbers.split(", "))) for numbers in re.findall(r"{(.*?)}", problem))
     for c in {Fraction(a, b) for a in range(1, 15) for b in range(1, 15)}:
-        fits = method.misfit(shape, method.Options(granularity=str(c))) is None
+        fits = method.unsupported_shape(shape, method.Options(granularity=str(c))) is None
         assert fits == (c.numerator in p and c.denominator in q)
 
 
@@ -256,7 +256,7 @@ def test_what_is_not_supported_is_refused_with_advice(config):
 
 
 def test_every_refusal_is_tested_and_harmless_values_pass():
-    assert len(REFUSED) == len(REFUSALS)
+    assert len(REFUSED) == len(UNSUPPORTED_SETTINGS)
     check_supported(
         {
             "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "zero_hpz_partition_size": 1},

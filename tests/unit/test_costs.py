@@ -14,7 +14,7 @@ import ds_lowrank
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer import step
 from ds_lowrank.sharding.layout import length
-from ds_lowrank.sharding.reduce import Alone
+from ds_lowrank.sharding.reduce import SingleProcess
 from tests.simulated.harness import Sharded, flat_parts, state_elements
 from tests.unit.pages import PAGES, ROOT, rows, weights
 
@@ -198,7 +198,7 @@ def test_rounds_and_volumes_are_as_documented(kind, shape, ranks):
     changes, step = ROUNDS[kind]
     sharded = even_world("GaLore", shape, ranks, **changes)
     rounds, sent = without_decision(cost_of_each_step(sharded, step + 1)[step])
-    factoring = sharded.shards[0].factor_rank
+    factoring = sharded.shards[0].root
     assert rounds == int(documented[kind])
     assert sent == [formula(sharded.shards, rank, kind, factoring) for rank in range(ranks)]
 
@@ -215,7 +215,7 @@ def test_a_rotation_costs_what_is_documented(changes):
     assert [a - b for a, b in zip(more, sent, strict=True)] == [r * (r + (world - 2) * own) for own in dealt]
 
 
-class Counting(Alone):
+class Counting(SingleProcess):
     """Counts collectives."""
 
     def __init__(self):
@@ -263,9 +263,9 @@ def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
 def test_waves_cost_what_is_documented(monkeypatch, room, count):
     """Each of the three matrices takes 2 (2 * 8 + 8) = 48 numbers of the room."""
     text = " ".join(PAGES["sharding"].split())
-    assert "`WAVE` = 2^28" in text
-    assert step.WAVE == 2**28
-    monkeypatch.setattr(step, "WAVE", room)
+    assert "`BUCKET_ELEMENTS` = 2^28" in text
+    assert step.BUCKET_ELEMENTS == 2**28
+    monkeypatch.setattr(step, "BUCKET_ELEMENTS", room)
     assert "3 w + 1 and 10 w + 1" in text
     assert collectives([1, 1]) == [10 * count + 1, 3 * count + 1]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.integration.unsupported_settings import REFUSALS, check_supported
+from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.subspace import SubspaceOptions
@@ -229,7 +229,7 @@ def test_contradictory_options_get_the_documented_message():
 
 def test_every_refusal_is_documented_with_its_advice():
     documented = {key.strip("`"): advice for key, advice in rows("configuration", "### What is refused")}
-    assert documented == {refusal.key: refusal.advice for refusal in REFUSALS}
+    assert documented == {refusal.key: refusal.advice for refusal in UNSUPPORTED_SETTINGS}
 
 
 def said_by_the_package() -> list[str]:
@@ -259,10 +259,10 @@ REFUSED = {
     "an fp64 (or integer) parameter": lambda: ds_lowrank.GaLore(weights((4, 4), dtype=torch.float64)),
     "a parameter that is not contiguous": lambda: ds_lowrank.GaLore(
         [("w", torch.nn.Parameter(torch.ones(4, 6).T))]
-    ).finalize(),
+    ).bind(),
     "parameters on several devices": lambda: ds_lowrank.GaLore(
         [*weights((4, 4)), ("other", torch.nn.Parameter(torch.ones(4, 4, device="meta")))]
-    ).finalize(),
+    ).bind(),
     "a sparse gradient": step_with_a_sparse_gradient,
 }
 

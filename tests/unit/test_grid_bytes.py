@@ -52,7 +52,7 @@ def of_all_ranks(shard):
 
 def factoring(shard, axis):
     """How many rows of an axis the factoring rank owns."""
-    at = MatrixShard(shard.name, shard.shape, shard.parts, shard.factor_rank, shard.side, shard.factor_rank)
+    at = MatrixShard(shard.name, shard.shape, shard.parts, shard.root, shard.side, shard.root)
     return length((at.rows if axis is shard.rows else at.columns).owned)
 
 
@@ -85,11 +85,11 @@ def test_a_split_matrix_sends_what_is_documented(split, side, cells, d, T):
     found = [
         rows_sent(request.route).sum()
         for request in (
-            axis_request(torch.empty(0, 4)) for axis_request in (shard.compressed.gather, shard.kept.reduce)
+            axis_request(torch.empty(0, 4)) for axis_request in (shard.compressed.all_gather, shard.kept.reduce_scatter)
         )
     ]
     assert found == [eval(cell.strip("`"), {"m": m, "n": n, "d": d, "T": T}) for cell in cells]
-    assert rows_sent(shard.kept.gather(torch.empty(0, 4)).route).sum() == found[1]
+    assert rows_sent(shard.kept.all_gather(torch.empty(0, 4)).route).sum() == found[1]
 
 
 def test_the_peers():

@@ -8,7 +8,7 @@ import torch
 import ds_lowrank
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.probe import RandomState
-from ds_lowrank.sharding.layout import Block, Part
+from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import MatrixShard
 from tests.reference.lorenza import DenseLorenza, climb
 from tests.simulated.harness import Sharded, directions_on, even_parts
@@ -138,10 +138,10 @@ def test_the_perturbation_climbs(form):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_with_a_learning_rate_of_zero_every_bit_comes_back(form, dtype):
     optimizer, weight, loss = trained(dtype=dtype, lr=0.0, perturbation_radius=2.0, probes=2, **form)
-    before, seen = weight.detach().clone(), []
+    before, found = weight.detach().clone(), []
 
     def forward():
-        seen.append(weight.detach().clone())
+        found.append(weight.detach().clone())
         return loss(weight.float())
 
     for _ in range(3):
@@ -149,16 +149,16 @@ def test_with_a_learning_rate_of_zero_every_bit_comes_back(form, dtype):
         assert torch.equal(weight, before)
         optimizer.step()
     assert torch.equal(weight, before)
-    assert len(seen) == 3 * 5
-    assert all(not torch.equal(other, before) for other in seen)
+    assert len(found) == 3 * 5
+    assert all(not torch.equal(other, before) for other in found)
 
 
 def test_the_gradient_is_that_of_the_moved_weights():
     optimizer, weight, loss = trained(perturbation_radius=2.0)
-    seen = []
-    forward_backward(optimizer, lambda: seen.append(weight.detach().clone()) or loss(weight))
-    assert (weight.grad - quadratic((12, 9))[1](seen[-1])).norm() < 1e-5 * weight.grad.norm()
-    assert (seen[-1] - weight).norm().item() == pytest.approx(2.0, rel=1e-5)
+    found = []
+    forward_backward(optimizer, lambda: found.append(weight.detach().clone()) or loss(weight))
+    assert (weight.grad - quadratic((12, 9))[1](found[-1])).norm() < 1e-5 * weight.grad.norm()
+    assert (found[-1] - weight).norm().item() == pytest.approx(2.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
@@ -194,17 +194,17 @@ def test_a_step_without_the_ascent_is_refused():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_where_no_slope_is_found_the_gradient_is_taken_at_the_weights_and_counted(bad):
     optimizer, weight, loss = trained()
-    seen = []
+    found = []
 
     def forward():
-        seen.append(weight.detach().clone())
+        found.append(weight.detach().clone())
         return loss(weight) if torch.is_grad_enabled() else weight.sum() * 0 + bad
 
     before = weight.detach().clone()
     forward_backward(optimizer, forward)
-    assert torch.equal(seen[-1], before)
+    assert torch.equal(found[-1], before)
     metrics = optimizer.metrics()
-    assert (metrics["lowrank/without_slope"], metrics["lowrank/perturbation_norm"]) == (1, 0.0)
+    assert (metrics["lowrank/failed_ascents"], metrics["lowrank/perturbation_norm"]) == (1, 0.0)
 
 
 def test_probes_run_without_grad_and_drop_the_same_elements():
@@ -234,16 +234,16 @@ def test_probes_run_without_grad_and_drop_the_same_elements():
 
 def test_micro_batches_with_a_perturbation_of_their_own():
     optimizer, weight, loss = trained(accumulation="per_micro_batch", perturbation_radius=2.0)
-    seen = []
+    found = []
 
     def forward():
         if torch.is_grad_enabled():
-            seen.append(weight.detach().clone())
+            found.append(weight.detach().clone())
         return loss(weight)
 
     forward_backward(optimizer, [forward, forward])
-    gradients = [quadratic((12, 9))[1](at) for at in seen]
-    assert not torch.equal(*seen)
+    gradients = [quadratic((12, 9))[1](at) for at in found]
+    assert not torch.equal(*found)
     assert (weight.grad - sum(gradients) / 2).norm() < 1e-5 * weight.grad.norm()
 
 
@@ -274,7 +274,7 @@ def test_groups_that_disagree_on_the_ascent_are_refused():
     first, second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5)
     groups = [{"params": first.named_parameters("a")}, {"params": second.named_parameters("b"), "probes": 2}]
     with pytest.raises(ds_lowrank.ConfigError, match="must agree on probes"):
-        ds_lowrank.Lorenza(groups, rank=2).finalize()
+        ds_lowrank.Lorenza(groups, rank=2).bind()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -289,13 +289,15 @@ def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks,
     sharded.step(gradient)
     expected = twin.direction("1 probe 0.0")
     everything = [
-        MatrixShard("w", shape, [Part(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())], 0, s.side, 0)
+        MatrixShard(
+            "w", shape, [ContiguousPart(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())], 0, s.side, 0
+        )
         for s in sharded.shards
     ]
     for targets in (sharded.shards, everything):
         for target, found in zip(targets, directions_on(sharded, targets), strict=True):
             coordinates = found.draw("1 probe 0.0")
-            got = target.dense(found.at(coordinates))
+            got = target.dense(found.to_matrix(coordinates))
             assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
             assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
 

@@ -409,11 +409,11 @@ def test_no_second_moment_is_negative(second_moment):
 
 def test_a_subspace_lasts_until_its_gradient_is_small_or_it_is_old():
     dense = DenseAdaRankGrad(zeros(12, 8), update_proj_gap=3, grad_norm_tol=1e-4)
-    seen = []
+    found = []
     for factor in (1.0, 1.0, 1.0, 1.0, 1e-5, 1.0, 0.0, 0.0, 1.0):
         dense.step(factor * gaussian(12, 8))
-        seen.append((dense.refreshes, dense.age, dense.converged))
-    assert seen == [
+        found.append((dense.refreshes, dense.age, dense.converged))
+    assert found == [
         (1, 1, False),
         (1, 2, False),
         (1, 3, False),

@@ -38,7 +38,7 @@ class Directions(ABC):
         """The squared Frobenius norm of the whole matrix that they stand for, the same on all ranks."""
 
     @abstractmethod
-    def at(self, coordinates: torch.Tensor) -> Factors | Dense:
+    def to_matrix(self, coordinates: torch.Tensor) -> Factors | Dense:
         """The matrix that they stand for, on the elements of the shard."""
 
     def combined(self, counters: Sequence[str], weights: Sequence[float]) -> torch.Tensor:
@@ -76,12 +76,12 @@ class Diagonal(Directions):
     def square(self, coordinates: torch.Tensor) -> float:
         return float((coordinates.double().square() * self.squares).sum())
 
-    def at(self, coordinates: torch.Tensor) -> Factors:
+    def to_matrix(self, coordinates: torch.Tensor) -> Factors:
         return Factors(self.right_factor * coordinates, self.basis, 1.0)
 
 
 @dataclass(frozen=True)
-class InSubspace(Directions):
+class GaussianInSubspace(Directions):
     """``Pi = U Q^T`` with kept x r normal numbers U.
 
     Attributes:
@@ -99,13 +99,13 @@ class InSubspace(Directions):
         lengths = torch.linalg.vector_norm(coordinates, dim=0, dtype=torch.float64)
         return float((lengths.square() * self.squares).sum())
 
-    def at(self, coordinates: torch.Tensor) -> Factors:
+    def to_matrix(self, coordinates: torch.Tensor) -> Factors:
         start, end = self.shard.kept.held
         return Factors(coordinates[start:end], self.basis, 1.0)
 
 
 @dataclass(frozen=True)
-class Everywhere(Directions):
+class FullSpace(Directions):
     """``Pi``: m x n normal numbers."""
 
     def draw(self, counter: str) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Everywhere(Directions):
     def square(self, coordinates: torch.Tensor) -> float:
         return float(torch.linalg.vector_norm(coordinates, dtype=torch.float64).square())
 
-    def at(self, coordinates: torch.Tensor) -> Dense:
+    def to_matrix(self, coordinates: torch.Tensor) -> Dense:
         def elements() -> torch.Tensor:
             pieces = [
                 coordinates[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1)

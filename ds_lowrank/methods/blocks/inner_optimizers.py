@@ -14,15 +14,15 @@ import torch
 
 from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.state_spec import Layout, Rows, State
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
-RuleName = Literal["adamw", "adafactor", "lion", "sgd"]
+InnerOptimizerName = Literal["adamw", "adafactor", "lion", "sgd"]
 
 
-class Rule(ABC):
+class InnerOptimizer(ABC):
     """One optimizer's rule.
 
     Args:
@@ -35,7 +35,7 @@ class Rule(ABC):
         self.options, self.prefix, self.momentum = options, prefix, momentum
 
     @abstractmethod
-    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> StateSpec:
         """What the rule keeps for rows x columns along an axis of the matrix."""
 
     @abstractmethod
@@ -60,13 +60,13 @@ class Rule(ABC):
         return self.prefix + name
 
 
-class Adam(Rule):
+class Adam(InnerOptimizer):
     """Kingma and Ba, Algorithm 1. Decoupled weight decay is the optimizer's."""
 
-    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> StateSpec:
         return {
-            self._key("exp_avg"): self.options.average(axis, columns),
-            self._key("exp_avg_sq"): self.options.average_of_squares(axis, columns),
+            self._key("exp_avg"): self.options.first_moment_spec(axis, columns),
+            self._key("exp_avg_sq"): self.options.second_moment_spec(axis, columns),
         }
 
     def direction(
@@ -81,15 +81,15 @@ class Adam(Rule):
         rotate_second(state[self._key("exp_avg_sq")], rotation)
 
 
-class Lion(Rule):
+class Lion(InnerOptimizer):
     """Chen et al., arXiv 2302.06675, Algorithm 2.
 
     ``interpolated`` is the direction before its sign is taken: the official code of Online Subspace Descent lifts that
     and takes the sign of the lifted matrix.
     """
 
-    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
-        return {self._key("exp_avg"): self.options.average(axis, columns)}
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> StateSpec:
+        return {self._key("exp_avg"): self.options.first_moment_spec(axis, columns)}
 
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
@@ -108,13 +108,13 @@ class Lion(Rule):
         rotate_first(state[self._key("exp_avg")], rotation)
 
 
-class SGD(Rule):
+class SGD(InnerOptimizer):
     """Plain, or with a heavy ball: ``b <- momentum * b + g``."""
 
-    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> StateSpec:
         if self.momentum == 0:
             return {}
-        return {self._key("momentum_buffer"): self.options.average(axis, columns)}
+        return {self._key("momentum_buffer"): self.options.first_moment_spec(axis, columns)}
 
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
@@ -132,7 +132,7 @@ class SGD(Rule):
             rotate_first(state[self._key("momentum_buffer")], rotation)
 
 
-class Adafactor(Rule):
+class Adafactor(InnerOptimizer):
     """Shazeer and Stern, arXiv 1804.04235, Algorithm 4, without relative step sizes and without a first moment.
 
     The second moment is kept as a mean for every row and one for every column.
@@ -145,35 +145,44 @@ class Adafactor(Rule):
     CLIP: ClassVar[float] = 1.0
     """The paper's d: the root mean square that a direction may have."""
 
-    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> Layout:
-        return {self._key("row_mean"): Rows(axis, 1), self._key("column_mean"): Rows(shard.small(columns), 1)}
+    def state(self, shard: MatrixShard, axis: Axis, columns: int) -> StateSpec:
+        return {
+            self._key("row_mean"): TensorSpec(axis, 1),
+            self._key("column_mean"): TensorSpec(shard.replicated_axis(columns), 1),
+        }
 
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
     ) -> Program[torch.Tensor]:
         row_mean, column_mean = state[self._key("row_mean")], state[self._key("column_mean")]
         columns, new = gradient.shape[1], step**-self.DECAY
-        small, one = shard.small(columns), shard.small(1)
+        small, one = shard.replicated_axis(columns), shard.replicated_axis(1)
         squares = gradient.square() + self.TINY
         row_mean.lerp_(squares.mean(1, keepdim=True), new)
         sums, total = yield (
-            small.reduce(shard.having(squares.sum(0).unsqueeze(1))),
-            one.reduce(shard.having(row_mean.sum().view(1, 1))),
+            small.reduce_scatter(shard.local_contribution(squares.sum(0).unsqueeze(1))),
+            one.reduce_scatter(shard.local_contribution(row_mean.sum().view(1, 1))),
         )
         column_mean.lerp_(sums / axis.size, new)
-        means, total = yield small.gather(column_mean), one.gather(total)
-        means, mean = shard.padded(means, columns), shard.padded(total, 1) / axis.size
+        means, total = yield small.all_gather(column_mean), one.all_gather(total)
+        means, mean = shard.or_zeros(means, columns), shard.or_zeros(total, 1) / axis.size
         scaled = gradient * (mean / row_mean).sqrt() * means.T.rsqrt()
-        total = yield from shard.total(scaled.square().sum().view(1, 1))
+        total = yield from shard.replicated_sum(scaled.square().sum().view(1, 1))
         size = (total / (axis.size * columns)).sqrt()
         direction: torch.Tensor = scaled / (size / self.CLIP).clamp_min(1.0)
         return direction
 
 
-RULES: dict[str, type[Rule]] = {"adamw": Adam, "adam": Adam, "adafactor": Adafactor, "lion": Lion, "sgd": SGD}
+INNER_OPTIMIZERS: dict[str, type[InnerOptimizer]] = {
+    "adamw": Adam,
+    "adam": Adam,
+    "adafactor": Adafactor,
+    "lion": Lion,
+    "sgd": SGD,
+}
 """By the names in ``inner`` and ``basis_optimizer``."""
 
 
-def rule_named(name: str, options: Any, prefix: str = "", momentum: float = 0.0) -> Rule:
+def make_inner_optimizer(name: str, options: Any, prefix: str = "", momentum: float = 0.0) -> InnerOptimizer:
     """The rule of that name."""
-    return RULES[name](options, prefix, momentum)
+    return INNER_OPTIMIZERS[name](options, prefix, momentum)

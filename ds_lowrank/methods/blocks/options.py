@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ds_lowrank.linalg.quantization import EXACT, BFloat16, Code, Int8
-from ds_lowrank.methods.blocks.state_spec import Rows
+from ds_lowrank.linalg.quantization import FP32, BFloat16, Int8, Quantizer
+from ds_lowrank.methods.blocks.state_spec import TensorSpec
 from ds_lowrank.sharding.axis import Axis
 
 
@@ -15,7 +15,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    structure: ClassVar[tuple[str, ...]] = ("proj_type", "state_dtype", "tensor_parallel_projection")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = ("proj_type", "state_dtype", "tensor_parallel_projection")
     """The keys that decide what the numbers in the state are: a run can only be resumed with the same."""
 
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
@@ -40,40 +40,40 @@ class Options(BaseModel):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
 
-    def average(self, axis: Axis, columns: int) -> Rows:
+    def first_moment_spec(self, axis: Axis, columns: int) -> TensorSpec:
         """A moment of either sign along an axis."""
-        return Rows(axis, columns, self._code(signed=True))
+        return TensorSpec(axis, columns, self._quantizer(signed=True))
 
-    def average_of_squares(self, axis: Axis, columns: int) -> Rows:
+    def second_moment_spec(self, axis: Axis, columns: int) -> TensorSpec:
         """A moment that is never negative."""
-        return Rows(axis, columns, self._code(signed=False))
+        return TensorSpec(axis, columns, self._quantizer(signed=False))
 
-    def _code(self, signed: bool) -> Code:
+    def _quantizer(self, signed: bool) -> Quantizer:
         match self.state_dtype:
             case "bf16":
                 return BFloat16()
             case "int8":
                 return Int8(signed)
-        return EXACT
+        return FP32
 
     @property
-    def run(self) -> int:
+    def block_rows(self) -> int:
         """Rows that must lie on one rank for the sake of how moments are stored."""
-        return self._code(signed=True).run
+        return self._quantizer(signed=True).block_rows
 
     @property
-    def climb(self) -> Climb | None:
+    def ascent(self) -> Ascent | None:
         """How the loss around the weights is looked at; None where it is not."""
         return None
 
     @property
-    def rate(self) -> float:
+    def effective_lr(self) -> float:
         """The learning rate of this step."""
         return self.lr * self.lr_scale
 
 
 @dataclass(frozen=True)
-class Climb:
+class Ascent:
     """How a method looks for higher loss around the weights before the gradient is taken; the same for all matrices.
 
     Attributes:

@@ -6,7 +6,7 @@ import torch
 
 
 @dataclass
-class Seen:
+class ProjectedGradient:
     """What ``project`` found.
 
     Attributes:
@@ -14,19 +14,19 @@ class Seen:
             the gradient is.
         refreshed: whether a new basis (or projection) belongs to this step. ``update`` takes it back where it keeps
             the old one.
-        size: about its largest magnitude, the same number on all ranks; zero exactly where all of it is. The optimizer
-            fills it in before ``update``.
+        magnitude: about its largest magnitude, the same number on all ranks; zero exactly where all of it is. The
+            optimizer fills it in before ``update``.
     """
 
     projected: torch.Tensor
     refreshed: bool
-    size: float = 1.0
+    magnitude: float = 1.0
 
     @property
     def is_zero(self) -> bool:
-        return self.size == 0
+        return self.magnitude == 0
 
     @property
-    def unit(self) -> float:
+    def safe_scale(self) -> float:
         """What to divide by before squaring, so that no square leaves the range of fp32."""
-        return max(self.size, 1e-36) if self.size else 1.0
+        return max(self.magnitude, 1e-36) if self.magnitude else 1.0

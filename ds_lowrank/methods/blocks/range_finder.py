@@ -16,8 +16,8 @@ def singular_basis(shard: MatrixShard, rank: int) -> Program[torch.Tensor]:
     Returns:
         This rank's own rows of the basis, compressed x rank.
     """
-    gradient = yield shard.rows.sum_at_factor(shard.block())
-    own: torch.Tensor = yield shard.compressed.hand_out(leading_singular_vectors(gradient, rank, shard.side))
+    gradient = yield shard.rows.reduce_to_root(shard.block())
+    own: torch.Tensor = yield shard.compressed.scatter_from_root(leading_singular_vectors(gradient, rank, shard.side))
     return own
 
 
@@ -30,13 +30,13 @@ def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> 
     Returns:
         This rank's own rows of the basis, compressed x rank.
     """
-    tall = yield shard.kept.reduce(shard.times(held_sketch(shard, rank, seed, counter)))
-    tall = yield shard.kept.collect(tall)
-    tall = yield shard.kept.hand_out(orthonormal(tall))
-    tall = yield shard.kept.gather(tall)
-    wide = yield shard.compressed.reduce(shard.transposed_times(tall))
-    wide = yield shard.compressed.collect(wide)
-    own: torch.Tensor = yield shard.compressed.hand_out(orthonormal(wide))
+    tall = yield shard.kept.reduce_scatter(shard.times(held_sketch(shard, rank, seed, counter)))
+    tall = yield shard.kept.gather_to_root(tall)
+    tall = yield shard.kept.scatter_from_root(orthonormal(tall))
+    tall = yield shard.kept.all_gather(tall)
+    wide = yield shard.compressed.reduce_scatter(shard.transposed_times(tall))
+    wide = yield shard.compressed.gather_to_root(wide)
+    own: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal(wide))
     return own
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.linalg.quantization import DITHER_BITS, EXACT, Code
+from ds_lowrank.linalg.quantization import DITHER_BITS, FP32, Quantizer
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.sharding.axis import Axis
 
@@ -18,12 +18,12 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorSpec:
     """A part of the state: ``columns`` numbers for every row along ``axis``, dealt over the ranks by rows."""
 
     axis: Axis
     columns: int
-    code: Code = EXACT
+    quantizer: Quantizer = FP32
 
     @property
     def numel(self) -> int:
@@ -33,12 +33,12 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Over all ranks."""
-        return self.code.nbytes(self.axis.size, self.columns)
+        return self.quantizer.nbytes(self.axis.size, self.columns)
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         """Shape and dtype of what this rank stores, under what is appended to the key."""
-        return self.code.tensors(self.axis.owned_rows, self.columns)
+        return self.quantizer.tensors(self.axis.owned_rows, self.columns)
 
     def encode(self, values: torch.Tensor, step: int, key: str) -> dict[str, torch.Tensor]:
         """What to store for this rank's rows after a step.
@@ -50,33 +50,33 @@ class Rows:
         offset = name_hash(key, step) % 2**DITHER_BITS
         sizes = [hi - lo for lo, hi in self.axis.owned]
         if len(sizes) <= 1:
-            return self.code.encode(values, self.axis.owned[0][0] if sizes else 0, offset)
+            return self.quantizer.encode(values, self.axis.owned[0][0] if sizes else 0, offset)
         pieces = [
-            self.code.encode(piece, lo, offset)
+            self.quantizer.encode(piece, lo, offset)
             for (lo, _), piece in zip(self.axis.owned, torch.split(values, sizes), strict=True)
         ]
         return {suffix: torch.cat([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
 
 
-Layout = Mapping[str, Rows | int]
+StateSpec = Mapping[str, TensorSpec | int]
 """The state of one matrix: rows of numbers, and ints with their first values."""
 
 
-class Keep:
+class StateStore:
     """What is kept of one parameter between steps: a layout, and how a state of it is stored.
 
     Args:
         name: of the parameter.
-        layout: what is kept at a rank.
+        spec: what is kept at a rank.
         rank: with which it starts; a state may hold a smaller one.
     """
 
-    def __init__(self, name: str, layout: Callable[[int], Layout], rank: int) -> None:
-        self.name, self.layout, self.rank = name, layout, rank
-        self.is_exact = all(rows.code is EXACT for rows in self._rows(rank).values())
+    def __init__(self, name: str, spec: Callable[[int], StateSpec], rank: int) -> None:
+        self.name, self.spec, self.rank = name, spec, rank
+        self.is_exact = all(rows.quantizer is FP32 for rows in self._rows(rank).values())
 
-    def _rows(self, rank: int) -> dict[str, Rows]:
-        return {key: rows for key, rows in self.layout(rank).items() if isinstance(rows, Rows)}
+    def _rows(self, rank: int) -> dict[str, TensorSpec]:
+        return {key: rows for key, rows in self.spec(rank).items() if isinstance(rows, TensorSpec)}
 
     def rank_of(self, state: State) -> int:
         """The present rank."""
@@ -99,10 +99,10 @@ class Keep:
     def empty(self, device: torch.device) -> State:
         """The state before the first step."""
         tensors = self.tensors(self.rank).items()
-        ints = {key: value for key, value in self.layout(self.rank).items() if not isinstance(value, Rows)}
+        ints = {key: value for key, value in self.spec(self.rank).items() if not isinstance(value, TensorSpec)}
         return {**{key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in tensors}, **ints}
 
-    def opened(self, state: State) -> State:
+    def decode(self, state: State) -> State:
         """The state as a method sees it: every number fp32, under its plain key. The state itself where it is that."""
         if self.is_exact:
             return state
@@ -110,11 +110,12 @@ class Keep:
         stored = {key + suffix for key, one in rows.items() for suffix in one.tensors}
         plain = {key: value for key, value in state.items() if key not in stored}
         return plain | {
-            key: one.code.decode({suffix: state[key + suffix] for suffix in one.tensors}) for key, one in rows.items()
+            key: one.quantizer.decode({suffix: state[key + suffix] for suffix in one.tensors})
+            for key, one in rows.items()
         }
 
-    def close(self, state: State, opened: State) -> None:
-        """Store in ``state`` what a method left in ``opened``."""
+    def encode(self, state: State, opened: State) -> None:
+        """Store in ``state`` what a method left in ``decode``."""
         if opened is state:
             return
         rows = self._rows(self.rank_of(opened))
