@@ -43,7 +43,7 @@ def _over_tensor_ranks(parameter: Any, name: str, grid: Grid) -> Tensor:
     local: Tensor = parameter.detach()
     matrices = logical_matrices(parameter, tuple(local.shape), name, grid)
     logical = matrices[0]
-    if grid.tensor is None or logical.held == "copied":
+    if grid.tensor is None or logical.placement == "replicated":
         return local
     sizes = [sum(s.block.numel for m in matrices for s in m.strips[rank]) for rank in range(grid.tensor_size)]
     padded = local.new_zeros(max(sizes))

@@ -93,7 +93,7 @@ class GradNormLoRP(Method):
         return (True, "adapter") if is_factor(name) else (False, "no adapter")
 
     @staticmethod
-    def lacks(names: Collection[str], options: GradNormLoRPOptions) -> str | None:
+    def missing_requirement(names: Collection[str], options: GradNormLoRPOptions) -> str | None:
         found = any(map(is_factor, names))
         if options.parametrization == "adapter" and not found:
             return "parametrization 'adapter' needs a model with adapters: call ds_lowrank.add_adapters(model) first"

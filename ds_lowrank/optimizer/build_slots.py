@@ -63,7 +63,7 @@ def make_slots(
 
 def _parts(logical: Logical, tensor_ranks: list[int], held: list[Range]) -> tuple[list[Part], list[int]]:
     """What every rank holds of a matrix, and which ranks share this copy of it."""
-    peers = [r for r, t in enumerate(tensor_ranks) if logical.held == "shared" or t == logical.own]
+    peers = [r for r, t in enumerate(tensor_ranks) if logical.placement == "sharded" or t == logical.own]
     sharing = set(peers)
     return [logical.part(t, *held[r]) if r in sharing else EMPTY for r, t in enumerate(tensor_ranks)], peers
 

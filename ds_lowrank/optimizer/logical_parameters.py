@@ -45,7 +45,7 @@ class LogicalParameter:
         """The matrix that is stepped: the logical one, or this rank's shard as one of its own."""
         if not role.projected:
             return self.logical.as_row()
-        return self.logical.apart() if self.options.tensor_parallel_projection == "local" else self.logical
+        return self.logical.as_local() if self.options.tensor_parallel_projection == "local" else self.logical
 
 
 def matchable_names(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:

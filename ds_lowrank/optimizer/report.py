@@ -116,7 +116,7 @@ def _row(slot: Slot) -> Row:
     name = re.sub(r"(?<![A-Za-z_])\d+(?![A-Za-z_])", "*", slot.tag.name)
     shape = "x".join(map(str, slot.shape)) or "scalar"
     held = f", on each of {slot.copies} tensor ranks" if slot.copies > 1 else ""
-    if slot.logical.held == "apart":
+    if slot.logical.placement == "local":
         held = f", as {len(slot.logical.strips)} shards apart"
     if getattr(slot.parameter, "ds_pipe_replicated", False):
         held += ", tied: a copy on this stage"

@@ -53,7 +53,7 @@ class Slot:
     @property
     def copies(self) -> int:
         """How many tensor-parallel ranks step a copy of it, and keep its state."""
-        return len(self.logical.strips) if self.logical.held == "copied" else 1
+        return len(self.logical.strips) if self.logical.placement == "replicated" else 1
 
     @property
     def rank(self) -> int:

@@ -58,15 +58,15 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
         return _fused(fusion, shape, sizes, name, grid)
     if dim is None:
         strips = (_whole(shape),) * grid.tensor_size
-        return [Logical(name, shape, strips, grid.tensor_rank, "shared" if grid.tensor_size == 1 else "copied")]
+        return [Logical(name, shape, strips, grid.tensor_rank, "sharded" if grid.tensor_size == 1 else "replicated")]
     full = tuple(sum(sizes) if axis == dim else size for axis, size in enumerate(shape))
     if len(shape) != 2:
         rest = math.prod(size for axis, size in enumerate(shape) if axis != dim)
         row = _concatenated_row([size * rest for size in sizes])
-        return [Logical(name, full, row["strips"], grid.tensor_rank, "shared")]
+        return [Logical(name, full, row["strips"], grid.tensor_rank, "sharded")]
     ends = [0, *accumulate(sizes)]
     blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
-    return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "shared")]
+    return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "sharded")]
 
 
 def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
@@ -138,9 +138,9 @@ def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name:
     for piece, height, end in zip(fusion.names, fusion.heights, accumulate(fusion.heights), strict=True):
         rows = [(p * period + end - height, p * height) for p in range(periods)]
         strips = tuple(_strips(rows, height, span, width) for span in own)
-        held: Literal["shared", "copied"] = "shared" if sizes or grid.tensor_size == 1 else "copied"
+        placement: Literal["sharded", "replicated"] = "sharded" if sizes or grid.tensor_size == 1 else "replicated"
         found.append(
-            Logical(_piece_name(name, piece), (periods * height, width), strips, grid.tensor_rank, held, piece)
+            Logical(_piece_name(name, piece), (periods * height, width), strips, grid.tensor_rank, placement, piece)
         )
     return found
 

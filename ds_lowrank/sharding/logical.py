@@ -28,8 +28,8 @@ class Logical:
         shape: of the whole of it. Strips of anything but a matrix are of its elements as one row.
         strips: for each tensor-parallel rank.
         own: this rank's number among them.
-        held: whether these ranks hold the matrix between them (``shared``), each a copy of it (``copied``), or, with a
-            local projection, each its shard as a matrix of its own (``apart``).
+        placement: whether these ranks share the matrix (``sharded``), each have a copy of it (``replicated``), or, with a
+            local projection, each treat their shard as a matrix of its own (``local``).
         piece: which of a fused weight's matrices this is; None where the parameter is not fused.
     """
 
@@ -37,7 +37,7 @@ class Logical:
     shape: tuple[int, ...]
     strips: tuple[tuple[Strip, ...], ...]
     own: int
-    held: Literal["shared", "copied", "apart"]
+    placement: Literal["sharded", "replicated", "local"]
     piece: str | None = None
 
     def part(self, tensor_rank: int, start: int, end: int) -> Part:
@@ -70,13 +70,13 @@ class Logical:
             )
         return replace(self, **_concatenated_row([sum(s.block.numel for s in strips) for strips in self.strips]))
 
-    def apart(self) -> Logical:
+    def as_local(self) -> Logical:
         """This rank's shard as a matrix of its own.
 
         Raises:
             ConfigError: one of the ranks has nothing of it.
         """
-        if self.held == "copied" or len(self.strips) == 1:
+        if self.placement == "replicated" or len(self.strips) == 1:
             return self
         if not all(self.strips):
             raise ConfigError(
@@ -88,7 +88,7 @@ class Logical:
         width = max((strip.block.cols[1] - strip.block.cols[0] for strip in own), default=0)
         strips = tuple(Strip(s.start, Block(rows, (0, width))) for s, rows in zip(own, pairwise(ends), strict=True))
         name, everybody = f"{self.name}@tensor{self.own}", (strips,) * len(self.strips)
-        return replace(self, name=name, shape=(ends[-1], width), strips=everybody, held="apart")
+        return replace(self, name=name, shape=(ends[-1], width), strips=everybody, placement="local")
 
 
 def shard_of(whole: torch.Tensor, logical: Logical) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_marks_give_the_blocks_that_one_would_write_by_hand(marks, own):
     blocks = [Block(span, (0, shape[1])) if dim == 0 else Block((0, shape[0]), span) for span in pairwise(ends)]
     local = tuple(sizes[own] if axis == dim else size for axis, size in enumerate(shape))
     (logical,) = logical_matrices(parameter(local, own), local, "w", FakeGrid(own, 3))
-    assert (logical.name, logical.shape, logical.own, logical.held) == ("w", shape, own, "shared")
+    assert (logical.name, logical.shape, logical.own, logical.placement) == ("w", shape, own, "sharded")
     for t, block in enumerate(blocks):
         for start in range(block.numel):
             for end in range(start + 1, block.numel + 1):
@@ -202,9 +202,9 @@ def test_a_stride_says_that_each_rank_has_a_share_of_every_matrix_in_the_weight(
     whole = {"w.0": torch.arange(40.0).view(8, 5), "w.1": torch.arange(40.0, 80.0).view(8, 5)}
     halves = [torch.cat([matrix[4 * t : 4 * t + 4] for matrix in whole.values()]).view(-1) for t in range(2)]
     found = logical_matrices(megatron_parameter((8, 5), 0, stride=2), (8, 5), "w", FakeGrid(own, 2))
-    assert [(logical.name, logical.shape, logical.held) for logical in found] == [
-        ("w.0", (8, 5), "shared"),
-        ("w.1", (8, 5), "shared"),
+    assert [(logical.name, logical.shape, logical.placement) for logical in found] == [
+        ("w.0", (8, 5), "sharded"),
+        ("w.1", (8, 5), "sharded"),
     ]
     for start in range(0, 40, 3):
         for end in range(start, 41, 3):
@@ -218,19 +218,19 @@ def test_a_stride_says_that_each_rank_has_a_share_of_every_matrix_in_the_weight(
 def test_a_split_vector_is_one_row_and_what_is_not_marked_is_copied():
     for parameter in (megatron_parameter((4,), 0), autotp_parameter((4,), 0, (4, 4))):
         (bias,) = logical_matrices(parameter, (4,), "b", FakeGrid(1, 2))
-        assert (bias.shape, bias.held, bias.part(1, 1, 3)) == (
+        assert (bias.shape, bias.placement, bias.part(1, 1, 3)) == (
             (8,),
-            "shared",
+            "sharded",
             ContiguousPart(Block((0, 1), (4, 8)), 1, 3),
         )
     unmarked = torch.nn.Parameter(torch.empty(4, 6))
     for parameter in (unmarked, megatron_parameter((4, 6), None), autotp_parameter((4, 6), replicated=True)):
         (copied,) = logical_matrices(parameter, (4, 6), "w", FakeGrid(1, 2))
-        assert (copied.shape, copied.held) == ((4, 6), "copied")
+        assert (copied.shape, copied.placement) == ((4, 6), "replicated")
         assert copied.part(0, 5, 20) == copied.part(1, 5, 20) == ContiguousPart(Block((0, 4), (0, 6)), 5, 20)
-        assert copied.apart() is copied
+        assert copied.as_local() is copied
         (alone,) = logical_matrices(parameter, (4, 6), "w", FakeGrid(0, 1))
-        assert (alone.shape, alone.held) == ((4, 6), "shared")
+        assert (alone.shape, alone.placement) == ((4, 6), "sharded")
 
 
 @pytest.mark.parametrize(
@@ -348,8 +348,8 @@ def shards_apart(tensor, data, split, method, starts, **options):
     shards = []
     for own, start in enumerate(starts):
         (logical,) = logical_matrices(megatron_parameter(shape, dim), shape, "w", FakeGrid(own, tensor))
-        apart = logical.apart()
-        assert (apart.name, apart.shape, apart.held) == (f"w@tensor{own}", shape, "apart")
+        apart = logical.as_local()
+        assert (apart.name, apart.shape, apart.placement) == (f"w@tensor{own}", shape, "local")
         parts, peers = _parts(apart, [own] * data, intervals)
         shards.append(Sharded(method, start.clone(), parts, name=apart.name, peers=peers, **options))
     return shards

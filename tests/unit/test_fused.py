@@ -155,9 +155,9 @@ def test_a_ranks_own_matrices_are_its_rows_in_order(layer):
     for name, matrix in whole.items():
         if not all(readings[0][name].strips):
             with pytest.raises(ds_lowrank.ConfigError, match="not every rank can project its own"):
-                readings[0][name].apart()
+                readings[0][name].as_local()
             continue
-        readings = [own | {name: own[name].apart()} for own in readings]
+        readings = [own | {name: own[name].as_local()} for own in readings]
         below = torch.cat([own_rows(shard, readings[rank][name], rank) for rank, shard in enumerate(shards)])
         assert torch.equal(below, matrix)
 
@@ -189,7 +189,7 @@ def test_a_weight_that_every_tensor_rank_holds_whole_is_copied():
     weight = torch.nn.Parameter(torch.zeros(12, 5))
     ds_lowrank.tag_fused(weight, {"gate": 6, "up": 6})
     gate, up = logical_matrices(weight, (12, 5), NAME, grid(2, 1))
-    assert (gate.held, up.held, gate.shape) == ("copied", "copied", (6, 5))
+    assert (gate.placement, up.placement, gate.shape) == ("replicated", "replicated", (6, 5))
     assert gate.spans(0, 60) == ((0, 30),)
     assert up.spans(0, 60) == ((30, 60),)
 
