@@ -28,7 +28,7 @@ class Logical:
         shape: of the whole of it. Strips of anything but a matrix are of its elements as one row.
         strips: for each tensor-parallel rank.
         own: this rank's number among them.
-        placement: whether these ranks share the matrix (``sharded``), each have a copy of it (``replicated``), or, with a
+        placement: whether these ranks share the matrix (``sharded``), each have a copy (``replicated``), or, with a
             local projection, each treat their shard as a matrix of its own (``local``).
         piece: which of a fused weight's matrices this is; None where the parameter is not fused.
     """
