@@ -7,6 +7,7 @@ from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.unsupported_settings import autotp_size, check_stage
 from ds_lowrank.placement.grid import grid_of
+from ds_lowrank.placement.marks import is_expert, is_megatron_shard
 
 SIZES_OF_SHARDS = ("output_size_per_partition", "input_size_per_partition", "num_embeddings_per_partition")
 """What megatron-core's parallel layers know."""
@@ -52,7 +53,7 @@ def model_parallel_unit(model: Any, mpu: Any) -> Any:
 
 
 def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -> None:
-    experts = [name for name, p in model.named_parameters() if getattr(p, "allreduce", True) is False]
+    experts = [name for name, p in model.named_parameters() if is_expert(p)]
     if experts:
         raise ConfigError(
             f"{method}: expert parallelism is not supported yet ({experts[0]} is split over expert ranks): use a "
@@ -69,7 +70,7 @@ def _check_marks(model: Any) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         split = any(hasattr(module, size) for size in SIZES_OF_SHARDS)
-        if split and weight is not None and not getattr(weight, "tensor_model_parallel", False):
+        if split and weight is not None and not is_megatron_shard(weight):
             raise ConfigError(
                 f"{name}.weight is a shard and not marked as one: set perform_initialization in megatron-core's config"
             )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.placement.grid import Grid, grid_of
+from ds_lowrank.placement.marks import is_megatron_shard, is_tied_between_stages
 
 
 def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch.Tensor:
@@ -35,9 +36,9 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch
 
 
 def _counts_here(parameter: Any, grid: Grid) -> bool:
-    if getattr(parameter, "ds_pipe_replicated", False):
+    if is_tied_between_stages(parameter):
         return False
-    return grid.tensor_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
+    return grid.tensor_rank == 0 or is_megatron_shard(parameter)
 
 
 def keeps_no_norm(engine: DeepSpeedEngine) -> bool:

@@ -54,7 +54,7 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
         _warn_of_dropout(engine)
     windows = [[forward] for forward in steps] if ascent.per_micro_batch else [steps]
     losses = [loss for window in windows for loss in _climb_and_run(optimizer, window, passes)]
-    optimizer.perturbation.mark()
+    optimizer.perturbation.mark_gradients()
     return losses
 
 

@@ -49,7 +49,7 @@ def train_batch(engine: Any, batches: Iterable[Any]) -> torch.Tensor:
         with torch.no_grad():
             perturbation.ascend(probe, optimizer.options)
         random.rewind()
-        perturbation.mark()
+        perturbation.mark_gradients()
         return _mean(engine.train_batch(iter(batches)))
     finally:
         with torch.no_grad():

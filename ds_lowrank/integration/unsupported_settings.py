@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_lowrank.errors import ConfigError
-from ds_lowrank.placement.zero import MISSES_SHARDS
+from ds_lowrank.errors import MISSES_SHARDS, ConfigError
 
 
 @dataclass(frozen=True)

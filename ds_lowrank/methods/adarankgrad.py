@@ -24,16 +24,17 @@ from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, smalle
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.projection import safe_scale_of
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, project_on
+from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, project_on
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
 class AdaRankGradOptions(Options):
-    """The paper's own knobs."""
+    """The keys of AdaRankGrad."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank_max")
 
@@ -68,12 +69,16 @@ class AdaRankGradOptions(Options):
 
 @dataclass
 class AdaptiveProjection(Projection):
-    """A projection on a subspace whose rank was chosen for it."""
+    """A projection on a new subspace.
+
+    Attributes:
+        rank: the rank that was chosen for it.
+    """
 
     rank: int = field(kw_only=True)
 
 
-class AdaRankGrad(Method):
+class AdaRankGradMethod(Method):
     """AdaRankGrad on one matrix."""
 
     name: ClassVar[str] = "AdaRankGrad"
@@ -81,14 +86,17 @@ class AdaRankGrad(Method):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: AdaRankGradOptions) -> int:
+        """The largest rank, which the state starts with."""
         return min(options.rank_max, *shape)
 
     @classmethod
     def rank_text(cls, shape: tuple[int, int], options: AdaRankGradOptions) -> str:
+        """The rank as the role table shows it."""
         return f"at most {cls.rank(shape, options)}"
 
     @staticmethod
     def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> StateSpec:
+        """``Q`` compressed x r, Adam's moments kept x r, and how long the subspace has lasted."""
         return {
             "basis": TensorSpec(shard.compressed, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),
@@ -99,67 +107,65 @@ class AdaRankGrad(Method):
         }
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: AdaRankGradOptions, step: int) -> Program[Projection]:
+    def project(shard: MatrixShard, state: State, options: AdaRankGradOptions) -> Program[Projection]:
+        """``R = H Q``, on a new subspace if the last one is used up."""
         if state["used_up"]:
-            return (yield from new_subspace(shard, options, state["rank"], step))
-        return (yield from project_on(shard, state["basis"], refreshed=False))
+            return (yield from new_subspace(shard, options, state["rank"], state["step"]))
+        return (yield from project_on(shard, state["basis"], due=False))  # R = H Q
 
     @staticmethod
-    def update(
-        shard: MatrixShard, state: State, options: AdaRankGradOptions, step: int, found: Projection
-    ) -> Program[Update]:
-        projected, basis = found.projected, found.basis
+    def update(shard: MatrixShard, state: State, options: AdaRankGradOptions, found: Projection) -> Program[Update]:
+        """Adam in the subspace, and whether it is used up. A change that finds only zeros is tried again next time."""
+        basis, projected = (yield from basis_of_step(shard, state, found)), found.projected
         if found.is_zero:
-            # No subspace can be read off it: the old one stays, and a due change is tried again in the next step.
-            found.refreshed = False
-            basis = yield shard.compressed.all_gather(state["basis"])
             projected = projected.new_zeros(projected.shape[0], state["rank"])
         elif isinstance(found, AdaptiveProjection):
             yield from change_subspace(shard, state, options, found)
-        direction = adam(state["exp_avg"], state["exp_avg_sq"], projected, options.betas, options.eps, step + 1)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N = Adam(R)
         squares = projected.square().sum().view(1, 1)
         direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
         state["age"] += 1
         # All ranks were sent the same bits, and so decide alike.
         converged = squares.sqrt().item() <= options.grad_norm_tol
         state["used_up"] = int(converged or state["age"] >= options.update_proj_gap)
-        return Factors(direction, basis, options.scale)
+        return Factors(direction, basis, options.scale)  # scale * N Q^T
 
 
 def new_subspace(
     shard: MatrixShard, options: AdaRankGradOptions, present: int, step: int
 ) -> Program[AdaptiveProjection]:
-    """The smallest subspace of the gradient that leaves out no more than ``residual_tol``.
+    """The smallest subspace of the gradient that leaves out at most ``residual_tol``.
 
     A range of ``rank_max`` columns is found once; the singular values of the gradient within it give the residual of
-    every smaller rank. The factoring rank chooses and tells the others.
+    every smaller rank. The root chooses the rank and broadcasts it.
 
     Args:
+        shard: the matrix, with this step's gradient.
+        options: with ``rank_max`` and the rules for the rank.
         present: the rank of the subspace that is used up.
+        step: the number of steps so far, which seeds the range finder.
     """
-    most = AdaRankGrad.rank(shard.shape, options)
-    own, unit = yield from concurrently(randomized_range(shard, most, options.seed, step), largest_element(shard))
-    basis = yield shard.compressed.all_gather(own)
-    projected, norms = yield (
-        shard.kept.reduce_scatter(shard.times(basis)),
-        shard.kept.reduce_scatter(shard.kept_squares(unit)),
+    most = AdaRankGradMethod.rank(shard.shape, options)
+    own, safe_scale = yield from concurrently(
+        randomized_range(shard, most, options.seed, step),  # SSRF
+        safe_scale_of(shard),
     )
-    whole, norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(norms)
+    basis = yield shard.compressed.all_gather(own)
+    squared_norms = shard.squared_norms(shard.kept, shard.flat_gradient, safe_scale)
+    projected, squared_norms = yield (
+        shard.kept.reduce_scatter(shard.times(basis)),
+        shard.kept.reduce_scatter(squared_norms),
+    )
+    whole, squared_norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(squared_norms)
     within, rank = torch.zeros(0, most, device=shard.device), torch.zeros(1, 1, device=shard.device)
     if shard.rank == shard.root:
-        within, chosen = fitting_subspace(whole / unit, norms, options, present)
+        within, chosen = fitting_subspace(whole / safe_scale, squared_norms, options, present)  # IASS
         rank.fill_(chosen)
     within, rank = yield shard.replicated_axis(most).broadcast_from_root(within), shard.all_reduce(rank)
     chosen = int(rank.item())
     within = shard.or_zeros(within, most)[:, :chosen]
     return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, rank=chosen)
-
-
-def largest_element(shard: MatrixShard) -> Program[torch.Tensor]:
-    """About the largest magnitude in the gradient, the same on all ranks: keeps squares in the range of fp32."""
-    largest = shard.flat_gradient.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
-    total: torch.Tensor = yield shard.all_reduce(largest.float().view(1, 1))
-    return total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def fitting_subspace(

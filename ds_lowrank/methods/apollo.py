@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.projection import ProjectedGradient
+from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import held_sketch
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -32,7 +32,7 @@ from ds_lowrank.sharding.updates import Dense, Update
 
 
 class ApolloOptions(Options):
-    """The paper's own knobs."""
+    """The keys of APOLLO."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "mini", "rank")
 
@@ -59,7 +59,7 @@ class ApolloOptions(Options):
             raise ValueError(f"mini has rank 1, got rank {self.rank}: set rank to 1, or mini to false")
 
 
-class Apollo(Method):
+class ApolloMethod(Method):
     """APOLLO on one matrix."""
 
     name: ClassVar[str] = "Apollo"
@@ -67,6 +67,7 @@ class Apollo(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: ApolloOptions, rank: int) -> StateSpec:
+        """Adam's moments of ``R``, kept x r, and the norm of the last ``S``, one number."""
         return {
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
@@ -74,64 +75,65 @@ class Apollo(Method):
         }
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: ApolloOptions, step: int) -> Program[ProjectedGradient]:
-        rank = Apollo.rank(shard.shape, options)
-        projection = held_sketch(shard, rank, options.seed, step // options.update_proj_gap) / sqrt(rank)
-        projected = yield shard.kept.reduce_scatter(shard.times(projection))
-        return ProjectedGradient(projected, step % options.update_proj_gap == 0)
+    def project(shard: MatrixShard, state: State, options: ApolloOptions) -> Program[ProjectedGradient]:
+        """``R = H P`` for this interval's random projection."""
+        rank, step = ApolloMethod.rank(shard.shape, options), state["step"]
+        projection = held_sketch(shard, rank, options.seed, step // options.update_proj_gap) / sqrt(rank)  # P
+        projected = yield shard.kept.reduce_scatter(shard.times(projection))  # R = H P
+        return ProjectedGradient(projected, due=step % options.update_proj_gap == 0)
 
     @staticmethod
-    def update(
-        shard: MatrixShard, state: State, options: ApolloOptions, step: int, found: ProjectedGradient
-    ) -> Program[Update]:
-        adapted = adam(state["exp_avg"], state["exp_avg_sq"], found.projected, options.betas, options.eps, step + 1)
-        factors = yield from scaling_factors(shard, options, adapted, found.projected / found.safe_scale)
-        factors = yield from limited(shard, state, options, factors, found.safe_scale)
-
-        def scaled() -> torch.Tensor:
-            flat = torch.empty(shard.part.numel, device=factors.device)
-            for rectangle, piece, gradient in zip(
-                shard.part.rectangles, shard.views(flat), shard.gradient, strict=True
-            ):
-                torch.mul(gradient, shard.kept_of(rectangle, factors), out=piece)
-            return flat
-
-        return Dense(scaled, options.scale / found.safe_scale)
+    def update(shard: MatrixShard, state: State, options: ApolloOptions, found: ProjectedGradient) -> Program[Update]:
+        """The update ``alpha * S`` with ``S = diag(s) H``."""
+        moments, safe_scale = (state["exp_avg"], state["exp_avg_sq"]), found.safe_scale
+        adapted = adam(*moments, found.projected, options.betas, options.eps, state["step"] + 1)  # R~ = Adam(R)
+        factors = yield from scaling_factors(shard, options, adapted, found.projected / safe_scale)  # s
+        factors = yield from limited(shard, state, options, factors, safe_scale)
+        return Dense(lambda: shard.scaled(shard.kept, factors, shard.flat_gradient), options.scale / safe_scale)
 
 
 def scaling_factors(
     shard: MatrixShard, options: ApolloOptions, adapted: torch.Tensor, projected: torch.Tensor
 ) -> Program[torch.Tensor]:
-    """``s`` for the kept rows that this rank holds: held rows x 1, zero where the projected gradient is.
+    """``s_i = |R~_i| / |R_i|``; Mini: one ``s = |R~| / |R|``. Zero where the projected gradient is zero.
 
     Args:
-        adapted, projected: ``R~`` and ``R``, owned kept rows x rank.
+        shard: the matrix.
+        options: with ``mini``.
+        adapted: ``R~``, owned kept rows x rank, fp32.
+        projected: ``R``, owned kept rows x rank, fp32.
+
+    Returns:
+        held kept rows x 1, fp32.
     """
     if options.mini:
         norms = yield shard.all_reduce(torch.stack([adapted.square().sum(), projected.square().sum()]).view(2, 1))
         lengths = norms.sqrt().expand(2, shard.kept.held[1] - shard.kept.held[0])
-        return ratio(lengths[0], lengths[1]).unsqueeze(1)
-    own = ratio(torch.linalg.vector_norm(adapted, dim=1), torch.linalg.vector_norm(projected, dim=1))
+        return safe_ratio(lengths[0], lengths[1]).unsqueeze(1)
+    own = safe_ratio(torch.linalg.vector_norm(adapted, dim=1), torch.linalg.vector_norm(projected, dim=1))
     factors: torch.Tensor = yield shard.kept.all_gather(own.unsqueeze(1))
     return factors
 
 
-def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Elementwise, zero where the denominator is."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
-
-
 def limited(
-    shard: MatrixShard, state: State, options: ApolloOptions, factors: torch.Tensor, unit: float
+    shard: MatrixShard, state: State, options: ApolloOptions, factors: torch.Tensor, safe_scale: float
 ) -> Program[torch.Tensor]:
-    """The factors after the norm-growth limiter, which notes the norm of ``S`` that they leave.
+    """The norm-growth limiter: ``S <- S * gamma |S_before| / |S|`` if ``|S| > gamma |S_before|``.
 
     Args:
-        factors: held kept rows x 1, for ``H / unit``.
+        shard: the matrix, with this step's gradient.
+        state: with ``|S_before|``, which becomes the norm of the limited ``S``.
+        options: with ``norm_growth_limit``, gamma; None switches the limiter off.
+        factors: ``s`` for ``H / safe_scale``: held kept rows x 1, fp32.
+        safe_scale: of the gradient.
+
+    Returns:
+        The factors of the limited ``S``.
     """
     if options.norm_growth_limit is None:
         return factors
-    squares = (factors.square() * shard.kept_squares(unit)).sum().view(1, 1)
+    row_norms = shard.squared_norms(shard.kept, shard.flat_gradient, safe_scale)
+    squares = (factors.square() * row_norms).sum().view(1, 1)
     squares, before = yield shard.all_reduce(squares), shard.replicated_axis(1).all_gather(state["scaled_norm"])
     norm, allowed = squares.sqrt(), options.norm_growth_limit * shard.or_zeros(before, 1)
     factor = torch.where((allowed > 0) & (norm > allowed), allowed / norm, 1.0)

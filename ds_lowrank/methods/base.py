@@ -1,11 +1,11 @@
 """What every method provides.
 
 A method is one paper's algorithm for one matrix: a class with the options it understands, the state it keeps, and a
-step written as two generators. It knows a :class:`MatrixShard`, its state and its options; it does not know ZeRO,
-DeepSpeed or process groups. Whatever must be summed over ranks it yields, and is sent the sum.
+step written as two generators. It knows a :class:`MatrixShard`, its state and its options; it knows neither ZeRO nor
+DeepSpeed nor process groups. Whatever must be summed over ranks it yields, and is sent the sum.
 
-``project`` looks at the gradient and may not change the state; between the two, the optimizer decides on all ranks
-whether every gradient was finite; ``update`` then changes the state.
+``project`` looks at the gradient and may not change the state. Between the two, the optimizer decides on all ranks
+whether every gradient was finite. ``update`` then changes the state.
 """
 
 from __future__ import annotations
@@ -16,21 +16,51 @@ from typing import Any, ClassVar
 
 from ds_lowrank.methods.blocks.directions import Directions
 from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec
+from ds_lowrank.methods.blocks.projection import ProjectedGradient
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.matrix import MatrixShard, Side
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
 
+__all__ = ["METHODS", "Method", "Options", "PerturbingMethod", "ProjectedGradient", "State", "StateSpec", "TensorSpec"]
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by its name in ``optimizer.type``: those of this package, and any other that was imported."""
+
 
 class Method(ABC):
-    """One low-rank method. Every class in ``ds_lowrank/methods`` that has a ``name`` is known under it."""
+    """One low-rank method.
+
+    A subclass with a ``name`` is registered under it when it is defined, in this package or in any other.
+
+    Attributes:
+        name: in ``optimizer.type``.
+        Options: the pydantic model of its options.
+    """
 
     name: ClassVar[str]
     Options: ClassVar[type[Options]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the method.
+
+        Raises:
+            TypeError: another method has that name.
+        """
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            return
+        known = METHODS.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"two methods are called {cls.name!r}: {known.__module__}.{known.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}; give one of them another name"
+            )
+        METHODS[cls.name] = cls
+
     @staticmethod
     def side(shape: tuple[int, int], options: Any) -> Side:
-        """Which dimension of a matrix is compressed."""
+        """Which dimension of a matrix is compressed, by ``proj_type``."""
         tall = shape[0] >= shape[1]
         match options.proj_type:
             case "std":
@@ -43,7 +73,7 @@ class Method(ABC):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: Any) -> int:
-        """The rank that a matrix of this shape starts with. State may hold a smaller one, under ``rank``."""
+        """The rank that a matrix of this shape starts with. Its state may hold a smaller one, under ``rank``."""
         rank: int = min(options.rank, *shape)
         return rank
 
@@ -55,45 +85,34 @@ class Method(ABC):
 
     @staticmethod
     def role_override(name: str, options: Any) -> tuple[bool, str] | None:
-        """Whether a matrix of that name is stepped, and why, for a method that does not leave it to the patterns."""
+        """Decide the role of the matrix of that name: (projected, reason), or None to leave it to the patterns."""
         return None
 
     @staticmethod
     def missing_requirement(names: Collection[str], options: Any) -> str | None:
-        """What is missing among the names of all parameters, and what to do about it; None where nothing is."""
+        """What the model lacks, judged by the names of all parameters, and what to do about it; None if nothing."""
         return None
 
     @staticmethod
     def unsupported_shape(shape: tuple[int, int], options: Any) -> str | None:
-        """Why a matrix of this shape cannot be stepped with these options, and what would work; None where it can."""
+        """Why a matrix of this shape cannot be stepped with these options, and what would work; None if it can."""
         return None
 
     @staticmethod
     @abstractmethod
     def state(shard: MatrixShard, options: Any, rank: int) -> StateSpec:
-        """What is kept for one matrix at that rank, except ``step``. Every number starts at zero."""
-
-    @staticmethod
-    def directions(shard: MatrixShard, state: State, options: Any, target: MatrixShard) -> Program[Directions]:
-        """Along which directions a matrix is probed, for methods with a ``ascent``. Not asked for before a first step
-        where the state has a ``basis``, which is not there yet.
-
-        Args:
-            state: as the last step left it.
-            target: the elements that are to be moved: those of ``shard``, or the whole matrix.
-        """
-        raise NotImplementedError("a method without a climb has no directions")
+        """What is kept for one matrix at that rank, in addition to ``step``. Every number starts at zero."""
 
     @staticmethod
     @abstractmethod
-    def project(shard: MatrixShard, state: State, options: Any, step: int) -> Program[Any]:
+    def project(shard: MatrixShard, state: State, options: Any) -> Program[Any]:
         """Look at the gradient: find the basis of this step and project. Nothing is changed.
 
         Args:
             shard: holds this step's gradient, which need not be finite.
-            state: as the last step left it; moments, which it has no use for, may be stored in fewer bits.
-            options: the matrix's group, as it is now.
-            step: 0 for the first step.
+            state: as the last step left it, with ``step``, the number of steps so far. Moments, which this half has no
+                use for, may be quantized.
+            options: of the matrix's group, as they are now.
 
         Returns:
             A :class:`ProjectedGradient`.
@@ -101,8 +120,30 @@ class Method(ABC):
 
     @staticmethod
     @abstractmethod
-    def update(shard: MatrixShard, state: State, options: Any, step: int, found: Any) -> Program[Update]:
-        """Update the state and return the direction. ``found`` is finite, and not zero at ``step`` 0.
+    def update(shard: MatrixShard, state: State, options: Any, found: Any) -> Program[Update]:
+        """Update the state and return the direction.
 
-        Every tensor of the state is fp32 here, and is changed or replaced at will.
+        Args:
+            shard: holds this step's gradient.
+            state: every tensor is fp32, and may be changed or replaced. ``step`` is the number of steps so far.
+            options: of the matrix's group, as they are now.
+            found: what ``project`` returned: finite, and not zero in the first step.
+        """
+
+
+class PerturbingMethod(Method):
+    """A method that takes its gradient where the loss is higher: its options have an ``ascent``."""
+
+    @staticmethod
+    @abstractmethod
+    def directions(shard: MatrixShard, state: State, options: Any, target: MatrixShard) -> Program[Directions]:
+        """Along which directions a matrix is probed.
+
+        If the state has a ``basis``, this is not called before the first step, when there is none yet.
+
+        Args:
+            shard: the matrix.
+            state: as the last step left it.
+            options: of the matrix's group, as they are now.
+            target: the elements that are to be moved: those of ``shard``, or the whole matrix.
         """

@@ -1,7 +1,7 @@
 """GradNormLoRP (Huang et al., arXiv 2412.19616): weights in magnitude and direction, projected gradients.
 
-Every unit of a weight matrix (a row, or a column) is ``W = g v / |v|`` with a learned magnitude g and direction v. From
-the gradient ``G`` of W, with ``u = v / |v|``:
+Every unit of a weight matrix (a row, or a column) is ``W = g v / |v|`` with a learned magnitude g and direction v. With
+``G`` the gradient of W and ``u = v / |v|``:
 
     dL/dg = <G, u>
     dL/dv = (g / |v|) (G - <G, u> u)         (Salimans and Kingma, arXiv 1602.07868, Equation 3)
@@ -9,36 +9,46 @@ the gradient ``G`` of W, with ``u = v / |v|``:
     v <- v - lr * scale * N Q^T              N and Q are GaLore's, of dL/dv
     W <- g v / |v|
 
-Only W, g and ``|v|`` are kept: v is W in another length. That is ``parametrization`` ``full``. With ``adapter`` the
-model itself computes ``W = g (W0 + B A) / |W0 + B A|`` (:mod:`ds_lowrank.adapters.model`), and what is left is GaLore
-on the gradients of A and B.
+Only W, g and ``|v|`` are stored. As ``W = g v / |v|``, the direction is ``v = sign(g) |v| / |W| * W``, and with
+``a = <G, W> / |W|^2``:
+
+    dL/dg = sign(g) <G, W> / |W|
+    dL/dv = g / |v| * (G - a W)
+
+A unit of zeros has no direction: there ``v = W`` and ``dL/dv = G``, and its magnitude becomes the norm of what its step
+makes of it.
+
+That is ``parametrization`` ``full``. With ``adapter`` the model itself computes ``W = g (W0 + B A) / |W0 + B A|``
+(:mod:`ds_lowrank.adapters`), and what is left is GaLore on the gradients of A and B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
+from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
-from ds_lowrank.methods.galore import GaLore, GaLoreOptions
+from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
-from ds_lowrank.sharding.updates import Dense, Factors, NewWeights, Update
+from ds_lowrank.sharding.updates import NewWeights, Update
 
 ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "modules_to_save")
+SHARED_KEYS = ("norm_axis", "seed", "target_modules", "exclude_modules")
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 
 
 class GradNormLoRPOptions(GaLoreOptions):
-    """The paper's keys beside GaLore's."""
+    """The keys of GradNormLoRP, in addition to GaLore's."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*GaLoreOptions.fixed_on_resume, "parametrization", "norm_axis")
 
@@ -49,38 +59,63 @@ class GradNormLoRPOptions(GaLoreOptions):
     adapter_rank: int = Field(8, gt=0, strict=True)
     """Columns of B and rows of A."""
     adapter_alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
-    """``B A`` counts ``adapter_alpha / adapter_rank`` times."""
+    """``B A`` is scaled by ``adapter_alpha / adapter_rank``."""
     adapter_dropout: float = Field(0.0, ge=0, lt=1)
-    """On the input of the adapter's path."""
+    """Dropout on the input of the adapter's path."""
     modules_to_save: tuple[str, ...] | None = None
-    """Globs of modules that are trained as they are beside the adapters. None: new task heads."""
+    """Globs of modules that are trained as they are, next to the adapters. None: new task heads."""
 
     def model_post_init(self, context: object) -> None:
+        """Refuse options of adapters without adapters."""
         super().model_post_init(context)
         for key in ADAPTER_KEYS:
             if self.parametrization == "full" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} belongs to parametrization 'adapter': remove it, or set that")
 
     @property
+    def adapters(self) -> dict[str, Any] | None:
+        """The arguments of :func:`ds_lowrank.add_adapters` if the model is to have adapters."""
+        if self.parametrization == "full":
+            return None
+        return {key: getattr(self, key) for key in (*ADAPTER_KEYS, *SHARED_KEYS)}
+
+    @property
     def magnitude_optimizer(self) -> Adam:
+        """What steps the magnitudes."""
         return Adam(self, prefix="magnitude_")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What leads from W to v and from G to dL/dv, one number per unit.
+
+    Attributes:
+        g_over_v: ``g / |v|``: held units x 1, fp32.
+        a: ``<G, W> / |W|^2``: held units x 1, fp32.
+        v_over_w: ``sign(g) |v| / |W|``: held units x 1, fp32.
+    """
+
+    g_over_v: torch.Tensor
+    a: torch.Tensor
+    v_over_w: torch.Tensor
 
 
 @dataclass
 class TangentProjection(Projection):
-    """A projection of the direction's gradient.
+    """A projection of dL/dv.
 
     Attributes:
-        lengths, along: owned units x 1: ``|W|`` and dL/dg.
-        stretch: held units x 1: ``v`` over ``W``.
+        frame: on the units that this rank holds.
+        norms: ``|W|`` before the step: owned units x 1, fp32.
+        dg: dL/dg: owned units x 1, fp32.
     """
 
-    lengths: torch.Tensor = field(kw_only=True)
-    along: torch.Tensor = field(kw_only=True)
-    stretch: torch.Tensor = field(kw_only=True)
+    frame: Frame = field(kw_only=True)
+    norms: torch.Tensor = field(kw_only=True)
+    dg: torch.Tensor = field(kw_only=True)
 
 
-class GradNormLoRP(Method):
+class GradNormLoRPMethod(Method):
     """GradNormLoRP on one matrix: a whole weight, or a factor of an adapter."""
 
     name: ClassVar[str] = "GradNormLoRP"
@@ -88,134 +123,107 @@ class GradNormLoRP(Method):
 
     @staticmethod
     def role_override(name: str, options: GradNormLoRPOptions) -> tuple[bool, str] | None:
+        """With adapters, their factors A and B are projected and nothing else."""
         if options.parametrization == "full":
             return None
         return (True, "adapter") if is_factor(name) else (False, "no adapter")
 
     @staticmethod
     def missing_requirement(names: Collection[str], options: GradNormLoRPOptions) -> str | None:
-        found = any(map(is_factor, names))
-        if options.parametrization == "adapter" and not found:
+        """Adapters in the model and ``parametrization`` must agree."""
+        has_adapters = any(map(is_factor, names))
+        if options.parametrization == "adapter" and not has_adapters:
             return "parametrization 'adapter' needs a model with adapters: call ds_lowrank.add_adapters(model) first"
-        if options.parametrization == "full" and found:
+        if options.parametrization == "full" and has_adapters:
             return "the model has adapters, and parametrization is 'full': set it to 'adapter', or leave them out"
         return None
 
     @staticmethod
     def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> StateSpec:
-        layout = subspace_state(shard, options, rank)
+        """GaLore's state, and for whole weights g and ``|v|`` with the moments of g, one number per unit each."""
+        spec = subspace_state(shard, options, rank)
         if options.parametrization == "adapter":
-            return layout
-        axis = units(shard, options)
+            return spec
+        axis = magnitude_axis(shard, options)
         magnitudes = {"magnitude": TensorSpec(axis, 1), "direction_norm": TensorSpec(axis, 1)}
-        return {**layout, **magnitudes, **options.magnitude_optimizer.state(shard, axis, 1)}
+        return {**spec, **magnitudes, **options.magnitude_optimizer.state(shard, axis, 1)}
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: GradNormLoRPOptions, step: int) -> Program[Projection]:
+    def project(shard: MatrixShard, state: State, options: GradNormLoRPOptions) -> Program[Projection]:
+        """Project dL/dv as GaLore projects a gradient."""
         if options.parametrization == "adapter":
-            return (yield from GaLore.project(shard, state, options, step))
-        axis = units(shard, options)
+            return (yield from GaLoreMethod.project(shard, state, options))
+        axis = magnitude_axis(shard, options)
         squares, dots = yield (
-            axis.reduce_scatter(shard.squares_along(axis, shard.weights)),
-            axis.reduce_scatter(shard.dots_along(axis, shard.flat_gradient, shard.weights)),
+            axis.reduce_scatter(shard.squared_norms(axis, shard.weights)),  # |W|^2
+            axis.reduce_scatter(shard.dots(axis, shard.flat_gradient, shard.weights)),  # <G, W>
         )
-        lengths = squares.sqrt()
-        magnitude = lengths if step == 0 else state["magnitude"]
-        direction_norm = lengths if step == 0 else state["direction_norm"]
-        # A unit of zeros has no direction: its weight is v itself, its gradient is not changed.
-        zero = lengths == 0
-        sign = torch.where(magnitude < 0, -1.0, 1.0)
-        held = yield axis.all_gather(
-            torch.cat(
-                [
-                    torch.where(zero, 1.0, magnitude / direction_norm),
-                    torch.where(zero, 0.0, dots / squares),
-                    torch.where(zero, 1.0, sign * direction_norm / lengths),
-                ],
-                dim=1,
-            )
+        norms = squares.sqrt()
+        g, v = magnitudes(state, norms)
+        sign = torch.where(g < 0, -1.0, 1.0)
+        frame = yield from gather_frame(
+            axis,
+            torch.where(norms == 0, 1.0, g / v),
+            safe_ratio(dots, squares),
+            safe_ratio(sign * v, norms, otherwise=1.0),
         )
-        slope, radial, stretch = held.split(1, dim=1)
-        shard.with_gradient(lambda pieces: tangent(shard, axis, pieces, slope, radial))
-        found = yield from GaLore.project(shard, state, options, step)
-        along = torch.where(zero, 0.0, sign * dots / lengths)
-        return TangentProjection(**vars(found), lengths=lengths, along=along, stretch=stretch)
+        tangent = shard.with_gradient(lambda G: dv(shard, axis, G, frame))
+        found = yield from GaLoreMethod.project(tangent, state, options)
+        dg = safe_ratio(sign * dots, norms)  # dL/dg = sign(g) <G, W> / |W|
+        return TangentProjection(
+            found.projected, found.due, own=found.own, basis=found.basis, frame=frame, norms=norms, dg=dg
+        )
 
     @staticmethod
-    def update(
-        shard: MatrixShard, state: State, options: GradNormLoRPOptions, step: int, found: Projection
-    ) -> Program[Update]:
-        moved = yield from GaLore.update(shard, state, options, step, found)
+    def update(shard: MatrixShard, state: State, options: GradNormLoRPOptions, found: Projection) -> Program[Update]:
+        """Step g and v, and replace W by ``g v / |v|``."""
+        lift = yield from GaLoreMethod.update(shard, state, options, found)  # scale * N Q^T
         if not isinstance(found, TangentProjection):
-            return moved
-        if step == 0:
-            state["magnitude"].copy_(found.lengths)
-            state["direction_norm"].copy_(found.lengths)
-        axis, rate = units(shard, options), options.effective_lr
-        change = yield from options.magnitude_optimizer.direction(shard, axis, state, found.along, step + 1)
-        if rate == 0:
+            return lift
+        axis, lr = magnitude_axis(shard, options), options.effective_lr
+        g, v = magnitudes(state, found.norms)
+        inner = options.magnitude_optimizer
+        direction = yield from inner.direction(shard, axis, state, found.dg, state["step"] + 1)  # Adam(dL/dg)
+        if lr == 0:
+            state["magnitude"], state["direction_norm"] = g, v
             return NewWeights(shard.weights.float)
-        kept = 1 - rate * options.weight_decay
-        magnitude = kept * state["magnitude"] - rate * change
-        direction = Direction(shard, axis, found.stretch * kept, moved, rate)
-        squares = yield axis.reduce_scatter(shard.squares_along(axis, direction.flat()))
-        direction_norm = squares.sqrt()
-        # A unit that was zero takes the length that its plain step gave it.
-        magnitude = torch.where(found.lengths == 0, direction_norm, magnitude)
-        state["magnitude"].copy_(magnitude)
-        state["direction_norm"].copy_(direction_norm)
-        factor = yield axis.all_gather(torch.where(direction_norm > 0, magnitude / direction_norm, 0.0))
-        return NewWeights(lambda: direction.flat(factor))
+        kept = 1 - lr * options.weight_decay
+        g = kept * g - lr * direction
+        stretch = found.frame.v_over_w * kept
+
+        def new_v() -> torch.Tensor:
+            """``v <- v - lr * scale * N Q^T``, on the elements that this rank holds: flat, fp32."""
+            return lift.dense(shard).mul_(-lr).add_(shard.scaled(axis, stretch, shard.weights))
+
+        v = (yield axis.reduce_scatter(shard.squared_norms(axis, new_v()))).sqrt()
+        g = torch.where(found.norms == 0, v, g)  # a unit of zeros
+        state["magnitude"], state["direction_norm"] = g, v
+        g_over_v = yield axis.all_gather(safe_ratio(g, v))
+        return NewWeights(lambda: shard.scaled(axis, g_over_v, new_v()))  # W = g v / |v|
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter is an adapter's A or B."""
+    """Whether a parameter of that name is an adapter's A or B."""
     return name.rpartition(".")[2] in ADAPTER_FACTORS
 
 
-def units(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:
-    """The dimension along which the magnitudes lie."""
+def magnitude_axis(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:
+    """The dimension whose rows have a magnitude each."""
     return shard.rows if options.norm_axis == "output" else shard.columns
 
 
-def tangent(
-    shard: MatrixShard, axis: Axis, pieces: list[torch.Tensor], slope: torch.Tensor, radial: torch.Tensor
-) -> list[torch.Tensor]:
-    """dL/dv for each rectangle of the gradient, fp32.
-
-    Args:
-        slope: held units x 1: ``g / |v|``.
-        radial: held units x 1: ``<G, W> / |W|^2``.
-    """
-    changed = []
-    for rectangle, gradient, weight in zip(shard.part.rectangles, pieces, shard.views(shard.weights), strict=True):
-        across = gradient.float() - shard.along(axis, rectangle, radial) * weight.float()
-        changed.append(across.mul_(shard.along(axis, rectangle, slope)))
-    return changed
+def magnitudes(state: State, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``g`` and ``|v|``, owned units x 1: as stored, and before the first step the norms of W."""
+    return (norms, norms) if state["step"] == 0 else (state["magnitude"], state["direction_norm"])
 
 
-@dataclass(frozen=True)
-class Direction:
-    """``v`` after its step, computed when it is asked for: ``stretch * W - rate * update``.
+def gather_frame(axis: Axis, g_over_v: torch.Tensor, a: torch.Tensor, v_over_w: torch.Tensor) -> Program[Frame]:
+    """The frame on the held units from its three columns on the owned ones, by one all_gather."""
+    held = yield axis.all_gather(torch.cat([g_over_v, a, v_over_w], dim=1))
+    return Frame(*held.split(1, dim=1))
 
-    Attributes:
-        stretch: held units x 1.
-    """
 
-    shard: MatrixShard
-    axis: Axis
-    stretch: torch.Tensor
-    update: Factors | Dense
-    rate: float
-
-    def flat(self, factor: torch.Tensor | None = None) -> torch.Tensor:
-        """On the elements that this rank holds, fp32; times ``factor``, held units x 1."""
-        shard = self.shard
-        moved = shard.dense(self.update).mul_(-self.rate)
-        for rectangle, piece, weight in zip(
-            shard.part.rectangles, shard.views(moved), shard.views(shard.weights), strict=True
-        ):
-            piece.addcmul_(shard.along(self.axis, rectangle, self.stretch), weight.float())
-            if factor is not None:
-                piece.mul_(shard.along(self.axis, rectangle, factor))
-        return moved
+def dv(shard: MatrixShard, axis: Axis, gradient: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """``dL/dv = g / |v| * (G - a W)`` on the elements that this rank holds: flat, fp32."""
+    tangent = gradient.float() - shard.scaled(axis, frame.a, shard.weights)
+    return shard.scaled(axis, frame.g_over_v, tangent)

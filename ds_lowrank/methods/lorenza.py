@@ -1,6 +1,6 @@
 """LORENZA and AdaZo-SAM (Refael et al., arXiv 2502.19571): a projected step on the gradient where the loss is higher.
 
-A few forward passes estimate in which direction of the subspace the loss climbs, the one backward pass is taken a step
+A few forward passes estimate in which direction of the subspace the loss rises, the one backward pass is taken a step
 in that direction away, and Adam applies its gradient to the weights themselves. With the compressed dimension second,
 ``Q`` compressed x r and ``F`` kept x r (the paper's R_t, transposed):
 
@@ -12,8 +12,9 @@ in that direction away, and Adam applies its gradient to the weights themselves.
     R <- H Q;  N <- Adam(R)
     W <- W - lr * scale * N Q^T                              Lorenza+ adds s (H - R Q^T)
 
-What climbs is :mod:`ds_lowrank.optimizer.perturbation`, the same for every matrix; this file has the step, and the
-directions of one matrix. Without a rank the directions are ``Pi_j ~ N(0, 1)`` and Adam is of full size: AdaZo-SAM.
+The ascent (c_j, G_pert) is :mod:`ds_lowrank.methods.blocks.ascent`, the same for every matrix; the directions Pi_j and
+the step of one matrix are here. Without a rank the directions are ``Pi_j ~ N(0, 1)`` and Adam is of full size: that is
+AdaZo-SAM.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ds_lowrank.linalg.orthonormal import orthonormal
-from ds_lowrank.methods.apollo import ratio
-from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.base import PerturbingMethod
+from ds_lowrank.methods.blocks.ascent import Ascent
 from ds_lowrank.methods.blocks.directions import Diagonal, Directions, FullSpace, GaussianInSubspace
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
-from ds_lowrank.methods.blocks.options import Ascent, Options
-from ds_lowrank.methods.blocks.projection import ProjectedGradient
+from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, project_on
+from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, project_on
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, Request
@@ -41,7 +43,7 @@ from ds_lowrank.sharding.updates import Dense, Factors, Update
 
 
 class LorenzaOptions(Options):
-    """The paper's own knobs."""
+    """The keys of LORENZA, by the paper's symbols."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "probe_form")
 
@@ -97,7 +99,7 @@ class LorenzaOptions(Options):
         )
 
 
-class Lorenza(Method):
+class LorenzaMethod(PerturbingMethod):
     """LORENZA on one matrix."""
 
     name: ClassVar[str] = "Lorenza"
@@ -105,119 +107,130 @@ class Lorenza(Method):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: LorenzaOptions) -> int:
+        """The rank, or the smaller dimension without one."""
         return min(shape) if options.rank is None else min(options.rank, *shape)
 
     @classmethod
     def rank_text(cls, shape: tuple[int, int], options: LorenzaOptions) -> str:
+        """The rank as the role table shows it."""
         return "full" if options.rank is None else super().rank_text(shape, options)
 
     @staticmethod
     def state(shard: MatrixShard, options: LorenzaOptions, rank: int) -> StateSpec:
+        """``Q`` compressed x r, Adam's moments kept x r, and for ``diagonal`` probes ``F`` kept x r."""
         if options.rank is None:
             return full_rank_state(shard, options)
-        layout: dict[str, TensorSpec | int] = {
+        spec: dict[str, TensorSpec | int] = {
             "basis": TensorSpec(shard.compressed, rank),
             **Adam(options).state(shard, shard.kept, rank),
             "age": 0,
         }
         if options.probe_form == "diagonal":
-            layout["right_factor"] = TensorSpec(shard.kept, rank)
-        return layout
+            spec["right_factor"] = TensorSpec(shard.kept, rank)
+        return spec
 
     @staticmethod
     def directions(
         shard: MatrixShard, state: State, options: LorenzaOptions, target: MatrixShard
     ) -> Program[Directions]:
+        """``Pi = F diag(u) Q^T``, ``U Q^T`` or, without a rank, a matrix of normal numbers."""
         if options.rank is None:
             return FullSpace(target, options.seed)
-
-        def ask(axis: Axis, owned: torch.Tensor) -> Request:
-            return axis.all_gather(owned) if target is shard else axis.all_gather_full(owned)
-
-        def pick(axis: Axis, rows: torch.Tensor) -> torch.Tensor:
-            return rows if target is shard else rows[slice(*axis.held)]
-
         lengths = state["basis"].square().sum(0, keepdim=True)
         if options.probe_form == "gaussian":
-            basis, squares = yield ask(shard.compressed, state["basis"]), shard.all_reduce(lengths)
-            return GaussianInSubspace(target, options.seed, pick(target.compressed, basis), squares.squeeze(0))
+            basis, squares = yield for_target(shard, target, "compressed", state["basis"]), shard.all_reduce(lengths)
+            basis = rows_of_target(shard, target, "compressed", basis)
+            return GaussianInSubspace(target, options.seed, basis, squares.squeeze(0))
         lengths = torch.cat([lengths, state["right_factor"].square().sum(0, keepdim=True)])
         basis, factor, squares = yield (
-            ask(shard.compressed, state["basis"]),
-            ask(shard.kept, state["right_factor"]),
+            for_target(shard, target, "compressed", state["basis"]),
+            for_target(shard, target, "kept", state["right_factor"]),
             shard.all_reduce(lengths),
         )
-        basis, factor = pick(target.compressed, basis), pick(target.kept, factor)
+        basis = rows_of_target(shard, target, "compressed", basis)
+        factor = rows_of_target(shard, target, "kept", factor)
         return Diagonal(target, options.seed, basis, factor, squares.prod(0))
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: LorenzaOptions, step: int) -> Program[ProjectedGradient]:
+    def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
+        """Find ``Q`` if it is due, and project: ``R = H Q``. Without a rank the gradient itself is what is found."""
         if options.rank is None:
-            return ProjectedGradient(shard.flat_gradient, refreshed=False)
-        due = step % options.update_proj_gap == 0
+            return ProjectedGradient(shard.flat_gradient, due=False)
+        due = state["step"] % options.update_proj_gap == 0
         own = state["basis"]
         if due:
-            own = yield from randomized_range(shard, Lorenza.rank(shard.shape, options), options.seed, step)
-        return (yield from project_on(shard, own, refreshed=due))
+            rank = LorenzaMethod.rank(shard.shape, options)
+            own = yield from randomized_range(shard, rank, options.seed, state["step"])
+        return (yield from project_on(shard, own, due))  # R = H Q
 
     @staticmethod
-    def update(
-        shard: MatrixShard, state: State, options: LorenzaOptions, step: int, found: ProjectedGradient
-    ) -> Program[Update]:
+    def update(shard: MatrixShard, state: State, options: LorenzaOptions, found: ProjectedGradient) -> Program[Update]:
+        """``N <- Adam(R)``, and the update ``scale * N Q^T``."""
         if not isinstance(found, Projection):
-            return (yield from full_rank_adam(shard, state, options, step, shard.flat_gradient.float))
-        basis = found.basis
-        if found.is_zero:
-            # No subspace can be read off it: the old one stays until the next refresh.
-            found.refreshed = False
-            basis = yield shard.compressed.all_gather(state["basis"])
-        elif found.refreshed:
-            yield from change_subspace(shard, state, options, found, first=step == 0)
+            return (yield from full_rank_adam(shard, state, options, shard.flat_gradient.float))
+        basis = yield from basis_of_step(shard, state, found)
+        if found.refreshed:
+            yield from change_subspace(shard, state, options, found)
         state["age"] += 1
         direction = yield from Adam(options).direction(shard, shard.kept, state, found.projected, state["age"])
         if options.orthogonal_component:
             return (yield from add_orthogonal_component(shard, options, found, direction, basis))
-        return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
+        return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)  # scale * N Q^T
 
 
-def change_subspace(
-    shard: MatrixShard, state: State, options: LorenzaOptions, found: Projection, first: bool
-) -> Program[None]:
-    """Store a new basis and its right factor; carry the moments over, or forget them."""
+def for_target(shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], own: Tensor) -> Request:
+    """Ask for the rows of a factor that moving ``target`` needs; all of them if that is more than this shard."""
+    source: Axis = getattr(shard, axis)
+    return source.all_gather(own) if target is shard else source.all_gather_full(own)
+
+
+def rows_of_target(
+    shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], rows: Tensor
+) -> Tensor:
+    """Of the rows that came, those that ``target`` holds."""
+    held: tuple[int, int] = getattr(target, axis).held
+    return rows if target is shard else rows[slice(*held)]
+
+
+def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, found: Projection) -> Program[None]:
+    """Store a new basis ``Q`` and its right factor ``F``; carry the moments over, or forget them."""
     if options.moment_on_refresh == "reset":
         state["exp_avg"].zero_()
         state["exp_avg_sq"].zero_()
         state["age"] = 0
-    if options.moment_on_refresh == "rotate" and not first:
-        Adam(options).rotate(state, (yield from shard.replicated_sum(state["basis"].T @ found.own)))
+    if options.moment_on_refresh == "rotate" and state["step"] > 0:
+        rotation = yield from shard.replicated_sum(state["basis"].T @ found.own)  # Q_old^T Q
+        Adam(options).rotate(state, rotation)
     state["basis"].copy_(found.own)
     if options.probe_form == "diagonal":
         tall = yield shard.kept.gather_to_root(found.projected)
-        state["right_factor"].copy_((yield shard.kept.scatter_from_root(orthonormal(tall))))
+        state["right_factor"].copy_((yield shard.kept.scatter_from_root(orthonormal(tall))))  # F = range of H Q
 
 
 def add_orthogonal_component(
-    shard: MatrixShard, options: LorenzaOptions, found: Projection, direction: torch.Tensor, basis: torch.Tensor
+    shard: MatrixShard, options: LorenzaOptions, found: Projection, direction: Tensor, basis: Tensor
 ) -> Program[Update]:
-    """Lorenza+: ``scale N Q^T + s (H - R Q^T)``.
+    """Lorenza+: ``scale N Q^T + s (H - R Q^T)``, as one product ``(scale N - s R) Q^T`` and ``s H``.
 
     Args:
-        direction: ``N``, owned kept rows x r.
+        shard: the matrix, with this step's gradient.
+        options: with ``scale`` and ``orthogonal_scale``, s.
+        found: with ``R``, owned kept rows x r.
+        direction: ``N``, owned kept rows x r, fp32.
+        basis: ``Q``, held compressed rows x r, fp32.
     """
-    unit = found.safe_scale if options.orthogonal_scale == "norm_ratio" else 1.0
-    projected = found.projected / unit
+    safe_scale = found.safe_scale if options.orthogonal_scale == "norm_ratio" else 1.0
+    projected = found.projected / safe_scale
     if options.orthogonal_scale == "norm_ratio":
-        share = ratio(torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(projected, dim=1))
+        s = safe_ratio(torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(projected, dim=1))
     else:
-        share = torch.full_like(projected[:, 0], options.orthogonal_scale)
-    share = share.unsqueeze(1)
-    held = yield shard.kept.all_gather(torch.cat([options.scale * direction - share * projected, share], dim=1))
-    inside, share = held[:, :-1], held[:, -1:]
+        s = torch.full_like(projected[:, 0], options.orthogonal_scale)
+    s = s.unsqueeze(1)
+    held = yield shard.kept.all_gather(torch.cat([options.scale * direction - s * projected, s], dim=1))
+    inside, s = held[:, :-1], held[:, -1:]
 
-    def update() -> torch.Tensor:
-        flat = shard.lifted(Factors(inside, basis, 1.0))
-        for rectangle, piece, gradient in zip(shard.part.rectangles, shard.views(flat), shard.gradient, strict=True):
-            piece.addcmul_(gradient.float() / unit, shard.kept_of(rectangle, share))
-        return flat
+    def update() -> Tensor:
+        flat = Factors(inside, basis, 1.0).lifted(shard)
+        return flat.add_(shard.scaled(shard.kept, s, shard.flat_gradient.float() / safe_scale))
 
     return Dense(update, 1.0)

@@ -30,7 +30,7 @@ from ds_lowrank.sharding.updates import Update
 
 
 class OnlineSubspaceDescentOptions(SubspaceOptions):
-    """The paper's own knobs beside GaLore's."""
+    """The keys of Online Subspace Descent."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*SubspaceOptions.fixed_on_resume, "basis_optimizer")
 
@@ -42,14 +42,14 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     basis_init: Literal["svd", "randomized", "random"] = "randomized"
     """The first basis: of the first gradient, or a random orthonormal one."""
     basis_weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """The basis's own decoupled weight decay. None: ``weight_decay``, as in Algorithm 1."""
+    """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
 
     @property
     def basis_inner_optimizer(self) -> InnerOptimizer:
         return make_inner_optimizer(self.basis_optimizer, self, prefix="basis_")
 
 
-class OnlineSubspaceDescent(Method):
+class OnlineSubspaceDescentMethod(Method):
     """Online Subspace Descent on one matrix."""
 
     name: ClassVar[str] = "OnlineSubspaceDescent"
@@ -57,6 +57,7 @@ class OnlineSubspaceDescent(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: OnlineSubspaceDescentOptions, rank: int) -> StateSpec:
+        """``Q`` compressed x rank with the moments of its own optimizer, and rho's moments, kept x rank."""
         return {
             **subspace_state(shard, options, rank),
             **options.basis_inner_optimizer.state(shard, shard.compressed, rank),
@@ -64,20 +65,21 @@ class OnlineSubspaceDescent(Method):
         }
 
     @staticmethod
-    def project(
-        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, step: int
-    ) -> Program[Projection]:
-        own = (yield from first_basis(shard, options)) if step == 0 else state["basis"]
-        return (yield from project_on(shard, own, refreshed=step == 0))
+    def project(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> Program[Projection]:
+        """``R = H Q``, in the first step on a basis that is found in this gradient."""
+        first = state["step"] == 0
+        own = (yield from first_basis(shard, options)) if first else state["basis"]
+        return (yield from project_on(shard, own, due=first))  # R = H Q
 
     @staticmethod
     def update(
-        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, step: int, found: Projection
+        shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
     ) -> Program[Update]:
+        """Descend along ``scale * rho(R) Q^T``, and move ``Q`` by one step of its own optimizer."""
         state["basis"] = found.own
-        descent = descend(shard, state, options, step, found.projected, found.basis)
-        was_read_off_this_gradient = step == 0 and options.basis_init != "random"
-        if was_read_off_this_gradient or found.is_zero:
+        descent = descend(shard, state, options, found.projected, found.basis)
+        is_of_this_gradient = state["step"] == 0 and options.basis_init != "random"
+        if is_of_this_gradient or found.is_zero:
             return (yield from descent)
         update: Update
         update, _ = yield from concurrently(descent, move_basis(shard, state, options, found))
@@ -85,11 +87,11 @@ class OnlineSubspaceDescent(Method):
 
 
 def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Program[torch.Tensor]:
-    """This rank's own rows of the basis before the first step, compressed x rank, orthonormal.
+    """An orthonormal basis for the first step: owned compressed rows x rank, fp32.
 
-    A direction that the first gradient is too poor to give is random: a zero column would stay one for ever.
+    A direction that the first gradient does not have is random: a zero column would stay zero forever.
     """
-    rank = OnlineSubspaceDescent.rank(shard.shape, options)
+    rank = OnlineSubspaceDescentMethod.rank(shard.shape, options)
     random = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
     if options.basis_init == "random":
         everything = orthonormal(random) if shard.rank == shard.root else random[:0]
@@ -100,7 +102,7 @@ def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Pr
     else:
         own = yield from randomized_range(shard, rank, options.seed, 0)
     squares = yield shard.all_reduce(own.square().sum(0).unsqueeze(1))
-    missing = squares.T < 0.5  # of columns that are of length one or zero
+    missing = squares.T < 0.5  # of columns whose length is one or zero
     filled: torch.Tensor = own + missing * shard.compressed.own(random) / math.sqrt(shard.compressed.size)
     return filled
 
@@ -108,19 +110,22 @@ def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Pr
 def move_basis(
     shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
 ) -> Program[None]:
-    """One step of Opt_P on the PCA loss. Leaves a new tensor in the state: the old one is still needed for W."""
+    """``Q <- Q - eps_P * (rho_P(grad L(Q)) + wd_P * Q)``.
+
+    The state gets a new tensor: the old basis is still needed for W.
+    """
     basis = state["basis"]
     gradient = yield from pca_gradient(shard, basis, found.projected, options.pca_lambda, found.safe_scale)
     state["basis_steps"] += 1
-    rule = options.basis_inner_optimizer
-    direction = yield from rule.direction(shard, shard.compressed, state, gradient, state["basis_steps"])
-    rate = options.basis_lr_ratio * options.effective_lr
+    inner = options.basis_inner_optimizer
+    direction = yield from inner.direction(shard, shard.compressed, state, gradient, state["basis_steps"])  # rho_P
+    eps_p = options.basis_lr_ratio * options.effective_lr
     decay = options.weight_decay if options.basis_weight_decay is None else options.basis_weight_decay
-    state["basis"] = torch.sub(basis * (1 - rate * decay), direction, alpha=rate)
+    state["basis"] = torch.sub(basis * (1 - eps_p * decay), direction, alpha=eps_p)
 
 
 def pca_gradient(
-    shard: MatrixShard, basis: torch.Tensor, projected: torch.Tensor, pca_lambda: float, unit: float = 1.0
+    shard: MatrixShard, basis: torch.Tensor, projected: torch.Tensor, pca_lambda: float, safe_scale: float = 1.0
 ) -> Program[torch.Tensor]:
     """The gradient of Equation 6 in closed form, without a compressed x compressed product.
 
@@ -129,28 +134,33 @@ def pca_gradient(
     ``H^T R`` is linear in ``H`` once ``R`` has been summed over ranks.
 
     Args:
-        basis: owned compressed rows x rank.
-        projected: owned kept rows x rank: ``R`` as summed over all ranks.
+        shard: the matrix, with this step's gradient.
+        basis: ``Q``, owned compressed rows x rank, fp32.
+        projected: ``R`` as summed over all ranks, owned kept rows x rank, fp32.
         pca_lambda: the paper's lambda.
-        unit: about the size of an element of ``R``, the same on all ranks: keeps every square in the range of fp32.
+        safe_scale: of the gradient.
 
     Returns:
-        owned compressed rows x rank.
+        owned compressed rows x rank, fp32.
     """
     rank = basis.shape[1]
-    projected = projected / unit
-    norm = torch.linalg.vector_norm(shard.flat_gradient, dtype=torch.float64) / unit
+    projected = projected / safe_scale
+    norm = torch.linalg.vector_norm(shard.flat_gradient, dtype=torch.float64) / safe_scale
+    # R^T R, Q^T Q and |H|^2 travel as one small tensor, next to R and to H^T R: two rounds in all.
     squares = torch.cat([projected.T @ projected, basis.T @ basis, norm.square().float().expand(1, rank)])
     small = shard.replicated_axis(2 * rank + 1)
-    tall, squares = yield shard.kept.all_gather(projected), small.reduce_scatter(shard.local_contribution(squares))
+    tall, squares = yield (
+        shard.kept.all_gather(projected),
+        small.reduce_scatter(shard.local_contribution(squares)),
+    )
     back, squares = yield (
-        shard.compressed.reduce_scatter(shard.transposed_times(tall) / unit),
+        shard.compressed.reduce_scatter(shard.transposed_times(tall) / safe_scale),  # H^T R
         small.all_gather(squares),
     )
-    projected_square, basis_square, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1])
+    rtr, qtq, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1])
     identity = torch.eye(rank, device=basis.device)
-    reconstruction = basis @ projected_square + back @ (basis_square - 2 * identity)
+    reconstruction = basis @ rtr + back @ (qtq - 2 * identity)  # Q (R^T R) + (H^T R) (Q^T Q) - 2 H^T R
     gradient: torch.Tensor = 2 / norm_square * reconstruction
     if pca_lambda:
-        gradient = gradient + 4 * pca_lambda * basis @ (basis_square - identity)
+        gradient = gradient + 4 * pca_lambda * basis @ (qtq - identity)
     return gradient

@@ -34,7 +34,7 @@ from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, Request
-from ds_lowrank.sharding.units import Units
+from ds_lowrank.sharding.units import Units, viewed
 from ds_lowrank.sharding.updates import Dense, Update
 
 
@@ -50,7 +50,7 @@ def _fraction(value: Any) -> Any:
 
 
 class VLoRPOptions(Options):
-    """The paper's own knobs."""
+    """The keys of VLoRP."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (
         *Options.fixed_on_resume,
@@ -90,18 +90,18 @@ class VLoRPOptions(Options):
 
 @dataclass
 class ProjectedUnits(ProjectedGradient):
-    """``projected``: owned groups x (units a group * rank).
+    """The gradient's units under a random projection: ``projected`` is owned groups x (units per group * rank).
 
     Attributes:
         units: the gradient in units.
-        projection: entries of a unit x rank, fp32.
+        projection: ``P``, entries of a unit x rank, fp32.
     """
 
     units: Units = field(kw_only=True)
     projection: torch.Tensor = field(kw_only=True)
 
 
-class VLoRP(Method):
+class VLoRPMethod(Method):
     """VLoRP on one matrix."""
 
     name: ClassVar[str] = "VLoRP"
@@ -109,15 +109,18 @@ class VLoRP(Method):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: VLoRPOptions) -> int:
+        """The rank of ``P``, at most the length of a unit."""
         _, compressed = oriented(shape, options)
         return min(options.rank, int(compressed / options.c))
 
     @classmethod
     def rank_text(cls, shape: tuple[int, int], options: VLoRPOptions) -> str:
+        """The rank as the role table shows it."""
         return f"{super().rank_text(shape, options)} x {options.granularity} units a row"
 
     @staticmethod
     def unsupported_shape(shape: tuple[int, int], options: VLoRPOptions) -> str | None:
+        """A granularity must divide the matrix into whole units."""
         kept, compressed = oriented(shape, options)
         if (kept * options.c).denominator == (compressed / options.c).denominator == 1:
             return None
@@ -126,6 +129,7 @@ class VLoRP(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> StateSpec:
+        """ProjFactor: M of R's shape and two factors; ``subspace``: two moments of R's shape; else both of W's."""
         if options.update_scheme == "original_space":
             return full_rank_state(shard, options)
         units = units_of(shard, options)
@@ -133,45 +137,40 @@ class VLoRP(Method):
         moment = options.first_moment_spec(units.axis, columns)
         if options.update_scheme == "subspace":
             return {"exp_avg": moment, "exp_avg_sq": options.second_moment_spec(units.axis, columns)}
-        return {
-            "exp_avg": moment,
-            "row_squares": TensorSpec(shard.rows, 1),
-            "column_squares": TensorSpec(shard.columns, 1),
-        }
+        v_row, v_col = TensorSpec(shard.rows, 1), TensorSpec(shard.columns, 1)
+        return {"exp_avg": moment, "row_squares": v_row, "column_squares": v_col}
 
     @staticmethod
-    def project(shard: MatrixShard, state: State, options: VLoRPOptions, step: int) -> Program[ProjectedUnits]:
-        units = units_of(shard, options)
-        projection = draw(units, options, step // options.update_proj_gap)
-        projected = yield units.axis.reduce_scatter(units.times(projection))
+    def project(shard: MatrixShard, state: State, options: VLoRPOptions) -> Program[ProjectedUnits]:
+        """``R = H~ P`` for this interval's random projection."""
+        units, step = units_of(shard, options), state["step"]
+        projection = draw(units, options, step // options.update_proj_gap)  # P
+        projected = yield units.axis.reduce_scatter(units.times(projection))  # R = H~ P
         return ProjectedUnits(projected, step % options.update_proj_gap == 0, units=units, projection=projection)
 
     @staticmethod
-    def update(
-        shard: MatrixShard, state: State, options: VLoRPOptions, step: int, found: ProjectedUnits
-    ) -> Program[Update]:
-        if found.refreshed and step > 0:  # before the first projection there was none
-            resample(state, options, step, found)
+    def update(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
+        """The update of the chosen scheme, after what a new projection does to the moments."""
+        if found.refreshed and state["step"] > 0:  # before the first projection there was none
+            resample(state, options, found)
         match options.update_scheme:
             case "projfactor":
-                return (yield from projfactor(shard, state, options, step, found))
+                return (yield from projfactor(shard, state, options, found))
             case "subspace":
-                return (yield from in_subspace(state, options, step, found))
-        return (yield from in_original_space(shard, state, options, step, found))
+                return (yield from in_subspace(state, options, found))
+        return (yield from in_original_space(shard, state, options, found))
 
 
-def projfactor(
-    shard: MatrixShard, state: State, options: VLoRPOptions, step: int, found: ProjectedUnits
-) -> Program[Update]:
-    """The update of ProjFactor."""
+def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
+    """ProjFactor: ``M P^T`` over the root of a second moment in two factors."""
     units, projection = found.units, found.projection
     beta1, beta2 = options.betas
-    moment = state["exp_avg"].lerp_(found.projected, 1 - beta1)
+    moment = state["exp_avg"].lerp_(found.projected, 1 - beta1)  # M <- beta1 M + (1 - beta1) R
     projected, moment = yield units.axis.all_gather(found.projected), units.axis.all_gather(moment)
-    row_sums, column_sums = yield sums_of_squares(shard, units.lift(projected, projection))
+    row_sums, column_sums = yield sums_of_squares(shard, units.lift(projected, projection))  # of H^ = R P^T
     row_squares, column_squares = state["row_squares"], state["column_squares"]
-    row_squares.lerp_(row_sums, 1 - beta2)
-    column_squares.lerp_(column_sums, 1 - beta2)
+    row_squares.lerp_(row_sums, 1 - beta2)  # v_row
+    column_squares.lerp_(column_sums, 1 - beta2)  # v_col
     row_squares, column_squares, total = yield (
         shard.rows.all_gather(row_squares),
         shard.columns.all_gather(column_squares),
@@ -181,45 +180,43 @@ def projfactor(
     row_shares = row_squares / total.clamp_min(torch.finfo(torch.float32).tiny)
 
     def direction() -> torch.Tensor:
-        flat = units.lift(moment, projection)
-        for rectangle, piece in zip(shard.part.rectangles, shard.views(flat), strict=True):
-            rows, columns = shard.held_rows(rectangle), shard.held_columns(rectangle)
-            variance = row_shares[rows] * column_squares[columns].T
-            inside = options.eps_position == "inside"
-            piece /= variance.add_(options.eps).sqrt_() if inside else variance.sqrt_().add_(options.eps)
-        return flat
+        variance = shard.outer(row_shares, column_squares)  # v_row v_col / sum v_row
+        inside = options.eps_position == "inside"
+        root = variance.add_(options.eps).sqrt_() if inside else variance.sqrt_().add_(options.eps)
+        return units.lift(moment, projection).div_(root)  # M P^T / (sqrt(v) + eps)
 
-    second = 1 - beta2 ** (step + 1)
-    correction = (second if options.bias_correction == "linear" else second**0.5) / (1 - beta1 ** age(options, step))
+    second = 1 - beta2 ** (state["step"] + 1)
+    correction = (second if options.bias_correction == "linear" else second**0.5) / (1 - beta1 ** age(options, state))
     return Dense(direction, correction)
 
 
-def sums_of_squares(shard: MatrixShard, back: torch.Tensor) -> tuple[Request, Request]:
-    """Asks for the squared norms of the rows and of the columns of a matrix of which this rank holds ``back``."""
-    return shard.rows.reduce_scatter(shard.row_squares(back)), shard.columns.reduce_scatter(shard.column_squares(back))
-
-
-def in_subspace(state: State, options: VLoRPOptions, step: int, found: ProjectedUnits) -> Program[Update]:
-    """Adam on the projected gradient."""
-    units = found.units
-    direction = adam(
-        state["exp_avg"], state["exp_avg_sq"], found.projected, options.betas, options.eps, age(options, step)
+def sums_of_squares(shard: MatrixShard, lifted: torch.Tensor) -> tuple[Request, Request]:
+    """Ask for the squared norms of a matrix's rows and of its columns; ``lifted`` is this rank's elements, flat."""
+    return (
+        shard.rows.reduce_scatter(shard.squared_norms(shard.rows, lifted)),
+        shard.columns.reduce_scatter(shard.squared_norms(shard.columns, lifted)),
     )
+
+
+def in_subspace(state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
+    """Adam on ``R``, lifted: ``N P^T``."""
+    units, moments = found.units, (state["exp_avg"], state["exp_avg_sq"])
+    direction = adam(*moments, found.projected, options.betas, options.eps, age(options, state))  # N = Adam(R)
     direction = yield units.axis.all_gather(direction)
-    return Dense(lambda: units.lift(direction, found.projection), 1.0)
+    return Dense(lambda: units.lift(direction, found.projection), 1.0)  # N P^T
 
 
 def in_original_space(
-    shard: MatrixShard, state: State, options: VLoRPOptions, step: int, found: ProjectedUnits
+    shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits
 ) -> Program[Update]:
-    """Adam of full size on the gradient projected and lifted again."""
+    """Adam of full size on ``R P^T``, the gradient projected and lifted again."""
     projected = yield found.units.axis.all_gather(found.projected)
     lifted = partial(found.units.lift, projected, found.projection)
-    return (yield from full_rank_adam(shard, state, options, step, lifted))
+    return (yield from full_rank_adam(shard, state, options, lifted))
 
 
-def resample(state: State, options: VLoRPOptions, step: int, found: ProjectedUnits) -> None:
-    """What a new projection does to the moments of the projected gradient.
+def resample(state: State, options: VLoRPOptions, found: ProjectedUnits) -> None:
+    """What a new projection does to the moments of ``R``.
 
     ``reproject`` is Flora's rule (arXiv 2402.03293), ``M <- M P_old^T P_new``, over ``sqrt(1 + (L + 1) / r)``, by which
     it would lengthen the lifted M on average. A second moment has the same expectation in any random coordinates, and
@@ -230,32 +227,33 @@ def resample(state: State, options: VLoRPOptions, step: int, found: ProjectedUni
             if key in state:
                 state[key].zero_()
     if options.moment_on_resample == "reproject":
-        old = draw(found.units, options, step // options.update_proj_gap - 1)
+        old = draw(found.units, options, state["step"] // options.update_proj_gap - 1)  # P_old
         length, rank = old.shape
         rotation = old.T @ found.projection / math.sqrt(1 + (length + 1) / rank)
         rotate_first(state["exp_avg"].view(-1, rank), rotation)
 
 
-def age(options: VLoRPOptions, step: int) -> int:
-    """Steps that the moments of the projected gradient have seen, this one included."""
+def age(options: VLoRPOptions, state: State) -> int:
+    """The number of steps that the moments of ``R`` have averaged, this one included."""
+    step: int = state["step"]
     return (step % options.update_proj_gap if options.moment_on_resample == "reset" else step) + 1
 
 
 def oriented(shape: tuple[int, int], options: VLoRPOptions) -> tuple[int, int]:
-    """The kept and the compressed dimension."""
-    return shape if VLoRP.side(shape, options) == "right" else (shape[1], shape[0])
+    """The sizes of the kept and of the compressed dimension."""
+    return shape if VLoRPMethod.side(shape, options) == "right" else (shape[1], shape[0])
 
 
 def units_of(shard: MatrixShard, options: VLoRPOptions) -> Units:
-    """The gradient in units of this granularity."""
+    """The gradient in units of this granularity: ``H~``."""
     if shard.side == "left" and options.left_view == "official":
         kept, compressed = shard.kept.size, shard.compressed.size
-        return Units(shard.viewed((int(compressed / options.c), int(kept * options.c))), Fraction(1))
+        return Units(viewed(shard, (int(compressed / options.c), int(kept * options.c))), Fraction(1))
     return Units(shard, options.c)
 
 
 def draw(units: Units, options: VLoRPOptions, counter: int) -> torch.Tensor:
-    """The projection, entries of a unit x rank; a rank without elements needs none."""
+    """``P``, entries of a unit x rank, fp32; nothing on a rank without elements, which needs none."""
     rank = min(options.rank, units.length)
     shard = units.shard
     if not shard.part.numel:
@@ -265,6 +263,6 @@ def draw(units: Units, options: VLoRPOptions, counter: int) -> torch.Tensor:
 
 
 def divisors(n: int) -> list[int]:
-    """All of them, ascending."""
+    """All divisors of ``n``, ascending."""
     small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})

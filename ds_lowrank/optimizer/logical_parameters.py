@@ -1,3 +1,8 @@
+"""The logical matrices and vectors in an optimizer's parameters, and what is done to each.
+
+A parameter is one of them, or, if it is a fused weight, several.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -7,11 +12,10 @@ from typing import Any
 import torch
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.state_spec import State
+from ds_lowrank.methods.base import Method, Options, State
 from ds_lowrank.optimizer.roles import Role, role_of
 from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.marks import is_tied_between_stages
 from ds_lowrank.placement.parameter_names import Tag
 from ds_lowrank.placement.tensor_parallel import logical_matrices, piece_names
 from ds_lowrank.placement.zero import unpartitioned_shape
@@ -20,10 +24,14 @@ from ds_lowrank.sharding.logical import Logical
 
 @dataclass(frozen=True)
 class LogicalParameter:
-    """A logical matrix (or vector) that the optimizer was built with: a parameter, or one of the matrices fused in it.
+    """A logical matrix or vector that the optimizer was built with.
 
     Attributes:
-        options: of its group.
+        parameter: the parameter it is in.
+        logical: where in the parameter its elements are.
+        tag: its name and kind.
+        group: its parameter group.
+        options: of the group.
         state: an empty dict, to be filled.
     """
 
@@ -35,60 +43,69 @@ class LogicalParameter:
     state: State
 
     def role(self, method: type[Method]) -> Role:
+        """Whether it is projected, and why: by the method, or by name and shape."""
         shape = self.logical.shape
-        choice = method.role_override(self.tag.name, self.options) if len(shape) == 2 else None
-        if choice is not None:
-            return Role(*choice)
+        override = method.role_override(self.tag.name, self.options) if len(shape) == 2 else None
+        if override is not None:
+            return Role(*override)
         return role_of(self.tag, shape, self.options.target_modules, self.options.exclude_modules)
 
     def stepped_matrix(self, role: Role) -> Logical:
-        """The matrix that is stepped: the logical one, or this rank's shard as one of its own."""
+        """What is stepped: the logical matrix, this rank's shard as a matrix of its own, or the elements as one row."""
         if not role.projected:
             return self.logical.as_row()
         return self.logical.as_local() if self.options.tensor_parallel_projection == "local" else self.logical
 
 
 def matchable_names(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:
-    """What patterns may match: the parameter's name, and those of the matrices fused in it."""
+    """The names that patterns may match: the parameter's, and those of the matrices fused in it."""
     return list(dict.fromkeys([tag.name, *piece_names(parameter, unpartitioned_shape(parameter), tag.name)]))
 
 
 def logical_parameters_of(
     parameter: torch.nn.Parameter, tag: Tag, group: dict[str, Any], options: Options, state: State, grid: Grid
 ) -> list[LogicalParameter]:
-    """One for every logical matrix in a parameter; those of a fused weight have a state each in the parameter's."""
-    found = logical_matrices(parameter, unpartitioned_shape(parameter), tag.name, grid)
+    """Every logical matrix or vector in a parameter.
+
+    Args:
+        parameter: of the model, on this tensor-parallel rank.
+        tag: its name and kind.
+        group: its parameter group.
+        options: of the group.
+        state: the parameter's, an empty dict; each matrix of a fused weight gets a dict of its own in it.
+        grid: tensor and pipeline parallelism.
+    """
     return [
         LogicalParameter(
-            *(parameter, logical, _tag_in(tag, logical), group, options),
-            state if logical.piece is None else state.setdefault(logical.piece, {}),
+            parameter=parameter,
+            logical=logical,
+            tag=tag if logical.piece is None else replace(tag, name=logical.name, within=tag.name),
+            group=group,
+            options=options,
+            state=state if logical.piece is None else state.setdefault(logical.piece, {}),
         )
-        for logical in found
+        for logical in logical_matrices(parameter, unpartitioned_shape(parameter), tag.name, grid)
     ]
 
 
-def _tag_in(tag: Tag, logical: Logical) -> Tag:
-    return tag if logical.piece is None else replace(tag, name=logical.name, within=tag.name)
-
-
-def check_fit(method: type[Method], members: Iterable[LogicalParameter]) -> None:
+def check_shapes(method: type[Method], parameters: Iterable[LogicalParameter]) -> None:
     """Refuse matrices that the method cannot step.
 
     Raises:
-        ConfigError: says for every such shape why, what would work, and which matrices these are.
+        ConfigError: says for every such shape why, what would work, and which matrices have it.
     """
-    misfits: dict[str, list[str]] = {}
-    for member in members:
-        role = member.role(method)
+    refused: dict[str, list[str]] = {}
+    for parameter in parameters:
+        role = parameter.role(method)
         if not role.projected:
             continue
-        m, n = member.stepped_matrix(role).shape
-        problem = method.unsupported_shape((m, n), member.options)
-        if getattr(member.parameter, "ds_pipe_replicated", False):
+        m, n = parameter.stepped_matrix(role).shape
+        problem = method.unsupported_shape((m, n), parameter.options)
+        if is_tied_between_stages(parameter.parameter):
             problem = "a weight that stages of a pipeline share is not projected, as its copies would drift apart"
         if problem is not None:
-            misfits.setdefault(f"{m} x {n}: {problem}", []).append(member.tag.name)
-    if misfits:
-        lines = [f"  {problem} ({', '.join(names[:2])}; {len(names)} in all)" for problem, names in misfits.items()]
+            refused.setdefault(f"{m} x {n}: {problem}", []).append(parameter.tag.name)
+    if refused:
+        lines = [f"  {problem} ({', '.join(names[:2])}; {len(names)} in all)" for problem, names in refused.items()]
         advice = "Change the option, give some of them a parameter group of their own, or put them in exclude_modules."
         raise ConfigError("\n".join([f"{method.name} cannot step these matrices:", *lines, advice]))

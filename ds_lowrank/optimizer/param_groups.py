@@ -1,20 +1,28 @@
 """The caller's parameter groups: their options validated, their parameters known by name.
 
-DeepSpeed replaces the parameters in an optimizer's groups. What the groups were built with is kept here.
+DeepSpeed replaces the parameters in an optimizer's groups. What the groups were built with is kept here, together with
+the validated options of each group: the group's dict is where a scheduler or a user changes a value, and the options
+are its validated image, rebuilt only if a value has changed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.optimizer.logical_parameters import LogicalParameter, check_fit, logical_parameters_of, matchable_names
+from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.optimizer.logical_parameters import (
+    LogicalParameter,
+    check_shapes,
+    logical_parameters_of,
+    matchable_names,
+)
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.roles import check_patterns
 from ds_lowrank.placement.grid import Grid
@@ -28,32 +36,34 @@ UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr
 
 
 class ParameterGroups:
-    """All groups of one optimizer.
+    """All parameter groups of one optimizer.
 
     Args:
         method: of the optimizer.
         given: the options it was built with, which a group may override.
-        grid: as it is when it is asked for.
+        grid: returns the current grid: AutoTP may create its groups after the optimizer.
 
     Attributes:
         param_groups: the optimizer's groups that have something to train.
-        parameters: the trainable parameters each of them was built with.
+        parameters: for each of them, the trainable parameters it was built with.
     """
 
     def __init__(self, method: type[Method], given: Mapping[str, Any], grid: Callable[[], Grid]) -> None:
         self._method, self._given, self._grid = method, given, grid
+        self._keys = tuple(method.Options.model_fields)
         self._tags: dict[torch.Tensor, Tag] = {}
         self._names: list[str] = []
         self._patterns: list[tuple[list[str], str, str]] = []
+        self._validated: dict[int, tuple[dict[str, Any], Options]] = {}
         self.param_groups: list[dict[str, Any]] = []
         self.parameters: list[list[torch.nn.Parameter]] = []
 
-    def validated(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group with validated options, and of its parameters, plain, those that have something to train.
+    def validated(self, group: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+        """A group with validated options and, of its parameters, those that have something to train.
 
         Raises:
-            ConfigError: an option is wrong, a parameter has no name or a dtype that is not trained, a matrix does not
-                fit the method.
+            ConfigError: an option is wrong, a parameter has no name or a dtype that is not trained, or a matrix does
+                not fit the method.
         """
         given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
         options = parse_options(self._method, {**self._given, **given})
@@ -73,24 +83,22 @@ class ParameterGroups:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
         grid = self._grid()
-        check_fit(
-            self._method,
-            [m for p in trained for m in logical_parameters_of(p, self._tags[p], group, options, {}, grid)],
-        )
-        values = {key: getattr(options, key) for key in self._method.Options.model_fields}
-        return {**group, **values, "params": trained}
+        found = [logical_parameters_of(p, self._tags[p], group, options, {}, grid) for p in trained]
+        check_shapes(self._method, [one for of_parameter in found for one in of_parameter])
+        return {**group, **{key: getattr(options, key) for key in self._keys}, "params": trained}, options
 
-    def add(self, group: dict[str, Any]) -> None:
-        """Take a validated group of the optimizer."""
+    def add(self, group: dict[str, Any], options: Options) -> None:
+        """Take a validated group of the optimizer with its options."""
         if group["params"]:
             self.param_groups.append(group)
             self.parameters.append(list(group["params"]))
+            self._validated[id(group)] = {key: group[key] for key in self._keys}, options
 
     def check(self, options: Options) -> None:
-        """What can only be judged by all groups together.
+        """Check what can only be judged by all groups together.
 
         Raises:
-            ConfigError: the method lacks something among the parameters, or a pattern matches none.
+            ConfigError: the model lacks something that the method needs, or a pattern matches no parameter.
         """
         if problem := self._method.missing_requirement(self._names, options):
             raise ConfigError(f"{self._method.name}: {problem}")
@@ -111,14 +119,14 @@ class ParameterGroups:
         return tag
 
     def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-        """Every pattern has a parameter here, or in a pipeline on some stage: that is asked when the grid is known."""
+        """Every pattern must match a parameter; in a pipeline, on some stage, which is asked once the grid is known."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._patterns += [(list(names), key, pattern) for pattern in patterns]
         else:
             check_patterns(names, key, patterns)
 
     def match_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
-        """Judge what was left open by the names here, or of every stage. Collective over the pipeline.
+        """Judge the patterns that were left open, by the names here or of every stage. Collective over the pipeline.
 
         Raises:
             ConfigError: a pattern matches no parameter.
@@ -127,32 +135,43 @@ class ParameterGroups:
             for own, key, pattern in self._patterns:
                 check_patterns(own, key, [pattern])
             return
-        stages: list[list[str]] = [[]] * dist.get_world_size(pipeline)
-        dist.all_gather_object(stages, self._names, group=pipeline)
-        names = [name for stage in stages for name in stage]
+        names = [name for stage in all_gather_object(self._names, pipeline) for name in stage]
         for _, key, pattern in self._patterns:
             check_patterns(names, key, [pattern])
 
     def options_of(self, group: dict[str, Any]) -> Options:
-        """Of a group as it is now: a scheduler changes its rate."""
-        return parse_options(self._method, {key: group[key] for key in self._method.Options.model_fields})
+        """The validated options of a group, with the values that its dict has now.
+
+        Raises:
+            ConfigError: a value that was changed since is not valid.
+        """
+        values, options = self._validated[id(group)]
+        changed = {key: group[key] for key in self._keys if group[key] != values[key]}
+        if not changed:
+            return options
+        lr = changed.get("lr")
+        if changed.keys() == {"lr"} and isinstance(lr, float) and 0 <= lr < math.inf:  # what a scheduler does
+            options = options.model_copy(update=changed)
+        else:
+            options = parse_options(self._method, {**values, **changed})
+        self._validated[id(group)] = {**values, **changed}, options
+        return options
 
     @property
     def options(self) -> dict[int, Options]:
-        """Of each group, by its id."""
+        """The validated options of every parameter group, by the group's ``id``."""
         return {id(group): self.options_of(group) for group in self.param_groups}
 
-    def members(self, state: Mapping[torch.Tensor, Any]) -> list[LogicalParameter]:
-        """Every logical matrix of every group, in order.
+    def logical_parameters(self, state: Mapping[torch.Tensor, Any]) -> list[LogicalParameter]:
+        """Every logical matrix or vector of every group, in order.
 
         Args:
-            state: the optimizer's, an empty dict for each parameter.
+            state: the optimizer's: an empty dict for each parameter.
         """
+        grid = self._grid()
         return [
-            member
-            for own, group in zip(self.parameters, self.param_groups, strict=True)
+            one
+            for own, group, options in zip(self.parameters, self.param_groups, self.options.values(), strict=True)
             for parameter in own
-            for member in logical_parameters_of(
-                *(parameter, self._tags[parameter], group, self.options_of(group), state[parameter], self._grid())
-            )
+            for one in logical_parameters_of(parameter, self._tags[parameter], group, options, state[parameter], grid)
         ]

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ds_lowrank.collectives import all_gather_object, global_rank
 from ds_lowrank.environment.apex import adamw_by
 from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.marks import is_tied_between_stages
+from ds_lowrank.sharding.reduce import Distributed, Executor
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -75,6 +79,26 @@ def take_inventory(slots: Sequence[Slot], groups: Sequence[dist.ProcessGroup]) -
     return Inventory(rows, projected, rest, copied, coded, _kernels(slots))
 
 
+def log_roles(title: str, slots: Sequence[Slot], executor: Executor, grid: Grid, is_local: bool) -> None:
+    """Log the role table on rank 0. Collective over the ranks that share state, and over the pipeline.
+
+    Args:
+        title: the method, and what DeepSpeed made of the parameters.
+        slots: of this rank.
+        executor: of the optimizer.
+        grid: tensor and pipeline parallelism.
+        is_local: whether tensor-parallel ranks project their own shards.
+    """
+    groups = [executor.group] if isinstance(executor, Distributed) else []
+    if is_local and grid.tensor is not None:
+        groups.append(grid.tensor)
+    own = take_inventory(slots, groups)
+    stages = [own] if grid.pipeline is None else all_gather_object(own, grid.pipeline)
+    if global_rank() == 0:
+        ranks = executor.size * grid.pipeline_size * (grid.tensor_size if is_local else 1)
+        logger.info("%s\n%s", title, role_table(stages, state_bytes(slots), ranks))
+
+
 def role_table(stages: Sequence[Inventory], here: tuple[int, int], world: int) -> str:
     """The table as text.
 
@@ -118,7 +142,7 @@ def _row(slot: Slot) -> Row:
     held = f", on each of {slot.copies} tensor ranks" if slot.copies > 1 else ""
     if slot.logical.placement == "local":
         held = f", as {len(slot.logical.strips)} shards apart"
-    if getattr(slot.parameter, "ds_pipe_replicated", False):
+    if is_tied_between_stages(slot.parameter):
         held += ", tied: a copy on this stage"
     if not slot.is_projected:
         return Row(name, f"AdamW ({slot.role.reason}){held}", shape, "", "")

@@ -1,14 +1,17 @@
-"""The parameters of an optimizer as a step sees them."""
+"""The parameters of an optimizer as a step finds them: one slot for each logical matrix or vector."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ds_lowrank.methods.blocks.state_spec import State, StateStore
+from ds_lowrank.methods.base import Options, State
+from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.optimizer.roles import Role
+from ds_lowrank.optimizer.step import SteppedMatrix
 from ds_lowrank.placement.parameter_names import Tag
 from ds_lowrank.placement.zero import Fragment
 from ds_lowrank.sharding.logical import Logical
@@ -20,13 +23,17 @@ class Slot:
     """One logical matrix or vector: what it is, where this rank's elements of it are, and its state.
 
     Attributes:
+        tag: its name and kind.
+        role: whether it is projected, and why.
         shape: of the whole, before any kind of parallelism.
+        group: the parameter group it is in.
+        fragment: where its elements are on this rank.
         shard: this rank's part; a parameter that is not a matrix counts as one row.
         state_store: how its state is laid out and stored.
         rank_text: the rank as the role table shows it.
         state: what the method keeps, and ``step``.
-        parameter: of the model; of a fused weight, several slots have the same.
-        logical: where what the slot steps lies in the parameter.
+        parameter: the model's parameter; several slots share that of a fused weight.
+        logical: where in the parameter the elements are that the slot steps.
         stepped: whether the last step changed it.
         perturbed: whether its gradient was taken as the method's ``ascent`` asks.
     """
@@ -47,7 +54,7 @@ class Slot:
 
     @property
     def is_projected(self) -> bool:
-        """Whether the method steps it; AdamW does otherwise."""
+        """Whether the method steps it; otherwise AdamW does."""
         return self.role.projected
 
     @property
@@ -61,30 +68,43 @@ class Slot:
         return self.state_store.rank_of(self.state) if self.is_projected else 0
 
     @property
-    def elements(self) -> int:
-        """Of the state at the start, over all ranks."""
+    def state_elements(self) -> int:
+        """Elements of its initial state, summed over ranks."""
         return self.state_store.numel
 
     @property
     def state_bytes(self) -> int:
-        """Of its tensors now, over all ranks that share it."""
+        """Bytes of its state tensors now, summed over the ranks that share it."""
         return self.state_store.nbytes(self.state)
 
     @property
     def is_fp32(self) -> bool:
-        """Whether weights and moments are stored as what they are computed in; the same on all ranks."""
+        """Whether weights and moments are stored in the dtype they are computed in; the same on all ranks."""
         return self.state_store.is_exact and self.fragment.store.dtype == torch.float32
 
     @property
     def has_begun(self) -> bool:
-        """A parameter waits for its first gradient that is not all zero.
+        """Whether it has been stepped before.
 
-        A zero matrix has no subspace, and DeepSpeed steps once with zeros while it is constructed (stage 0 in bf16 and
-        fp16).
+        A parameter waits for its first gradient that is not all zero: a zero matrix has no subspace, and DeepSpeed
+        steps once with zeros while it is constructed (stage 0 in bf16 and fp16).
         """
         return bool(self.state["step"] > 0)
 
-    def count_step(self) -> None:
-        """Note that the parameter was changed."""
-        self.state["step"] += 1
+    def in_step(self, options: Options) -> SteppedMatrix:
+        """The slot as a step takes it, with this step's gradient and weights attached.
+
+        Args:
+            options: of its group, as they are now.
+        """
+        self.shard.attach(self.fragment.gradient, self.fragment.weights)
+        return SteppedMatrix(self.shard, self.state_store, self.state, options)
+
+    def mark_stepped(self) -> None:
+        """Note that the last step changed the parameter."""
         self.stepped, self.perturbed = True, False
+
+
+def groups_of(slots: Sequence[Slot]) -> list[dict[str, Any]]:
+    """The parameter groups of some slots, each once."""
+    return list({id(slot.group): slot.group for slot in slots}.values())

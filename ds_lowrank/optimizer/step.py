@@ -1,46 +1,199 @@
+"""The order of a step, written once: the optimizer, the simulated world, the benchmarks and the docs all call it.
+
+    find the basis if it is due, project
+    stop on all ranks if any gradient is not finite
+    update the moments, lift, decay, write
+
+Nothing is changed before the decision. This file knows neither DeepSpeed nor ``torch.optim``; its inputs are matrices
+with attached gradients and weights, wherever they came from.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-from ds_lowrank.methods.blocks.options import Options
-from ds_lowrank.methods.blocks.projection import ProjectedGradient
-from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.methods.base import Method, Options, ProjectedGradient, State
+from ds_lowrank.methods.blocks.state_spec import StateStore
+from ds_lowrank.sharding.layout import Part
 from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.reduce import Request, Rounds, all_reduce_route, lockstep
 
 BUCKET_ELEMENTS = 2**28
-"""Matrices with up to so many elements of state (1 GiB in fp32) are in flight at a time."""
-
-
-T = TypeVar("T", Slot, "PendingUpdate")
+"""Matrices with up to this many elements of state (1 GiB in fp32) are in flight at a time."""
+TOO_LARGE = 1e16
+"""A gradient with an element beyond it counts as not finite: sums of its squares leave the range of fp32."""
 
 
 @dataclass
-class PendingUpdate:
-    """One projected matrix in one step.
+class SteppedMatrix:
+    """One matrix in one step.
 
     Attributes:
-        seen: what its method found in the gradient; set by the first half of the step.
+        shard: this rank's part, with this step's gradient and weights attached.
+        state_store: how its state is stored.
+        state: its state, with ``step``; changed in place.
+        options: its group's, as they are now.
+        found: what its method found in the gradient; set by the first half of the step.
+        updated: whether the step changed it.
     """
 
-    slot: Slot
+    shard: MatrixShard
+    state_store: StateStore
+    state: State
     options: Options
-    seen: ProjectedGradient = field(init=False)
+    found: ProjectedGradient = field(init=False)
+    updated: bool = False
 
     @property
-    def shard(self) -> MatrixShard:
-        return self.slot.shard
+    def state_elements(self) -> int:
+        """Elements of its initial state, summed over ranks."""
+        return self.state_store.numel
 
     @property
-    def elements(self) -> int:
-        return self.slot.elements
+    def has_begun(self) -> bool:
+        """Whether it has been stepped before. A matrix waits for its first gradient that is not zero."""
+        return bool(self.state["step"] > 0)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did.
+
+    Attributes:
+        skipped: whether it changed nothing, because a gradient was not finite.
+        refreshes: how many matrices have a new basis.
+        other_magnitudes: for each of the other gradients about its largest magnitude, the same on all ranks; zero only
+            if every element is zero.
+    """
+
+    skipped: bool
+    refreshes: int = 0
+    other_magnitudes: tuple[float, ...] = ()
+
+
+def shard_matrix(
+    method: type[Method],
+    name: str,
+    shape: tuple[int, int],
+    parts: Sequence[Part],
+    rank: int,
+    options: Options,
+    index: int = 0,
+    peers: Sequence[int] | None = None,
+) -> tuple[MatrixShard, StateStore]:
+    """One rank's part of a matrix, and how its state is stored there.
+
+    Args:
+        method: what steps the matrix.
+        name: of the matrix; seeds derive from it.
+        shape: the logical ``(m, n)``.
+        parts: what each rank of the group holds.
+        rank: this rank's position in the group.
+        options: of the matrix's group.
+        index: the matrix's number among those of the optimizer: the ranks that hold it take turns as the root of its
+            factorisations.
+        peers: the ranks that share this copy of the matrix; None for all.
+    """
+    holders = [holder for holder, part in enumerate(parts) if part.numel]
+    root = holders[index % len(holders)]
+    shard = MatrixShard(name, shape, parts, rank, method.side(shape, options), root, options.block_rows, peers)
+    return shard, StateStore(name, lambda at: method.state(shard, options, at), method.rank(shape, options))
+
+
+def all_finite(magnitudes: Sequence[float]) -> bool:
+    """Whether gradients of these magnitudes are finite, and small enough to be squared."""
+    return all(magnitude < TOO_LARGE for magnitude in magnitudes)
+
+
+def step_matrices(
+    method: type[Method],
+    matrices: Sequence[SteppedMatrix],
+    ranks: int,
+    others: Sequence[torch.Tensor] = (),
+    proceed: Callable[[Sequence[float]], bool] = all_finite,
+) -> Rounds[StepReport]:
+    """One step of some matrices, in lockstep on all ranks of a group.
+
+    Args:
+        method: what steps them.
+        matrices: in the same order on all ranks; weights and state are changed in place.
+        ranks: how many ranks the group has.
+        others: gradients of what is not projected, which take part in the decision.
+        proceed: decides, from the magnitude of each matrix's gradient and of each other one, whether the step goes on.
+            It must decide alike on all ranks, which are given the same numbers.
+    """
+    for bucket in buckets(matrices):
+        projections = yield from lockstep(method.project(m.shard, m.state, m.options) for m in bucket)
+        for matrix, found in zip(bucket, projections, strict=True):
+            matrix.found = found
+    magnitudes = yield from magnitudes_over_ranks([*(m.found.projected for m in matrices), *others], ranks)
+    if not proceed(magnitudes):
+        return StepReport(skipped=True)
+    for matrix, magnitude in zip(matrices, magnitudes, strict=False):
+        matrix.found.magnitude = magnitude
+    refreshes = 0
+    for bucket in buckets([m for m in matrices if m.has_begun or not m.found.is_zero]):
+        refreshes += yield from _update(method, bucket)
+    return StepReport(False, refreshes, tuple(magnitudes[len(matrices) :]))
+
+
+def _update(method: type[Method], bucket: Sequence[SteppedMatrix]) -> Rounds[int]:
+    """The second half of a step; how many of the matrices have a new basis."""
+    states = [matrix.state_store.decode(matrix.state) for matrix in bucket]
+    updates = yield from lockstep(
+        method.update(matrix.shard, state, matrix.options, matrix.found)
+        for matrix, state in zip(bucket, states, strict=True)
+    )
+    for matrix, state, update in zip(bucket, states, updates, strict=True):
+        lr = matrix.options.effective_lr
+        update.write_to(matrix.shard, lr, lr * matrix.options.weight_decay)
+        matrix.state_store.encode(matrix.state, state)
+        matrix.state["step"] += 1
+        matrix.updated = True
+    refreshes = sum(matrix.found.refreshed for matrix in bucket)
+    for matrix in bucket:
+        del matrix.found
+    return refreshes
+
+
+def magnitudes_over_ranks(tensors: Sequence[torch.Tensor], ranks: int) -> Rounds[list[float]]:
+    """One number for each of some tensors, of which every rank has a part: the same number on all ranks.
+
+    It is zero if all elements are, and not finite if one is not: the sum of every rank's largest magnitude, which
+    neither overflows nor underflows as a sum of squares would.
+    """
+    largest = [largest_magnitude(tensor) for tensor in tensors]
+    route = all_reduce_route(ranks, len(largest))
+    (total,) = yield [Request(route, torch.stack(largest).view(-1, 1))]
+    found: list[float] = total.view(-1).tolist()
+    return found
+
+
+def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude as a scalar, fp32: NaN if an element is, zero for no elements."""
+    if tensor.numel() == 0:
+        return torch.zeros((), device=tensor.device)
+    low, high = torch.aminmax(tensor)  # one pass, no copy; the inf-norm is forty times slower on a CPU
+    return torch.maximum(-low, high).float()
+
+
+class HasState(Protocol):
+    """Anything whose state has a size."""
+
+    @property
+    def state_elements(self) -> int:
+        """Elements of its initial state, summed over ranks."""
+
+
+T = TypeVar("T", bound=HasState)
 
 
 def buckets(items: Sequence[T]) -> list[list[T]]:
-    """Cut a sequence into runs of at most WAVE elements of state; the same cut on all ranks.
+    """Cut a sequence into buckets of at most BUCKET_ELEMENTS elements of state; the same cut on all ranks.
 
     What a step gathers of a matrix, its basis and directions, is about as large as its state at the rank it starts
     with, which is the largest.
@@ -48,22 +201,9 @@ def buckets(items: Sequence[T]) -> list[list[T]]:
     cut: list[list[T]] = []
     size = BUCKET_ELEMENTS
     for item in items:
-        if size + item.elements > BUCKET_ELEMENTS:
+        if size + item.state_elements > BUCKET_ELEMENTS:
             cut.append([])
             size = 0
         cut[-1].append(item)
-        size += item.elements
+        size += item.state_elements
     return cut
-
-
-def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    """A scalar, fp32; NaN where an element is, zero for no elements."""
-    if tensor.numel() == 0:
-        return torch.zeros((), device=tensor.device)
-    low, high = torch.aminmax(tensor)  # one pass, no copy; the inf-norm is forty times slower on a CPU
-    return torch.maximum(-low, high).float()
-
-
-def groups_of(slots: Sequence[Slot]) -> list[dict[str, Any]]:
-    """The parameter groups of some slots, each once."""
-    return list({id(slot.group): slot.group for slot in slots}.values())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ds_lowrank.placement.marks import megatron_stride
 from ds_lowrank.placement.tensor_parallel import FUSION, Fusion
 from ds_lowrank.placement.zero import unpartitioned_shape
 
@@ -97,7 +98,7 @@ def _mark_fused(module: Any) -> None:
         gate = {"gate": queries * head} if gated else {}
         tag_fused(qkv, {"q": queries * head, **gate, "k": head, "v": head})
     fc1 = getattr(getattr(module, "linear_fc1", None), "weight", None)
-    if fc1 is not None and getattr(fc1, "partition_stride", 1) == 2 and not hasattr(fc1, FUSION):
+    if fc1 is not None and megatron_stride(fc1) == 2 and not hasattr(fc1, FUSION):
         half = unpartitioned_shape(fc1)[0] // 2
         tag_fused(fc1, {"gate": half, "up": half})
 

@@ -23,6 +23,7 @@ import torch
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.marks import is_megatron_shard, megatron_stride
 from ds_lowrank.sharding.layout import Block, Range
 from ds_lowrank.sharding.logical import Logical, Strip, _concatenated_row
 
@@ -92,7 +93,7 @@ def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> l
 def _split(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tuple[int | None, tuple[int, ...]]:
     """Along which dimension a parameter is split, and every rank's size along it; None where it is not."""
     meta = getattr(parameter, AUTOTP, None)
-    if grid.tensor_size == 1 or not (meta or getattr(parameter, "tensor_model_parallel", False)):
+    if grid.tensor_size == 1 or not (meta or is_megatron_shard(parameter)):
         return None, ()
     if meta:
         if meta["replicated"] or meta["partition_dim"] is None:
@@ -117,7 +118,7 @@ def _fusion(parameter: Any, shape: tuple[int, ...]) -> Fusion | None:
     if len(shape) != 2:
         return None
     declared: Fusion | None = getattr(parameter, FUSION, None)
-    stride = int(getattr(parameter, "partition_stride", 1))
+    stride = megatron_stride(parameter)
     if declared is None and stride > 1 and getattr(parameter, "partition_dim", -1) == 0:
         return Fusion(tuple(map(str, range(stride))), (shape[0] // stride,) * stride)
     return declared

@@ -26,11 +26,6 @@ from ds_lowrank.sharding.logical import Logical
 
 NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offload_optimizer"
 
-MISSES_SHARDS = (
-    "bf16 with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel ranks but the "
-    "first out of the gradient norm. Set zero_optimization.stage to 1"
-)
-
 
 @dataclass
 class Interval:

@@ -8,10 +8,11 @@ the number of matrices. Contributions are added in rank order, so two ranks that
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from ds_lowrank.sharding.layout import Spans, length
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Program = Generator["Request | tuple[Request, ...]", Any, T]
 """One matrix: yields a request and is sent the answer, or several at once and is sent a tuple of answers."""
 Rounds = Generator[list["Request"], list[torch.Tensor], T]
@@ -128,6 +130,17 @@ def lockstep(programs: Iterable[Program[T]]) -> Rounds[list[T]]:
             index: tuple(next(received) for _ in one) if isinstance(one, tuple) else next(received)
             for index, one in asked.items()
         }
+
+
+def without_rounds(compute: Callable[P, T]) -> Callable[P, Program[T]]:
+    """Make a function that asks for no sums into a program, for use where a program is expected."""
+
+    @functools.wraps(compute)
+    def program(*args: P.args, **kwargs: P.kwargs) -> Program[T]:
+        yield from ()
+        return compute(*args, **kwargs)
+
+    return program
 
 
 def concurrently(*programs: Program[Any]) -> Program[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ every unit to r numbers, so the projected gradient has a row of ``p * r`` number
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from ds_lowrank.sharding.layout import Rectangle
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.layout import EMPTY, Part, Rectangle, whole
 from ds_lowrank.sharding.matrix import MatrixShard
 
 
@@ -52,7 +55,7 @@ class Units:
         self.shard = shard
         self.per_group, self.rows_per_group = granularity.numerator, granularity.denominator
         self.length = shard.compressed.size * self.rows_per_group // self.per_group
-        self.axis = shard.grouped(self.rows_per_group)
+        self.axis = grouped(shard, self.rows_per_group)
 
     def times(self, projection: torch.Tensor) -> torch.Tensor:
         """This rank's part of every unit times ``projection``.
@@ -123,6 +126,46 @@ class Units:
         whole_start, whole_end = -(-start // self.length) * self.length, end // self.length * self.length
         edges = {start, end} | ({whole_start, whole_end} if whole_start <= whole_end else set())
         return pairwise(sorted(edges))
+
+
+def grouped(shard: MatrixShard, every: int) -> Axis:
+    """The kept dimension of a matrix, with ``every`` consecutive rows of it taken as one."""
+    if every == 1:
+        return shard.kept
+    key = ("grouped", every)
+    if key not in shard.derived:
+        ranges = [part.rows if shard.side == "right" else part.cols for part in shard.parts]
+        held = [(lo // every, -(-hi // every)) for lo, hi in ranges]
+        shard.derived[key] = shard.axis(shard.kept.size // every, held)
+    axis: Axis = shard.derived[key]
+    return axis
+
+
+def viewed(shard: MatrixShard, shape: tuple[int, int]) -> MatrixShard:
+    """The same elements in the same storage, as a matrix of another shape.
+
+    Raises:
+        ConfigError: tensor parallelism splits the matrix, so that a rank's storage is not an interval of it.
+    """
+    key = ("viewed", shape)
+    if key not in shard.derived:
+        parts = [_viewed_part(shard, part, shape) for part in shard.parts]
+        shard.derived[key] = MatrixShard(
+            shard.name, shape, parts, shard.rank, shard.side, shard.root, shard.block_rows, shard.peers
+        )
+    view: MatrixShard = copy.copy(shard.derived[key])
+    view.attach(shard.flat_gradient, shard.weights)
+    return view
+
+
+def _viewed_part(shard: MatrixShard, part: Part, shape: tuple[int, int]) -> Part:
+    interval = part.flat_interval(shard.shape[1])
+    if interval is None:
+        raise ConfigError(
+            f"{shard.name}: tensor parallelism splits its columns, so it has no view of another shape; set left_view "
+            "to 'transpose', or tensor_parallel_projection to 'local'"
+        )
+    return whole(shape, *interval) if part.numel else EMPTY
 
 
 def _stacked(oriented: torch.Tensor, piece: Piece) -> torch.Tensor:

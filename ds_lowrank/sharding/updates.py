@@ -1,43 +1,116 @@
+"""The three forms in which a method returns its update, and how each is written into a rank's weights.
+
+The optimizer's rule is ``W <- (1 - decay) W - lr * update``, on the elements that this rank holds.
+"""
+
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ds_lowrank.sharding.layout import Rectangle
+from ds_lowrank.sharding.matrix import MatrixShard
+
+
+class Update(ABC):
+    """A direction to descend along, or the new weights themselves."""
+
+    @abstractmethod
+    def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
+        """Change ``shard.weights`` in place.
+
+        Args:
+            shard: its attached weights have any floating dtype; the arithmetic is fp32, rounded once.
+            lr: the effective learning rate of this step.
+            decay: decoupled weight decay of this step, ``lr * weight_decay``.
+        """
+
 
 @dataclass(frozen=True)
-class Factors:
-    """An update ``scale * kept @ compressed^T``, in the rows this rank holds."""
+class Factors(Update):
+    """The update ``scale * kept @ compressed^T``, never formed as a whole matrix.
+
+    Attributes:
+        kept: held kept rows x k, fp32.
+        compressed: held compressed rows x k, fp32.
+        scale: multiplies the product.
+    """
 
     kept: torch.Tensor
     compressed: torch.Tensor
     scale: float
 
+    def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
+        """Add the product to each rectangle of the weights by one ``addmm``."""
+        for rectangle, weight in zip(shard.part.rectangles, shard.views(shard.weights), strict=True):
+            by_row, by_column = self._of(shard, rectangle)
+            exact = weight.float()
+            torch.addmm(exact, by_row, by_column.T, beta=1 - decay, alpha=-lr * self.scale, out=exact)
+            if exact is not weight:
+                weight.copy_(exact)
+
+    def lifted(self, shard: MatrixShard) -> torch.Tensor:
+        """``kept @ compressed^T`` without its scale, on the elements this rank holds: flat, fp32."""
+        flat = torch.empty(shard.part.numel, device=self.kept.device)
+        for rectangle, piece in zip(shard.part.rectangles, shard.views(flat), strict=True):
+            by_row, by_column = self._of(shard, rectangle)
+            torch.mm(by_row, by_column.T, out=piece)
+        return flat
+
+    def dense(self, shard: MatrixShard) -> torch.Tensor:
+        """The update, scale included, on the elements this rank holds: flat, fp32."""
+        return self.lifted(shard) * self.scale
+
+    def _of(self, shard: MatrixShard, rectangle: Rectangle) -> tuple[torch.Tensor, torch.Tensor]:
+        by_row, by_column = self.kept, self.compressed
+        if shard.side == "left":
+            by_row, by_column = by_column, by_row
+        return by_row[shard.held_rows(rectangle)], by_column[shard.held_columns(rectangle)]
+
 
 @dataclass(frozen=True)
-class Dense:
-    """An update that is not a product of two factors.
+class Dense(Update):
+    """The update ``scale * make()``, for what is not a product of two factors.
 
     Attributes:
-        make: computes it for the elements this rank holds, flat, fp32. Called once, when it is written, so that one
-            matrix at a time is dense.
+        make: computes it on the elements this rank holds: flat, fp32. It is called once, when the update is written,
+            so that only one matrix at a time is dense.
         scale: multiplies it.
     """
 
     make: Callable[[], torch.Tensor]
     scale: float
 
+    def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
+        """Compute the elements and subtract them from the weights."""
+        if not shard.part.numel:
+            return
+        exact = shard.weights.float()
+        exact.mul_(1 - decay).sub_(self.make(), alpha=lr * self.scale)
+        if exact is not shard.weights:
+            shard.weights.copy_(exact)
+
+    def dense(self, shard: MatrixShard) -> torch.Tensor:
+        """The update, scale included, on the elements this rank holds: flat, fp32."""
+        return self.make() * self.scale
+
 
 @dataclass(frozen=True)
-class NewWeights:
-    """The new weights themselves, where they are no sum of the old ones and an update: rate and decay are applied.
+class NewWeights(Update):
+    """The new weights, for a method whose step is not a sum of the old ones and a direction.
+
+    The method has applied the learning rate and the decay itself.
 
     Attributes:
-        make: computes them for the elements this rank holds, flat, fp32. Called once, when they are written.
+        make: computes them on the elements this rank holds: flat, fp32. It is called once, when they are written.
     """
 
     make: Callable[[], torch.Tensor]
 
-
-Update = Factors | Dense | NewWeights
+    def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
+        """Replace the weights."""
+        if shard.part.numel:
+            shard.weights.copy_(self.make())

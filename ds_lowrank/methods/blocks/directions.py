@@ -115,11 +115,4 @@ class FullSpace(Directions):
         return float(torch.linalg.vector_norm(coordinates, dtype=torch.float64).square())
 
     def to_matrix(self, coordinates: torch.Tensor) -> Dense:
-        def elements() -> torch.Tensor:
-            pieces = [
-                coordinates[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1)
-                for r in self.shard.part.rectangles
-            ]
-            return torch.cat([coordinates.new_empty(0), *pieces])
-
-        return Dense(elements, 1.0)
+        return Dense(lambda: self.shard.elements_of(coordinates), 1.0)

@@ -15,7 +15,7 @@ from ds_lowrank.sharding.updates import Dense, Update
 
 
 def full_rank_state(shard: MatrixShard, options: Options) -> StateSpec:
-    """Two moments of every element."""
+    """Both moments of every element."""
     return {
         "exp_avg": options.first_moment_spec(shard.elements, 1),
         "exp_avg_sq": options.second_moment_spec(shard.elements, 1),
@@ -23,14 +23,20 @@ def full_rank_state(shard: MatrixShard, options: Options) -> StateSpec:
 
 
 def full_rank_adam(
-    shard: MatrixShard, state: State, options: Options, step: int, gradient: Callable[[], torch.Tensor]
+    shard: MatrixShard, state: State, options: Options, gradient: Callable[[], torch.Tensor]
 ) -> Program[Update]:
-    """Adam's direction. Each rank's elements are its own, so that nothing is sent, unless runs of them share a scale.
+    """Adam's direction on single elements.
+
+    Each rank steps the elements it holds, so nothing is exchanged, unless moments are quantized in blocks that two
+    ranks share.
 
     Args:
-        step: 0 for the first step.
-        gradient: computes it for the elements that this rank holds, flat, fp32.
+        shard: the matrix.
+        state: with both moments, which are updated, and ``step``, the number of steps so far.
+        options: with ``betas`` and ``eps``.
+        gradient: computes the gradient on the elements that this rank holds: flat, fp32.
     """
+    step = state["step"]
 
     def direction(owned: torch.Tensor) -> torch.Tensor:
         return adam(state["exp_avg"], state["exp_avg_sq"], owned, options.betas, options.eps, step + 1)

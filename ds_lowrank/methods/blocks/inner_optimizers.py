@@ -17,7 +17,7 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, without_rounds
 
 InnerOptimizerName = Literal["adamw", "adafactor", "lion", "sgd"]
 
@@ -69,12 +69,12 @@ class Adam(InnerOptimizer):
             self._key("exp_avg_sq"): self.options.second_moment_spec(axis, columns),
         }
 
+    @without_rounds
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
-    ) -> Program[torch.Tensor]:
+    ) -> torch.Tensor:
         first, second = state[self._key("exp_avg")], state[self._key("exp_avg_sq")]
         return adam(first, second, gradient, self.options.betas, self.options.eps, step)
-        yield  # a program without rounds
 
     def rotate(self, state: State, rotation: torch.Tensor) -> None:
         rotate_first(state[self._key("exp_avg")], rotation)
@@ -91,11 +91,11 @@ class Lion(InnerOptimizer):
     def state(self, shard: MatrixShard, axis: Axis, columns: int) -> StateSpec:
         return {self._key("exp_avg"): self.options.first_moment_spec(axis, columns)}
 
+    @without_rounds
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
-    ) -> Program[torch.Tensor]:
+    ) -> torch.Tensor:
         return self.interpolated(state, gradient).sign()
-        yield  # a program without rounds
 
     def interpolated(self, state: State, gradient: torch.Tensor) -> torch.Tensor:
         beta1, beta2 = self.options.betas
@@ -116,16 +116,16 @@ class SGD(InnerOptimizer):
             return {}
         return {self._key("momentum_buffer"): self.options.first_moment_spec(axis, columns)}
 
+    @without_rounds
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
-    ) -> Program[torch.Tensor]:
+    ) -> torch.Tensor:
         if self.momentum == 0:
             return gradient
         buffer = state[self._key("momentum_buffer")]
         moved = torch.add(gradient, buffer, alpha=self.momentum)
         buffer.copy_(moved)
         return moved
-        yield  # a program without rounds
 
     def rotate(self, state: State, rotation: torch.Tensor) -> None:
         if self.momentum:

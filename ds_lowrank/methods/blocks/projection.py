@@ -1,32 +1,61 @@
+"""What the first half of a step finds in a gradient, and how squares stay in the range of fp32.
+
+Squares of numbers below 1e-19 or above 1e19 leave the range of fp32, and gradients of such sizes occur (loss scaling, a
+stalled layer). A norm or an inner product is therefore taken of the gradient over its *safe scale*, a number of about
+its largest magnitude that is the same on all ranks; what is computed from it is scaled back, or does not depend on it.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
+from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.reduce import Program
+
+SMALLEST_SCALE = 1e-36
+
 
 @dataclass
 class ProjectedGradient:
-    """What ``project`` found.
+    """What ``project`` found in a gradient.
 
     Attributes:
-        projected: this rank's share of the projected gradient, fp32. Over all ranks it is finite and not zero where
-            the gradient is.
-        refreshed: whether a new basis (or projection) belongs to this step. ``update`` takes it back where it keeps
-            the old one.
-        magnitude: about its largest magnitude, the same number on all ranks; zero exactly where all of it is. The
+        projected: this rank's rows of the projected gradient, fp32. Over all ranks it is finite, and not zero, exactly
+            where the gradient is.
+        due: whether a new basis (or random projection) was due in this step.
+        magnitude: about its largest magnitude, the same number on all ranks; zero only if every element is zero. The
             optimizer fills it in before ``update``.
     """
 
     projected: torch.Tensor
-    refreshed: bool
+    due: bool
     magnitude: float = 1.0
 
     @property
     def is_zero(self) -> bool:
+        """Whether the gradient is zero, on all ranks."""
         return self.magnitude == 0
 
     @property
+    def refreshed(self) -> bool:
+        """Whether this step has a new basis."""
+        return self.due
+
+    @property
     def safe_scale(self) -> float:
-        """What to divide by before squaring, so that no square leaves the range of fp32."""
-        return max(self.magnitude, 1e-36) if self.magnitude else 1.0
+        """What to divide the gradient by before squaring; 1 for a gradient of zeros."""
+        return max(self.magnitude, SMALLEST_SCALE) if self.magnitude else 1.0
+
+
+def safe_scale_of(shard: MatrixShard) -> Program[torch.Tensor]:
+    """The safe scale of a gradient that has not been projected yet: 1 x 1, fp32, the same bits on all ranks."""
+    largest = shard.flat_gradient.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
+    total: torch.Tensor = yield shard.all_reduce(largest.float().view(1, 1))
+    return total.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def safe_ratio(numerator: torch.Tensor, denominator: torch.Tensor, otherwise: float = 0.0) -> torch.Tensor:
+    """The elementwise quotient, and ``otherwise`` where the denominator is zero. Any shapes that broadcast."""
+    return torch.where(denominator == 0, otherwise, numerator / denominator)

@@ -1,4 +1,4 @@
-"""What the methods with a stored basis and a free choice of inner optimizer share: GaLore's Algorithm 1."""
+"""What methods with a stored basis share: projecting on it, descending in it, and choosing the inner optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ds_lowrank.sharding.updates import Dense, Factors
 
 
 class SubspaceOptions(Options):
-    """The keys of GaLore and Online Subspace Descent."""
+    """The keys that GaLore, GradNormLoRP and Online Subspace Descent share."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "inner")
 
@@ -28,11 +28,12 @@ class SubspaceOptions(Options):
     inner: InnerOptimizerName = "adamw"
     """rho: what turns the projected gradient into a direction."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """Of ``inner`` ``sgd``."""
+    """The momentum of ``inner`` ``sgd``."""
     lion_sign: Literal["subspace", "original"] = "subspace"
     """Where ``inner`` ``lion`` takes its sign: before the lift (the paper), or after it (the official code)."""
 
     def model_post_init(self, context: Any) -> None:
+        """Refuse options of an inner optimizer that was not chosen."""
         super().model_post_init(context)
         if self.momentum and self.inner != "sgd":
             raise ValueError(f"momentum belongs to inner 'sgd', inner is {self.inner!r}: remove one of them")
@@ -41,48 +42,74 @@ class SubspaceOptions(Options):
 
     @property
     def inner_optimizer(self) -> InnerOptimizer:
+        """The optimizer named by ``inner``."""
         return make_inner_optimizer(self.inner, self, momentum=self.momentum)
 
 
 @dataclass
 class Projection(ProjectedGradient):
-    """``projected``: owned kept rows x rank, ``R = H Q``.
+    """A projection on a basis: ``projected`` is ``R = H Q``, owned kept rows x rank.
 
     Attributes:
-        own: owned compressed rows x rank: this rank's rows of the basis.
-        basis: held compressed rows x rank, fp32: the rows of the basis that this rank computes with.
+        own: the rows of the basis that this rank owns: owned compressed rows x rank, fp32.
+        basis: the rows of the basis that this rank computes with: held compressed rows x rank, fp32.
     """
 
     own: torch.Tensor = field(kw_only=True)
     basis: torch.Tensor = field(kw_only=True)
 
+    @property
+    def refreshed(self) -> bool:
+        """Whether this step has a new basis. No subspace can be read off a gradient of zeros: the old one stays."""
+        return self.due and not self.is_zero
+
 
 def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> StateSpec:
-    """The basis, and the moments of the inner optimizer."""
+    """The state of a basis and its inner optimizer: compressed x rank, and the moments, kept x rank."""
     return {"basis": TensorSpec(shard.compressed, rank), **options.inner_optimizer.state(shard, shard.kept, rank)}
 
 
-def project_on(shard: MatrixShard, own: torch.Tensor, refreshed: bool) -> Program[Projection]:
-    """``R = H Q`` for a basis of which this rank owns ``own``."""
+def project_on(shard: MatrixShard, own: torch.Tensor, due: bool) -> Program[Projection]:
+    """``R = H Q``.
+
+    Args:
+        shard: the matrix, with this step's gradient.
+        own: this rank's rows of ``Q``: owned compressed rows x rank, fp32.
+        due: whether it is a new basis.
+    """
     basis = yield shard.compressed.all_gather(own)
-    projected = yield shard.kept.reduce_scatter(shard.times(basis))
-    return Projection(projected, refreshed, own=own, basis=basis)
+    projected = yield shard.kept.reduce_scatter(shard.times(basis))  # R = H Q
+    return Projection(projected, due, own=own, basis=basis)
+
+
+def basis_of_step(shard: MatrixShard, state: State, found: Projection) -> Program[torch.Tensor]:
+    """The basis that this step descends in: held compressed rows x rank, fp32.
+
+    It is the one that was projected on, or, for a gradient of zeros, the stored one.
+    """
+    if found.is_zero:
+        stored: torch.Tensor = yield shard.compressed.all_gather(state["basis"])
+        return stored
+    return found.basis
 
 
 def descend(
-    shard: MatrixShard, state: State, options: SubspaceOptions, step: int, projected: torch.Tensor, basis: torch.Tensor
+    shard: MatrixShard, state: State, options: SubspaceOptions, projected: torch.Tensor, basis: torch.Tensor
 ) -> Program[Factors | Dense]:
-    """``N <- rho(R)``; the update is ``scale * N Q^T``.
+    """The update ``scale * N Q^T`` with ``N = rho(R)``.
 
     Args:
-        projected: owned kept rows x rank.
-        basis: held compressed rows x rank.
+        shard: the matrix.
+        state: with the moments of the inner optimizer, which are updated, and ``step``.
+        options: with the inner optimizer.
+        projected: ``R``, owned kept rows x rank, fp32.
+        basis: ``Q``, held compressed rows x rank, fp32.
     """
-    rule = options.inner_optimizer
-    if isinstance(rule, Lion) and options.lion_sign == "original":
-        mixed = yield shard.kept.all_gather(rule.interpolated(state, projected))
+    inner = options.inner_optimizer
+    if isinstance(inner, Lion) and options.lion_sign == "original":
+        mixed = yield shard.kept.all_gather(inner.interpolated(state, projected))
         factors = Factors(mixed, basis, options.scale)
-        return Dense(lambda: shard.lifted(factors).sign_(), options.scale)
-    direction = yield from rule.direction(shard, shard.kept, state, projected, step + 1)
+        return Dense(lambda: factors.lifted(shard).sign_(), options.scale)
+    direction = yield from inner.direction(shard, shard.kept, state, projected, state["step"] + 1)  # N = rho(R)
     direction = yield shard.kept.all_gather(direction)
     return Factors(direction, basis, options.scale)
