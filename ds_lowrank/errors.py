@@ -1,9 +1,11 @@
-"""The package's errors: each says what cannot be honoured and what to change."""
+"""The package's errors. Every message says what is wrong and what to change."""
+
+from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be honoured. Raised at start, on every rank."""
+    """A configuration that the package cannot run. Raised at the start, on every rank."""
 
 
 class CheckpointError(ValueError):
-    """A saved state that does not belong to this optimizer, model or layout."""
+    """A checkpoint or state dict that cannot be written, read, or loaded into this optimizer, model or layout."""
