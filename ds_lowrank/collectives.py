@@ -1,8 +1,11 @@
-"""What one rank of a job knows and all must act on: its errors, and small values only it should compute.
+"""Sharing errors and small Python values between ranks.
 
-Every function here is a collective over `group` (default: all ranks) once `torch.distributed` is initialised, and plain
-local code before. With NCCL each rank must have chosen its device (`torch.cuda.set_device`) first.
+Except for ``is_distributed``, ``global_rank`` and ``is_local_rank0``, every function here is a collective over
+``group`` (default: all ranks) once ``torch.distributed`` is initialised, and plain local code before that. With NCCL,
+every rank must have selected its device (``torch.cuda.set_device``) first.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,30 +18,58 @@ T = TypeVar("T")
 
 
 class RemoteError(RuntimeError):
-    """Raised on the ranks that did not fail themselves: names each rank that did, and its error."""
+    """Raised on the ranks that did not fail themselves; the message lists every rank that did, with its error."""
 
 
 def is_distributed() -> bool:
+    """Whether ``torch.distributed`` is available and initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def global_rank() -> int:
+    """This process's rank in the whole job; 0 without ``torch.distributed``."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def is_local_rank0() -> bool:
-    """True on the one process of each node that writes what the node's others read: `LOCAL_RANK` 0, else rank 0."""
+    """Whether this process is the one on its node that writes the files the other processes of the node read.
+
+    It is the process with ``LOCAL_RANK`` 0, or rank 0 of the job where ``LOCAL_RANK`` is not set.
+    """
     return int(os.environ.get("LOCAL_RANK", global_rank())) == 0
 
 
-def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Return if no rank passes an error; otherwise raise on every rank.
+def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather a small picklable value from every rank. Collective.
 
-    A rank that failed raises its own error, the others a `RemoteError` that quotes it. Every rank of `group` must call.
+    Args:
+        value: this rank's value.
+        group: the ranks that take part; None for all.
+
+    Returns:
+        The values in the order of the ranks of ``group``, the same list on every rank.
+    """
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Return if no rank passes an error; otherwise raise on every rank. Collective.
+
+    Args:
+        error: this rank's error, or None if it succeeded.
+        group: the ranks that take part; None for all.
+
+    Raises:
+        Exception: this rank's own ``error``.
+        RemoteError: this rank succeeded and another one failed; the message quotes the other's error.
     """
     if is_distributed():
         mine = None if error is None else f"rank {global_rank()}: {type(error).__name__}: {error}"
-        failures = [failure for failure in _gather(mine, group) if failure is not None]
+        failures = [failure for failure in all_gather_object(mine, group) if failure is not None]
         if error is None and failures:
             raise RemoteError("another rank failed; " + "; ".join(failures))
     if error is not None:
@@ -47,9 +78,16 @@ def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None
 
 @contextmanager
 def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the block, then raise on every rank if it raised on any.
+    """Run the block of a ``with`` statement, then raise on every rank if it raised on any. Collective.
 
-    The block must not itself contain a collective that a failing rank would skip: the others would wait in it.
+    The block itself must not contain a collective that a failing rank would skip: the other ranks would wait in it.
+
+    Args:
+        group: the ranks that take part; None for all.
+
+    Raises:
+        Exception: what the block raised on this rank.
+        RemoteError: the block succeeded on this rank and failed on another one.
     """
     error: Exception | None = None
     try:
@@ -60,7 +98,18 @@ def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """`make()` of rank 0, on every rank. For small picklable values; an error of `make` is raised on every rank."""
+    """Compute a small picklable value on rank 0 and return it on every rank. Collective.
+
+    Args:
+        make: computes the value; called on rank 0 only.
+
+    Returns:
+        The value that ``make`` returned on rank 0.
+
+    Raises:
+        Exception: on rank 0, what ``make`` raised.
+        RemoteError: on the other ranks, if ``make`` failed on rank 0.
+    """
     box: list[Any] = [None]
     with raise_on_all_ranks():
         if global_rank() == 0:
@@ -72,24 +121,29 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
 
 
 def once_per_node(make: Callable[[], T], what: str) -> T:
-    """`make()`, computed once on each node, on every rank; a `ValueError` on every rank if two nodes differ.
+    """Compute a small picklable value once per node and return it on every rank. Collective.
 
-    `what` names the value in that error.
+    Args:
+        make: computes the value; called on the local rank 0 of every node.
+        what: names the value in the error message.
+
+    Returns:
+        The value, which is the same on all nodes.
+
+    Raises:
+        ValueError: two nodes computed different values; raised on every rank.
+        RuntimeError: no process is the local rank 0 of its node.
+        Exception: what ``make`` raised on this rank.
+        RemoteError: ``make`` failed on another rank.
     """
     mine: tuple[T] | None = None
     with raise_on_all_ranks():
         if is_local_rank0():
             mine = (make(),)
-    made = [box for box in (_gather(mine, None) if is_distributed() else [mine]) if box is not None]
+    made = [box for box in all_gather_object(mine) if box is not None]
     if not made:
-        raise RuntimeError("no process leads a node: LOCAL_RANK is set on every rank but 0 on none")
+        raise RuntimeError("no process has LOCAL_RANK 0: unset LOCAL_RANK, or set it to 0 on one process of each node")
     if any(box != made[0] for box in made):
         raise ValueError(f"{what} differs between the nodes of this job; give every node the same files and packages")
     value: T = made[0][0]
     return value
-
-
-def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values

@@ -1,0 +1,1 @@
+"""Low-rank adapters on frozen weights: GradNormLoRP's parametrization, and LoRA as a baseline."""

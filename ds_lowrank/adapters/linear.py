@@ -1,9 +1,9 @@
-"""A linear layer whose weight is a magnitude times a direction, the direction with a low-rank part (arXiv 2412.19616).
+"""A linear layer whose weight is a magnitude times a direction with a low-rank update (arXiv 2412.19616).
 
     W = g * V / |V|,   V = W0 + s B A
 
-W0 is frozen; A, B and g are trained. |V| is the norm of every row of V (one magnitude an output unit) or of every
-column. Unlike DoRA in peft, which takes the norm as a constant, gradients are those of the formula.
+W0 is frozen; A, B and g are trained. |V| is the norm of every row of V (one magnitude per output unit) or of every
+column. Unlike DoRA in peft, which treats the norm as a constant, gradients are those of the full formula.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ NormAxis = Literal["output", "input"]
 
 
 class AdapterLinear(torch.nn.Module):
-    """``torch.nn.Linear`` of m x n with W = g * (W0 + s B A) / |W0 + s B A|.
+    """A linear layer with the m x n weight W = g * (W0 + s B A) / |W0 + s B A|.
 
-    It starts as the layer that it is made from: B is zero and g the norms of W0. A is uniform in +-1/sqrt(n), as LoRA
-    in peft draws it.
+    At first it computes the same as the layer that it replaces: B is zero and g contains the norms of W0. A is uniform
+    in +-1/sqrt(n), as in peft's LoRA.
 
     Args:
-        linear: the layer; its weight and bias become this module's own, frozen.
-        name: of the layer in its model, which seeds A with ``seed``.
-        rank: r, at most m and n.
-        alpha: s = alpha / r.
-        dropout: probability with which elements of the input of A are dropped. The norm is that of the whole V.
-        norm_axis: ``output`` for one magnitude a row of the weight, ``input`` for one a column.
+        linear: the layer to replace; its weight and bias become this module's own and are frozen.
+        name: the name of the layer in its model, which seeds A together with ``seed``.
+        rank: rank r of the update, at most m and n.
+        alpha: the scale of the update is s = alpha / r.
+        dropout: dropout probability on the input of A. The norm is still that of the whole V.
+        norm_axis: ``output`` for one magnitude per row of the weight, ``input`` for one per column.
+        seed: seed of A.
 
     Attributes:
-        weight: W0, m x n.
+        weight: W0, m x n, frozen.
+        bias: the bias, m numbers, frozen, or None.
         lora_A: A, r x n.
         lora_B: B, m x r.
-        magnitude: g, m numbers or, by column, n.
+        magnitude: g, m numbers (``output``) or n numbers (``input``).
+        scaling: s.
+        norm_axis: which units have a magnitude.
+        in_features: n.
+        out_features: m.
+        rank: r.
     """
 
     bias: torch.nn.Parameter | None
@@ -74,7 +81,10 @@ class AdapterLinear(torch.nn.Module):
         return 1 if self.norm_axis == "output" else 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs`` ... x n, the result ... x m: a row's factor g/|V| scales the output, a column's the input."""
+        """Apply the layer to ``inputs`` (... x n); the result is ... x m.
+
+        W is not formed: a row's factor g / |V| scales the output, a column's factor scales the input.
+        """
         factor = self._factor()
         if self.norm_axis == "input":
             inputs = inputs * factor.to(inputs.dtype)
@@ -85,21 +95,21 @@ class AdapterLinear(torch.nn.Module):
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def _factor(self) -> Tensor:
-        """g / |V|, fp32 or better. Where V is zero it is 1: the row is then plain V, has a gradient and can leave."""
+        """The factor g / |V|, in fp32 or fp64; 1 where V is zero, so that V gets a gradient and can leave zero."""
         factors = (self.lora_A, self.lora_B)
         squares: Tensor = DirectionNorms.apply(  # type: ignore[no-untyped-call]
             self.weight, *factors, self._base_squares(), self.scaling, self.norm_axis
         )
-        # Rounding can leave a negative square where B A cancels W0.
+        # Where B A cancels W0, rounding can make the square negative.
         alive = squares > 0
         norms = torch.where(alive, squares, 1.0).sqrt()
         return torch.where(alive, self.magnitude.to(norms.dtype) / norms, 1.0)
 
     def _base_squares(self) -> Tensor:
-        """Squared norms of W0, fp32: of the weight as it is now, for a cast to bf16 changes them.
+        """Squared norms of the current W0 in fp32. They change when the module is cast to bf16.
 
-        They are no buffer, which a cast of the module would round. They are remembered while the weight is the same
-        tensor unchanged; at ZeRO 3 that cannot be seen, as DeepSpeed gathers it anew for each forward.
+        They are not a buffer, as casting the module would round it. They are cached as long as the weight is the same
+        unmodified tensor. At ZeRO 3 that cannot be checked, as DeepSpeed gathers the weight for every forward pass.
         """
         weight = self.weight.detach()
         if hasattr(self.weight, "ds_id"):
@@ -110,7 +120,17 @@ class AdapterLinear(torch.nn.Module):
         return self._remembered[1]
 
     def merged(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor) -> Tensor:
-        """W of this layer for parameters that are given whole, m x n, computed in fp32, in the weight's dtype."""
+        """Compute this layer's W from gathered parameters.
+
+        Args:
+            weight: W0, m x n.
+            lora_a: A, r x n.
+            lora_b: B, m x r.
+            magnitude: g, m or n numbers.
+
+        Returns:
+            W, m x n, in the dtype of ``weight``; computed in fp32 (or in fp64 for an fp64 weight).
+        """
         dtype = _norm_dtype(weight)
         direction = weight.to(dtype) + self.scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
         norms = torch.linalg.vector_norm(direction, dim=self._dim)
@@ -119,6 +139,7 @@ class AdapterLinear(torch.nn.Module):
         return (direction * factor.unsqueeze(self._dim)).to(weight.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes and settings, for the module's ``repr``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"rank={self.rank}, scaling={self.scaling:g}, norm_axis={self.norm_axis!r}"
@@ -126,19 +147,32 @@ class AdapterLinear(torch.nn.Module):
 
 
 class DirectionNorms(torch.autograd.Function):
-    """The squared norms of the rows of V = W0 + s B A (or of its columns), without V.
+    """The squared norms of the rows (or columns) of V = W0 + s B A, computed without forming V.
 
     |V_i|^2 = |W0_i|^2 + 2 s B_i (W0 A^T)_i^T + s^2 B_i (A A^T) B_i^T
 
-    Columns are the rows of V^T = W0^T + s A^T B^T. Autograd could do it, but not without holding at ZeRO 3 on to the
-    gathered W0, of which it saves a transposed view; here the parameter itself is saved.
+    Columns are the rows of V^T = W0^T + s A^T B^T. Plain autograd would save a transposed view of W0, which at ZeRO 3
+    would keep the gathered W0 in memory. This function saves the parameter itself.
     """
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor, scaling: float, norm_axis: NormAxis
     ) -> Tensor:
-        """``weight`` m x n, ``lora_a`` r x n, ``lora_b`` m x r, ``base`` the squared norms of W0; m (n) numbers."""
+        """Compute the squared norms.
+
+        Args:
+            ctx: autograd's context.
+            weight: W0, m x n.
+            lora_a: A, r x n.
+            lora_b: B, m x r.
+            base: the squared norms of the rows or columns of W0.
+            scaling: s.
+            norm_axis: ``output`` for rows, ``input`` for columns.
+
+        Returns:
+            m numbers for rows, n for columns, in the dtype of ``base``.
+        """
         ctx.save_for_backward(weight, lora_a, lora_b)
         ctx.scaling, ctx.norm_axis = scaling, norm_axis
         w, own, other = _by_rows(weight, lora_a, lora_b, norm_axis)
@@ -149,7 +183,7 @@ class DirectionNorms(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With d_i the gradient of |V_i|^2: that of B is 2 s d (V A^T), that of A is 2 s (d B)^T V."""
+        """Gradients of A and B, where d_i is the gradient of |V_i|^2: dB = 2 s d (V A^T) and dA = 2 s (d B)^T V."""
         s = ctx.scaling
         weight, lora_a, lora_b = ctx.saved_tensors
         w, own, other = _by_rows(weight, lora_a, lora_b, ctx.norm_axis)
@@ -162,7 +196,7 @@ class DirectionNorms(torch.autograd.Function):
 
 
 def _by_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm_axis: NormAxis) -> tuple[Tensor, Tensor, Tensor]:
-    """W0, and the factors with a row and with a column for each norm's vector, so that V = W0 + s (own other)."""
+    """Orient W0 and the factors so that the norms are those of the rows of V = W0 + s (own @ other)."""
     dtype = _norm_dtype(weight)
     if norm_axis == "output":
         return weight, lora_b.to(dtype), lora_a.to(dtype)
@@ -170,10 +204,10 @@ def _by_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm_axis: NormAxis
 
 
 def _times(small: Tensor, weight: Tensor) -> Tensor:
-    """``small @ weight`` in the dtype of ``small``, where ``weight`` may have 16 bits and no copy of it is made.
+    """Compute ``small @ weight`` in the dtype of ``small`` without copying a 16-bit ``weight``.
 
-    The sums are fp32 and only their results are rounded to 16 bits: an error of 2^-9 of the cross term, which is small
-    beside |W0|^2. A power of two keeps ``small`` in the range of fp16.
+    Sums are accumulated in fp32 and only their results are rounded to 16 bits. That is a relative error of 2^-9 in the
+    cross term, which is small compared with |W0|^2. Scaling by a power of two keeps ``small`` in the range of fp16.
     """
     if small.dtype == weight.dtype:
         return small @ weight
@@ -184,7 +218,7 @@ def _times(small: Tensor, weight: Tensor) -> Tensor:
 
 
 def squared_norms(weight: Tensor, dim: int) -> Tensor:
-    """Squared norms over ``dim``, summed in fp32, or in fp64 for an fp64 weight."""
+    """Squared norms of the vectors along ``dim``, in fp32, or in fp64 for an fp64 weight."""
     norms: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=_norm_dtype(weight))
     return norms.square()
 
@@ -195,7 +229,10 @@ def _norm_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _uniform(seed: int, name: str, rank: int, columns: int) -> Tensor:
-    """rank x columns in +-1/sqrt(columns): a function of seed and name, from a stream that no sketch is drawn from."""
+    """Draw a rank x columns matrix, uniform in +-1/sqrt(columns).
+
+    It depends only on seed and name, and comes from a random stream that no sketch uses.
+    """
     generator = torch.Generator().manual_seed(name_hash(seed, name, "adapter"))
     limit = 1 / float(columns) ** 0.5
     return torch.empty(rank, columns).uniform_(-limit, limit, generator=generator)

@@ -1,4 +1,6 @@
-"""LoRA by peft, as a baseline: low-rank weights beside frozen ones, and one plain model when they are exported."""
+"""LoRA with peft, as a baseline: adding it to a model, and merging it into a plain model for the export."""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
@@ -9,15 +11,24 @@ from torch import Tensor
 
 TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 PREFIX = "base_model.model."
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # peft's name for a model's first adapter
 
 
 def add_lora(model: torch.nn.Module, task: str, rank: int, alpha: float, targets: Sequence[str] | None) -> Any:
-    """Wrap the model: its weights are frozen but for the head of a classifier, which is trained whole.
+    """Add LoRA to a model. All other weights are frozen, except the head of a classifier.
 
-    targets: names of modules, as peft takes them; None for every linear layer but the head.
+    Args:
+        model: the model.
+        task: ``classification`` or ``causal-lm``.
+        rank: rank of the update.
+        alpha: the update is scaled by alpha / rank.
+        targets: module names, in peft's notation; None for every linear layer except the head.
 
-    Raises ValueError where peft finds no such module, or is not installed.
+    Returns:
+        The model wrapped in a ``peft.PeftModel``.
+
+    Raises:
+        ValueError: peft is not installed, or it finds no such module.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -37,15 +48,22 @@ def add_lora(model: torch.nn.Module, task: str, rank: int, alpha: float, targets
 
 
 def has_lora(model: torch.nn.Module) -> bool:
-    """Whether `add_lora` made it. Does not import peft."""
+    """Whether ``add_lora`` wrapped this model. Does not import peft."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def merge(model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The plain model inside, and its weights W + (alpha / r) B A, from whole weights by the names of the wrapped one.
+    """Merge gathered weights of a wrapped model: W + (alpha / r) B A.
 
-    peft's own `merge_and_unload` needs whole weights in the modules, which ZeRO 3 does not have.
+    peft's own ``merge_and_unload`` needs whole weights in the modules, which are partitioned at ZeRO 3.
+
+    Args:
+        model: the model from ``add_lora``.
+        weights: all of its parameters, whole, keyed by name.
+
+    Returns:
+        The plain model inside, and the merged weights under its parameter names.
     """
     merged: dict[str, Tensor] = {}
     for name, weight in weights.items():

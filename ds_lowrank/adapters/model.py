@@ -1,8 +1,8 @@
-"""Give a model adapters in GradNormLoRP's parametrisation (arXiv 2412.19616), and take them out again.
+"""Adding adapters in GradNormLoRP's parametrization (arXiv 2412.19616) to a model, and merging them again.
 
-Any model of ``torch.nn.Linear`` layers will do, built under ``zero.Init`` or not. Its linear layers get adapters, newly
-initialised task heads stay trainable, and everything else is frozen. Merged, the weights are those of the original
-architecture, under the original names.
+This works for any model with ``torch.nn.Linear`` layers, whether or not it was built under ``zero.Init``. Linear layers
+get adapters, newly initialised task heads stay trainable, and everything else is frozen. Merging restores the original
+architecture and parameter names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ds_lowrank.placement.parameter_names import Tag, matches, output_layers, ta
 __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
 
 TASK_HEADS = ("score", "classifier", "qa_outputs")
-"""Heads that a pre-trained model does not bring: what Hugging Face calls them in models for classification."""
+"""Hugging Face's names for the heads of classification models, which pre-trained checkpoints do not contain."""
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "magnitude")
 
 
@@ -39,43 +39,48 @@ def add_adapters(
     modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Replace linear layers by :class:`AdapterLinear`, in place; the model computes what it did. Collective at ZeRO 3.
+    """Replace linear layers by :class:`AdapterLinear`, in place. Collective at ZeRO 3.
 
-    Patterns are globs on the name of a layer's weight, of the layer, or of one component of it.
+    The model's outputs do not change at first. Patterns are globs that are matched against the name of a layer's
+    weight, the name of the layer, and each component of it.
 
     Args:
-        adapter_rank: r of the factors A (r x n) and B (m x r).
+        model: the model to modify.
+        adapter_rank: rank r of the factors A (r x n) and B (m x r).
         adapter_alpha: the low-rank part is scaled by s = adapter_alpha / adapter_rank.
-        adapter_dropout: on the input of A.
-        norm_axis: ``output`` for a magnitude for each output unit, ``input`` for each input unit.
-        target_modules: the layers; None for every linear layer but the output head.
-        exclude_modules: layers that stay as they are, frozen; they win over the targets.
-        modules_to_save: modules that stay as they are, trainable; they win over the targets. None for
-            :data:`TASK_HEADS`, where the model has them.
-        seed: of the factors A, with each layer's name.
+        adapter_dropout: dropout probability on the input of A, at least 0 and below 1.
+        norm_axis: ``output`` for one magnitude per output unit, ``input`` for one per input unit.
+        target_modules: patterns of the layers to replace; None for every linear layer except the output head.
+        exclude_modules: patterns of layers that are frozen and not replaced; they take precedence over the targets.
+        modules_to_save: patterns of modules that are trained and not replaced; they take precedence over the targets.
+            None for :data:`TASK_HEADS`, if the model has them.
+        seed: seeds the factors A, together with each layer's name.
 
     Returns:
         The names of the replaced layers.
 
     Raises:
-        ConfigError: an invalid option, a pattern that matches nothing, no layer to replace, a rank above a layer's
-            dimensions, a weight that another module shares, a model with adapters. The model is unchanged then.
+        ConfigError: an option is invalid, a pattern matches nothing, there is no layer to replace, the rank is above a
+            layer's dimensions, a weight is shared with another module, or the model already has adapters. The model
+            is then unchanged.
     """
     _check_options(adapter_rank, adapter_alpha, adapter_dropout, norm_axis)
     if has_adapters(model):
-        raise ConfigError("the model has adapters already: call merge_adapters first, or do not add them twice")
+        raise ConfigError("the model already has adapters: call merge_adapters first, or do not add them twice")
     saved = TASK_HEADS if modules_to_save is None else tuple(modules_to_save)
     linears = _linears(model)
     weights = [f"{name}.weight" for name in linears]
     if not linears:
-        raise ConfigError("adapters: the model has no torch.nn.Linear inside; they can replace no other layer")
+        raise ConfigError(
+            "adapters: the model contains no torch.nn.Linear, the only kind of layer that they can replace"
+        )
     check_patterns(weights, "target_modules", target_modules or ())
     check_patterns(weights, "exclude_modules", exclude_modules)
     check_patterns([name for name, _ in model.named_parameters()], "modules_to_save", modules_to_save or ())
     chosen = _chosen(model, linears, target_modules, (*exclude_modules, *saved))
     if not chosen:
         raise ConfigError(
-            "adapters: no linear layer is left to replace, as exclude_modules and modules_to_save win over "
+            "adapters: no linear layer is left to replace, as exclude_modules and modules_to_save take precedence over "
             f"target_modules; name some of these in target_modules: {', '.join(list(linears)[:6])}, ..."
         )
     _check_layers(model, chosen, adapter_rank)
@@ -93,19 +98,19 @@ def add_adapters(
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether :func:`add_adapters` was called on the model."""
+    """Whether the model has adapters from :func:`add_adapters`."""
     return any(isinstance(module, AdapterLinear) for module in model.modules())
 
 
 def merged_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of the original architecture from those of a model with adapters.
+    """Compute the parameters of the original architecture from gathered parameters of a model with adapters.
 
     Args:
-        model: with adapters; or without, and nothing is changed.
-        weights: all its parameters by name, whole, wherever they were gathered. The model's own are not looked at.
+        model: the model; its own parameters are not read. Without adapters, the weights are returned unchanged.
+        weights: all of its parameters, whole, keyed by name.
 
     Returns:
-        The same without A, B and g, and with W = g V / |V|, in the dtype of W0, where W0 was.
+        The parameters without A, B and g, in which W = g V / |V| replaces W0, in the dtype of W0.
     """
     merged = dict(weights)
     for name, layer in _adapters(model):
@@ -116,15 +121,18 @@ def merged_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> dic
 
 @torch.no_grad()
 def merge_adapters(model: torch.nn.Module) -> None:
-    """Replace every adapter by the ``torch.nn.Linear`` that it is, in place. What was frozen stays frozen.
+    """Replace every adapter by an equivalent ``torch.nn.Linear``, in place. Frozen parameters stay frozen.
+
+    Args:
+        model: the model to modify.
 
     Raises:
-        ConfigError: the weights are partitioned over ranks.
+        ConfigError: the weights are partitioned over ranks, as at ZeRO 3.
     """
     layers = dict(_adapters(model))
     if any(hasattr(layer.weight, "ds_id") for layer in layers.values()):
         raise ConfigError(
-            "merge_adapters needs whole weights, and at ZeRO 3 they are partitioned: gather them with "
+            "merge_adapters needs whole weights, but at ZeRO 3 they are partitioned: gather them with "
             "deepspeed.zero.GatheredParameters and pass them to merged_weights"
         )
     linears = {}
@@ -138,7 +146,7 @@ def merge_adapters(model: torch.nn.Module) -> None:
 
 
 def _linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Layers that can be replaced. A subclass may compute otherwise, or have its weight read past its forward."""
+    """Layers that can be replaced. Subclasses are left out: they may compute something else or bypass ``forward``."""
     return {name: module for name, module in model.named_modules() if name and type(module) is torch.nn.Linear}
 
 
@@ -148,7 +156,7 @@ def _chosen(
     targets: Sequence[str] | None,
     excludes: Sequence[str],
 ) -> dict[str, torch.nn.Linear]:
-    """The layers to replace, by the rule of projection, but for layers of an embedding: they are targets by default."""
+    """The layers to replace, chosen like projected parameters, except that embeddings' layers are default targets."""
     heads = output_layers(model)
 
     def is_chosen(name: str, linear: torch.nn.Linear) -> bool:
@@ -164,7 +172,7 @@ def _adapters(model: torch.nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 
 
 def _replace(model: torch.nn.Module, replacements: Mapping[int, torch.nn.Module]) -> None:
-    """Put new modules in the place of those whose ids are given, under every name that they have."""
+    """Replace modules, under every name that they have. ``replacements`` is keyed by the ``id`` of the old module."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
@@ -193,14 +201,14 @@ def _check_layers(model: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]
             )
         if owners[id(linear.weight)] > 1:
             raise ConfigError(
-                f"{name}: another module shares its weight and would not see the adapter; put it in exclude_modules"
+                f"{name}: another module shares its weight and would not use the adapter; put it in exclude_modules"
             )
         if linear.weight.is_meta:
             raise ConfigError(f"{name}: its weight is on the meta device; load the weights before adding adapters")
 
 
 def _gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
-    """Whole parameters inside the context, where ZeRO 3 has partitioned them."""
+    """A context in which parameters that ZeRO 3 has partitioned are whole."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     import deepspeed

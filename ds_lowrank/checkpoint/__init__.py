@@ -1,0 +1,1 @@
+"""Checkpoints of a run, and trained models exported as Hugging Face folders."""

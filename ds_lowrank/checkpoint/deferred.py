@@ -1,39 +1,46 @@
-"""Errors of one rank inside `engine.save_checkpoint`, put off until all ranks have left it.
+"""Deferring one rank's errors inside ``engine.save_checkpoint`` until all ranks have left it.
 
-DeepSpeed ends its save with a barrier. A rank that raises on the way, because its disk is full, never gets there and
-leaves the others waiting.
+DeepSpeed ends its save with a barrier. A rank that raises before that, for example because its disk is full, never
+reaches the barrier and leaves the other ranks waiting.
 """
+
+from __future__ import annotations
 
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import distributed
 
 
 class DeferredErrors:
-    """Within the context, writing a file never raises; `raise_first` raises what happened first, if anything did."""
+    """A context in which the engine's checkpoint writes do not raise. ``raise_first`` then raises the first error.
+
+    Args:
+        engine: the engine whose ``save_checkpoint`` is called inside the context.
+    """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._write = engine.checkpoint_engine.save
         self._errors: list[Exception] = []
 
-    def __enter__(self) -> "DeferredErrors":
+    def __enter__(self) -> DeferredErrors:
         self._engine.checkpoint_engine.save = self._save
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        del self._engine.checkpoint_engine.save  # uncovers the class's own
+        del self._engine.checkpoint_engine.save  # restores the method of the class
         if not isinstance(error, OSError):
             return False
-        # Rank 0 also copies DeepSpeed's scripts, after its own files: what the others do then is this.
+        # Rank 0 also copies DeepSpeed's scripts after its own files. If that fails, it must still do what the other
+        # ranks do at this point.
         self._errors.append(error)
         if hasattr(self._engine.optimizer, "checkpoint_event_epilogue"):
             self._engine.optimizer.checkpoint_event_epilogue()
-        distributed.barrier()
+        dist.barrier()
         return True
 
     def _save(self, state_dict: dict[str, Any], path: str) -> None:
@@ -43,5 +50,10 @@ class DeferredErrors:
             self._errors.append(error)
 
     def raise_first(self) -> None:
+        """Raise this rank's first error, if there was one.
+
+        Raises:
+            Exception: the error of the failed write, as the checkpoint engine raised it.
+        """
         if self._errors:
             raise self._errors[0]

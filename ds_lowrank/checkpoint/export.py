@@ -1,4 +1,6 @@
-"""A trained model as a Hugging Face folder."""
+"""Exporting a trained model as a Hugging Face folder."""
+
+from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
@@ -16,21 +18,30 @@ from ds_lowrank.collectives import global_rank, raise_on_all_ranks
 
 
 class Savable(Protocol):
-    """What writes files that belong to a model: a tokenizer."""
+    """Something that belongs to a model and can write its own files, such as a tokenizer."""
 
-    def save(self, directory: Path) -> None: ...
+    def save(self, directory: Path) -> None:
+        """Write the files into an existing folder."""
 
 
 def export(
     engine: DeepSpeedEngine, tokenizer: Savable | None, directory: Path, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write config.json, model.safetensors in the training dtype, and the tokenizer; replaces an earlier export.
+    """Write config.json, model.safetensors in the training dtype, and the tokenizer, replacing an earlier export.
 
-    Adapters and LoRA are merged, shards put together: the folder has the original architecture. Parameters are gathered
-    one at a time, and only rank 0 keeps them. Collective; an error of rank 0 is raised on all ranks and leaves an
-    earlier export as it was.
+    Adapters and LoRA are merged and shards are joined, so that the folder has the original architecture. Parameters are
+    gathered one at a time, and only rank 0 keeps them. Collective; an error on rank 0 is raised on all ranks and leaves
+    an earlier export unchanged.
 
-    notes: further files, name and text.
+    Args:
+        engine: the engine of the trained model.
+        tokenizer: the tokenizer, or None to write none.
+        directory: the folder to write.
+        notes: further files to write: their text, keyed by file name.
+
+    Raises:
+        OSError: on rank 0, the folder cannot be written.
+        RemoteError: on the other ranks, if rank 0 failed.
     """
     model, weights = engine.module, whole_weights(engine)
     if hasattr(model, "logical_names"):

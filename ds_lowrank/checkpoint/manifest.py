@@ -1,4 +1,9 @@
-"""manifest.json: what a checkpoint holds and which run it belongs to. Written last: only a whole checkpoint has it."""
+"""manifest.json: which files a checkpoint consists of, and which run it belongs to.
+
+It is written last, so that only a complete checkpoint has one.
+"""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Mapping
@@ -14,7 +19,23 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be equal in the run that saved a checkpoint and the run that loads it."""
+    """Settings that must be equal in the run that saved a checkpoint and the run that loads it.
+
+    Attributes:
+        model: the model's configuration, with everything else that determines its parameters.
+        optimizer: ``optimizer.type`` of the DeepSpeed configuration.
+        optimizer_params: the optimizer's options, including those from the command line.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        zero_stage: ZeRO stage, 0 to 3.
+        ranks: the number of ranks in the job.
+        tensor_parallel: degree of megatron-core's tensor parallelism.
+        autotp_size: degree of DeepSpeed's own tensor parallelism.
+        pipeline_parallel: the number of pipeline stages.
+        sequence_length: the most tokens of a sequence.
+        train_batch_size: sequences per optimizer step on all ranks together.
+        micro_batch_size: sequences per forward pass on one rank.
+        seed: the run's seed.
+    """
 
     model: dict[str, Any]
     optimizer: str
@@ -49,7 +70,13 @@ REMEDIES = {
 
 
 def write_manifest(directory: Path, identity: Identity, progress: Mapping[str, float]) -> None:
-    """List every file in `directory` with its size in bytes, beside the run's identity and its progress."""
+    """Write manifest.json: every file in ``directory`` with its size in bytes, the run's identity and its progress.
+
+    Args:
+        directory: the folder of the checkpoint, complete except for the manifest.
+        identity: identifies the run.
+        progress: how far the run is, for readers of the file.
+    """
     files = {
         str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
     }
@@ -58,7 +85,12 @@ def write_manifest(directory: Path, identity: Identity, progress: Mapping[str, f
 
 
 def check_manifest(directory: Path, identity: Identity) -> None:
-    """Raise CheckpointError unless the checkpoint is whole and belongs to a run of this identity."""
+    """Check that a checkpoint is complete and belongs to a run with this identity.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or settings differ; the message lists all differences and how to
+            remove them.
+    """
     manifest = _read(directory)
     for name, size in manifest["files"].items():
         path = directory / name
@@ -69,7 +101,7 @@ def check_manifest(directory: Path, identity: Identity) -> None:
                 f"{directory} is damaged: {name} has {path.stat().st_size} bytes instead of {size}; "
                 "resume from another checkpoint"
             )
-    # Through JSON, so that a tuple and the list it was saved as are equal.
+    # Through JSON, so that a tuple equals the list that it was saved as.
     wanted = json.loads(json.dumps(asdict(identity)))
     different = [
         f"{key}: the checkpoint has {_brief(manifest['run'].get(key), wanted[key])}, this run "
@@ -78,25 +110,29 @@ def check_manifest(directory: Path, identity: Identity) -> None:
         if manifest["run"].get(key) != wanted[key]
     ]
     if different:
-        raise CheckpointError(f"{directory} is of a different run; nothing was changed. " + "; ".join(different))
+        raise CheckpointError(f"{directory} belongs to a different run; nothing was changed. " + "; ".join(different))
 
 
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {FILE}")
+        raise CheckpointError(
+            f"{directory} is not a complete checkpoint: it has no {FILE}; resume from another checkpoint"
+        )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         format_number = manifest["format"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is damaged; resume from another checkpoint") from None
     if format_number != FORMAT:
-        raise CheckpointError(f"{path} has format {format_number}, and this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {format_number}, but this version reads format {FORMAT}: use the version that saved it"
+        )
     return manifest
 
 
 def _brief(value: Any, other: Any) -> str:
-    """Of a mapping only the entries in which it differs from the other one."""
+    """A value as text; for two mappings, only the entries that differ."""
     if not isinstance(value, dict) or not isinstance(other, dict):
         return repr(value)
     differing = sorted(key for key in value.keys() | other.keys() if value.get(key) != other.get(key))

@@ -1,4 +1,6 @@
-"""The state of every random generator of one process, as values that `torch.load(weights_only=True)` accepts."""
+"""The random generators of one process: seeding them, and saving and restoring their states."""
+
+from __future__ import annotations
 
 import random
 from typing import Any
@@ -9,13 +11,14 @@ from deepspeed.accelerator import get_accelerator
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and the accelerator."""
+    """Seed the random generators of Python, NumPy, torch and the accelerator."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def get_random_state() -> dict[str, Any]:
+    """The states of all generators, as values that ``torch.load(weights_only=True)`` accepts."""
     generator = dict(numpy.random.get_state(legacy=False))
     generator["state"] |= {"key": generator["state"]["key"].tolist()}
     state = {"python": random.getstate(), "numpy": generator, "torch": torch.get_rng_state()}
@@ -25,6 +28,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Restore the states that ``get_random_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     generator = state["numpy"]

@@ -1,14 +1,16 @@
-"""Checkpoints on disk: either whole under their own name, or not there.
+"""Checkpoints on disk. A folder with a checkpoint's name is always complete.
 
     SAVE/latest                          the newest tag, for DeepSpeed's own tools
     SAVE/zero_to_fp32.py                 DeepSpeed's script that turns a checkpoint into fp32 weights
     SAVE/global_step200/                 DeepSpeed's files
-    SAVE/global_step200/rank_0.pt        this rank's place in the data and its random state
-    SAVE/global_step200/manifest.json    what belongs to it, and to which run
+    SAVE/global_step200/rank_0.pt        rank 0's position in the data and its random state; one file per rank
+    SAVE/global_step200/manifest.json    the files of the checkpoint, and the run it belongs to
 
-A checkpoint is written in SAVE/.global_step200.partial and renamed once every rank has finished, so that a kill or a
-full disk at any moment leaves the previous one as it was. SAVE must be one directory for all ranks.
+A checkpoint is written to SAVE/.global_step200.partial and renamed once every rank has finished. A kill or a full disk
+therefore never damages the previous checkpoint. SAVE must be the same directory for all ranks.
 """
+
+from __future__ import annotations
 
 import re
 import shutil
@@ -30,7 +32,13 @@ TAG = re.compile(r"global_step(\d+)")
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps, tokens seen by all ranks, seconds spent on training steps."""
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: tokens trained on, on all ranks together.
+        seconds: time spent on training steps.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -38,7 +46,11 @@ class Progress:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step a checkpoint was saved after, read off its name; raises CheckpointError for any other name."""
+    """The step after which a checkpoint was saved, taken from its name.
+
+    Raises:
+        CheckpointError: the name is not that of a checkpoint.
+    """
     match = TAG.fullmatch(checkpoint.name)
     if match is None:
         raise CheckpointError(f"{checkpoint} is not a checkpoint: its name is not global_step followed by a number")
@@ -54,16 +66,21 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def find_checkpoint(directory: Path, choice: str) -> Path:
-    """The newest checkpoint for an empty `choice`, else the tag in `directory` or the path that it names.
+    """Find the checkpoint to resume from.
 
-    Raises CheckpointError where there is none, and where `directory` holds newer ones than the one named: the run would
-    have to overwrite them.
+    Args:
+        directory: where the run saves its checkpoints.
+        choice: a tag in ``directory``, the path of a checkpoint, or '' for the newest one in ``directory``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or ``directory`` has newer ones, which the run would have to
+            overwrite.
     """
     complete = list_checkpoints(directory)
     if not choice:
         if not complete:
             raise CheckpointError(
-                f"nothing to resume: {directory} holds no complete checkpoint; leave --resume out to start"
+                f"nothing to resume: {directory} has no complete checkpoint; leave --resume out to start"
             )
         return complete[-1]
     chosen = directory / choice if (directory / choice).is_dir() else Path(choice)
@@ -72,7 +89,7 @@ def find_checkpoint(directory: Path, choice: str) -> Path:
     newer = [path.name for path in complete if step_of(path) > step_of(chosen)]
     if newer:
         raise CheckpointError(
-            f"{directory} holds checkpoints newer than {chosen.name} ({', '.join(newer)}); to branch off there, "
+            f"{directory} has checkpoints newer than {chosen.name} ({', '.join(newer)}); to branch off there, "
             "give another --save and --output"
         )
     return chosen
@@ -86,10 +103,21 @@ def save_checkpoint(
     rank_state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Save the engine and each rank's `rank_state` after step `progress.step`; keep the `keep` newest checkpoints.
+    """Save a checkpoint after step ``progress.step`` and delete old ones. Collective.
 
-    `rank_state` must be loadable with `weights_only=True`. Collective. An error on any rank is raised on all of them as
-    a CheckpointError, and then `directory` is as it was before.
+    Args:
+        engine: its model, optimizer and scheduler are saved.
+        directory: where the run saves its checkpoints; the same directory for all ranks.
+        identity: identifies the run.
+        progress: how far the run is.
+        rank_state: this rank's own state, loadable with ``torch.load(weights_only=True)``.
+        keep: how many of the newest checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: any rank failed; raised on all ranks. ``directory`` is then unchanged.
     """
     tag = f"global_step{progress.step}"
     partial = directory / f".{tag}.partial"
@@ -114,7 +142,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
-    """Load what `save_checkpoint` wrote into a fresh engine; returns the progress and this rank's state. Collective."""
+    """Load a checkpoint of ``save_checkpoint`` into a newly built engine. Collective.
+
+    Returns:
+        The progress of the run, and this rank's own state.
+
+    Raises:
+        CheckpointError: DeepSpeed found nothing to load.
+        RemoteError: another rank failed.
+    """
     loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     with raise_on_all_ranks():
         if loaded is None:
@@ -138,7 +174,7 @@ def _prepare(directory: Path, tag: str, partial: Path) -> None:
     for leftover in (*directory.glob(".*.partial"), *directory.glob(".*.removed")):
         shutil.rmtree(leftover)
     if (directory / tag).exists():
-        raise CheckpointError(f"{directory / tag} exists already and is not overwritten; give another --save")
+        raise CheckpointError(f"{directory / tag} already exists and is not overwritten; give another --save")
     (partial / tag).mkdir(parents=True)
 
 
@@ -159,5 +195,5 @@ def _complete(directory: Path, tag: str, partial: Path, identity: Identity, prog
 
 def _prune(directory: Path, keep: int) -> None:
     for old in list_checkpoints(directory)[:-keep]:
-        removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill leaves no half of a checkpoint
+        removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill never leaves half a checkpoint
         shutil.rmtree(removed)

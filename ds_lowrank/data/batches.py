@@ -1,9 +1,11 @@
-"""Training and validation batches that do not depend on how many ranks share them.
+"""Training and validation batches whose contents do not depend on the number of ranks.
 
-The k-th global batch is one fixed list of sequences. Rank `r` of `W` takes rows `r G/W` to `(r+1) G/W` of its `G` rows,
-in order, `micro_batch_size` at a time: neither the number of ranks nor the micro batch size changes what a step sees.
-The labels of a sequence are the sequence itself; Hugging Face models shift them.
+The k-th global batch is a fixed list of sequences. Rank ``r`` of ``W`` takes rows ``r G/W`` to ``(r+1) G/W`` of its
+``G`` rows, in order, ``micro_batch_size`` at a time. Neither the number of ranks nor the micro batch size changes the
+data of a step. The labels of a sequence are the sequence itself; Hugging Face models shift them.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,11 +23,23 @@ DOCUMENTS_PER_READ = 32
 
 
 class BatchStream:
-    """An endless stream of optimizer steps.
+    """An endless stream of this rank's micro-batches, one optimizer step at a time.
 
-    Finite data: each epoch visits the blocks in a new order, drawn from (seed, epoch); the last `len(data) % G` blocks
-    of that order are left to other epochs, so that no global batch straddles two. Streams: the data set's own order,
-    again from its start when it ends; every rank reads all of it and keeps its rows.
+    Finite data are visited in a new order each epoch, drawn from (seed, epoch); the last ``len(data) % G`` blocks of
+    that order are skipped in that epoch, so that no global batch spans two epochs. Streamed data are visited in the
+    data set's own order and start again when they end; every rank reads all of them and keeps its own rows.
+
+    Args:
+        data: the packed training data.
+        global_batch_size: sequences per optimizer step, G, on all ranks together.
+        micro_batch_size: sequences per forward pass on one rank.
+        rank: this rank's place in data parallelism; ranks that share a model replica pass the same number.
+        world_size: the number of data-parallel ranks.
+        seed: seed of the order of finite data.
+
+    Raises:
+        DataError: the batch sizes do not fit together, or the data are smaller than one global batch (for streamed
+            data, this is raised by ``next_step`` when their end is reached).
     """
 
     def __init__(
@@ -38,11 +52,6 @@ class BatchStream:
         world_size: int,
         seed: int,
     ) -> None:
-        """rank, world_size: of data parallelism; ranks that share a model replica pass the same rank.
-
-        Raises DataError if the batch sizes do not fit together or the data hold less than one global batch (of a stream
-        this shows when its end is reached).
-        """
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
         self._rows = rows_of(rank, world_size, global_batch_size)
         self._micro_batch_size = micro_batch_size
@@ -61,28 +70,36 @@ class BatchStream:
 
     @property
     def step(self) -> int:
-        """How many steps have been taken."""
+        """The number of steps that have been taken."""
         return self._step
 
     @property
     def epoch(self) -> int:
-        """How many times the data have been gone through."""
+        """The number of completed passes over the data."""
         return self._order.epoch(self._step)
 
     def next_step(self) -> list[torch.Tensor]:
-        """This rank's micro-batches of the next optimizer step: int64 `[micro_batch_size, sequence_length]` each."""
+        """This rank's micro-batches of the next optimizer step.
+
+        Returns:
+            Token ids, int64 ``[micro_batch_size, sequence_length]`` per micro-batch.
+
+        Raises:
+            DataError: streamed data cannot be read, or turned out to be smaller than one global batch.
+        """
         rows = self._order.global_batch(self._step, self._rows)
         self._step += 1
         return list(torch.split(rows, self._micro_batch_size))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the same on every rank: numbers, strings, tensors (fit for `torch.load(weights_only=True)`)."""
+        """The position in the data, the same on every rank; loadable with ``torch.load(weights_only=True)``."""
         return {**self._identity, "step": self._step, "order": self._order.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the number of ranks and the micro batch size may differ from the saving run's.
+        """Go to a saved position. The number of ranks and the micro batch size may differ from those of the saving run.
 
-        Raises DataError if the data, the tokenizer, the sequence length, the global batch size or the seed differ.
+        Raises:
+            DataError: the data, tokenizer, sequence length, global batch size or seed differ.
         """
         check_position(state, self._identity)
         self._order.load_state_dict(state["order"])
@@ -90,14 +107,24 @@ class BatchStream:
 
 
 class Step(NamedTuple):
-    """One rank's part of an optimizer step: micro-batches as keyword arguments of a model; tokens on all ranks."""
+    """One rank's part of an optimizer step.
+
+    Attributes:
+        batches: micro-batches, as keyword arguments of the model.
+        tokens: the number of tokens in the step on all ranks together.
+    """
 
     batches: list[dict[str, torch.Tensor]]
     tokens: int
 
 
 class ValidationBatch(NamedTuple):
-    """tokens: int64 `[at most micro_batch_size, sequence_length]`; sequences: how many rows count, all or none."""
+    """A batch of validation sequences.
+
+    Attributes:
+        tokens: token ids, int64 ``[at most micro_batch_size, sequence_length]``.
+        sequences: how many rows count: all of them, or 0 for a batch that only keeps the ranks in step.
+    """
 
     tokens: torch.Tensor
     sequences: int
@@ -112,17 +139,24 @@ def validation_batches(
     world_size: int,
     full: bool = False,
 ) -> list[ValidationBatch]:
-    """This rank's share of at most `max_sequences` fixed sequences, each on exactly one rank, none padded.
+    """This rank's share of a fixed set of validation sequences, without padding and each on exactly one rank.
 
-    Finite data: spread evenly over the split; a stream: its first. Rank `r` holds every `world_size`-th from `r` on.
-    All ranks get the same number of batches, because a forward pass is a collective under ZeRO 3: a rank that has run
-    out gets its first batch, or the first sequence, once more with `sequences` 0, not to be counted. The mean loss over
-    all ranks is `sum(loss * sequences) / sum(sequences)`.
+    The sequences are spread evenly over finite data; of a stream they are the first ones. Rank ``r`` gets every
+    ``world_size``-th, starting at ``r``. As a forward pass is a collective under ZeRO 3, all ranks get the same number
+    of batches: a rank that has run out repeats its first batch (or the first sequence) with ``sequences`` 0. The mean
+    loss over all ranks is ``sum(loss * sequences) / sum(sequences)``.
 
-    full: whether only full batches will do, as in a pipeline, whose buffers have one size; the number of sequences is
-    then rounded down.
+    Args:
+        data: the packed validation data.
+        max_sequences: the most sequences on all ranks together.
+        micro_batch_size: sequences per forward pass on one rank.
+        rank: this rank's place in data parallelism.
+        world_size: the number of data-parallel ranks.
+        full: whether every batch must be full, as in a pipeline, whose buffers have one size; the number of sequences
+            is then rounded down.
 
-    Raises DataError if the split holds less than one sequence, or `full` batches are asked for and there is none.
+    Raises:
+        DataError: a size is below 1, the split has less than one sequence, or not enough for ``full`` batches.
     """
     if min(max_sequences, micro_batch_size) < 1:
         raise DataError("max_sequences and micro_batch_size must be 1 or more")
@@ -133,7 +167,7 @@ def validation_batches(
         if max_sequences < each:
             raise DataError(
                 f"a pipeline evaluates full batches, {micro_batch_size} x {world_size} ranks = {each} sequences, and "
-                f"{max_sequences} are held out or asked for: give more, or a smaller micro batch"
+                f"{max_sequences} are held out or requested: give more, or a smaller micro batch"
             )
         max_sequences -= max_sequences % each
     chosen = _validation_sequences(data, max_sequences)
@@ -145,7 +179,11 @@ def validation_batches(
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Raises DataError unless global = micro x accumulation steps x data-parallel ranks for a whole number of steps."""
+    """Check that the global batch is divided evenly among micro-batches and data-parallel ranks.
+
+    Raises:
+        DataError: global = micro x accumulation steps x ranks does not hold for any whole number of accumulation steps.
+    """
     if min(global_batch_size, micro_batch_size, world_size) < 1:
         raise DataError("global_batch_size, micro_batch_size and world_size must be 1 or more")
     product = micro_batch_size * world_size
@@ -159,7 +197,15 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
 
 
 def check_position(state: Mapping[str, Any], identity: Mapping[str, int | str]) -> None:
-    """Raises DataError unless the saved position `state` has the same `identity`: data, sizes and seed."""
+    """Check that a saved position belongs to the current data and settings.
+
+    Args:
+        state: the saved position.
+        identity: what must be equal in it: data, sizes and seed.
+
+    Raises:
+        DataError: something differs; the message lists all differences.
+    """
     different = [
         f"{name} was {state.get(name)!r} and is {value!r}"
         for name, value in identity.items()
@@ -174,7 +220,11 @@ def check_position(state: Mapping[str, Any], identity: Mapping[str, int | str]) 
 
 
 def rows_of(rank: int, world_size: int, global_batch_size: int) -> slice:
-    """A rank's rows of a global batch. Raises DataError for a rank that is not one of the ranks."""
+    """A rank's rows of a global batch.
+
+    Raises:
+        DataError: ``rank`` is not in 0 to ``world_size`` - 1.
+    """
     if not 0 <= rank < world_size:
         raise DataError(f"rank {rank} is not one of the {world_size} data-parallel ranks, 0 to {world_size - 1}")
     share = global_batch_size // world_size
@@ -182,7 +232,7 @@ def rows_of(rank: int, world_size: int, global_batch_size: int) -> slice:
 
 
 class _ShuffledBlocks:
-    """The order of finite data. A step number says everything about a position."""
+    """The order of finite data, in which the step number alone determines the position."""
 
     def __init__(self, data: PackedBlocks, global_batch_size: int, seed: int) -> None:
         if len(data) < global_batch_size:
@@ -204,7 +254,7 @@ class _ShuffledBlocks:
 
 
 class _StreamOrder:
-    """The order of a stream: read on, keep what a batch leaves over. Must be asked for the steps one after another."""
+    """The order of streamed data, with the tokens left over from the last batch. Steps must be taken consecutively."""
 
     def __init__(self, data: PackedStream, global_batch_size: int) -> None:
         self._data = data
@@ -253,7 +303,7 @@ class _StreamOrder:
         return tokens
 
     def _start_epoch(self, batch_tokens: int) -> None:
-        # Any batch_tokens in a row of an endlessly repeated stream of at least as many hold nothing twice.
+        # With at least batch_tokens tokens per epoch, a batch that spans two epochs contains no token twice.
         if self._epoch_tokens < batch_tokens:
             sizes = (self._global_batch_size, self._data.sequence_length)
             raise DataError(_too_small(self._data.name, f"{self._epoch_tokens} tokens", *sizes))
@@ -263,7 +313,7 @@ class _StreamOrder:
 
 
 def _validation_sequences(data: PackedBlocks | PackedStream, most: int) -> torch.Tensor:
-    """At most `most` sequences, int64 `[count, sequence_length]`, count at least one."""
+    """At most ``most`` sequences, int64 ``[count, sequence_length]``, and at least one."""
     if isinstance(data, PackedBlocks):
         count = min(most, len(data))
         chosen = data.rows(np.arange(count, dtype=np.int64) * len(data) // max(count, 1))

@@ -1,9 +1,11 @@
-"""Files that are built once and read by every later run; a reader never meets one that is half-written or damaged.
+"""Cached files that are built once and read by every later run. A reader never sees a half-written or damaged one.
 
-A file `F` stands beside `F.sha256`, the hash of its bytes. Both are written aside and renamed into place, `F` first:
-an interrupted build leaves an `F` without its hash, which counts as damaged. Processes that build the same file at the
-same time write the same bytes, and the last rename wins.
+Next to every file ``F`` there is ``F.sha256``, the hash of its bytes. Both are written to a temporary folder and then
+renamed, ``F`` first: an interrupted build leaves an ``F`` without its hash, which counts as damaged. Processes that
+build the same file concurrently write the same bytes, and the last rename wins.
 """
+
+from __future__ import annotations
 
 import logging
 import os
@@ -15,13 +17,18 @@ from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import content_hash
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ds_lowrank")
 
 
 def ensure_built(path: Path, write: Callable[[Path], None]) -> None:
-    """Leave an intact file at `path`: the one there, or the one that `write(temporary path)` makes.
+    """Make sure that there is an intact file at ``path``, building it if it is missing or damaged.
 
-    `write` must make the same bytes in every process. Raises DataError if the folder cannot be written.
+    Args:
+        path: the cached file.
+        write: writes the file to the path it is called with; must write the same bytes in every process.
+
+    Raises:
+        DataError: the folder cannot be written.
     """
     if _is_intact(path):
         return
@@ -42,10 +49,18 @@ def ensure_built(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def ensure_built_on_nodes(path: Path, write: Callable[[Path], None]) -> None:
-    """`ensure_built` by one process of each node while the others wait. Collective; an error is raised on every rank.
+    """Call :func:`ensure_built` in one process of each node while the others wait. Collective.
 
-    The wait counts against the time-out of the process group: data that take longer to build than that are best built
-    by a short run on one process first.
+    The wait counts towards the timeout of the process group: build data that take longer by a short run on one process
+    first.
+
+    Args:
+        path: the cached file.
+        write: writes the file to the path it is called with; must write the same bytes in every process.
+
+    Raises:
+        DataError: on this rank, the folder cannot be written, or nothing was built on this node.
+        RemoteError: another rank failed.
     """
     with raise_on_all_ranks():
         if is_local_rank0():

@@ -1,5 +1,7 @@
-"""The one error of the data pipeline."""
+"""The error of the data pipeline."""
+
+from __future__ import annotations
 
 
 class DataError(ValueError):
-    """The data, or the way they are named, cannot be used; the message says what to change."""
+    """Data, or a data setting, that cannot be used. The message says what to change."""

@@ -1,5 +1,7 @@
 """A checkpoint's own tokenizer, for examples of one or two texts."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,18 +15,27 @@ from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.tokenizer import load_tokenizer
 
-SEPARATOR = "\n"  # between two texts, where the tokenizer knows no special tokens for a pair
+SEPARATOR = "\n"  # between the two texts of a pair, if the tokenizer has no special tokens for pairs
 
 
 class ExampleTokenizer:
-    """A Hugging Face tokenizer with its own special tokens.
+    """A Hugging Face tokenizer that adds its own special tokens, for fine-tuning examples.
 
-    pad_id: fills short examples up; the end of text where there is no token for it.
-    vocab_size: one more than the largest id.
+    Args:
+        tokenizer: Hugging Face's tokenizer.
+        name: names it in error messages.
+
+    Attributes:
+        pad_id: the id that pads short examples; the end-of-text id if there is no padding token.
+        eos_id: the end-of-text id, or None if the tokenizer has none.
+        vocab_size: one more than the largest id.
+        max_length: the most tokens that the tokenizer is made for, or None if it does not say.
+
+    Raises:
+        DataError: the tokenizer has neither a padding nor an end-of-text token.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        """Raises DataError if there is no token to pad with."""
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise DataError(f"tokenizer {name!r} has neither pad_token nor eos_token; set one in its config")
@@ -36,12 +47,18 @@ class ExampleTokenizer:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         longest = tokenizer.model_max_length
-        self.max_length: int | None = longest if longest < 10**9 else None  # absent, it is an absurd number
+        self.max_length: int | None = longest if longest < 10**9 else None  # a huge number means "not given"
 
     def encode(self, columns: Sequence[Sequence[str]], max_length: int, segments: bool) -> list[dict[str, Any]]:
-        """`input_ids`, and with `segments` `token_type_ids`, of each example, cut to `max_length`; one or two columns.
+        """Encode examples of one or two texts with special tokens, truncated to ``max_length``.
 
-        Of a pair the longer text is cut.
+        Args:
+            columns: one or two columns of texts, all of the same length. The longer text of a pair is truncated first.
+            max_length: the most tokens of an example.
+            segments: whether to return token types, which tell the two texts of a pair apart.
+
+        Returns:
+            For each example ``input_ids`` and, with ``segments``, ``token_type_ids``: int32 ``[length]`` arrays.
         """
         if len(columns) == 2 and self._joins:
             columns = [[SEPARATOR.join(pair) for pair in zip(*columns, strict=True)]]
@@ -57,24 +74,31 @@ class ExampleTokenizer:
         ]
 
     def opening(self) -> list[int]:
-        """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        """The ids that the tokenizer puts before every text, such as a beginning-of-sequence token."""
         ids: list[int] = self._tokenizer("").input_ids
         return ids[:-1] if ids and ids[-1] == self.eos_id else ids
 
     def plain(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """The ids of each text without special tokens."""
+        """Encode texts without special tokens or truncation: one int32 ``[length]`` array per text."""
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
     def save(self, directory: Path) -> None:
-        """Write a folder that `AutoTokenizer.from_pretrained` reads."""
+        """Write the tokenizer to a folder that ``AutoTokenizer.from_pretrained`` can read."""
         self._tokenizer.save_pretrained(str(directory))
 
 
 def load_example_tokenizer(spec: str, texts: Iterator[str], vocab_size: int, cache: Path) -> ExampleTokenizer:
-    """The tokenizer of a checkpoint folder or hub name; or `bpe`, trained on `texts`, or `bytes`.
+    """Load a checkpoint's tokenizer, or make a simple one. Collective; if one rank fails, all raise.
 
-    Collective. Raises DataError, on every rank, where there is none or it cannot be used.
+    Args:
+        spec: a checkpoint folder or hub name; or ``bpe``, trained on ``texts``; or ``bytes``.
+        texts: the training texts for ``bpe``.
+        vocab_size: the most entries of a ``bpe`` tokenizer.
+        cache: the folder where a trained ``bpe`` tokenizer is cached.
+
+    Raises:
+        DataError: there is no such tokenizer, or it cannot be used.
     """
     if spec in ("bpe", "bytes"):
         made = load_tokenizer(spec, lambda: texts, vocab_size=vocab_size, cache_dir=cache)

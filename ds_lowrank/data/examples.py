@@ -1,8 +1,10 @@
-"""Encoded examples, and batches of them that do not depend on how many ranks share them.
+"""Encoded examples, in batches whose contents do not depend on the number of ranks.
 
-The k-th global batch is one fixed list of examples. Rank `r` of `W` takes examples `r G/W` to `(r+1) G/W` of its `G`,
-in order, `micro_batch_size` at a time. Each micro-batch is padded on the right to its own longest example.
+The k-th global batch is a fixed list of examples. Rank ``r`` of ``W`` takes examples ``r G/W`` to ``(r+1) G/W`` of its
+``G``, in order, ``micro_batch_size`` at a time. Each micro-batch is padded on the right to its own longest example.
 """
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +18,17 @@ from ds_lowrank.data.batches import Step, check_batch_sizes, check_position, row
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.order import EpochOrder
 
-UNLABELLED = -100  # Hugging Face's losses leave such tokens out
+UNLABELLED = -100  # Hugging Face's losses ignore tokens with this label
 
 
 class Example(NamedTuple):
-    """`input_ids`, `token_types`: int32 `[length]`; `labels`: a class, a number, or int32 `[length]` of tokens."""
+    """One encoded example.
+
+    Attributes:
+        input_ids: token ids, int32 ``[length]``.
+        labels: a class, a number to predict, or one label per token, int32 ``[length]``.
+        token_types: which text of a pair a token belongs to, int32 ``[length]``; None for models without token types.
+    """
 
     input_ids: npt.NDArray[np.int32]
     labels: int | float | npt.NDArray[np.int32]
@@ -28,12 +36,21 @@ class Example(NamedTuple):
 
     @property
     def targets(self) -> int:
-        """How many predictions count: one for a class or a number, else the labelled tokens but for the first token."""
+        """The number of predictions that count: 1 for a class or a number, else the labelled tokens after the first."""
         return int((self.labels[1:] != UNLABELLED).sum()) if isinstance(self.labels, np.ndarray) else 1
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch of Hugging Face's names: int64 `[examples, longest]`, and labels of the same shape or `[examples]`."""
+    """Pad examples to a batch of keyword arguments for a Hugging Face model.
+
+    Args:
+        examples: at least one, all of the same kind.
+        pad_id: the id that pads ``input_ids``.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, if the examples have them, ``token_type_ids``: int64
+        ``[examples, longest]``. ``labels``: of the same shape for token labels, else ``[examples]``.
+    """
     longest = max(len(example.input_ids) for example in examples)
 
     def padded(rows: Sequence[npt.NDArray[np.int32]], value: int) -> torch.Tensor:
@@ -56,7 +73,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Hash of every token and label."""
+    """Hash of the tokens and labels of all examples."""
     digest = hashlib.sha256()
     for example in examples:
         labels = example.labels.tobytes() if isinstance(example.labels, np.ndarray) else repr(example.labels).encode()
@@ -65,9 +82,21 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 class ExampleStream:
-    """An endless stream of optimizer steps over finite data, in a new order each epoch.
+    """An endless stream of optimizer steps over finite examples, in a new order each epoch.
 
-    The last `len(examples) % global_batch_size` examples of an epoch's order are left to other epochs.
+    The last ``len(examples) % global_batch_size`` examples of an epoch's order are skipped in that epoch.
+
+    Args:
+        examples: the training examples.
+        pad_id: the id that pads short examples.
+        global_batch_size: examples per optimizer step on all ranks together.
+        micro_batch_size: examples per forward pass on one rank.
+        rank: this rank's place in data parallelism.
+        world_size: the number of data-parallel ranks.
+        seed: seed of the order.
+
+    Raises:
+        DataError: the batch sizes do not fit together, or there are fewer examples than one global batch.
     """
 
     def __init__(
@@ -81,11 +110,10 @@ class ExampleStream:
         world_size: int,
         seed: int,
     ) -> None:
-        """Raises DataError if the batch sizes do not fit together or there is less than one global batch."""
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
         if len(examples) < global_batch_size:
             raise DataError(
-                f"{len(examples)} examples to train on are less than one batch of {global_batch_size}: give more data, "
+                f"{len(examples)} training examples are fewer than one batch of {global_batch_size}: give more data, "
                 "or a smaller --global-batch-size"
             )
         self._examples = examples
@@ -103,33 +131,44 @@ class ExampleStream:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps per pass over the examples."""
         return self._order.steps_per_epoch
 
     def next_step(self) -> Step:
-        """This rank's micro-batches of the next optimizer step; the tokens counted are those that are no padding."""
+        """This rank's micro-batches of the next optimizer step. Padding is not counted among its tokens."""
         chosen = [self._examples[item] for item in self._order.items(self._step)]
         self._step += 1
         own = chosen[self._rows]
         parts = [own[i : i + self._micro_batch_size] for i in range(0, len(own), self._micro_batch_size)]
         batches = [collate(part, self._pad_id) for part in parts]
         if isinstance(chosen[0].labels, np.ndarray):
-            # A mean over micro-batches and ranks of sums over this number weighs every target of the step alike.
+            # The model divides each sum by this number; the mean over micro-batches and ranks then weighs all targets
+            # of the step equally.
             targets = torch.tensor(sum(example.targets for example in chosen) / self._micro_batches)
             batches = [{**batch, "num_items_in_batch": targets} for batch in batches]
         return Step(batches, sum(len(example.input_ids) for example in chosen))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the same on every rank; fit for `torch.load(weights_only=True)`."""
+        """The position in the data, the same on every rank; loadable with ``torch.load(weights_only=True)``."""
         return {**self._identity, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises DataError if data, tokenizer, global batch size or seed differ."""
+        """Go to a saved position.
+
+        Raises:
+            DataError: the data, tokenizer, global batch size or seed differ.
+        """
         check_position(state, self._identity)
         self._step = state["step"]
 
 
 class HeldOut(NamedTuple):
-    """batch: what a model takes; examples: those in it, to be counted, or none where it only fills up."""
+    """A batch of held-out examples.
+
+    Attributes:
+        batch: keyword arguments of the model.
+        examples: the examples in the batch; empty for a batch that only keeps the ranks in step and does not count.
+    """
 
     batch: dict[str, torch.Tensor]
     examples: Sequence[Example]
@@ -138,10 +177,17 @@ class HeldOut(NamedTuple):
 def held_out_batches(
     examples: Sequence[Example], pad_id: int, *, micro_batch_size: int, rank: int, world_size: int
 ) -> list[HeldOut]:
-    """This rank's share: every `world_size`-th example from `rank` on.
+    """This rank's share of the held-out examples: every ``world_size``-th, starting at ``rank``.
 
-    All ranks get the same number of batches, because a forward pass is a collective under ZeRO 3: a rank that has run
-    out gets the first example once more, not to be counted.
+    As a forward pass is a collective under ZeRO 3, all ranks get the same number of batches: a rank that has run out
+    repeats the first example in batches that do not count.
+
+    Args:
+        examples: all held-out examples, at least one.
+        pad_id: the id that pads short examples.
+        micro_batch_size: examples per forward pass on one rank.
+        rank: this rank's place in data parallelism.
+        world_size: the number of data-parallel ranks.
     """
     own = examples[rank::world_size]
     parts = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]

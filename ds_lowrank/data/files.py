@@ -1,4 +1,6 @@
-"""Reads one local file: plain text, JSON, JSON Lines, CSV or parquet, as it is or compressed with gzip or zstandard."""
+"""Reading one local file: text, JSON, JSON Lines, CSV or parquet, uncompressed or compressed with gzip or zstandard."""
+
+from __future__ import annotations
 
 import csv
 import gzip
@@ -22,33 +24,45 @@ ROW_FORMATS = (*RECORD_FORMATS, ".csv")
 
 
 def file_format(path: Path) -> str:
-    """The suffix that says what the file holds, looking through one compression suffix: `.json` for `a.json.gz`."""
+    """The lower-case suffix that names the file's format, without a compression suffix: ``.json`` for ``a.json.gz``."""
     name = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
     return name.suffix.lower()
 
 
 def holds_records(path: Path) -> bool:
-    """True for JSON, JSON Lines and parquet; every other file is one text."""
+    """Whether the file is read as records (JSON, JSON Lines or parquet) and not as one text."""
     return file_format(path) in RECORD_FORMATS
 
 
 def read_text(path: Path) -> str:
-    """The whole file as text. Raises UnicodeDecodeError if it is not UTF-8 and DataError if it cannot be read."""
+    """Read the whole file as UTF-8 text.
+
+    Raises:
+        UnicodeDecodeError: the file is not UTF-8.
+        DataError: the file cannot be read.
+    """
     with _opened(path) as file:
         return file.read().decode("utf-8")
 
 
 def read_records(path: Path, text_field: str) -> Iterator[str]:
-    """The `text_field` of every record, in order. Raises DataError naming the record that is not usable."""
+    """Iterate over the ``text_field`` of every record, in order.
+
+    Raises:
+        DataError: the file or a record cannot be used; the message names the record.
+    """
     records = _parquet_records(path, text_field) if file_format(path) == ".parquet" else _json_records(path)
     for number, record in enumerate(records):
         yield record_text(record, text_field, f"{path}, record {number}")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All records under their column names, in order. Raises DataError naming the record that is not usable.
+    """Read all records as dicts keyed by column name, in order.
 
-    A CSV file has the names in its first line, and its values are text.
+    The first line of a CSV file names the columns, and its values are strings.
+
+    Raises:
+        DataError: the file or a record cannot be used; the message names the record.
     """
     if file_format(path) == ".csv":
         return _csv_rows(path)
@@ -71,12 +85,21 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a CSV file of UTF-8 text ({error})") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
-            raise DataError(f"{path}, record {number}: not as many values as the first line has columns; quote commas")
+            raise DataError(f"{path}, record {number}: not as many values as columns in the first line; quote commas")
     return rows
 
 
 def record_text(record: Any, text_field: str, where: str) -> str:
-    """The text of one record. Raises DataError, saying `where`, if there is none or it is not Unicode text."""
+    """The text of one record.
+
+    Args:
+        record: the parsed record.
+        text_field: the field that contains the text.
+        where: names the record in error messages.
+
+    Raises:
+        DataError: the record has no such field, or its value is not Unicode text.
+    """
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object with a {text_field!r} field, found {type(record).__name__}")
     if not isinstance(record.get(text_field), str):
@@ -86,12 +109,16 @@ def record_text(record: Any, text_field: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the text holds half of a surrogate pair ({error}); remove it") from error
+        raise DataError(f"{where}: the text contains half of a surrogate pair ({error}); remove it") from error
     return text
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex. Raises DataError if it cannot be read."""
+    """The SHA-256 of the file's bytes, in hex.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -101,14 +128,14 @@ def content_hash(path: Path) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The decompressed bytes; whatever goes wrong while they are read is a DataError."""
+    """The decompressed bytes of the file. Every failure to read them is raised as a ``DataError``."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".gz":
             with gzip.open(path, "rb") as file:
                 yield cast(IO[bytes], file)
         elif suffix == ".zst":
-            # pyarrow rather than zstandard, whose reader takes a cut-off frame for the end of the data.
+            # pyarrow rather than zstandard, whose reader mistakes a truncated frame for the end of the data.
             with io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"), 1 << 20) as file:
                 yield cast(IO[bytes], file)
         else:
@@ -119,7 +146,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _json_records(path: Path) -> Iterator[Any]:
-    """A JSON array's elements if the file starts with `[`, else one JSON value a line (blank lines are skipped)."""
+    """The elements of a JSON array if the file starts with ``[``, else one JSON value per line, skipping blank ones."""
     with _opened(path) as file:
         lines = enumerate(file, start=1)
         for number, line in lines:

@@ -1,10 +1,12 @@
-"""Functions of Python's standard library, each labelled with the package it comes from: a task that needs no download.
+"""A classification task that needs no download: functions of Python's standard library, labelled by package.
 
-Of the top-level packages the CLASSES with most functions take part, each with at most FUNCTIONS of them. A function is
-its source from `def` to its end, without the decorators and with the indentation of its own taken off. Functions inside
-functions, and those of fewer than LINES lines, do not count by themselves, and packages of tests are left out. A source
-that stands in several places counts once, at the first, in the order of paths.
+The ``CLASSES`` top-level packages with the most functions are the classes, each with at most ``FUNCTIONS`` examples. A
+function is its source from ``def`` to the end, dedented and without decorators. Nested functions, functions shorter
+than ``LINES`` lines and test packages are skipped. Source code that occurs in several files counts once, for the first
+path in sorted order.
 """
+
+from __future__ import annotations
 
 import ast
 import sysconfig
@@ -24,15 +26,21 @@ LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 
 def standard_library_functions() -> list[dict[str, str]]:
-    """One row a function, with the columns `text` and `label`, the same for every call on one version of Python.
+    """One row per function, the same rows in every call on one version of Python.
 
-    Raises DataError where the interpreter has no standard library in source.
+    Returns:
+        Rows with the columns ``text`` (source code) and ``label`` (package).
+
+    Raises:
+        DataError: the interpreter comes without the sources of its standard library.
     """
     by_package = _functions_of_packages(Path(sysconfig.get_path("stdlib")))
     largest = sorted(by_package, key=lambda package: (-len(by_package[package]), package))[:CLASSES]
     if len(largest) < 2:
-        raise DataError("this Python has no standard library in source: give --data a file of your own")
-    # The order of hashes is as good as a random one, and stays when the library gets a function more.
+        raise DataError(
+            "this Python comes without the sources of its standard library: give a file of your own as --data"
+        )
+    # The order of the hashes is as good as random, and does not change when the library gains a function.
     return [
         {"text": source, "label": package}
         for package in sorted(largest)
@@ -55,7 +63,11 @@ def _functions_of_packages(root: Path) -> dict[str, list[str]]:
 
 
 def functions_in(text: str) -> Iterator[str]:
-    """The source of every function and method in a module, outermost ones only; nothing for what does not parse."""
+    """Iterate over the sources of the outermost functions and methods of a module.
+
+    Args:
+        text: the source of the module. If it does not parse, there are no functions.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -67,7 +79,7 @@ def functions_in(text: str) -> Iterator[str]:
         assert function.end_lineno is not None
         if function.end_lineno - function.lineno + 1 >= LINES:
             own = lines[function.lineno - 1 : function.end_lineno]
-            # Not textwrap.dedent: a text of several lines inside may reach further to the left.
+            # Not textwrap.dedent: a multi-line string inside may be indented less than the function.
             indentation = own[0][: -len(own[0].lstrip())]
             yield "".join(line.removeprefix(indentation) for line in own).rstrip()
 

@@ -1,4 +1,6 @@
-"""The tasks of GLUE: which columns of the data set are the text, what is measured, on which split."""
+"""The tasks of GLUE: their text columns, metrics and validation splits."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +10,13 @@ HUB_NAME = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """`metrics`: the first decides which checkpoint is best. `validation`: splits by the prefix of their metrics."""
+    """One task of the GLUE benchmark.
+
+    Attributes:
+        columns: the text columns, one or two.
+        metrics: names in ``finetuning/metrics.py``; the first decides which checkpoint is best.
+        validation: the names of the validation splits, keyed by the prefix of their metrics.
+    """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...]

@@ -1,4 +1,6 @@
-"""Documents that are token ids already: a Megatron-LM indexed data set (`PREFIX.bin` and `PREFIX.idx`)."""
+"""Documents stored as token ids: a Megatron-LM indexed data set (``PREFIX.bin`` and ``PREFIX.idx``)."""
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
@@ -17,11 +19,13 @@ from ds_lowrank.data.split import Split, split_of
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """One split of an indexed data set.
+    """One split of a Megatron-LM indexed data set.
 
-    name: the data spec, for messages.
-    prefix: the path without `.bin` and `.idx`.
-    dataset: the `IndexedDataset`, memory-mapped.
+    Attributes:
+        name: the data spec, for messages.
+        prefix: the path without ``.bin`` and ``.idx``.
+        dataset: megatron-core's ``IndexedDataset``, memory-mapped.
+        split: the split of the documents.
     """
 
     name: str
@@ -30,13 +34,21 @@ class IndexedTokens:
     split: Split
 
     @classmethod
-    def open(cls, spec: str, split: Split) -> "IndexedTokens":
-        """Open `megatron:PREFIX`. Raises DataError without megatron-core, without the files, or on damaged ones."""
+    def open(cls, spec: str, split: Split) -> IndexedTokens:
+        """Open ``megatron:PREFIX``.
+
+        Raises:
+            DataError: megatron-core is not installed, or the files are missing or damaged.
+        """
         prefix = str(Path(spec.removeprefix("megatron:")).expanduser())
         return cls(spec, prefix, _open_indexed(spec, prefix), split)
 
     def documents(self) -> Iterator[npt.NDArray[np.integer[Any]]]:
-        """The split's documents, each a 1-D array of token ids, empty ones left out. Raises DataError if none."""
+        """Iterate over the non-empty documents of the split, each a 1-D array of token ids.
+
+        Raises:
+            DataError: the split has no documents.
+        """
         empty = True
         bounds = self.dataset.document_indices
         for number, (first, last) in enumerate(pairwise(bounds)):
@@ -50,7 +62,7 @@ class IndexedTokens:
             raise DataError(f"{self.name!r} has no {self.split} documents among its {len(bounds) - 1}; give more data")
 
     def fingerprint(self) -> str:
-        """Hash of both files' bytes and the split. Reads all of them."""
+        """Hash of both files' bytes and the split. Reads both files completely."""
         parts = [content_hash(Path(f"{self.prefix}.{suffix}")) for suffix in ("idx", "bin")]
         return hashlib.sha256(" ".join([*parts, self.split]).encode()).hexdigest()
 
@@ -73,5 +85,5 @@ def _open_indexed(spec: str, prefix: str) -> Any:
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
     found = Path(f"{prefix}.bin").stat().st_size
     if found != expected:
-        raise DataError(f"{prefix}.bin holds {found} bytes where its index says {expected}: build both again")
+        raise DataError(f"{prefix}.bin has {found} bytes, but its index says {expected}: build both files again")
     return dataset

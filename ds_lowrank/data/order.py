@@ -1,17 +1,27 @@
-"""The order in which finite data are visited: decided by the seed and the number of the step alone."""
+"""The order in which finite data are visited. It depends on nothing but the seed and the step number."""
+
+from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
 
 class EpochOrder:
-    """Global batches of `size` out of `count` items, in a new order each epoch, drawn from (seed, epoch).
+    """Global batches of item numbers, in a new random order each epoch.
 
-    The last `count % size` items of an epoch's order are left to other epochs, so that no global batch straddles two.
+    The permutation of an epoch is drawn from (seed, epoch). The last ``count % size`` items of an epoch's order are
+    skipped in that epoch, so that no global batch spans two epochs.
+
+    Args:
+        count: the number of items.
+        size: items per global batch, at most ``count``.
+        seed: seed of the permutations.
+
+    Attributes:
+        steps_per_epoch: global batches per epoch, ``count // size``.
     """
 
     def __init__(self, count: int, size: int, seed: int) -> None:
-        """`count` must be at least `size`."""
         self._count = count
         self._size = size
         self._seed = seed
@@ -19,10 +29,11 @@ class EpochOrder:
         self._drawn: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def epoch(self, step: int) -> int:
+        """The epoch that a step belongs to, both counted from 0."""
         return step // self.steps_per_epoch
 
     def items(self, step: int) -> npt.NDArray[np.int64]:
-        """The global batch of a step, counted from 0: int64 `[size]`."""
+        """The item numbers of the global batch of a step (counted from 0), int64 ``[size]``."""
         start = step % self.steps_per_epoch * self._size
         return self._permutation(self.epoch(step))[start : start + self._size]
 

@@ -1,4 +1,6 @@
-"""Documents joined end to end, an end-of-text token between them, and cut into sequences: nothing is padded."""
+"""Packing: documents joined end to end with end-of-text tokens and cut into sequences, without padding."""
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
@@ -26,12 +28,14 @@ DOCUMENTS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class PackedBlocks:
-    """Finite data: `len(self)` sequences of `sequence_length` tokens; the few tokens left at the end are dropped.
+    """Finite data as ``len(self)`` sequences of ``sequence_length`` tokens. Tokens left over at the end are dropped.
 
-    name: the data spec, for messages.
-    tokens: 1-D, unsigned integers, memory-mapped.
-    vocab_size: one more than the largest id the tokenizer has (without a tokenizer: that the data hold).
-    fingerprint: hash of the data and the tokenizer.
+    Attributes:
+        name: the data spec, for messages.
+        tokens: all token ids, a 1-D memory-mapped array of unsigned integers.
+        sequence_length: tokens per sequence.
+        vocab_size: one more than the largest id of the tokenizer or, without a tokenizer, of the data.
+        fingerprint: hash of the data and the tokenizer.
     """
 
     name: str
@@ -44,14 +48,23 @@ class PackedBlocks:
         return len(self.tokens) // self.sequence_length
 
     def rows(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Sequences by number: int64 `[len(indices), sequence_length]`."""
+        """The sequences with these numbers, int64 ``[len(indices), sequence_length]``."""
         blocks = self.tokens[: len(self) * self.sequence_length].reshape(len(self), self.sequence_length)
         return torch.from_numpy(blocks[indices].astype(np.int64))
 
 
 @dataclass(frozen=True)
 class PackedStream:
-    """Streamed data: packed while they are read (see `batches`). Fields as in `PackedBlocks`."""
+    """Streamed data, packed while they are read (see ``batches.py``).
+
+    Attributes:
+        name: the data spec, for messages.
+        stream: the documents.
+        tokenizer: encodes them.
+        sequence_length: tokens per sequence.
+        vocab_size: one more than the largest id of the tokenizer.
+        fingerprint: hash of the data and the tokenizer.
+    """
 
     name: str
     stream: TextStream
@@ -64,13 +77,21 @@ class PackedStream:
 def pack(
     source: Source, tokenizer: TextTokenizer | None, *, sequence_length: int, cache_dir: Path
 ) -> PackedBlocks | PackedStream:
-    """The source's split as sequences of `sequence_length` tokens.
+    """Turn one split of a source into sequences of tokens. Collective; if one rank fails, all raise.
 
-    Finite sources are tokenised once and kept in `cache_dir`, under the hash of the data and the tokenizer. Token ids
-    (`megatron:`) need no tokenizer; with one, each document that does not end in its end-of-text token gets one.
+    Finite sources are tokenised once and cached under the hash of the data and the tokenizer.
 
-    Collective over all ranks; an error is raised on every rank: DataError for unusable data, for text without a
-    tokenizer and for token ids that the tokenizer does not have; ValueError if the nodes of a job hold different data.
+    Args:
+        source: the documents.
+        tokenizer: encodes text. Token ids (``megatron:``) need none; with one, its end-of-text token is appended to
+            every document that does not end in it.
+        sequence_length: tokens per sequence, at least 2.
+        cache_dir: the folder of the cache.
+
+    Raises:
+        DataError: the data cannot be used, text comes without a tokenizer, token ids are outside the tokenizer's
+            vocabulary, or the sequence length is too small.
+        ValueError: the nodes of the job have different data.
     """
     if sequence_length < 2:
         raise DataError(f"sequence_length {sequence_length}: use 2 or more, the model predicts each next token")
@@ -92,19 +113,19 @@ def pack(
 
 
 def batched_documents(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Lists of documents, as many as are worth encoding at once."""
+    """Group documents into lists of ``DOCUMENTS_PER_BATCH``, which are encoded at once."""
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
         yield batch
 
 
 def encoded(documents: list[str], tokenizer: TextTokenizer) -> Iterator[Tokens]:
-    """Each document's token ids, the end-of-text token last."""
+    """Encode each document to int64 token ids that end with the end-of-text token."""
     for ids in tokenizer.encode_documents(documents):
         yield np.array([*ids, tokenizer.eos_id], dtype=np.int64)
 
 
 def _write_tokens(path: Path, source: TextFiles | IndexedTokens, tokenizer: TextTokenizer | None) -> None:
-    """Write a `.npy` of one dimension whose length is known only at its end."""
+    """Write a 1-D ``.npy`` file whose length is only known once all tokens are written."""
     narrow = tokenizer is not None and tokenizer.vocab_size <= 2**16
     dtype = np.dtype(np.uint16 if narrow else np.uint32)
     total = 0
@@ -114,7 +135,7 @@ def _write_tokens(path: Path, source: TextFiles | IndexedTokens, tokenizer: Text
             file.write(tokens.astype(dtype).tobytes())
             total += len(tokens)
         file.seek(0)
-        # NumPy leaves room in a header for a longer length.
+        # NumPy pads the header, so that a larger length fits in the same space.
         if _write_header(file, dtype, total) != start:
             raise RuntimeError("the .npy header changed its size")
 

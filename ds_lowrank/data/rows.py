@@ -1,14 +1,17 @@
-"""Where fine-tuning examples come from: `open_rows` turns a data spec into rows of training and validation.
+"""Where fine-tuning examples come from: ``open_rows`` turns a data spec into training and validation rows.
 
 | spec | rows | validation |
 |---|---|---|
-| `stdlib-functions` | functions of the standard library (see `functions`) | by source |
-| a `.jsonl`, `.json`, `.csv` or `.parquet` file | its records | a second file, else a share by what is in the row |
-| `glue:TASK` | the data set of that task, from the hub | its own split; MNLI has two |
-| `hf:NAME[:CONFIG]` | a data set of the hub, or a local folder, through `datasets` | its `validation` split |
+| ``stdlib-functions`` | functions of the standard library (see ``functions.py``) | a fraction of the rows |
+| a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file | its records | a second file, or a fraction of the rows |
+| ``glue:TASK`` | the data set of that task, from the hub | its own split; MNLI has two |
+| ``hf:NAME[:CONFIG]`` | a data set of the hub, or a local folder, through ``datasets`` | its ``validation`` split |
 
-What is held out is chosen by a hash of the row's content and the seed, so that equal rows never fall in both splits.
+A fraction of the rows is chosen by a hash of the row's contents and the seed, so that equal rows are never in both
+splits.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +34,13 @@ FUNCTIONS_HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class Rows:
-    """`validation`: by the prefix of the metrics; classes: names of whole-numbered labels, by column, where known."""
+    """The rows of both splits.
+
+    Attributes:
+        train: the training rows, dicts keyed by column name.
+        validation: the rows of each validation split, keyed by the prefix of its metrics.
+        classes: for columns of integer labels whose class names are known, those names, keyed by column.
+    """
 
     train: list[Row]
     validation: dict[str, list[Row]]
@@ -39,12 +48,17 @@ class Rows:
 
 
 def open_rows(spec: str, validation: Path | None, held_out: float, seed: int) -> Rows:
-    """The rows of both splits. Raises DataError for what is not there, cannot be read, or leaves a split empty.
+    """Read the rows of both splits. Collective: one process of each node reads first, so that only it downloads.
 
-    validation: a file for validation; only where `spec` is a file too.
-    held_out: the fraction of a single file that is held out.
+    Args:
+        spec: the data spec (see the table above).
+        validation: a file of validation rows; only if ``spec`` is a file too.
+        held_out: the fraction of a single file that is held out, 0 to 1.
+        seed: seed of the choice of the rows that are held out.
 
-    Collective: one process of each node reads first, so that only it downloads.
+    Raises:
+        DataError: the data do not exist, cannot be read, or leave a split empty.
+        RemoteError: another rank failed.
     """
     rows: Rows | None = None
     for turn in (True, False):
@@ -59,7 +73,7 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Row
     path = Path(spec).expanduser()
     local = not spec.startswith(("glue:", "hf:")) and spec != FUNCTIONS
     if validation is not None and not local:
-        raise DataError(f"{spec!r} brings its own validation split: leave --validation out")
+        raise DataError(f"{spec!r} has its own validation split: leave --validation out")
     if spec == FUNCTIONS:
         rows = _held_out(standard_library_functions(), FUNCTIONS_HELD_OUT, seed=0)
     elif spec.startswith("glue:"):
@@ -89,7 +103,7 @@ def _file(path: Path) -> list[Row]:
 
 
 def _held_out(rows: Sequence[Row], share: float, seed: int) -> Rows:
-    """Split by the hash of whole rows."""
+    """Split rows by the hash of their whole contents."""
 
     def split(row: Row) -> str:
         return split_of(f"{seed}\n{json.dumps(row, sort_keys=True, default=str)}", share)
@@ -118,7 +132,7 @@ def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping
             raise DataError(f"{spec!r}: no folder {name}")
     try:
         found = datasets.load_dataset(name, config)
-    except Exception as error:  # the library raises classes of its own, of `requests` and of the hub's client
+    except Exception as error:  # its own classes, or those of ``requests`` or the hub's client
         raise DataError(
             f"{spec!r} cannot be loaded ({type(error).__name__}: {error}); check the name and the network, or download "
             "it elsewhere and give the files"

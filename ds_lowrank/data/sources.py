@@ -1,18 +1,20 @@
-"""Where training text comes from: `open_source` turns a data spec into the documents of one split.
+"""Where training text comes from: ``open_source`` turns a data spec into the documents of one split.
 
-| spec | documents | held out for validation (see `split`) |
+| spec | documents | held out for validation (see ``split``) |
 |---|---|---|
-| `stdlib` | the `*.py` files of this interpreter's standard library | by relative path |
-| `*.jsonl`, `*.json`, `*.parquet` | one a record, its `text` field | by (file name, record number) |
-| a folder | its record files as above, any other file is one; sorted | by relative path (and record number) |
+| ``stdlib`` | the ``*.py`` files of this interpreter's standard library | by relative path |
+| ``*.jsonl``, ``*.json``, ``*.parquet`` | the ``text`` field of every record | by (file name, record number) |
+| a folder | record files as above; any other file is one document; sorted | by path (and record number) |
 | any other file | one text, cut into blocks; adjacent blocks of a split form a document | by the block's text |
-| `hf:NAME[:CONFIG]` | streamed with `datasets` from the hub or a local folder | the data set's own `validation` split |
-| `megatron:PREFIX` | token ids of `PREFIX.bin` and `PREFIX.idx` | by document number |
+| ``hf:NAME[:CONFIG]`` | streamed with ``datasets``, from the hub or a local folder | its own ``validation`` split |
+| ``megatron:PREFIX`` | token ids of ``PREFIX.bin`` and ``PREFIX.idx`` | by document number |
 
-Files may be compressed (`.gz`, `.zst`). In a folder, names that start with a dot, and text files that are not UTF-8,
-are left out. A block is a run of whole lines, at least 4096 characters, that ends at a blank line, or at 16384
-characters at the end of any line.
+Files may be compressed (``.gz``, ``.zst``). In a folder, names that start with a dot and text files that are not UTF-8
+are skipped. A block consists of whole lines. It ends at the first blank line after 4096 characters, or at the first
+line end after 16384 characters.
 """
+
+from __future__ import annotations
 
 import hashlib
 import logging
@@ -29,7 +31,7 @@ from ds_lowrank.data.indexed import IndexedTokens
 from ds_lowrank.data.split import Split, check_split, split_of
 from ds_lowrank.data.stream import TextStream
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ds_lowrank")
 
 BLOCK_CHARACTERS = 4096
 LONGEST_BLOCK_CHARACTERS = 16384
@@ -37,12 +39,15 @@ LONGEST_BLOCK_CHARACTERS = 16384
 
 @dataclass(frozen=True)
 class TextFiles:
-    """A finite, ordered set of local files.
+    """One split of a finite, ordered set of local files.
 
-    name: the data spec, for messages.
-    root: the folder the files lie in; paths below it are document keys.
-    paths: the files, in document order.
-    whole: True if a text file is one document, False if it is cut into blocks.
+    Attributes:
+        name: the data spec, for messages.
+        root: the folder of the files; document keys are paths relative to it.
+        paths: the files, in document order.
+        split: the split of the documents.
+        text_field: the field of a record that contains the text.
+        whole: True if a text file is one document, False if it is cut into blocks.
     """
 
     name: str
@@ -53,7 +58,11 @@ class TextFiles:
     whole: bool
 
     def documents(self) -> Iterator[str]:
-        """The split's documents, empty ones left out. Raises DataError on unusable data, and if there are none."""
+        """Iterate over the non-empty documents of the split.
+
+        Raises:
+            DataError: a file or record cannot be used, or the split has no documents.
+        """
         empty = True
         for path in self.paths:
             for document in filter(None, self._file_documents(path)):
@@ -63,7 +72,7 @@ class TextFiles:
             raise DataError(_no_documents(self.name, self.split))
 
     def fingerprint(self) -> str:
-        """Hash of every path and byte, the text field and the split. Reads all files."""
+        """Hash of every path and byte, the text field and the split. Reads all files completely."""
         parts = [f"{self._key(path)} {content_hash(path)}" for path in self.paths]
         return hashlib.sha256("\n".join([*parts, self.text_field, self.split, str(self.whole)]).encode()).hexdigest()
 
@@ -85,7 +94,7 @@ class TextFiles:
         try:
             yield read_text(path)
         except UnicodeDecodeError:
-            # The standard library's own tests hold a few on purpose: no news there.
+            # The standard library's own tests contain such files on purpose, which is not worth a warning.
             level = logging.DEBUG if self.name == "stdlib" else logging.WARNING
             logger.log(level, "%s is not UTF-8 text: left out", path)
 
@@ -94,13 +103,19 @@ Source = TextFiles | TextStream | IndexedTokens
 
 
 def open_source(spec: str, split: Split, *, text_field: str = "text") -> Source:
-    """The documents of one split of the data that `spec` names (the table above).
+    """Open one split of the data that ``spec`` names (see the table above).
 
-    text_field: the field (JSON, parquet, `hf:`) that holds the text.
+    Errors that only reading can reveal (a damaged archive, a record without text, no documents at all) are raised as
+    ``DataError`` while the documents are read.
 
-    Raises DataError for an unknown split, a missing path, an unreachable or unreadable data set, and a data set without
-    the split. What can only be found by reading (a damaged archive, a record without text, no document at all) raises
-    DataError while the documents are read.
+    Args:
+        spec: the data spec.
+        split: ``train`` or ``validation``.
+        text_field: the field that contains the text, in JSON, parquet and ``hf:`` data.
+
+    Raises:
+        DataError: the split is unknown, a path does not exist, or a data set cannot be reached or read or does not have
+            the split.
     """
     check_split(split)
     if spec.startswith("hf:"):
@@ -121,7 +136,10 @@ def open_source(spec: str, split: Split, *, text_field: str = "text") -> Source:
 
 
 def text_blocks(text: str, split: Split) -> Iterator[str]:
-    """The blocks of `text` that belong to `split`, adjacent ones joined. All blocks of both splits make up `text`."""
+    """Iterate over the blocks of ``text`` that belong to ``split``, adjacent ones joined.
+
+    The blocks of both splits together are exactly ``text``.
+    """
     for owner, blocks in groupby(_blocks(text), key=split_of):
         if owner == split:
             yield "".join(blocks)
@@ -144,14 +162,23 @@ def _standard_library(split: Split) -> TextFiles:
     root = Path(sysconfig.get_path("stdlib"))
 
     def left_out(name: str) -> bool:
-        # _sysconfigdata_*.py records how this interpreter was built: it differs between equal versions.
+        # _sysconfigdata_*.py records how this interpreter was built, which differs between builds of one version.
         return name in ("site-packages", "dist-packages") or name.startswith("_sysconfigdata")
 
     return TextFiles("stdlib", root, files_below(root, left_out, suffix=".py"), split, "text", whole=True)
 
 
 def files_below(root: Path, left_out: Callable[[str], bool], suffix: str = "") -> tuple[Path, ...]:
-    """Files that end in `suffix`, in the order of their relative path; `left_out` prunes names of files and folders."""
+    """Find the files below a folder, sorted by relative path.
+
+    Args:
+        root: the folder.
+        left_out: whether to skip a file, or a folder with all of its contents, given its name.
+        suffix: what the names of the files must end in.
+
+    Raises:
+        DataError: there are no such files.
+    """
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not left_out(name)]
@@ -172,6 +199,6 @@ def _no_documents(name: str, split: Split) -> str:
     if split == "train":
         return f"{name!r} holds no text to train on"
     return (
-        f"{name!r} holds no validation text: about one document in twenty is held out, by hash, and here none is;"
-        " give more documents, or a folder with files train* and validation* as hf:FOLDER"
+        f"{name!r} holds no validation text: about one document in twenty is held out, chosen by hash, and none of "
+        "these was; give more documents, or a folder with files train* and validation* as hf:FOLDER"
     )

@@ -1,9 +1,11 @@
 """Which documents are held out for validation.
 
-A document is held out when the 64-bit hash of its key falls in the lowest part of the range, by default a twentieth.
-The key is the document's own (its path, its record number, its text): adding or removing other documents moves no
-document from one split to the other.
+A document is held out when the 64-bit hash of its key is in the lowest part of the range, by default a twentieth. The
+key depends only on the document itself (its path, its record number or its text), so adding or removing other documents
+never moves a document from one split to the other.
 """
+
+from __future__ import annotations
 
 import hashlib
 from typing import Literal, get_args
@@ -16,16 +18,25 @@ HELD_OUT_FRACTION = 0.05
 
 
 def check_split(split: str) -> None:
-    """Raises DataError unless `split` is one of the two names."""
+    """Check that ``split`` is ``train`` or ``validation``.
+
+    Raises:
+        DataError: it is neither.
+    """
     if split not in get_args(Split):
         raise DataError(f"unknown split {split!r}: use 'train' or 'validation'")
 
 
 def split_of(key: str, held_out: float = HELD_OUT_FRACTION) -> Split:
-    """The split of the document with this key, where a fraction `held_out` of all is for validation."""
+    """The split that the document with this key belongs to.
+
+    Args:
+        key: identifies the document independently of all others.
+        held_out: the fraction of all documents that is held out for validation, 0 to 1.
+    """
     return "validation" if split_key(key) < held_out * 2**64 else "train"
 
 
 def split_key(key: str) -> int:
-    """The 64-bit hash that decides."""
+    """The 64-bit hash of a key, uniform in 0 to 2^64 - 1; compared with a threshold by ``split_of``."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")

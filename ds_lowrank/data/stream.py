@@ -1,4 +1,6 @@
-"""Text streamed with Hugging Face `datasets`, from the hub or from a local folder, without a download of the whole."""
+"""Text streamed with Hugging Face ``datasets`` from the hub or a local folder, without downloading all of it first."""
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -14,10 +16,13 @@ from ds_lowrank.data.split import Split
 
 @dataclass(frozen=True)
 class TextStream:
-    """One split of a data set that is read in the data set's own order, epoch after epoch.
+    """One split of a streamed data set, read in the data set's own order in every epoch.
 
-    name: the data spec, for messages.
-    builder: the `datasets.DatasetBuilder`.
+    Attributes:
+        name: the data spec, for messages.
+        builder: the ``datasets.DatasetBuilder``.
+        split: the split to read.
+        text_field: the field of a record that contains the text.
     """
 
     name: str
@@ -26,10 +31,11 @@ class TextStream:
     text_field: str
 
     @classmethod
-    def open(cls, spec: str, split: Split, text_field: str) -> "TextStream":
-        """Open `hf:NAME[:CONFIG]`; NAME is a hub data set or a local folder.
+    def open(cls, spec: str, split: Split, text_field: str) -> TextStream:
+        """Open ``hf:NAME[:CONFIG]``, where ``NAME`` is a hub data set or a local folder.
 
-        Raises DataError if it cannot be found or reached, or does not have the split.
+        Raises:
+            DataError: the data set cannot be found or reached, or it does not have the split.
         """
         name, _, config = spec.removeprefix("hf:").partition(":")
         if name.startswith((".", "/", "~")):
@@ -43,15 +49,19 @@ class TextStream:
         return cls(spec, builder, split, text_field)
 
     def documents(self) -> Iterator[str]:
-        """The documents of one epoch, from its start, empty ones left out. Raises DataError on unusable data."""
+        """Iterate over the non-empty documents of one epoch, from its start.
+
+        Raises:
+            DataError: a record cannot be read or has no usable text.
+        """
         reader = StreamReader(self)
         while documents := reader.read(1):
             yield from documents
 
     def fingerprint(self) -> str:
-        """Hash of the data set's name, its files' names (local: also their sizes), the split and the text field.
+        """Hash of the data set's name, its files' names (for local files also their sizes), split and text field.
 
-        It does not cover the text itself: a stream is too long to read first.
+        It does not cover the text itself, as a stream is too long to be read in advance.
         """
         files = [_file_identity(str(file)) for file in self.builder.config.data_files[self.split]]
         name = os.path.basename(self.name)
@@ -59,7 +69,12 @@ class TextStream:
 
 
 class StreamReader:
-    """A position in one epoch of a stream. `state`: where to go on, from `state_dict`; None for the start."""
+    """A position in one epoch of a stream.
+
+    Args:
+        stream: the stream to read.
+        state: the position to continue from, as returned by ``state_dict``; None for the start of the epoch.
+    """
 
     def __init__(self, stream: TextStream, state: dict[str, Any] | None = None) -> None:
         self._stream = stream
@@ -71,7 +86,11 @@ class StreamReader:
         self._records = iter(self._dataset)
 
     def read(self, count: int) -> list[str]:
-        """The next `count` documents that are not empty; fewer, then none, at the end of the epoch."""
+        """Read up to ``count`` non-empty documents: fewer at the end of the epoch, and an empty list after it.
+
+        Raises:
+            DataError: a record cannot be read or has no usable text.
+        """
         documents: list[str] = []
         while len(documents) < count:
             record = self._next_record()
@@ -82,7 +101,7 @@ class StreamReader:
         return documents
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last document read: nested dicts of numbers and strings."""
+        """The position after the last document that was read: nested dicts of numbers and strings."""
         if self._state_before_reading is not None:
             return self._state_before_reading
         state: dict[str, Any] = self._dataset.state_dict()
@@ -96,7 +115,7 @@ class StreamReader:
             record: dict[str, Any] | None = next(self._records, None)
         except (DatasetsError, OSError, EOFError, ValueError) as error:
             raise DataError(
-                f"{self._stream.name!r}: cannot be read on, it may be damaged or unreachable ({error})"
+                f"{self._stream.name!r}: cannot be read any further, it may be damaged or unreachable ({error})"
             ) from error
         return record
 

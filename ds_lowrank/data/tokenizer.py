@@ -1,4 +1,6 @@
-"""From text to token ids: a BPE trained on the data, plain bytes, or a published tokenizer."""
+"""Tokenizers for pre-training: a BPE trained on the data, plain bytes, or a published tokenizer."""
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -15,23 +17,30 @@ from ds_lowrank.data.cache import ensure_built
 from ds_lowrank.data.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-BYTE_VOCABULARY = 257  # every byte and the end of text
+BYTE_VOCABULARY = 257  # all bytes, and the end of text
 TRAINING_CHARACTERS = 64_000_000
 
 
 class TextTokenizer:
-    """A Hugging Face fast tokenizer that encodes whole documents and nothing else.
+    """A Hugging Face fast tokenizer for plain documents.
 
-    No special token is added, and text that spells one (`<|endoftext|>`) is encoded as ordinary text.
+    No special tokens are added, and text that looks like one (``<|endoftext|>``) is encoded as ordinary text.
 
-    tokenizer: Hugging Face's own object.
-    eos_id: the id that separates documents.
-    vocab_size: one more than the largest id.
-    fingerprint: hash of everything that decides the encoding.
+    Args:
+        tokenizer: Hugging Face's tokenizer.
+        name: names it in error messages.
+
+    Attributes:
+        tokenizer: Hugging Face's tokenizer.
+        eos_id: the id that separates documents.
+        vocab_size: one more than the largest id.
+        fingerprint: hash of everything that the encoding depends on.
+
+    Raises:
+        DataError: the tokenizer is not a fast one, or has no end-of-text token.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        """Raises DataError if `tokenizer` is not a fast tokenizer or has no end-of-text token."""
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); convert it or use another")
         if tokenizer.eos_token_id is None:
@@ -46,17 +55,17 @@ class TextTokenizer:
         self.fingerprint = hashlib.sha256(f"{self.eos_id} {self._backend.to_str()}".encode()).hexdigest()
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
-        """The token ids of each document, without any end-of-text token."""
+        """Encode each document to token ids, without an end-of-text token."""
         encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the ids, special tokens spelt out."""
+        """Decode token ids to text, including special tokens."""
         text: str = self._backend.decode(list(tokens), skip_special_tokens=False)
         return text
 
     def save(self, directory: Path) -> None:
-        """Write a folder that `AutoTokenizer.from_pretrained` reads."""
+        """Write the tokenizer to a folder that ``AutoTokenizer.from_pretrained`` can read."""
         self.tokenizer.save_pretrained(str(directory))
 
 
@@ -68,13 +77,19 @@ def load_tokenizer(
     cache_dir: Path,
     training_characters: int = TRAINING_CHARACTERS,
 ) -> TextTokenizer:
-    """The tokenizer that `spec` names, the same on every rank. Collective; an error is raised on every rank.
+    """Make or load a tokenizer, the same one on every rank. Collective; if one rank fails, all raise.
 
-    spec: `bpe`, a byte-level BPE of at most `vocab_size` tokens, trained by rank 0 on the first `training_characters`
-        of `documents()` unless `cache_dir` holds it already; `bytes`, whose ids are the 256 byte values and one end of
-        text; or a folder or hub name for `AutoTokenizer`. Only `bpe` uses the other arguments.
+    Args:
+        spec: ``bpe``, a byte-level BPE that rank 0 trains unless it is cached; ``bytes``, whose ids are the 256 byte
+            values and one end of text; or a folder or hub name for ``AutoTokenizer``. Only ``bpe`` uses the other
+            arguments.
+        documents: starts an iteration over the training documents.
+        vocab_size: the most entries of the vocabulary, at least 257.
+        cache_dir: the folder of the cache.
+        training_characters: how much text to train on, taken from the start of ``documents()``.
 
-    Raises DataError if the vocabulary is too small for all bytes, or the named tokenizer cannot be loaded or used.
+    Raises:
+        DataError: the vocabulary is too small for all bytes, or the tokenizer cannot be loaded or used.
     """
     if spec == "bpe":
         if vocab_size < BYTE_VOCABULARY:
@@ -88,7 +103,15 @@ def load_tokenizer(
 
 
 def check_vocabulary(tokenizer_vocab: int, model_vocab: int) -> None:
-    """Raises DataError if the data can hold token ids that the model has no embedding for."""
+    """Check that the model has an embedding for every token id that the data can contain.
+
+    Args:
+        tokenizer_vocab: one more than the largest id of the data.
+        model_vocab: the number of embeddings.
+
+    Raises:
+        DataError: there are not enough embeddings.
+    """
     if tokenizer_vocab > model_vocab:
         padded = -(-tokenizer_vocab // 128) * 128
         raise DataError(
@@ -128,7 +151,7 @@ def _trained_bpe(documents: Iterator[str], vocab_size: int, characters: int, cac
 
 
 def _first_characters(documents: Iterator[str], characters: int) -> list[str]:
-    """Whole documents until they reach `characters`."""
+    """The first documents, as many as are needed to have ``characters`` characters."""
     sample: list[str] = []
     size = 0
     for document in documents:
@@ -154,7 +177,7 @@ def _train_bpe(sample: list[str], vocab_size: int, path: Path) -> None:
 
 
 def _byte_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE without merges, whose id of a byte is its value."""
+    """A byte-level BPE without merges, in which the id of a byte is its value."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -164,9 +187,9 @@ def _byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character by which the byte-level format spells each byte value.
+    """The printable character that represents each byte value in the byte-level format.
 
-    Bytes that print in Latin-1 stand for themselves, the others take the code points from 256 on, in order.
+    Bytes that are printable in Latin-1 represent themselves; the others use the code points from 256 on, in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in printable]

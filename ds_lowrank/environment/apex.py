@@ -1,7 +1,7 @@
-"""NVIDIA's apex: whether it is there, and its fused AdamW.
+"""NVIDIA's apex: whether it is installed, and its fused AdamW kernel.
 
-It is on PyPI under no name. What PyPI calls ``apex`` is a toolkit for the web framework Pyramid; megatron-core, whose
-feature detection is a bare ``import apex``, takes that for NVIDIA's.
+It is not published on PyPI. The package called ``apex`` there is a toolkit for the web framework Pyramid, which
+megatron-core mistakes for NVIDIA's, as it detects apex by a bare ``import apex``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from ds_lowrank.errors import ConfigError
 
 UNINSTALL = "pip uninstall apex"
 DECOUPLED = 1
-"""The kernel's mode in which decay does not pass through the moments."""
+"""The kernel's mode for decoupled weight decay, which does not enter the moments."""
 
 
 @dataclass(frozen=True)
 class Apex:
-    """What goes by the name of apex here.
+    """The package that ``import apex`` finds on this machine.
 
     Attributes:
-        status: ``usable``; ``uncompiled`` is NVIDIA's without a working ``amp_C``, which holds its kernels;
-            ``broken`` is NVIDIA's where the package itself does not import; ``impostor`` is something else.
-        version: as its metadata says; empty where it has none.
-        location: the folder or file; empty where there is none.
-        reason: the error on importing, of ``uncompiled`` and ``broken``.
+        status: ``usable``: NVIDIA's, with its kernels. ``uncompiled``: NVIDIA's without a working ``amp_C``, the module
+            of its kernels. ``broken``: NVIDIA's, but importing it fails. ``impostor``: another package of that name.
+            ``missing``: no such package.
+        version: the installed version, or '' if unknown.
+        location: its folder or file, or '' if it is missing.
+        reason: for ``uncompiled`` and ``broken``, the error raised on import.
     """
 
     status: Literal["usable", "uncompiled", "broken", "impostor", "missing"]
@@ -44,7 +45,10 @@ class Apex:
 
 @functools.cache
 def find_apex() -> Apex:
-    """Look once. Nothing is imported that cannot be NVIDIA's: an impostor's code does not run."""
+    """Find out which apex is installed. Cached.
+
+    A package that cannot be NVIDIA's is not imported, so that an impostor's code does not run.
+    """
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Apex("missing")
@@ -55,7 +59,7 @@ def find_apex() -> Apex:
         return Apex("impostor", version, location)
     try:
         optimizers = getattr(importlib.import_module("apex"), "optimizers", None)
-    except Exception as error:  # built for another torch, it fails in many ways
+    except Exception as error:  # built for another torch version, it can raise anything
         return Apex("broken", version, location, one_line(error))
     if not hasattr(optimizers, "FusedAdam"):
         return Apex("impostor", version, location)
@@ -67,21 +71,21 @@ def find_apex() -> Apex:
 
 
 def check_apex() -> None:
-    """Refuse an apex that is not NVIDIA's, before megatron-core takes it for that.
+    """Refuse a package called apex that is not NVIDIA's, before megatron-core mistakes it for NVIDIA's.
 
     Raises:
-        ConfigError: says where it lies and how to get rid of it.
+        ConfigError: there is such a package; the message says where it is and how to remove it.
     """
     apex = find_apex()
     if apex.status == "impostor":
         raise ConfigError(
-            f"{apex.location} is not NVIDIA's apex but megatron-core would take it for that: run `{UNINSTALL}`, or "
-            "where it was not installed remove or rename it"
+            f"{apex.location} is not NVIDIA's apex, but megatron-core would mistake it for that: run `{UNINSTALL}`, or "
+            "remove or rename it if pip did not install it"
         )
 
 
 def adamw_by(device: torch.device) -> Literal["apex", "torch"]:
-    """Whose fused AdamW steps fp32 tensors on a device: apex's kernel, which is for CUDA only, where it is usable."""
+    """Whose fused AdamW kernel updates fp32 tensors on a device: apex's on CUDA if it is usable, else torch's."""
     return "apex" if device.type == "cuda" and find_apex().status == "usable" else "torch"
 
 
@@ -96,19 +100,28 @@ def apex_adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """What ``fused_adamw`` of ``linalg/moments.py`` does, by apex's kernel.
+    """One AdamW step in place with apex's kernel; equivalent to ``fused_adamw`` of ``linalg/moments.py``.
 
-    It takes its coefficients in fp32, and torch takes them in fp64. With beta2 = 0.999 its second moment is smaller by
-    1.3e-5 of itself; so is the correction of the bias that the moment is divided by, and the direction is the same.
+    The kernel takes its coefficients in fp32, torch in fp64. With beta2 = 0.999 this makes the second moment smaller by
+    a factor of 1 - 1.3e-5; its bias correction is smaller by the same factor, so that the direction is the same.
 
     Args:
-        weights: contiguous, none empty, all on one device.
-        steps: how many each tensor has done before.
+        weights: fp32 tensors, contiguous, non-empty, all on one CUDA device; updated in place.
+        gradients: one fp32 tensor per weight, of its shape.
+        exp_avgs: first moments, likewise; updated in place.
+        exp_avg_sqs: second moments, likewise; updated in place.
+        steps: for each weight, the number of steps taken before this one.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
     """
     applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
     kernel = importlib.import_module("amp_C").multi_tensor_adam
-    overflow = torch.zeros(1, dtype=torch.int32, device=weights[0].device)  # asked for, and not read by this kernel
-    for done in sorted(set(steps)):  # a launch has one count for all its tensors
+    overflow = torch.zeros(
+        1, dtype=torch.int32, device=weights[0].device
+    )  # required as an argument, but not read by this kernel
+    for done in sorted(set(steps)):  # one launch has one step count for all of its tensors
         alike = [i for i, step in enumerate(steps) if step == done]
         lists = [[tensors[i] for i in alike] for tensors in (gradients, weights, exp_avgs, exp_avg_sqs)]
         correct_bias = 1

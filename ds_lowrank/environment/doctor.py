@@ -1,4 +1,4 @@
-"""``python -m ds_lowrank doctor``: what is installed, what of it is used, what is missing."""
+"""``python -m ds_lowrank doctor``: which packages are installed, which are used, and what is missing."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ds_lowrank.environment.apex import UNINSTALL, Apex, adamw_by, find_apex
 from ds_lowrank.environment.packages import is_importable, one_line, version_of
 
 BUILD = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex"
-"""Needs CUDA's compiler."""
+"""The command that builds apex from source. It needs CUDA's compiler, ``nvcc``."""
 CONTAINER = "NVIDIA's PyTorch container (nvcr.io/nvidia/pytorch) has it"
 
 
 @dataclass(frozen=True)
 class Package:
-    """One that the tests know.
+    """A package that ds_lowrank or its programs use.
 
     Attributes:
-        name: of the distribution.
-        module: that it brings.
-        tested: the version, or its beginning, that the tests run with; empty where they run without it.
-        use: what for.
-        get: the command that installs it, from the checkout.
+        name: name of the distribution.
+        module: name of the module that it provides.
+        tested: the version that the tests run with, or a prefix of it; '' if they run without the package.
+        use: what it is used for.
+        get: the command that installs it, to be run in the checkout.
         required: whether nothing works without it.
-        pinned: whether another version is wrong, not only untested.
+        pinned: whether any other version is wrong and not just untested.
     """
 
     name: str
@@ -59,7 +59,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Line:
-    """One of the report; the remedy is a command."""
+    """One line of the report.
+
+    Attributes:
+        name: the package or property.
+        value: its version or status.
+        text: an explanation, or ''.
+        remedy: a command that helps, or ''.
+        wrong: whether the installation cannot work like this.
+    """
 
     name: str
     value: str
@@ -69,7 +77,7 @@ class Line:
 
 
 def package_line(package: Package) -> Line:
-    """Whether it is there, in which version, and if not how to get it. Nothing is imported."""
+    """Report a package's version, or how to install it. The package is not imported."""
     version = installed_version(package)
     if version is None:
         kind = "required" if package.required else "optional"
@@ -85,12 +93,12 @@ def package_line(package: Package) -> Line:
 
 
 def installed_version(package: Package) -> str | None:
-    """None where it cannot be imported."""
+    """The version of a package: ``unknown`` if it has no metadata, None if it cannot be imported."""
     return version_of(package.name) or "unknown" if is_importable(package.module) else None
 
 
 def apex_line(apex: Apex) -> Line:
-    """What goes by its name, and what to do about it."""
+    """Report which apex is installed, and what to do about it."""
     found = f"{apex.version} in {apex.location}".strip()
     match apex.status:
         case "usable":
@@ -98,7 +106,7 @@ def apex_line(apex: Apex) -> Line:
         case "missing":
             return Line("apex", "missing", f"optional, for its AdamW on CUDA; not on PyPI; {CONTAINER}", BUILD)
         case "impostor":
-            text = f"{found} is not NVIDIA's, and megatron-core takes it for that"
+            text = f"{found} is not NVIDIA's, but megatron-core mistakes it for that"
             return Line("apex", "impostor", text, UNINSTALL, wrong=True)
         case "uncompiled":
             return Line("apex", "not compiled", f"{found} has no usable amp_C ({apex.reason})", BUILD)
@@ -107,10 +115,10 @@ def apex_line(apex: Apex) -> Line:
 
 
 def machine_lines(deepspeed: bool) -> list[Line]:
-    """The device, what DeepSpeed makes of it, and whose AdamW steps what is not projected.
+    """Report the device, DeepSpeed's choices for it, and which AdamW kernel updates non-projected parameters.
 
     Args:
-        deepspeed: whether it is installed.
+        deepspeed: whether DeepSpeed is installed.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = found or torch.device("cpu")
@@ -122,22 +130,22 @@ def machine_lines(deepspeed: bool) -> list[Line]:
             lines = [Line("accelerator", "unknown", f"deepspeed does not import: {one_line(error)}", wrong=True)]
         else:
             device = torch.device(name)
-            lines = [Line("accelerator", name, "by DeepSpeed"), Line("communication", backend)]
-    adamw = Line("AdamW", f"by {adamw_by(device)}", "of what is not projected")
+            lines = [Line("accelerator", name, "chosen by DeepSpeed"), Line("communication", backend)]
+    adamw = Line("AdamW", f"by {adamw_by(device)}", "for non-projected parameters")
     return [Line("device", device_name(device)), *lines, adamw]
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the first, and how many there are."""
+    """The model and number of the GPUs, or of the CPU cores."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return f"{os.cpu_count()} cores, {platform.machine()}" if device.type == "cpu" else device.type
 
 
 def deepspeed_accelerator() -> tuple[str, str]:
-    """DeepSpeed's names of the accelerator and of the communication backend."""
+    """The names of the accelerator and of the communication backend that DeepSpeed uses."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # that it found no GPU is in the report
+    logging.disable(logging.WARNING)  # the report itself says that there is no GPU
     try:
         from deepspeed.accelerator import get_accelerator
 
@@ -148,7 +156,7 @@ def deepspeed_accelerator() -> tuple[str, str]:
 
 
 def examine() -> list[Line]:
-    """All lines of the report."""
+    """Examine the installation and make all lines of the report."""
     packages = [package_line(package) for package in PACKAGES]
     deepspeed = is_importable("deepspeed")
     return [*packages, apex_line(find_apex()), *machine_lines(deepspeed)]
@@ -158,7 +166,7 @@ def doctor() -> int:
     """Print the report.
 
     Returns:
-        The exit code: 1 where something required is missing or something is wrong.
+        The exit code: 1 if something required is missing or something is wrong, else 0.
     """
     lines = examine()
     names = max(len(line.name) for line in lines)
@@ -169,5 +177,5 @@ def doctor() -> int:
         if line.remedy:
             print(f"{'':{names}}  {'':{values}}  $ {line.remedy}")
     wrong = [line.name for line in lines if line.wrong]
-    print(f"\nWrong: {', '.join(wrong)}." if wrong else "\nEverything required is there.")
+    print(f"\nWrong: {', '.join(wrong)}." if wrong else "\nEverything required is installed.")
     return 1 if wrong else 0

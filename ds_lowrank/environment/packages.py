@@ -1,3 +1,5 @@
+"""Small queries about installed packages, and one-line errors for messages about them."""
+
 from __future__ import annotations
 
 import importlib
@@ -6,15 +8,15 @@ import importlib.util
 
 
 def is_importable(module: str) -> bool:
-    """Whether there is a module of that name, which may have dots; of those only what lies before the last is run."""
+    """Whether a module can be found. For a dotted name its parent packages are imported, the module itself is not."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name
+    except ModuleNotFoundError:  # a parent of a dotted name does not exist
         return False
 
 
 def version_of(distribution: str) -> str:
-    """As installed; empty where there is no such metadata."""
+    """The installed version of a distribution, or '' if unknown."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -22,5 +24,5 @@ def version_of(distribution: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An error as part of a sentence."""
+    """The type and message of an error on a single line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,8 +1,10 @@
-"""LLaMA in Hugging Face's implementation, from a JSON file, with the same weights whole or partitioned.
+"""Hugging Face's LLaMA from a JSON file, with the same initial weights whether it is whole or partitioned.
 
-Every weight is drawn from a generator seeded by the run's seed and the parameter's own name, so that neither the ZeRO
-stage nor the number of ranks nor the order in which modules are built changes the model that a seed stands for.
+Every weight is drawn from a generator seeded by the run's seed and the parameter's name. The initial model of a seed
+therefore does not depend on the ZeRO stage, the number of ranks, or the order in which modules are built.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
@@ -16,7 +18,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch.distributed import get_rank
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -31,17 +33,18 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""The whole weight of a name in the model, and a shape."""
-# Keys that Hugging Face writes into a config.json beside the fields of LlamaConfig.
+WeightSource = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""Returns the whole weight for a parameter's name in the model and its shape."""
+# Keys that Hugging Face writes into a config.json in addition to the fields of LlamaConfig.
 DESCRIPTIVE = ("model_type", "architectures", "torch_dtype", "transformers_version")
 
 
 def load_config(path: str | Path) -> LlamaConfig:
-    """Read a LLaMA configuration under Hugging Face's key names.
+    """Read a LLaMA configuration from a JSON file with Hugging Face's key names.
 
-    Raises FileNotFoundError for a missing file and ValueError, naming the file and the key, for anything that is not a
-    complete LLaMA configuration.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a complete LLaMA configuration; the message names the file and the key.
     """
     path = Path(path)
     try:
@@ -51,7 +54,7 @@ def load_config(path: str | Path) -> LlamaConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"{path} must hold one JSON object, not a {type(entries).__name__}")
+        raise ValueError(f"{path} must contain one JSON object, not a {type(entries).__name__}")
     _check_keys(entries, path)
     try:
         return LlamaConfig(**{"use_cache": False} | entries)
@@ -60,21 +63,22 @@ def load_config(path: str | Path) -> LlamaConfig:
 
 
 def config_of_folder(folder: Path) -> LlamaConfig:
-    """The configuration of a Hugging Face folder.
+    """Read the configuration of a Hugging Face folder.
 
     Raises:
-        ValueError, OSError: it has none, or of another model than a LLaMA.
+        FileNotFoundError: the folder has no configuration.
+        ValueError: the configuration cannot be read, or is not that of a LLaMA.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no Hugging Face folder: it has no config.json")
+        raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it has no config.json")
     try:
         kind = json.loads(path.read_text()).get("model_type")
         config = LlamaConfig.from_pretrained(folder, use_cache=False) if kind == "llama" else None
     except Exception as error:  # its validators raise classes of their own
         raise ValueError(f"{path} cannot be read: {error}") from error
     if config is None:
-        raise ValueError(f"{path}: model_type is {kind!r}, and only 'llama' can be built")
+        raise ValueError(f"{path}: model_type is {kind!r}, but only 'llama' can be built")
     return config
 
 
@@ -91,7 +95,7 @@ def _check_keys(entries: dict[str, Any], path: Path) -> None:
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     if entries.get("model_type", "llama") != "llama":
-        raise ValueError(f"{path}: model_type is {entries['model_type']!r}, and only 'llama' can be built")
+        raise ValueError(f"{path}: model_type is {entries['model_type']!r}, but only 'llama' can be built")
 
 
 def build(
@@ -99,14 +103,22 @@ def build(
     seed: int,
     ds_config: dict[str, Any] | None = None,
     architecture: type[PreTrainedModel] = LlamaForCausalLM,
-    weights: Weights | None = None,
+    weights: WeightSource | None = None,
 ) -> Any:
-    """Build a LLaMA of the given architecture with weights that depend on `seed` and the configuration alone.
+    """Build a LLaMA whose weights depend only on ``seed`` and the configuration. Collective at ZeRO 3.
 
-    weights: by name and shape, instead of those of the seed.
+    At ZeRO stage 3 the parameters are partitioned as they are created, so that the whole model is never on one rank,
+    and they have the training dtype. Otherwise they are whole, in fp32 and on the CPU.
 
-    At ZeRO stage 3 of `ds_config` the parameters are partitioned as they are made, so that no rank ever holds the whole
-    model, and their dtype is that of `ds_config`; otherwise they are whole, fp32 and on the CPU.
+    Args:
+        config: sizes of the model.
+        seed: seed of the weights.
+        ds_config: the DeepSpeed configuration, from which the ZeRO stage and the dtype are read; None for no ZeRO.
+        architecture: the class of the model.
+        weights: where to take the weights from instead of drawing them from the seed.
+
+    Returns:
+        A model of the class ``architecture``.
     """
     partitioned = ds_config is not None and ds_config.get("zero_optimization", {}).get("stage", 0) == 3
     context: AbstractContextManager[Any] = nullcontext()
@@ -115,25 +127,35 @@ def build(
     with context, no_init_weights():
         model = architecture(config)
         model.tie_weights()
-    # zero.Init makes every tensor in the training dtype, and rotation angles of a bf16 frequency are far off.
+    # zero.Init creates every tensor in the training dtype, and angles from bf16 frequencies would be far off.
     rotary = model.model.rotary_emb
     for name, buffer in LlamaRotaryEmbedding(config).named_buffers():
         setattr(rotary, name, buffer.to(getattr(rotary, name).device))
     weights = weights or drawn(seed, config)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if not partitioned or get_rank() == 0:  # whose weights the others are given
+            if not partitioned or dist.get_rank() == 0:  # whose weights the other ranks receive
                 parameter.copy_(weights(name, tuple(parameter.shape)))
     return model
 
 
-def drawn(seed: int, config: LlamaConfig) -> Weights:
-    """The weights that a seed stands for."""
+def drawn(seed: int, config: LlamaConfig) -> WeightSource:
+    """The initial weights of a seed, drawn when they are asked for."""
     return partial(draw_weight, seed=seed, std=config.initializer_range)
 
 
 def draw_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> torch.Tensor:
-    """Norms are ones, biases zeros, and everything else is normal with the given standard deviation; fp32."""
+    """Draw the initial weight of one parameter: ones for norms, zeros for biases, else N(0, std^2).
+
+    Args:
+        name: the parameter's name in the model, which seeds the generator together with ``seed``.
+        shape: its shape.
+        seed: the run's seed.
+        std: the standard deviation of matrices.
+
+    Returns:
+        An fp32 tensor on the CPU.
+    """
     if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
@@ -144,10 +166,15 @@ def draw_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> tor
 
 
 def check_split(config: LlamaConfig, tensor: int, pipeline: int) -> None:
-    """Refuse a model that cannot be split so.
+    """Check that a model can be split over a grid of ranks.
+
+    Args:
+        config: sizes of the model.
+        tensor: degree of tensor parallelism.
+        pipeline: the number of pipeline stages.
 
     Raises:
-        ConfigError: names the width that does not divide, and what would.
+        ConfigError: a width is not divisible, there are not enough layers for the stages, or attention dropout is used.
     """
     widths = {
         "num_attention_heads": config.num_attention_heads,
@@ -158,7 +185,7 @@ def check_split(config: LlamaConfig, tensor: int, pipeline: int) -> None:
     for name, width in widths.items():
         if width % tensor:
             raise ConfigError(
-                f"{name} {width} is no multiple of tensor-parallel {tensor}: choose a degree that divides it"
+                f"{name} {width} is not a multiple of tensor-parallel {tensor}: choose a degree that divides it"
             )
     if pipeline > config.num_hidden_layers:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""The layers of a LLaMA, split over tensor-parallel ranks by megatron-core: what Hugging Face's compute, on shards.
+"""The layers of a LLaMA, split over tensor-parallel ranks with megatron-core. They compute what Hugging Face's do.
 
-Hidden states are ``sequence x batch x hidden``, with sequence parallelism this rank's part of the sequence. Parameters
-have Hugging Face's names within a layer. Queries, keys and values (gate and up) read one copy of their input, whose
-gradient is summed over the ranks once for all of them.
+Hidden states are ``sequence x batch x hidden``; with sequence parallelism, they are this rank's part of the sequence.
+Parameters have Hugging Face's names within a layer. Queries, keys and values (likewise gate and up) share one copy of
+their input, so that its gradient is summed over the ranks once and not once per projection.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from transformers.models.llama.modeling_llama import (
 )
 
 IGNORED = -100
-"""A label that does not count, as in Hugging Face's losses."""
+"""The label of tokens that the loss ignores, as in Hugging Face's losses."""
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What every layer is built from.
+    """How to build the layers of a model.
 
     Attributes:
-        llama: sizes.
-        sequence_parallel: whether the ranks share out the sequence between the split layers.
-        recompute: whether a decoder layer's activations are computed again in the backward pass instead of kept.
+        llama: sizes of the model.
+        sequence_parallel: whether the sequence is split over the tensor-parallel ranks between the split layers.
+        recompute: whether a decoder layer's activations are recomputed in the backward pass instead of stored.
     """
 
     llama: LlamaConfig
@@ -54,7 +54,7 @@ class LayerConfig:
 
     @property
     def megatron(self) -> ModelParallelConfig:
-        """Weights are made on the CPU and filled by name afterwards."""
+        """The configuration for megatron-core's layers. Weights are created on the CPU and filled by name later."""
         return ModelParallelConfig(
             tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
             sequence_parallel=self.sequence_parallel,
@@ -63,11 +63,18 @@ class LayerConfig:
         )
 
     def column(self, inputs: int, outputs: int, bias: bool = False) -> ColumnParallelLinear:
-        """A linear layer whose outputs are split; its input comes from :meth:`entering`."""
+        """Build a linear layer whose outputs are split over the ranks. Its input must come from :meth:`entering`.
+
+        Args:
+            inputs: width of the whole input.
+            outputs: width of the whole output.
+            bias: whether it has a bias.
+        """
         config = self.megatron
-        config.sequence_parallel = False  # gathered once for several layers
+        config.sequence_parallel = False  # the input is gathered once for several layers
         return ColumnParallelLinear(
-            *(inputs, outputs),
+            inputs,
+            outputs,
             config=config,
             init_method=nn.Identity(),
             bias=bias,
@@ -76,9 +83,16 @@ class LayerConfig:
         )
 
     def row(self, inputs: int, outputs: int, bias: bool = False) -> RowParallelLinear:
-        """A linear layer whose inputs are split."""
+        """Build a linear layer whose inputs are split over the ranks.
+
+        Args:
+            inputs: width of the whole input.
+            outputs: width of the whole output.
+            bias: whether it has a bias.
+        """
         layer = RowParallelLinear(
-            *(inputs, outputs),
+            inputs,
+            outputs,
             config=self.megatron,
             init_method=nn.Identity(),
             bias=bias,
@@ -90,7 +104,7 @@ class LayerConfig:
         return layer
 
     def entering(self, hidden: Tensor) -> Tensor:
-        """The whole sequence, the same on every rank, on the way into layers whose outputs are split."""
+        """Prepare the input of layers whose outputs are split: the whole sequence, the same on every rank."""
         entered: Tensor
         if self.sequence_parallel:
             entered = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -100,26 +114,27 @@ class LayerConfig:
 
 
 class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """Token ids, ``batch x sequence``, to hidden states."""
+    """The token embedding, with the vocabulary split over the ranks."""
 
-    def __init__(self, recipe: LayerConfig) -> None:
-        llama = recipe.llama
-        super().__init__(llama.vocab_size, llama.hidden_size, init_method=nn.Identity(), config=recipe.megatron)
-        self._recipe = recipe
+    def __init__(self, config: LayerConfig) -> None:
+        llama = config.llama
+        super().__init__(llama.vocab_size, llama.hidden_size, init_method=nn.Identity(), config=config.megatron)
+        self._layer_config = config
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Map token ids, ``batch x sequence``, to hidden states."""
         hidden: Tensor = super().forward(ids).transpose(0, 1).contiguous()
-        if self._recipe.sequence_parallel:
+        if self._layer_config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         return hidden
 
 
 class Norm(LlamaRMSNorm):  # type: ignore[misc]
-    """Hugging Face's RMSNorm. On a part of the sequence its gradient is a part too, and is summed over the ranks."""
+    """Hugging Face's RMSNorm. With sequence parallelism, its partial gradients are summed over the ranks."""
 
-    def __init__(self, recipe: LayerConfig) -> None:
-        super().__init__(recipe.llama.hidden_size, eps=recipe.llama.rms_norm_eps)
-        if recipe.sequence_parallel:
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config.llama.hidden_size, eps=config.llama.rms_norm_eps)
+        if config.sequence_parallel:
             self.weight.register_hook(_summed_over_tensor_ranks)
 
 
@@ -130,25 +145,26 @@ def _summed_over_tensor_ranks(gradient: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped queries; each rank has some of the heads."""
+    """Causal self-attention with rotary positions and grouped queries, with the heads split over the ranks."""
 
-    def __init__(self, recipe: LayerConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
-        llama = recipe.llama
+        llama = config.llama
         ranks, hidden = parallel_state.get_tensor_model_parallel_world_size(), llama.hidden_size
-        self._recipe, self._head = recipe, llama.head_dim
+        self._layer_config, self._head = config, llama.head_dim
         self._queries_per_key = llama.num_attention_heads // llama.num_key_value_heads
         self._heads = llama.num_attention_heads // ranks
-        # In a list, so that casting the model leaves its frequencies in fp32.
+        # In a list, so that casting the model does not cast its fp32 frequencies.
         self._rotary = [LlamaRotaryEmbedding(llama)]
         keys = llama.num_key_value_heads * self._head
-        self.q_proj = recipe.column(hidden, llama.num_attention_heads * self._head, llama.attention_bias)
-        self.k_proj = recipe.column(hidden, keys, llama.attention_bias)
-        self.v_proj = recipe.column(hidden, keys, llama.attention_bias)
-        self.o_proj = recipe.row(llama.num_attention_heads * self._head, hidden, llama.attention_bias)
+        self.q_proj = config.column(hidden, llama.num_attention_heads * self._head, llama.attention_bias)
+        self.k_proj = config.column(hidden, keys, llama.attention_bias)
+        self.v_proj = config.column(hidden, keys, llama.attention_bias)
+        self.o_proj = config.row(llama.num_attention_heads * self._head, hidden, llama.attention_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self._recipe.entering(hidden)
+        """Map hidden states to the attention output, both ``sequence x batch x hidden``."""
+        hidden = self._layer_config.entering(hidden)
         query, key, value = (
             self._by_head(projection(hidden)[0]) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -161,39 +177,41 @@ class Attention(nn.Module):
         return output
 
     def _by_head(self, projected: Tensor) -> Tensor:
-        """``sequence x batch x (heads * head)`` to ``batch x heads x sequence x head``."""
+        """Reshape ``sequence x batch x (heads * head)`` to ``batch x heads x sequence x head``."""
         return projected.view(*projected.shape[:2], -1, self._head).permute(1, 2, 0, 3)
 
 
 class MLP(nn.Module):
-    """``down(act(gate x) * up x)``; each rank has some of the inner units."""
+    """The feed-forward layer ``down(act(gate x) * up x)``, with its inner units split over the ranks."""
 
-    def __init__(self, recipe: LayerConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
-        llama = recipe.llama
-        self._recipe, self._act = recipe, ACT2FN[llama.hidden_act]
-        self.gate_proj = recipe.column(llama.hidden_size, llama.intermediate_size, llama.mlp_bias)
-        self.up_proj = recipe.column(llama.hidden_size, llama.intermediate_size, llama.mlp_bias)
-        self.down_proj = recipe.row(llama.intermediate_size, llama.hidden_size, llama.mlp_bias)
+        llama = config.llama
+        self._layer_config, self._act = config, ACT2FN[llama.hidden_act]
+        self.gate_proj = config.column(llama.hidden_size, llama.intermediate_size, llama.mlp_bias)
+        self.up_proj = config.column(llama.hidden_size, llama.intermediate_size, llama.mlp_bias)
+        self.down_proj = config.row(llama.intermediate_size, llama.hidden_size, llama.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self._recipe.entering(hidden)
+        """Map hidden states to the layer's output, both ``sequence x batch x hidden``."""
+        hidden = self._layer_config.entering(hidden)
         output: Tensor = self.down_proj(self._act(self.gate_proj(hidden)[0]) * self.up_proj(hidden)[0])[0]
         return output
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm and around a residual."""
+    """One decoder layer: attention and MLP, each with a norm before it and a residual connection around it."""
 
-    def __init__(self, recipe: LayerConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
-        self._recompute = recipe.recompute
-        self.self_attn = Attention(recipe)
-        self.mlp = MLP(recipe)
-        self.input_layernorm = Norm(recipe)
-        self.post_attention_layernorm = Norm(recipe)
+        self._recompute = config.recompute
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = Norm(config)
+        self.post_attention_layernorm = Norm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden states to hidden states, ``sequence x batch x hidden``."""
         if self._recompute and self.training:
             recomputed: Tensor = checkpoint(self._forward, hidden, use_reentrant=False)
             return recomputed
@@ -206,29 +224,33 @@ class DecoderLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states to this rank's share of the logits, ``sequence x batch x vocabulary / ranks``."""
+    """The output layer, with the vocabulary split over the ranks."""
 
-    def __init__(self, recipe: LayerConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
-        self._recipe = recipe
-        self.projection = recipe.column(recipe.llama.hidden_size, recipe.llama.vocab_size)
+        self._layer_config = config
+        self.projection = config.column(config.llama.hidden_size, config.llama.vocab_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.projection(self._recipe.entering(hidden))[0]
+        """Map hidden states to this rank's share of the logits, ``sequence x batch x vocabulary / ranks``."""
+        logits: Tensor = self.projection(self._layer_config.entering(hidden))[0]
         return logits
 
 
 def tied_head(embedding: Embedding, hidden: Tensor) -> Tensor:
-    """The same with the weight of the embedding."""
-    return nn.functional.linear(embedding._recipe.entering(hidden), embedding.weight)
+    """This rank's share of the logits, as in :class:`Head`, computed with the weight of the embedding."""
+    return nn.functional.linear(embedding._layer_config.entering(hidden), embedding.weight)
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of every token but the first, the same on every tensor-parallel rank.
+    """The mean cross-entropy over all tokens except the first of each sequence.
 
     Args:
-        logits: this rank's share; see :class:`Head`.
-        labels: token ids, ``batch x sequence``; -100 does not count.
+        logits: this rank's share of the logits; see :class:`Head`.
+        labels: token ids, ``batch x sequence``; tokens with label -100 are ignored.
+
+    Returns:
+        A scalar, the same on every tensor-parallel rank.
     """
     targets = labels.T[1:]
     counts = targets != IGNORED

@@ -1,4 +1,6 @@
-"""The weights of a LLaMA in a Hugging Face folder."""
+"""Reading the weights of a LLaMA from a Hugging Face folder."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -13,10 +15,16 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class FolderWeights:
-    """What a Hugging Face folder has in its safetensors, one weight at a time, in the dtype in which it is stored.
+    """The weights in a Hugging Face folder's safetensors files, read one at a time.
+
+    An instance is a ``WeightSource``: call it with the name and shape of a parameter.
+
+    Args:
+        folder: the Hugging Face folder.
+        config: sizes of the LLaMA that the weights are for.
 
     Raises:
-        ValueError: the folder has none that fit a LLaMA of this configuration; found before any weight is read.
+        ValueError: weights are missing or have other shapes. This is checked before any weight is read.
     """
 
     def __init__(self, folder: Path, config: LlamaConfig) -> None:
@@ -32,15 +40,16 @@ class FolderWeights:
         for name, shape in needed.items():
             found = tuple(self._files[name].get_slice(name).get_shape())
             if found != shape:
-                raise ValueError(f"--model {folder}: {name} is {found} in the weights, and {shape} by config.json")
+                raise ValueError(f"--model {folder}: {name} is {found} in the weights, but {shape} by config.json")
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read one weight, on the CPU, in the dtype in which it is stored."""
         weight: Tensor = self._files[name].get_tensor(name)
         return weight.view(shape)
 
 
 def _opened(folder: Path) -> list[Any]:
-    """The files, their headers read; what is in them is read when it is asked for."""
+    """The opened files. Only their headers are read; weights are read on request."""
     index = folder / INDEX
     try:
         entries = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": SINGLE}

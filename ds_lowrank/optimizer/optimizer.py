@@ -1,7 +1,7 @@
 """One ``torch.optim.Optimizer`` for every method: parameter groups, binding to a layout, ``step``, ``state_dict``.
 
-It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: where the elements are is read by
-:meth:`LowRankOptimizer.bind`, at the latest in the first step, after DeepSpeed has arranged them. The order of a step is
+It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: :meth:`LowRankOptimizer.bind`, at the
+latest called by the first step, reads where the elements are, after DeepSpeed has arranged them. The order of a step is
 in :mod:`ds_lowrank.optimizer.step`; DeepSpeed has unscaled and clipped the gradients before.
 """
 
@@ -100,9 +100,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return grid_of(None) if self._given_grid is None else self._given_grid
 
     def bind(self) -> None:
-        """Read where DeepSpeed put the elements, and create all state. Idempotent; done at the latest by the first step.
+        """Read where DeepSpeed put the elements, and create all state.
 
-        Collective over the ranks that share the matrices.
+        Idempotent; at the latest, the first step does it. Collective over the ranks that share the matrices.
 
         Raises:
             ConfigError: the layout or the grid cannot be served; says what to change.

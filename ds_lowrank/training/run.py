@@ -28,7 +28,7 @@ from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.loop import train_step
 from ds_lowrank.training.metrics import Reporter
 from ds_lowrank.training.output import write_results
-from ds_lowrank.training.record import step_record
+from ds_lowrank.training.step_record import step_record
 
 
 class Stateful(Protocol):

@@ -69,7 +69,7 @@ def megatron_prefix(tmp_path: Path) -> Callable[[list[list[int]]], str]:
             # Two sequences a document, and none where it is empty: `document_indices` bounds documents.
             half = len(document) // 2
             builder.add_document(torch.tensor(document), [half, len(document) - half] if document else [])
-        builder.bind(f"{prefix}.idx")
+        builder.finalize(f"{prefix}.idx")
         return prefix
 
     return build

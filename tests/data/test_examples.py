@@ -92,7 +92,7 @@ def test_every_target_of_a_step_weighs_the_same():
 
 
 def test_too_few_examples_are_refused():
-    with pytest.raises(DataError, match="11 examples to train on are less than one batch of 12"):
+    with pytest.raises(DataError, match="11 training examples are fewer than one batch of 12"):
         streams(1, 4, examples=EXAMPLES[:11])
 
 

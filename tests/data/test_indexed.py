@@ -57,7 +57,7 @@ def test_damaged_or_missing_files_are_clear_errors(megatron_prefix):
     data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     whole = data.read_bytes()
     data.write_bytes(whole[:-4])
-    with pytest.raises(DataError, match=f"holds {len(whole) - 4} bytes where its index says {len(whole)}"):
+    with pytest.raises(DataError, match=f"has {len(whole) - 4} bytes, but its index says {len(whole)}"):
         open_source(f"megatron:{prefix}", "train")
     data.write_bytes(b"")
     with pytest.raises(DataError, match="empty or damaged"):

@@ -46,7 +46,7 @@ def test_the_held_out_share_depends_on_the_seed_and_keeps_equal_rows_together(tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\nhalf of, a sentence,1\n", "record 0: not as many values as the first line has columns"),
+        ("a.csv", "text,label\nhalf of, a sentence,1\n", "record 0: not as many values as columns in the first line"),
         ("a.csv", "text,label\nno label\n", "record 0: not as many values"),
         ("a.jsonl", '{"text": "a"}\n[', "a.jsonl, from line 2: not JSON"),
         ("a.jsonl", "3\n", "record 0: expected an object with columns, found int"),

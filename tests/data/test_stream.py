@@ -97,5 +97,5 @@ def test_record_without_text_and_damaged_shard_are_clear_errors(hf_folder):
     with pytest.raises(DataError, match=r"no text in the field 'body' \(fields: text\)"):
         list(open_source(f"hf:{hf_folder}", "train", text_field="body").documents())
     (hf_folder / "train-1.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(DataError, match="cannot be read on"):
+    with pytest.raises(DataError, match="cannot be read any further"):
         list(open_source(f"hf:{hf_folder}", "train").documents())

@@ -114,7 +114,7 @@ def test_a_kill_before_the_rename_leaves_nothing_that_counts(tmp_path, monkeypat
 def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
     checkpoint = save(tmp_path, 1)
     before = (checkpoint / "rank_0.pt").read_bytes()
-    with pytest.raises(CheckpointError, match="exists already and is not overwritten"):
+    with pytest.raises(CheckpointError, match="already exists and is not overwritten"):
         save(tmp_path, 1)
     assert (checkpoint / "rank_0.pt").read_bytes() == before
 

@@ -104,7 +104,7 @@ def test_another_grid_does_not_resume_it(workspace, on_a_grid):
 
 REFUSED = [
     (["--tensor-parallel", "3"], 4, {}, "4 ranks are no multiple of tensor-parallel 3 x pipeline-parallel 1 = 3"),
-    (["--tensor-parallel", "4"], 4, {}, "num_attention_heads 2 is no multiple of tensor-parallel 4"),
+    (["--tensor-parallel", "4"], 4, {}, "num_attention_heads 2 is not a multiple of tensor-parallel 4"),
     (["--pipeline-parallel", "4"], 4, {}, "4 pipeline stages for num_hidden_layers 2"),
     (
         ["--pipeline-parallel", "2"],

@@ -133,7 +133,7 @@ BAD_FOLDERS = {
     "no weights for 1 parameters of a LlamaForCausalLM, the first is model.norm.weight": lambda folder: rewrite(
         folder, lambda weights: weights.pop(NORM)
     ),
-    r"model.norm.weight is \(7,\) in the weights, and \(32,\) by config.json": lambda folder: rewrite(
+    r"model.norm.weight is \(7,\) in the weights, but \(32,\) by config.json": lambda folder: rewrite(
         folder, lambda weights: weights.update({NORM: torch.ones(7)})
     ),
     "cannot be read": lambda folder: [path.write_bytes(b"x" * 99) for path in folder.glob("*.safetensors")],

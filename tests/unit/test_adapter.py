@@ -354,8 +354,8 @@ REFUSED = {
     "alpha_nan": (llama, {"adapter_alpha": float("nan")}, "adapter_alpha: nan must be"),
     "dropout_one": (llama, {"adapter_dropout": 1.0}, "adapter_dropout: 1.0 must be"),
     "axis": (llama, {"norm_axis": "row"}, "norm_axis: 'row' must be 'output' or 'input'"),
-    "no_linear": (lambda: torch.nn.Sequential(torch.nn.Embedding(4, 4)), {}, "no torch.nn.Linear inside"),
-    "bare_linear": (lambda: torch.nn.Linear(4, 4), {}, "no torch.nn.Linear inside"),
+    "no_linear": (lambda: torch.nn.Sequential(torch.nn.Embedding(4, 4)), {}, "contains no torch.nn.Linear"),
+    "bare_linear": (lambda: torch.nn.Linear(4, 4), {}, "contains no torch.nn.Linear"),
     "nothing_left": (llama, {"exclude_modules": ["*_proj"]}, "no linear layer is left"),
     "saved_wins": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["model"]}, "no linear layer is left"),
     "no_target": (llama, {"target_modules": ["q_poj"]}, "target_modules: 'q_poj' matches no parameter"),
@@ -365,7 +365,7 @@ REFUSED = {
     "tied": (tied_pair, {"adapter_rank": 2}, "another module shares its weight"),
     "tied_head": (lambda: llama(tied=True), {"target_modules": ["lm_head"]}, "lm_head: another module shares"),
     "meta": (lambda: llama().to("meta"), {}, "meta device"),
-    "twice": (with_adapters, {}, "has adapters already"),
+    "twice": (with_adapters, {}, "already has adapters"),
 }
 
 

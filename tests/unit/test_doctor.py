@@ -63,7 +63,7 @@ def test_the_tested_versions_are_those_that_are_installed_for_the_tests():
             Line(
                 "apex",
                 "impostor",
-                "0.9 in /x/apex is not NVIDIA's, and megatron-core takes it for that",
+                "0.9 in /x/apex is not NVIDIA's, but megatron-core mistakes it for that",
                 "pip uninstall apex",
                 wrong=True,
             ),
@@ -111,7 +111,7 @@ def test_the_report_of_a_whole_installation(monkeypatch, capsys, status):
         runpy.run_module("ds_lowrank", run_name="__main__")
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert out.endswith("\nEverything required is there.\n")
+    assert out.endswith("\nEverything required is installed.\n")
     found = [line.split()[0] for line in out.splitlines() if line[:1].strip()]
     machine = ["device", "accelerator", "communication", "AdamW"]
     assert found == [*(package.name for package in PACKAGES), "apex", *machine, "Everything"]
