@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.common import Numbers, options, report
 from benchmarks.grid_layout import Degrees, Stage, stage_on
-from ds_lowrank.methods.galore import GaLore, GaLoreOptions
-from ds_lowrank.optimizer.step import buckets
+from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
+from ds_lowrank.optimizer.step import StepReport, step_matrices
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Executor, Request, Rounds, Route, all_reduce_route, lockstep
+from ds_lowrank.sharding.reduce import Executor, Request, Rounds, Route
 from ds_lowrank.sharding.world import SimulatedWorld
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
@@ -43,15 +43,12 @@ GRIDS = (
 )
 
 
-def step(stage: Stage, options: GaLoreOptions, ranks: int, number: int) -> Rounds[None]:
-    """The optimizer's order of a step: project bucket by bucket, decide on all parameters, update bucket by bucket."""
-    for bucket in buckets(stage.matrices):
-        projections = yield from lockstep(GaLore.project(m.shard, m.state, options, number) for m in bucket)
-        for matrix, found in zip(bucket, projections, strict=True):
-            matrix.found = found
-    yield [Request(all_reduce_route(ranks, stage.parameters), torch.ones(stage.parameters, 1))]
-    for bucket in buckets(stage.matrices):
-        yield from lockstep(GaLore.update(m.shard, m.state, options, number, m.found) for m in bucket)
+def step(stage: Stage, ranks: int, number: int) -> Rounds[StepReport]:
+    """Step number ``number`` of a stage, as the optimizer takes it; AdamW on the rest sends nothing."""
+    for matrix in stage.matrices:
+        matrix.state["step"] = number
+    others = [stage.matrices[0].shard.flat_gradient] * (stage.parameters - len(stage.matrices))
+    return step_matrices(GaLoreMethod, stage.matrices, ranks, others)
 
 
 class Ledger(Executor):
@@ -100,7 +97,7 @@ def simulated(
     """A world of the ranks that share a stage, after a step of zeros on all of them."""
     world = SimulatedWorld(degrees.sharing)
     stages = [stage_on(rank, model, degrees, stage, options, device) for rank in range(degrees.sharing)]
-    world.run([step(one, options, degrees.sharing, KINDS[kind]) for one in stages])
+    world.run([step(one, degrees.sharing, KINDS[kind]) for one in stages])
     return world
 
 
@@ -109,13 +106,13 @@ def counted(
 ) -> Ledger:
     """The same, as one rank's requests tell it."""
     ledger = Ledger(rank, degrees.sharing)
-    ledger.run(step(stage_on(rank, model, degrees, stage, options), options, degrees.sharing, KINDS[kind]))
+    ledger.run(step(stage_on(rank, model, degrees, stage, options), degrees.sharing, KINDS[kind]))
     return ledger
 
 
 def basis_gathered(shard: MatrixShard, options: GaLoreOptions) -> int:
     """Bytes in all of the first round of an ordinary step."""
-    rank = GaLore.rank(shard.shape, options)
+    rank = GaLoreMethod.rank(shard.shape, options)
     return 4 * rank * int(rows_sent(shard.compressed.all_gather(torch.empty(0, rank)).route).sum())
 
 

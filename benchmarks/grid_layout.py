@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
-from ds_lowrank.methods.blocks.state_spec import State, StateStore
-from ds_lowrank.methods.blocks.subspace import Projection
-from ds_lowrank.methods.galore import GaLore, GaLoreOptions
+from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.optimizer.logical_parameters import logical_parameters_of
+from ds_lowrank.optimizer.step import SteppedMatrix, shard_matrix
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.parameter_names import tag_from_name
 from ds_lowrank.sharding.layout import Range
-from ds_lowrank.sharding.matrix import MatrixShard
 
 ALIGNMENT = 2
 """DeepSpeed pads a flat buffer to a multiple of so many elements a data-parallel rank."""
@@ -57,21 +55,16 @@ class Pretended(Grid):
         return self.size
 
 
-@dataclass
-class Matrix:
-    """One projected matrix on one rank; ``elements`` of state over all ranks."""
-
-    shard: MatrixShard
-    state: State
-    elements: int
-    found: Projection = field(init=False)
-
-
 @dataclass(frozen=True)
 class Stage:
-    """What one rank of a pipeline stage steps: its matrices, and how many parameters there are, norms included."""
+    """What one rank of a pipeline stage steps.
 
-    matrices: list[Matrix]
+    Attributes:
+        matrices: the projected ones.
+        parameters: how many parameters there are, norms included.
+    """
+
+    matrices: list[SteppedMatrix]
     parameters: int
 
 
@@ -136,30 +129,29 @@ def _overlap(share: Range, start: int, numel: int) -> Range:
 def stage_on(
     rank: int, model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, device: str = "meta"
 ) -> Stage:
-    """A stage on one of the ranks that share it, with GaLore's state and gradients of zeros.
-
-    The ranks take turns in factoring as the optimizer deals them.
+    """A stage on one of the ranks that share it, with state and gradients of ones.
 
     Args:
         rank: among those ranks.
-        device: of both. Nothing is allocated on ``meta``.
+        model: sizes, under the keys of Hugging Face's configurations.
+        degrees: of parallelism.
+        stage: of the pipeline.
+        options: GaLore's.
+        device: of state and gradients. Nothing is allocated on ``meta``.
     """
     named = parameters_of(model, degrees, stage)
     held = intervals([parameter.numel() for _, parameter in named], degrees)
     grid = Pretended(number=rank % degrees.tensor, size=degrees.tensor)
-    matrices: list[Matrix] = []
+    matrices: list[SteppedMatrix] = []
     for number, (name, parameter) in enumerate(named):
-        (member,) = logical_parameters_of(parameter, tag_from_name(name), {}, options, {}, grid)
-        role = member.role(GaLore)
+        (one,) = logical_parameters_of(parameter, tag_from_name(name), {}, options, {}, grid)
+        role = one.role(GaLoreMethod)
         if not role.projected:
             continue
-        logical, shape = member.stepped_matrix(role), member.logical.shape
+        logical, (m, n) = one.stepped_matrix(role), one.logical.shape
         parts = [logical.part(r % degrees.tensor, *held[r // degrees.tensor][number]) for r in range(degrees.sharing)]
-        holders = [r for r, part in enumerate(parts) if part.numel]
-        root = holders[len(matrices) % len(holders)]
-        shard = MatrixShard(name, shape, parts, rank, GaLore.side(shape, options), root, options.block_rows)
-        keep = StateStore(name, lambda at, shard=shard: GaLore.state(shard, options, at), GaLore.rank(shape, options))
-        zeros = torch.zeros(shard.part.numel, device=device)
-        shard.attach(zeros, zeros)
-        matrices.append(Matrix(shard, keep.empty(torch.device(device)), keep.numel))
+        shard, store = shard_matrix(GaLoreMethod, name, (m, n), parts, rank, options, len(matrices))
+        shard.attach(*(torch.ones(shard.part.numel, device=device) for _ in range(2)))
+        state = {key: torch.ones_like(value) for key, value in store.empty(torch.device(device)).items()}
+        matrices.append(SteppedMatrix(shard, store, {"step": 0, **state}, options))
     return Stage(matrices, len(named))

@@ -276,7 +276,7 @@ class MatrixShard:
         sums = torch.zeros(axis.held[1] - axis.held[0], 1, device=flat.device)
         for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
             norms = torch.linalg.vector_norm(piece, dim=1 if axis is self.rows else 0, dtype=torch.float64)
-            sums[self._held(axis, rectangle)] += (norms / safe_scale).square().float().unsqueeze(1)
+            sums[self._held(axis, rectangle)] += (norms / safe_scale).square().float().view(-1, 1)
         return sums
 
     def dots(self, axis: Axis, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

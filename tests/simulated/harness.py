@@ -1,37 +1,35 @@
-"""One matrix over the ranks of a simulated world, stepped by any method, beside its dense reference."""
+"""One matrix over the ranks of a simulated world, stepped as the product steps it, beside its dense reference."""
 
 import itertools
 
 import torch
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.blocks.state_spec import StateStore
+from ds_lowrank.optimizer.step import SteppedMatrix, shard_matrix, step_matrices
 from ds_lowrank.sharding.layout import Block, ContiguousPart
-from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
 
 
-class Sharded:
-    """One matrix over the parts of a simulated world."""
+class ShardedMatrix:
+    """One matrix over the parts of a simulated world.
+
+    Attributes:
+        weight: the whole matrix, of which every rank writes its part in each step.
+        shards, state_stores, states: of every rank.
+    """
 
     def __init__(self, method, weight, parts, name="w", peers=None, **options):
         self.method = METHODS[method]
         self.weight, self.parts, self.options = weight, parts, self.method.Options(**options)
         shape, world = tuple(weight.shape), len(parts)
         assert self.method.unsupported_shape(shape, self.options) is None
-        root = max(range(world), key=lambda i: parts[i].numel)
-        side = self.method.side(shape, self.options)
-        run = self.options.block_rows
         self.peers = range(world) if peers is None else peers
-        self.shards = [MatrixShard(name, shape, parts, i, side, root, run, peers) for i in range(world)]
-        rank = self.method.rank(shape, self.options)
-        self.state_stores = [
-            StateStore(name, lambda at, s=s: self.method.state(s, self.options, at), rank) for s in self.shards
-        ]
-        self.states = [{"step": 0, **keep.empty(torch.device("cpu"))} for keep in self.state_stores]
-        self.world, self.t = SimulatedWorld(world), 0
+        sharded = [shard_matrix(self.method, name, shape, parts, i, self.options, peers=peers) for i in range(world)]
+        self.shards, self.state_stores = zip(*sharded, strict=True)
+        self.states = [{"step": 0, **store.empty(torch.device("cpu"))} for store in self.state_stores]
+        self.world = SimulatedWorld(world)
 
     def cut(self, tensor, part):
         (r0, r1), (c0, c1) = part.block.rows, part.block.cols
@@ -41,53 +39,39 @@ class Sharded:
         for shard in self.shards:
             shard.attach(self.cut(gradient, shard.part), self.cut(self.weight, shard.part))
 
-    def begin(self, gradient):
-        self.attach(gradient)
-        self.opened = [keep.decode(state) for keep, state in zip(self.state_stores, self.states, strict=True)]
-
-    def program(self, rank):
-        return self.whole_step(self.shards[rank], self.opened[rank])
+    def in_step(self, rank):
+        return SteppedMatrix(self.shards[rank], self.state_stores[rank], self.states[rank], self.options)
 
     def programs(self, gradient):
-        self.begin(gradient)
-        return [lockstep([self.program(rank)]) for rank in range(len(self.parts))]
-
-    def whole_step(self, shard, state):
-        """Both halves of a step, for a gradient that is known to be finite."""
-        found = yield from self.method.project(shard, state, self.options, self.t)
-        largest = found.projected.abs().max() if found.projected.numel() else torch.tensor(0.0)
-        size = yield shard.all_reduce(largest.view(1, 1))
-        found.magnitude = size.item()
-        return (yield from self.method.update(shard, state, self.options, self.t, found))
+        """One for every rank: a whole step of this matrix alone."""
+        self.attach(gradient)
+        return [step_matrices(self.method, [self.in_step(rank)], len(self.parts)) for rank in range(len(self.parts))]
 
     def step(self, gradient):
-        updates = self.world.run(self.programs(gradient))
-        self.finish({rank: update for rank, (update,) in enumerate(updates)})
+        reports = self.world.run(self.programs(gradient))
+        self.gather()
+        return reports
 
-    def finish(self, updates):
-        """Write what the peers' programs returned."""
-        self.t += 1
-        for rank, update in updates.items():
-            part, flat = self.parts[rank], self.cut(self.weight, self.parts[rank])
-            self.shards[rank].write(
-                flat, update, self.options.effective_lr, self.options.effective_lr * self.options.weight_decay
-            )
+    def gather(self):
+        """Put what the peers have written into the whole matrix."""
+        for rank in self.peers:
+            part, flat = self.parts[rank], self.shards[rank].weights
             (r0, r1), (c0, c1) = part.block.rows, part.block.cols
             block = self.weight[r0:r1, c0:c1].reshape(-1)
             block[part.start : part.end] = flat
             self.weight[r0:r1, c0:c1] = block.view(r1 - r0, c1 - c0)
-            self.state_stores[rank].encode(self.states[rank], self.opened[rank])
-            self.states[rank]["step"] = self.t
 
 
 def step_together(world, matrices, gradients):
-    """One step of several matrices in lockstep. A rank takes part in those of which it is a peer."""
+    """One step of several matrices, method by method. A rank takes part in those of which it is a peer."""
     for matrix, gradient in zip(matrices, gradients, strict=True):
-        matrix.begin(gradient)
-    sharing = [[matrix for matrix in matrices if rank in matrix.peers] for rank in range(world.size)]
-    found = world.run([lockstep([m.program(rank) for m in own]) for rank, own in enumerate(sharing)])
+        matrix.attach(gradient)
+    for method in dict.fromkeys(matrix.method for matrix in matrices):
+        alike = [matrix for matrix in matrices if matrix.method is method]
+        own = [[matrix.in_step(rank) for matrix in alike if rank in matrix.peers] for rank in range(world.size)]
+        world.run([step_matrices(method, stepped, world.size) for stepped in own])
     for matrix in matrices:
-        matrix.finish({rank: found[rank][sharing[rank].index(matrix)] for rank in matrix.peers})
+        matrix.gather()
 
 
 def flat_parts(shape, cuts):
@@ -151,7 +135,7 @@ def relative_error(method, shape, parts, steps=4, gradients=None, **options):
     options = {"lr": 1e-2, "eps": 0.1, **options}
     start = torch.randn(shape) if method == "GradNormLoRP" else torch.zeros(shape)
     dense = DENSE[method](start.clone(), **options)
-    sharded = Sharded(method, start, parts, **options)
+    sharded = ShardedMatrix(method, start, parts, **options)
     for step in range(steps):
         gradient = torch.randn(shape) if gradients is None else gradients(step)
         dense.step(gradient)

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_lowrank.methods.galore import GaLore
+from ds_lowrank.methods.galore import GaLoreMethod
 from ds_lowrank.sharding.reduce import SingleProcess, lockstep
 from tests.reference.galore import positive_qr, sketch
-from tests.simulated.harness import Sharded, compare, flat_parts
+from tests.simulated.harness import ShardedMatrix, compare, flat_parts
 
 
 def rounding_bound(shape, rank, steps=4, gap=2):
@@ -47,19 +47,25 @@ def test_a_row_shared_by_many_ranks_has_one_owner():
 
 
 def test_ranks_that_share_a_row_get_the_same_bits():
-    sharded = Sharded("GaLore", torch.randn(6, 10), flat_parts((6, 10), [15, 35]), rank=4)
-    updates = sharded.world.run(sharded.programs(torch.randn(6, 10)))
-    first, second = (update for (update,) in updates[:2])
+    sharded = ShardedMatrix("GaLore", torch.randn(6, 10), flat_parts((6, 10), [15, 35]), rank=4)
+    sharded.attach(torch.randn(6, 10))
+    programs = [
+        lockstep([GaLoreMethod.project(shard, state, sharded.options)])
+        for shard, state in zip(sharded.shards, sharded.states, strict=True)
+    ]
+    first, second, _ = (found for (found,) in sharded.world.run(programs))
     assert sharded.shards[0].part.rows == (0, 2)
     assert sharded.shards[1].part.rows == (1, 4)
-    same = (first.kept, second.kept) if sharded.shards[0].side == "right" else (first.compressed, second.compressed)
-    assert torch.equal(same[0][1], same[1][0])
+    assert sharded.shards[0].side == "left"  # the rows are compressed, and the basis has them
+    assert torch.equal(first.basis[1], second.basis[0])
 
 
 def test_alone_copies_nothing():
     """In one process a gathered basis is the stored one, not a copy of it."""
-    sharded = Sharded("GaLore", torch.randn(6, 10), flat_parts((6, 10), []), rank=4)
+    sharded = ShardedMatrix("GaLore", torch.randn(6, 10), flat_parts((6, 10), []), rank=4)
     (rounds,) = sharded.programs(torch.randn(6, 10))
     SingleProcess().run(rounds)
-    (found,) = SingleProcess().run(lockstep([GaLore.project(sharded.shards[0], sharded.states[0], sharded.options, 1)]))
+    (found,) = SingleProcess().run(
+        lockstep([GaLoreMethod.project(sharded.shards[0], sharded.states[0], sharded.options)])
+    )
     assert found.basis.data_ptr() == sharded.states[0]["basis"].data_ptr()

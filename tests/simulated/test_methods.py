@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.vlorp import divisors
-from ds_lowrank.sharding.reduce import lockstep
+from ds_lowrank.optimizer.step import step_matrices
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
 from tests.reference.galore import sketch
 from tests.simulated.harness import (
-    Sharded,
+    ShardedMatrix,
     compare,
     even_parts,
     flat_parts,
@@ -185,7 +185,8 @@ def worlds_of_eight_bits(method, shape, options):
     options = {"lr": 1e-2, "eps": 0.1, **options}
     start = torch.randn(shape) if method == "GradNormLoRP" else torch.zeros(shape)
     worlds = [
-        Sharded(method, start.clone(), even_parts(shape, ranks), state_dtype="int8", **options) for ranks in (1, 3)
+        ShardedMatrix(method, start.clone(), even_parts(shape, ranks), state_dtype="int8", **options)
+        for ranks in (1, 3)
     ]
     return DENSE[method](start.clone(), **options), *worlds
 
@@ -256,7 +257,7 @@ def test_rows_and_columns_of_zeros_are_no_source_of_noise(shape, method):
     At that epsilon a rounding of 1e-7 in an element of a thousandth of its neighbours' size is one of 1e-4.
     """
     options = CASES[method][0] | {"lr": 1e-2, "eps": 1e-8}
-    one, three = (Sharded(method, torch.zeros(shape), even_parts(shape, ranks), **options) for ranks in (1, 3))
+    one, three = (ShardedMatrix(method, torch.zeros(shape), even_parts(shape, ranks), **options) for ranks in (1, 3))
     for step in range(6):
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
         gradient[[2, 5, 6]] = 0
@@ -315,7 +316,7 @@ STATE = [
 def test_state_over_all_ranks_is_the_published_formula(shape, method, options, formula):
     """Elements, on any number of ranks; a projection that a seed gives back is not among them."""
     for ranks in (1, 2, 3, 7):
-        sharded = Sharded(method, torch.zeros(shape), even_parts(shape, ranks), **options)
+        sharded = ShardedMatrix(method, torch.zeros(shape), even_parts(shape, ranks), **options)
         for step in range(2):
             assert state_elements(sharded) == formula(30, 20)
             assert sharded.state_stores[0].numel == formula(30, 20)
@@ -325,7 +326,7 @@ def test_state_over_all_ranks_is_the_published_formula(shape, method, options, f
 
 def test_adarankgrad_shrinks_its_state_with_its_rank():
     shape = (30, 20)
-    sharded = Sharded("AdaRankGrad", torch.zeros(shape), even_parts(shape, 3), rank_max=8, update_proj_gap=2)
+    sharded = ShardedMatrix("AdaRankGrad", torch.zeros(shape), even_parts(shape, 3), rank_max=8, update_proj_gap=2)
     assert state_elements(sharded) == 8 * (2 * 30 + 20)
     ranks = []
     for width in (6, 6, 3, 3, 5, 5):
@@ -343,7 +344,7 @@ def test_rounds_do_not_grow_with_the_number_of_matrices(method, options):
     counts = []
     for matrices in (1, 9):
         many = [
-            Sharded(method, torch.zeros(12, 8), flat_parts((12, 8), [31, 50]), name=f"w{i}", **options)
+            ShardedMatrix(method, torch.zeros(12, 8), flat_parts((12, 8), [31, 50]), name=f"w{i}", **options)
             for i in range(matrices)
         ]
         rounds = []
@@ -352,9 +353,7 @@ def test_rounds_do_not_grow_with_the_number_of_matrices(method, options):
             torch.manual_seed(step)
             for one in many:
                 one.attach(torch.randn(12, 8))
-            world.run([lockstep([one.whole_step(one.shards[k], one.states[k]) for one in many]) for k in range(3)])
-            for one in many:
-                one.t += 1
+            world.run([step_matrices(METHODS[method], [one.in_step(k) for one in many], 3) for k in range(3)])
             rounds.append(world.rounds)
         counts.append(rounds)
     assert counts[0] == counts[1]

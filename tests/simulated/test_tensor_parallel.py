@@ -17,7 +17,7 @@ from ds_lowrank.sharding.reduce import Request, all_reduce_route
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference import DENSE
 from tests.simulated.harness import (
-    Sharded,
+    ShardedMatrix,
     compare,
     directions_on,
     grid_order,
@@ -123,7 +123,7 @@ def test_the_official_view_of_vlorp_is_refused_where_its_units_are_torn_apart(sh
         compare("VLoRP", shape, parts, **options)
     else:
         with pytest.raises(ConfigError, match="set left_view to 'transpose', or tensor_parallel_projection to 'local'"):
-            Sharded("VLoRP", torch.zeros(shape), parts, **options)
+            ShardedMatrix("VLoRP", torch.zeros(shape), parts, **options)
 
 
 # 2. The order of the ranks.
@@ -254,7 +254,7 @@ def copies_beside_a_split_matrix(tensor, data, method, weight, **options):
     order = grid_order(tensor, data)
     tensor_ranks = [t for t, _ in order]
     shape = tuple(weight.shape)
-    split = Sharded(
+    split = ShardedMatrix(
         "GaLore",
         torch.zeros(24, 12),
         grid_parts(tensor_blocks((24, 12), "rows", tensor), [inside_rows(288 // tensor, data)] * tensor, order),
@@ -266,7 +266,7 @@ def copies_beside_a_split_matrix(tensor, data, method, weight, **options):
         (logical,) = logical_matrices(torch.nn.Parameter(torch.empty(shape)), shape, "copy", FakeGrid(own, tensor))
         parts, peers = _parts(logical, tensor_ranks, intervals)
         assert peers == [rank for rank, t in enumerate(tensor_ranks) if t == own]
-        copies.append(Sharded(method, weight.clone(), parts, name="copy", peers=peers, **options))
+        copies.append(ShardedMatrix(method, weight.clone(), parts, name="copy", peers=peers, **options))
     return SimulatedWorld(len(tensor_ranks)), split, copies
 
 
@@ -311,7 +311,9 @@ def test_copies_of_a_vector_step_as_one(tensor, data, state_dtype):
     options = {"rank": None, "lr": 1e-2, "weight_decay": 0.1, "state_dtype": state_dtype}
     start = torch.randn(1, 300)
     world, split, copies = copies_beside_a_split_matrix(tensor, data, "Lorenza", start, **options)
-    alone = Sharded("Lorenza", start.clone(), [ContiguousPart(Block((0, 1), (0, 300)), 0, 300)], name="copy", **options)
+    alone = ShardedMatrix(
+        "Lorenza", start.clone(), [ContiguousPart(Block((0, 1), (0, 300)), 0, 300)], name="copy", **options
+    )
     kernel = torch.nn.Parameter(start.clone())
     adamw = torch.optim.AdamW([kernel], lr=1e-2, weight_decay=0.1)
     for step in range(4):
@@ -351,7 +353,7 @@ def shards_apart(tensor, data, split, method, starts, **options):
         apart = logical.as_local()
         assert (apart.name, apart.shape, apart.placement) == (f"w@tensor{own}", shape, "local")
         parts, peers = _parts(apart, [own] * data, intervals)
-        shards.append(Sharded(method, start.clone(), parts, name=apart.name, peers=peers, **options))
+        shards.append(ShardedMatrix(method, start.clone(), parts, name=apart.name, peers=peers, **options))
     return shards
 
 
@@ -407,7 +409,7 @@ def test_state_over_all_ranks_is_that_of_one_process(shape, split, method, optio
         for data in (1, 2, 3):
             blocks = tensor_blocks(shape, split, tensor)
             parts = grid_parts(blocks, [inside_rows(blocks[0].numel, data)] * tensor, grid_order(tensor, data))
-            sharded = Sharded(method, torch.zeros(shape), parts, **options)
+            sharded = ShardedMatrix(method, torch.zeros(shape), parts, **options)
             assert state_elements(sharded) == formula(40, 20)
     torch.manual_seed(0)
     sharded.step(torch.randn(shape))
@@ -433,7 +435,7 @@ def test_an_ordinary_step_of_galore_sends_projections_and_bases_only(split, tens
     """Rows of the basis to whoever has their columns, rows of R where columns are split; and one number to decide."""
     (m, n), r = (24, 12), 4
     parts = grid_parts(tensor_blocks((m, n), split, tensor), [[]] * tensor, grid_order(tensor, 1))
-    sharded = Sharded("GaLore", torch.zeros(m, n), parts, rank=r)
+    sharded = ShardedMatrix("GaLore", torch.zeros(m, n), parts, rank=r)
     torch.manual_seed(0)
     sharded.step(torch.randn(m, n))
     before = list(sharded.world.bytes_sent)
@@ -460,7 +462,7 @@ def test_directions_on_blocks_put_together_are_the_whole_matrixs(tensor, data, s
     blocks = tensor_blocks(shape, split, tensor)
     parts = grid_parts(blocks, [inside_rows(blocks[0].numel, data)] * tensor, order)
     twin = DENSE["Lorenza"](torch.zeros(shape), **form)
-    sharded = Sharded("Lorenza", torch.zeros(shape), parts, lr=1e-2, **form)
+    sharded = ShardedMatrix("Lorenza", torch.zeros(shape), parts, lr=1e-2, **form)
     twin.step(gradient)
     sharded.step(gradient)
     expected = twin.direction("1 probe 0.0")
@@ -472,7 +474,7 @@ def test_directions_on_blocks_put_together_are_the_whole_matrixs(tensor, data, s
     for (t, _), target, directions in zip(order, targets, directions_on(sharded, targets), strict=True):
         coordinates = directions.draw("1 probe 0.0")
         (r0, r1), (c0, c1) = blocks[t].rows, blocks[t].cols
-        moved = target.dense(directions.to_matrix(coordinates)).view(r1 - r0, c1 - c0)
+        moved = directions.to_matrix(coordinates).dense(target).view(r1 - r0, c1 - c0)
         found = assembled[r0:r1, c0:c1]
         assert found.isnan().all() or torch.equal(found, moved)  # data ranks move alike
         assembled[r0:r1, c0:c1] = moved

@@ -123,8 +123,8 @@ def test_a_reprojected_moment_keeps_its_expected_length():
         options = VLoRPOptions(rank=3, granularity=2, update_proj_gap=5, moment_on_resample="reproject", seed=seed)
         old, new = (draw(units, options, counter) for counter in (0, 1))
         moment = torch.randn(8, 6)
-        state = {"exp_avg": moment.clone()}
-        resample(state, options, 5, ProjectedUnits(torch.empty(0), True, units=units, projection=new))
+        state = {"exp_avg": moment.clone(), "step": 5}
+        resample(state, options, ProjectedUnits(torch.empty(0), True, units=units, projection=new))
         ratios.append(units.lift(state["exp_avg"], new).square().sum() / units.lift(moment, old).square().sum())
     ratios = torch.stack(ratios)
     assert abs(ratios.mean() - 1) < 4 * ratios.std() / len(ratios) ** 0.5
@@ -148,7 +148,7 @@ def test_the_closed_form_is_the_gradient_of_the_loss(side, pca_lambda, size):
     pca_loss(basis, gradient, pca_lambda).backward()
     shard = shard_of((gradient if side == "right" else gradient.T.contiguous()) * size, side)
     found = basis.detach()
-    got = alone(pca_gradient(shard, found, shard.times(found), pca_lambda, unit=size))
+    got = alone(pca_gradient(shard, found, shard.times(found), pca_lambda, safe_scale=size))
     assert (got - basis.grad).norm() < 1e-5 * basis.grad.norm()
 
 

@@ -15,7 +15,7 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer import step
 from ds_lowrank.sharding.layout import length
 from ds_lowrank.sharding.reduce import SingleProcess
-from tests.simulated.harness import Sharded, flat_parts, state_elements
+from tests.simulated.harness import ShardedMatrix, flat_parts, state_elements
 from tests.unit.pages import PAGES, ROOT, rows, weights
 
 EXTRA = [
@@ -53,7 +53,7 @@ def even_world(method, shape, ranks=3, **options):
     numel = shape[0] * shape[1]
     small = {key: value for key, value in SMALL[method].items() if not (key == "rank" and options.get("mini"))}
     cuts = [numel * rank // ranks for rank in range(1, ranks)]
-    return Sharded(method, torch.zeros(shape), flat_parts(shape, cuts), **{**small, **options})
+    return ShardedMatrix(method, torch.zeros(shape), flat_parts(shape, cuts), **{**small, **options})
 
 
 def cost_of_each_step(sharded, steps):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.methods.gradnormlorp import tangent
+from ds_lowrank.methods.gradnormlorp import Frame, dv
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.reference.gradnormlorp import DenseGradNormLoRP
-from tests.simulated.harness import Sharded, even_parts
+from tests.simulated.harness import ShardedMatrix, even_parts
 
 AXES = pytest.mark.parametrize(("norm_axis", "dim"), [("output", 1), ("input", 0)])
 
@@ -19,15 +19,14 @@ def by_the_definition(v, g, dim):
 
 
 def mapped(weight, gradient, magnitude, length, norm_axis):
-    """What ``tangent`` makes of a gradient for the direction ``v = W length / magnitude``."""
+    """What ``dv`` makes of a gradient for the direction ``v = W length / magnitude``."""
     dim = 1 if norm_axis == "output" else 0
     shard = MatrixShard("w", tuple(weight.shape), [whole(weight.shape)], 0, "right", 0)
     shard.attach(gradient.reshape(-1), weight.reshape(-1))
-    radial = (gradient * weight).sum(dim) / weight.square().sum(dim)
+    a = (gradient * weight).sum(dim) / weight.square().sum(dim)
     axis = shard.rows if norm_axis == "output" else shard.columns
-    slope = (magnitude.flatten() / length).unsqueeze(1)
-    (found,) = tangent(shard, axis, shard.gradient, slope, radial.reshape(-1, 1))
-    return found
+    frame = Frame((magnitude.flatten() / length).unsqueeze(1), a.reshape(-1, 1), torch.empty(0))
+    return dv(shard, axis, gradient.reshape(-1), frame).view_as(weight)
 
 
 @AXES
@@ -95,7 +94,7 @@ def test_a_magnitude_that_crosses_zero_turns_its_unit_round():
     torch.manual_seed(0)
     start = torch.randn(5, 4)
     start[0] *= 0.05 / start[0].norm()
-    single = Sharded("GradNormLoRP", start.clone(), even_parts((5, 4), 2), lr=0.1, rank=2, scale=0.1)
+    single = ShardedMatrix("GradNormLoRP", start.clone(), even_parts((5, 4), 2), lr=0.1, rank=2, scale=0.1)
     twin = DenseGradNormLoRP(start.clone(), lr=0.1, rank=2, scale=0.1)
     assert isinstance(single.world, SimulatedWorld)
     for _ in range(3):

@@ -8,10 +8,11 @@ import torch
 import ds_lowrank
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.probe import RandomState
+from ds_lowrank.methods.blocks import ascent
 from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import MatrixShard
 from tests.reference.lorenza import DenseLorenza, climb
-from tests.simulated.harness import Sharded, directions_on, even_parts
+from tests.simulated.harness import ShardedMatrix, directions_on, even_parts
 
 FORMS = [
     {"rank": 3},
@@ -43,11 +44,15 @@ def trained(shape=(12, 9), dtype=torch.float32, **options):
 
 def slopes_of(optimizer, loss, weight):
     """What the perturbation measures, and where it leaves the weights."""
-    perturbation, found = optimizer.perturbation, []
-    measure = perturbation._slopes
-    perturbation._slopes = lambda *args: found.extend(measure(*args)) or found
-    with torch.no_grad():
-        perturbation.ascend(lambda: loss(weight.double()).item(), optimizer.options)
+    found, measured = [], ascent.slopes
+
+    def noted(*arguments):
+        found.extend(measured(*arguments))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(ascent, "slopes", noted)
+        optimizer.perturbation.ascend(lambda: loss(weight.double()).item(), optimizer.options)
     return found
 
 
@@ -284,7 +289,7 @@ def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks,
     torch.manual_seed(0)
     gradient = torch.randn(shape)
     twin = DenseLorenza(torch.zeros(shape), **form)
-    sharded = Sharded("Lorenza", torch.zeros(shape), even_parts(shape, ranks), lr=1e-2, **form)
+    sharded = ShardedMatrix("Lorenza", torch.zeros(shape), even_parts(shape, ranks), lr=1e-2, **form)
     twin.step(gradient)
     sharded.step(gradient)
     expected = twin.direction("1 probe 0.0")
@@ -297,7 +302,7 @@ def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks,
     for targets in (sharded.shards, everything):
         for target, found in zip(targets, directions_on(sharded, targets), strict=True):
             coordinates = found.draw("1 probe 0.0")
-            got = target.dense(found.to_matrix(coordinates))
+            got = found.to_matrix(coordinates).dense(target)
             assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
             assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
 
