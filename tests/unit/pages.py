@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("getting_started", "configuration", "finetuning", "methods", "parallelism", "sharding")
+NAMES = ("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
 
 
