@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -307,11 +308,45 @@ def import_rows() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
-        other, _, anchor = target.partition("#")
-        if other.endswith(".png"):
-            assert (ROOT / "docs" / other).is_file(), target
-            continue
-        text = (ROOT / "docs" / (other or f"{page}.md")).read_text()
-        titles = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
-        anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
-        assert not anchor or anchor in anchors, target
+        check_link(ROOT / "docs" / f"{page}.md", target)
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "ds_configs/README.md"])
+def test_links_of_other_pages_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / path).read_text()):
+        check_link(ROOT / path, target)
+
+
+def check_link(page: Path, target: str) -> None:
+    """A relative link names a file that exists and, in a page, a heading that it has."""
+    if target.startswith("https://"):
+        return
+    other, _, anchor = target.partition("#")
+    path = page.parent / other if other else page
+    assert path.exists(), target
+    if anchor:
+        titles = [line.lstrip("# ").lower() for line in path.read_text().splitlines() if line.startswith("#")]
+        assert anchor in {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}, target
+
+
+ALL_PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "ds_configs/README.md"])
+NOT_OURS = {"script.py", "zero_to_fp32.py"}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_modules_that_are_mentioned_exist(page):
+    quoted = re.findall(r"`([^`\n]+)`", page.read_text())
+    folders = [ROOT, ROOT / "ds_lowrank", ROOT / "ds_lowrank/sharding"]
+    for path in {word for text in quoted for word in re.findall(r"[\w/]+\.py\b", text)} - NOT_OURS:
+        assert any((folder / path).is_file() for folder in folders), path
+    for name in {word for text in quoted for word in re.findall(r"\bds_lowrank(?:\.\w+)+", text)}:
+        assert exists(name), name
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+        return True
+    module, _, attribute = name.rpartition(".")
+    return hasattr(importlib.import_module(module), attribute)

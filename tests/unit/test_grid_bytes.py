@@ -71,7 +71,9 @@ def test_all_ranks_together_send_what_is_documented(degrees, kind):
     assert sum(counted(SMALL, degrees, 0, OPTIONS, kind).bytes_sent) == 4 * expected
 
 
-SPLITS = [(split, side.strip("`"), cells) for split, side, *cells in rows("communication", "### Matrices that are split")]
+SPLITS = [
+    (split, side.strip("`"), cells) for split, side, *cells in rows("communication", "### Matrices that are split")
+]
 
 
 @pytest.mark.parametrize(("split", "side", "cells"), SPLITS, ids=str)
