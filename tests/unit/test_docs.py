@@ -1,4 +1,4 @@
-"""The documentation is true: its Python runs, its commands parse, its tables say what the code says."""
+"""The documentation is true: its Python runs, its commands parse, and its tables agree with the code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.test_architecture import ALLOWED
 
 
 class Fence(NamedTuple):
-    """A fenced block: its language, what else its opening line says, its text."""
+    """A fenced block: its language, the rest of its opening line, and its text."""
 
     page: str
     number: int
@@ -53,7 +53,7 @@ def fences(language: str, info: str | None = None) -> list[Fence]:
 
 
 def furnish() -> None:
-    """What the snippets read: the metrics and the exports of finished runs, in the current folder."""
+    """Create what the snippets read in the current folder: the metrics and the exports of finished runs."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from ds_lowrank.data.tokenizer import load_tokenizer
@@ -112,7 +112,7 @@ class ParserError(Exception):
 
 @pytest.fixture(scope="module")
 def parsers():
-    """Those of both scripts, by the page that documents their flags."""
+    """The argument parsers of both scripts, by the page that documents their flags."""
     from ds_lowrank.finetuning import arguments as finetune
     from ds_lowrank.training import arguments as pretrain
 
@@ -188,12 +188,12 @@ COMMON, SUBSPACE = "### Keys of every method", "### Keys of GaLore and OnlineSub
 
 
 def documented_keys(heading):
-    """Type and default by key."""
+    """Type and default of each documented key."""
     return {key.strip("`"): (kind, default.strip("`")) for key, kind, default, _ in rows("configuration", heading)}
 
 
 def own_keys(options):
-    """What a class of options adds to those that it inherits, or changes the default of."""
+    """The options that a class adds to those it inherits, or whose default it changes."""
     inherited = options.__base__.model_fields
     fields = options.model_fields.items()
     return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
@@ -215,7 +215,7 @@ def test_every_option_is_documented_with_its_choices_and_its_default(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_own_option_is_spoken_of_where_the_method_is(method):
+def test_every_own_option_is_mentioned_in_the_section_of_its_method(method):
     section = re.search(rf"^## {method}\n(.*?)^## ", PAGES["methods"], re.M | re.S)[1]
     mentioned = set(re.findall(r"`(\w+)`", section))
     assert own_keys(METHODS[method].Options) - {"update_proj_gap"} <= mentioned
@@ -228,13 +228,13 @@ def test_contradictory_options_get_the_documented_message():
             OPTIMIZERS[method](weights((8, 12)), **params)
 
 
-def test_every_refusal_is_documented_with_its_advice():
+def test_every_unsupported_setting_is_documented_with_its_advice():
     documented = {key.strip("`"): advice for key, advice in rows("configuration", "### What is refused")}
-    assert documented == {refusal.key: refusal.advice for refusal in UNSUPPORTED_SETTINGS}
+    assert documented == {setting.key: setting.advice for setting in UNSUPPORTED_SETTINGS}
 
 
 def said_by_the_package() -> list[str]:
-    """Every string of the package, as far as nothing is filled in."""
+    """Every string literal of the package; of an f-string, the constant parts."""
     trees = [ast.parse(path.read_text()) for path in (ROOT / "ds_lowrank").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
