@@ -1,4 +1,6 @@
-"""The pages of the documentation, their tables, and what the tests of both need."""
+"""The pages of the documentation and their tables, as the tests read them."""
+
+from __future__ import annotations
 
 import itertools
 from pathlib import Path
@@ -6,12 +8,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("getting_started", "configuration", "finetuning", "methods", "parallelism", "sharding")
+NAMES = ("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
-    """The cells of the first table after a heading, of which any beginning will do, without its head."""
+    """The cells of the first table after a heading, without the table's header; a prefix of the heading is enough."""
     known = [line for line in PAGES[page].splitlines() if line.startswith(heading)]
     heading = heading if heading in known else known[0]
     lines = itertools.dropwhile(lambda line: line != heading, PAGES[page].splitlines())

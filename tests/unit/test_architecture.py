@@ -1,4 +1,4 @@
-"""Who may import whom (docs/sharding.md draws the same picture), and what an import costs."""
+"""Who may import whom (docs/architecture.md draws the same picture), and what an import costs."""
 
 import ast
 import subprocess

@@ -161,7 +161,7 @@ def without_decision(cost):
 
 
 def formula(shards, rank, kind, factoring):
-    """What docs/sharding.md says that a rank sends, in elements."""
+    """What docs/communication.md says that a rank sends, in elements."""
     r, first, others = 4, rank == factoring, [j for j in range(len(shards)) if j != factoring]
 
     def held(axis, i):
@@ -194,7 +194,7 @@ def formula(shards, rank, kind, factoring):
 @pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_rounds_and_volumes_are_as_documented(kind, shape, ranks):
-    documented = dict(rows("sharding", "## What one step exchanges"))
+    documented = dict(rows("communication", "## What one step exchanges"))
     changes, step = ROUNDS[kind]
     sharded = even_world("GaLore", shape, ranks, **changes)
     rounds, sent = without_decision(cost_of_each_step(sharded, step + 1)[step])
@@ -205,7 +205,7 @@ def test_rounds_and_volumes_are_as_documented(kind, shape, ranks):
 
 @pytest.mark.parametrize("changes", [{}, {"projector": "svd"}], ids=str)
 def test_a_rotation_costs_what_is_documented(changes):
-    documented = dict(rows("sharding", "## What one step exchanges"))
+    documented = dict(rows("communication", "## What one step exchanges"))
     (plain, sent), (rotated, more) = (
         cost_of_each_step(even_world("GaLore", (48, 20), moments=moments, **changes), steps=4)[3]
         for moments in ("keep", "rotate")
@@ -242,7 +242,7 @@ def collectives(gradients, matrices=3):
 
 
 def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
-    documented = {kind: int(rounds) for kind, rounds in rows("sharding", "## What one step exchanges")}
+    documented = {kind: int(rounds) for kind, rounds in rows("communication", "## What one step exchanges")}
     decision, ordinary = documented["decision: one number a parameter"], documented["ordinary"]
     refresh, zero = (
         documented["refresh, `randomized`"],
@@ -254,7 +254,7 @@ def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
         refresh + decision + zero,
         ordinary + decision + zero,
     ]
-    text = " ".join(PAGES["sharding"].split())
+    text = " ".join(PAGES["communication"].split())
     assert f"a step costs {ordinary + decision} collectives" in text
     assert f"a step with a randomized refresh {refresh + decision}," in text
 
@@ -262,7 +262,7 @@ def test_the_decision_and_a_zero_gradient_cost_what_is_documented():
 @pytest.mark.parametrize(("room", "count"), [(1, 3), (48, 3), (96, 2), (144, 1)])
 def test_waves_cost_what_is_documented(monkeypatch, room, count):
     """Each of the three matrices takes 2 (2 * 8 + 8) = 48 numbers of the room."""
-    text = " ".join(PAGES["sharding"].split())
+    text = " ".join(PAGES["communication"].split())
     assert "`BUCKET_ELEMENTS` = 2^28" in text
     assert step.BUCKET_ELEMENTS == 2**28
     monkeypatch.setattr(step, "BUCKET_ELEMENTS", room)

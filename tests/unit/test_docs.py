@@ -1,9 +1,10 @@
-"""The documentation is true: its Python runs, its commands parse, its tables say what the code says."""
+"""The documentation is true: its Python runs, its commands parse, and its tables agree with the code."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,7 +29,7 @@ from tests.unit.test_architecture import ALLOWED
 
 
 class Fence(NamedTuple):
-    """A fenced block: its language, what else its opening line says, its text."""
+    """A fenced block: its language, the rest of its opening line, and its text."""
 
     page: str
     number: int
@@ -52,7 +53,7 @@ def fences(language: str, info: str | None = None) -> list[Fence]:
 
 
 def furnish() -> None:
-    """What the snippets read: the metrics and the exports of finished runs, in the current folder."""
+    """Create what the snippets read in the current folder: the metrics and the exports of finished runs."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from ds_lowrank.data.tokenizer import load_tokenizer
@@ -111,7 +112,7 @@ class ParserError(Exception):
 
 @pytest.fixture(scope="module")
 def parsers():
-    """Those of both scripts, by the page that documents their flags."""
+    """The argument parsers of both scripts, by the page that documents their flags."""
     from ds_lowrank.finetuning import arguments as finetune
     from ds_lowrank.training import arguments as pretrain
 
@@ -187,12 +188,12 @@ COMMON, SUBSPACE = "### Keys of every method", "### Keys of GaLore and OnlineSub
 
 
 def documented_keys(heading):
-    """Type and default by key."""
+    """Type and default of each documented key."""
     return {key.strip("`"): (kind, default.strip("`")) for key, kind, default, _ in rows("configuration", heading)}
 
 
 def own_keys(options):
-    """What a class of options adds to those that it inherits, or changes the default of."""
+    """The options that a class adds to those it inherits, or whose default it changes."""
     inherited = options.__base__.model_fields
     fields = options.model_fields.items()
     return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
@@ -214,7 +215,7 @@ def test_every_option_is_documented_with_its_choices_and_its_default(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_own_option_is_spoken_of_where_the_method_is(method):
+def test_every_own_option_is_mentioned_in_the_section_of_its_method(method):
     section = re.search(rf"^## {method}\n(.*?)^## ", PAGES["methods"], re.M | re.S)[1]
     mentioned = set(re.findall(r"`(\w+)`", section))
     assert own_keys(METHODS[method].Options) - {"update_proj_gap"} <= mentioned
@@ -227,13 +228,13 @@ def test_contradictory_options_get_the_documented_message():
             OPTIMIZERS[method](weights((8, 12)), **params)
 
 
-def test_every_refusal_is_documented_with_its_advice():
+def test_every_unsupported_setting_is_documented_with_its_advice():
     documented = {key.strip("`"): advice for key, advice in rows("configuration", "### What is refused")}
-    assert documented == {refusal.key: refusal.advice for refusal in UNSUPPORTED_SETTINGS}
+    assert documented == {setting.key: setting.advice for setting in UNSUPPORTED_SETTINGS}
 
 
 def said_by_the_package() -> list[str]:
-    """Every string of the package, as far as nothing is filled in."""
+    """Every string literal of the package; of an f-string, the constant parts."""
     trees = [ast.parse(path.read_text()) for path in (ROOT / "ds_lowrank").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -294,24 +295,58 @@ def test_the_matrices_of_a_record_are_as_documented():
     assert 'an object `{"NAME": {"rank": R, "state_bytes": B}, ...}`' in text
 
 
-def test_the_layers_are_those_that_are_enforced():
-    documented = {name.strip("`"): set(re.findall(r"`([\w/]+)`", below)) for name, below in layer_rows()}
+def test_the_documented_imports_are_those_that_are_enforced():
+    documented = {name.strip("`"): set(re.findall(r"`([\w/]+)`", below)) for name, below in import_rows()}
     assert documented == ALLOWED
 
 
-def layer_rows() -> list[tuple[str, str]]:
-    table = rows("sharding", "## Layers")
+def import_rows() -> list[tuple[str, str]]:
+    table = rows("architecture", "### Who may import whom")
     return [(cells[0].rstrip(" |"), cells[1] if len(cells) > 1 else "") for cells in table]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
-        other, _, anchor = target.partition("#")
-        if other.endswith(".png"):
-            assert (ROOT / "docs" / other).is_file(), target
-            continue
-        text = (ROOT / "docs" / (other or f"{page}.md")).read_text()
-        titles = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
-        anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
-        assert not anchor or anchor in anchors, target
+        check_link(ROOT / "docs" / f"{page}.md", target)
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "ds_configs/README.md"])
+def test_links_of_other_pages_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / path).read_text()):
+        check_link(ROOT / path, target)
+
+
+def check_link(page: Path, target: str) -> None:
+    """A relative link names a file that exists and, in a page, a heading that it has."""
+    if target.startswith("https://"):
+        return
+    other, _, anchor = target.partition("#")
+    path = page.parent / other if other else page
+    assert path.exists(), target
+    if anchor:
+        titles = [line.lstrip("# ").lower() for line in path.read_text().splitlines() if line.startswith("#")]
+        assert anchor in {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}, target
+
+
+ALL_PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "ds_configs/README.md"])
+NOT_OURS = {"script.py", "zero_to_fp32.py"}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_modules_that_are_mentioned_exist(page):
+    quoted = re.findall(r"`([^`\n]+)`", page.read_text())
+    folders = [ROOT, ROOT / "ds_lowrank", ROOT / "ds_lowrank/sharding"]
+    for path in {word for text in quoted for word in re.findall(r"[\w/]+\.py\b", text)} - NOT_OURS:
+        assert any((folder / path).is_file() for folder in folders), path
+    for name in {word for text in quoted for word in re.findall(r"\bds_lowrank(?:\.\w+)+", text)}:
+        assert exists(name), name
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+        return True
+    module, _, attribute = name.rpartition(".")
+    return hasattr(importlib.import_module(module), attribute)

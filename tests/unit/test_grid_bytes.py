@@ -1,4 +1,4 @@
-"""benchmarks/grid_bytes.py counts what a simulated world sends, and docs/sharding.md says what it counted."""
+"""benchmarks/grid_bytes.py counts what a simulated world sends, and docs/communication.md says what it counted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def factoring(shard, axis):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("degrees", GRIDS, ids=str)
 def test_all_ranks_together_send_what_is_documented(degrees, kind):
-    cells = dict(rows("sharding", SECTION))
+    cells = dict(rows("communication", SECTION))
     stage, r, expected = stage_on(0, SMALL, degrees, 0, OPTIONS), 4, 0
     for matrix in stage.matrices:
         shard = matrix.shard
@@ -71,7 +71,9 @@ def test_all_ranks_together_send_what_is_documented(degrees, kind):
     assert sum(counted(SMALL, degrees, 0, OPTIONS, kind).bytes_sent) == 4 * expected
 
 
-SPLITS = [(split, side.strip("`"), cells) for split, side, *cells in rows("sharding", "### Matrices that are split")]
+SPLITS = [
+    (split, side.strip("`"), cells) for split, side, *cells in rows("communication", "### Matrices that are split")
+]
 
 
 @pytest.mark.parametrize(("split", "side", "cells"), SPLITS, ids=str)
@@ -107,7 +109,7 @@ def test_the_table_at_7b_is_what_was_measured():
         ]
         for row in MEASURED
     }
-    documented = rows("sharding", "### At 7B")
+    documented = rows("communication", "### At 7B")
     assert documented
     for zero, grid, kind, *cells in documented:
         assert cells == known[int(zero), grid, kind], (zero, grid, kind)
@@ -124,7 +126,7 @@ def by_data(kind, zero, pipeline, head):
 
 
 def test_what_is_said_of_the_size_of_the_world():
-    text = " ".join(PAGES["sharding"].split())
+    text = " ".join(PAGES["communication"].split())
     ordinary, refresh = (by_data(kind, 3, 1, "MB a rank") for kind in ("ordinary", "refresh"))
     changes = [ordinary[128] / ordinary[8] - 1, refresh[128] / refresh[8] - 1, refresh[128] / refresh[16] - 1]
     said = "from 64 ranks to 1024 it changes by {:.1f} %, a refresh by {:.1f} % (from 128 ranks on by {:.1f} %)"
