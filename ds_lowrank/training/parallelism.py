@@ -72,7 +72,7 @@ def grid_shape(arguments: Namespace, config: dict[str, Any], model: LlamaConfig,
     if autotp > 1 and shape.uses_megatron:
         raise ConfigError(
             "tensor_parallel.autotp_size splits Hugging Face's layers, but --tensor-parallel and --pipeline-parallel "
-            "use megatron-core's: choose one of the two"
+            "use megatron-core's: use one of them"
         )
     check_grid(ranks, shape.tensor_ranks, shape.pipeline, megatron=shape.uses_megatron)
     check_split(model, shape.tensor_ranks, shape.pipeline)
