@@ -4,6 +4,8 @@ deepspeed launch/finetune.py --deepspeed_config ds_configs/galore_zero2.json --l
     --model runs/quickstart/export --output runs/finetune
 """
 
+from __future__ import annotations
+
 import os
 
 import torch

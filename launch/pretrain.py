@@ -4,6 +4,8 @@ deepspeed launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \
     --model ds_configs/models/llama_60m.json --steps 10000 --output runs/galore_60m
 """
 
+from __future__ import annotations
+
 import os
 from argparse import Namespace
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is first imported
 
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch.distributed import get_rank, get_world_size
 
 from ds_lowrank.checkpoint.random_state import seed_everything
 from ds_lowrank.collectives import raise_on_all_ranks
@@ -31,9 +33,9 @@ from ds_lowrank.training.schedule import scheduler_factory
 
 
 def set_up(arguments: Namespace) -> Run:
-    """Everything up to the first step. Errors are raised on every rank."""
+    """Do everything up to the first step. Collective; if one rank fails, all raise."""
     with raise_on_all_ranks():
-        plan = make_plan(arguments, get_world_size())
+        plan = make_plan(arguments, dist.get_world_size())
     text = open_text(
         arguments.data,
         plan.tokenizer,
@@ -45,7 +47,7 @@ def set_up(arguments: Namespace) -> Run:
     )
     share: dict[str, int] = {
         "micro_batch_size": plan.batch.micro,
-        "rank": plan.grid.data_rank(get_rank()),
+        "rank": plan.grid.data_rank(dist.get_rank()),
         "world_size": plan.grid.data,
     }
     stream = BatchStream(text.train, global_batch_size=plan.batch.total, seed=arguments.seed, **share)
@@ -65,6 +67,7 @@ def set_up(arguments: Namespace) -> Run:
 
 
 def build_engine(arguments: Namespace, plan: Plan) -> DeepSpeedEngine:
+    """Build the model and its engine. Collective."""
     model, mpu = build_model(arguments, plan)
     parameters = None
     if arguments.matrix_lr_scale is not None:
@@ -73,7 +76,7 @@ def build_engine(arguments: Namespace, plan: Plan) -> DeepSpeedEngine:
 
 
 def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
-    """The model, and the mpu where DeepSpeed needs one."""
+    """Build the model, and the model-parallel unit if DeepSpeed needs one (else None). Collective."""
     if not plan.grid.uses_megatron:
         model = llama.build(plan.model, arguments.seed, plan.config, weights=plan.weights)
         if arguments.activation_checkpointing:
@@ -84,7 +87,10 @@ def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
     tensor, pipeline = plan.grid.tensor, plan.grid.pipeline
     mpu = make_grid(tensor, pipeline)
     model = llama_parallel.build(
-        *(plan.model, arguments.seed, tensor, pipeline),
+        plan.model,
+        arguments.seed,
+        tensor,
+        pipeline,
         sequence_parallel=arguments.sequence_parallel,
         recompute=arguments.activation_checkpointing,
         weights=plan.weights,

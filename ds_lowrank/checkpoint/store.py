@@ -58,7 +58,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first."""
+    """The complete checkpoints in ``directory``, oldest first."""
     if not directory.is_dir():
         return []
     complete = [path for path in directory.iterdir() if TAG.fullmatch(path.name) and (path / FILE).is_file()]

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ds_lowrank.data.batches import Step, check_batch_sizes, check_position, rows_of
+from ds_lowrank.data.batches import Step
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.global_batch import check_batch_sizes, check_position, rows_of
 from ds_lowrank.data.order import EpochOrder
 
 UNLABELLED = -100  # Hugging Face's losses ignore tokens with this label

@@ -81,7 +81,7 @@ class StreamReader:
         self._dataset = stream.builder.as_streaming_dataset(split=stream.split)
         if state is not None:
             self._dataset.load_state_dict(state)
-        # Until the first record is read, `datasets` reports the start of the data, not the state it was given.
+        # Until the first record is read, ``datasets`` reports the start of the data, not the state it was given.
         self._state_before_reading = state
         self._records = iter(self._dataset)
 

@@ -1,1 +1,1 @@
-"""Fine-tuning of Hugging Face checkpoints: `model` and `tasks` make what the loop in `training` runs."""
+"""Fine-tuning Hugging Face checkpoints: model, data, tasks and metrics for the loop in ``training``."""

@@ -1,5 +1,7 @@
 """The command line of launch/finetune.py."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +14,29 @@ EPOCHS = 3
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of launch/finetune.py.
+
+    Args:
+        arguments: the arguments; None for those of the process. Errors end the process with a usage message.
+    """
     parser = script_parser("Fine-tune a Hugging Face checkpoint with the optimizer that the configuration names.")
     _add_inputs(parser.add_argument_group("model and data"))
     _add_lora(parser.add_argument_group("LoRA, as a baseline"))
     run = parser.add_argument_group("run")
     length = run.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, default=EPOCHS, help="times through the training examples")
-    length.add_argument("--steps", type=positive, help="optimizer steps in all, instead of epochs")
+    length.add_argument("--epochs", type=positive, default=EPOCHS, help="passes over the training examples")
+    length.add_argument("--steps", type=positive, help="total number of optimizer steps, instead of epochs")
     add_run(run)
     run.add_argument(
-        "--schedule", choices=tuple(SCHEDULES), default="cosine", help="after the warm-up; down to a tenth, or to zero"
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default="cosine",
+        help="decay after the warm-up: cosine to a tenth, or linear to zero",
     )
-    run.add_argument("--eval-interval", type=count, help="steps; once an epoch by default, 0 at the end only")
-    run.add_argument("--best-metric", metavar="NAME", help="decides which model is kept; the task's first by default")
+    run.add_argument("--eval-interval", type=count, help="in steps; once per epoch by default, 0 for the end only")
+    run.add_argument(
+        "--best-metric", metavar="NAME", help="decides which model is kept; by default the task's first metric"
+    )
     add_outputs(parser.add_argument_group("output"))
     found = parsed(parser, arguments)
     if (found.prompt_column is None) != (found.completion_column is None):
@@ -42,20 +54,24 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a LlamaConfig JSON")
     group.add_argument("--task", choices=("classification", "causal-lm"), default="classification")
     group.add_argument("--data", default=FUNCTIONS, help=f"{FUNCTIONS}, a file, glue:TASK or hf:NAME[:CONFIG]")
-    group.add_argument("--validation", type=Path, metavar="FILE", help="for validation, where --data is a file")
-    group.add_argument("--held-out", type=float, default=0.1, help="share of a single file that is for validation")
+    group.add_argument("--validation", type=Path, metavar="FILE", help="validation examples, if --data is a file")
     group.add_argument(
-        "--text-column", nargs="+", metavar="NAME", help="one, or two for pairs; that of the GLUE task, or text"
+        "--held-out", type=float, default=0.1, help="fraction of a single file that is used for validation"
     )
-    group.add_argument("--label-column", default="label", metavar="NAME", help="classes or numbers")
-    group.add_argument("--prompt-column", metavar="NAME", help="causal-lm: read, not learnt")
-    group.add_argument("--completion-column", metavar="NAME", help="causal-lm: learnt")
-    group.add_argument("--tokenizer", help="bpe, bytes, or a folder or hub name; that of the model by default")
-    group.add_argument("--max-length", type=positive, default=256, help="tokens an example; longer ones are cut")
+    group.add_argument(
+        "--text-column", nargs="+", metavar="NAME", help="one, or two for pairs; by default the GLUE task's, else text"
+    )
+    group.add_argument("--label-column", default="label", metavar="NAME", help="column of classes or numbers")
+    group.add_argument("--prompt-column", metavar="NAME", help="causal-lm: column that is read but not learnt")
+    group.add_argument("--completion-column", metavar="NAME", help="causal-lm: column that is learnt")
+    group.add_argument("--tokenizer", help="bpe, bytes, or a folder or hub name; by default the model's")
+    group.add_argument("--max-length", type=positive, default=256, help="tokens per example; longer ones are truncated")
     group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="trained tokenizers")
 
 
 def _add_lora(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--lora-rank", type=positive, help="trains LoRA of this rank by peft")
-    group.add_argument("--lora-alpha", type=float, default=16.0, help="the product of the factors counts alpha / rank")
-    group.add_argument("--lora-targets", nargs="+", metavar="NAME", help="modules; every linear layer by default")
+    group.add_argument("--lora-rank", type=positive, help="train LoRA of this rank with peft")
+    group.add_argument(
+        "--lora-alpha", type=float, default=16.0, help="the product of the factors is scaled by alpha / rank"
+    )
+    group.add_argument("--lora-targets", nargs="+", metavar="NAME", help="module names; every linear layer by default")

@@ -1,10 +1,12 @@
-"""The best model so far, kept as a Hugging Face folder.
+"""Keeping the best model so far as a Hugging Face folder.
 
     OUTPUT/best/              configuration, weights, tokenizer
     OUTPUT/best/best.json     {"metric": ..., "value": ..., "step": ...}
 
-The folder is replaced as a whole: a kill leaves the earlier one, or for a moment none, never half of one.
+The folder is replaced as a whole: a kill leaves the earlier one or, for a short moment, none, but never half of one.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -21,7 +23,17 @@ FILE = "best.json"
 
 
 class Best:
-    """Decides at every evaluation. Part of a checkpoint, so that a resumed run knows what there was to beat."""
+    """The best model so far. It is part of checkpoints, so that a resumed run knows the value to beat.
+
+    Args:
+        engine: the engine of the model.
+        tokenizer: the tokenizer to write with the model.
+        output: the output folder of the run.
+        metric: the name of the metric that decides.
+
+    Attributes:
+        metric: the name of the metric that decides.
+    """
 
     def __init__(self, engine: DeepSpeedEngine, tokenizer: Savable, output: Path, metric: str) -> None:
         self._engine = engine
@@ -32,13 +44,15 @@ class Best:
 
     @property
     def found(self) -> dict[str, Any] | None:
-        """What best.json holds; None before the first evaluation that gave a number."""
+        """The contents of best.json; None before the first evaluation whose value is not NaN."""
         return self._found
 
     def consider(self, step: int, value: float) -> None:
-        """Write the model of this step if the metric, the same number on every rank, is better than before.
+        """Write the current model if its metric is the best so far. Collective.
 
-        Collective.
+        Args:
+            step: the number of the step just taken.
+            value: the metric, the same number on every rank.
         """
         if not better(self.metric, value, None if self._found is None else self._found["value"]):
             return
@@ -46,13 +60,17 @@ class Best:
         export(self._engine, self._tokenizer, self._folder, {FILE: json.dumps(self._found, indent=2) + "\n"})
 
     def state_dict(self) -> dict[str, Any]:
+        """Metric, value and step of the best model, for a checkpoint."""
         return {"found": self._found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint remembers, if its weights are there: not if the folder holds other ones.
+        """Restore the best value from a checkpoint, if the folder still contains that model. Collective.
 
-        That is so in a run that branches off into another output folder, and where evaluations after the checkpoint
-        have overwritten them: then the next evaluation is the best so far. Collective.
+        It does not if the run branches off into another output folder, or if evaluations after the checkpoint have
+        overwritten the model. The next evaluation is then the best so far.
+
+        Args:
+            state: what ``state_dict`` returned.
         """
         on_disk = broadcast_from_rank0(self._read)
         self._found = state["found"] if on_disk == state["found"] else None

@@ -1,4 +1,6 @@
-"""What a run learns from: rows, task and tokenizer brought together into examples that fit the model."""
+"""The data of a fine-tuning run: rows, task and tokenizer combined into examples that fit the model."""
+
+from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -16,7 +18,16 @@ from ds_lowrank.finetuning.tasks import Task, make_task
 
 @dataclass(frozen=True)
 class Inputs:
-    """`validation`: by the prefix of the metrics; `pad_id`: fills batches up; `best_metric` decides which is best."""
+    """The opened data of a run.
+
+    Attributes:
+        task: the task.
+        tokenizer: the tokenizer.
+        train: the training examples.
+        validation: the examples of each validation split, keyed by the prefix of its metrics.
+        pad_id: the id that pads short examples.
+        best_metric: the name of the metric that decides which model is best.
+    """
 
     task: Task
     tokenizer: ExampleTokenizer
@@ -27,7 +38,15 @@ class Inputs:
 
 
 def open_inputs(arguments: Namespace, source: Source) -> Inputs:
-    """Read, check and encode the data. Collective; errors, also of data that differ, are raised on every rank."""
+    """Read, check and encode the data. Collective; if one rank fails, all raise.
+
+    Args:
+        arguments: the command line of launch/finetune.py.
+        source: the model to fine-tune.
+
+    Raises:
+        DataError: the data cannot be used, do not fit the model, or differ between the ranks.
+    """
     rows = open_rows(arguments.data, arguments.validation, arguments.held_out, arguments.seed)
     with raise_on_all_ranks():
         task = make_task(arguments, rows)
@@ -64,10 +83,10 @@ def _best_metric(chosen: str | None, task: Task) -> str:
 def _check_length(max_length: int, source: Source, tokenizer: ExampleTokenizer) -> None:
     for longest, what in ((source.longest, "the model"), (tokenizer.max_length, "the tokenizer")):
         if longest is not None and max_length > longest:
-            raise DataError(f"--max-length {max_length} is more than the {longest} tokens that {what} has room for")
+            raise DataError(f"--max-length {max_length} is above the limit of {longest} tokens of {what}: lower it")
 
 
 def _pad_id(source: Source, tokenizer: ExampleTokenizer) -> int:
-    """The model's own, from which it tells where a text ends, else the tokenizer's; some write -1 for none."""
+    """The model's own padding id, by which it finds the end of a text, else the tokenizer's. -1 also means none."""
     own = source.config.get_text_config().pad_token_id
     return int(own) if own is not None and own >= 0 else tokenizer.pad_id

@@ -1,4 +1,6 @@
-"""What the labels of a column are: classes with names, or numbers."""
+"""The labels of a column: named classes, or numbers to predict."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +11,11 @@ from ds_lowrank.data.errors import DataError
 
 @dataclass(frozen=True)
 class Labels:
-    """`classes`: the names, in the order of their numbers, and none where the labels are numbers to be predicted.
+    """What the labels of a column mean.
 
-    numbers: the class of each value that the column holds.
+    Attributes:
+        classes: the names of the classes, in the order of their numbers; empty if the labels are numbers to predict.
+        numbers: the number of the class, keyed by the value in the column.
     """
 
     classes: tuple[str, ...]
@@ -19,25 +23,38 @@ class Labels:
 
     @property
     def regression(self) -> bool:
+        """Whether the labels are numbers to predict."""
         return not self.classes
 
     def number(self, value: Any, where: str) -> int | float:
-        """The class of a label, or its value. Raises DataError, saying `where`, for one that training has not got."""
+        """The number of a label's class or, for regression, its value.
+
+        Args:
+            value: the value in the column.
+            where: names the row in error messages.
+
+        Raises:
+            DataError: the class does not occur in the training rows, or the value is not a number.
+        """
         if self.regression:
             return _float(value, where)
         value = _typed(value)
         if not isinstance(value, str | int) or value not in self.numbers:
             known = ", ".join(map(str, list(self.numbers)[:8]))
-            raise DataError(f"{where}: label {value!r} is none of the classes in training ({known}, ...)")
+            raise DataError(f"{where}: label {value!r} is not among the classes of the training rows ({known}, ...)")
         return self.numbers[value]
 
 
 def labels_of(values: Sequence[Any], names: Sequence[str] | None, what: str) -> Labels:
-    """Classes where all values are text, or all whole numbers, in their order; regression where they are other numbers.
+    """Find out whether labels are classes (all strings or all integers, sorted) or numbers to predict.
 
-    values: of the training rows. names: of whole-numbered classes, where the data say them. what: for messages.
+    Args:
+        values: the labels of the training rows.
+        names: the names of integer classes, if the data set provides them.
+        what: names the column in error messages.
 
-    Raises DataError for a label that is missing, for mixed kinds, and for a single class.
+    Raises:
+        DataError: a label is missing, the labels are of different kinds, or there is only one class.
     """
     typed = [_typed(value) for value in values]
     missing = [row for row, value in enumerate(typed) if value is None or value == ""]
@@ -53,12 +70,12 @@ def labels_of(values: Sequence[Any], names: Sequence[str] | None, what: str) -> 
         raise DataError(f"{what} mixes kinds of labels ({found}): give text, or whole numbers, or numbers")
     distinct = sorted(set(typed))
     if len(distinct) < 2:
-        raise DataError(f"{what} has the one class {distinct[0]!r}: nothing can be learnt from it")
+        raise DataError(f"{what} has only one class, {distinct[0]!r}: give data with two or more")
     return Labels(tuple(map(str, distinct)), {value: number for number, value in enumerate(distinct)})
 
 
 def _typed(value: Any) -> Any:
-    """A number for text that spells one, as everything in a CSV file is text; yes and no become text."""
+    """Convert strings of numbers to numbers, as all values in a CSV file are strings, and booleans to strings."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -74,4 +91,4 @@ def _float(value: Any, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{where}: label {value!r} is no number, and those in training are") from None
+        raise DataError(f"{where}: label {value!r} is not a number, but those of the training rows are") from None

@@ -1,4 +1,6 @@
-"""What is measured of predictions, by the libraries that others measure it with."""
+"""Metrics of predictions, computed by scikit-learn and SciPy."""
+
+from __future__ import annotations
 
 import math
 import warnings
@@ -13,34 +15,35 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 def accuracy(predictions: Numbers, labels: Numbers) -> float:
+    """The fraction of correct predictions."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(labels, predictions))
 
 
 def f1(predictions: Numbers, labels: Numbers) -> float:
-    """Of class 1, in two classes."""
+    """The F1 score of class 1, for two classes."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, zero_division=0.0))
 
 
 def mcc(predictions: Numbers, labels: Numbers) -> float:
-    """Matthews's correlation coefficient; 0 where all predictions are the same."""
+    """Matthews correlation coefficient; 0 if all predictions are equal."""
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: Numbers, labels: Numbers) -> float:
-    """Not a number where all predictions are the same."""
+    """Pearson correlation; NaN if all predictions are equal or there are fewer than two."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predictions, labels)
 
 
 def spearman(predictions: Numbers, labels: Numbers) -> float:
-    """Not a number where all predictions are the same."""
+    """Spearman rank correlation; NaN if all predictions are equal or there are fewer than two."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predictions, labels)
@@ -50,7 +53,7 @@ def _correlation(function: Callable[..., Any], predictions: Numbers, labels: Num
     if len(labels) < 2:
         return math.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constant input, which the result says too
+        warnings.simplefilter("ignore")  # about constant input, which the result shows too
         return float(function(predictions, labels).statistic)
 
 
@@ -60,12 +63,27 @@ METRICS: dict[str, Callable[[Numbers, Numbers], float]] = {
 
 
 def measure(names: Sequence[str], predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """The named metrics over all examples: predicted and true classes, or predicted and true numbers."""
+    """Compute metrics over all examples.
+
+    Args:
+        names: keys of ``METRICS``.
+        predictions: predicted classes or numbers.
+        labels: true classes or numbers, in the same order.
+
+    Returns:
+        The values, keyed by name.
+    """
     return {name: METRICS[name](np.asarray(predictions), np.asarray(labels)) for name in names}
 
 
 def better(name: str, value: float, than: float | None) -> bool:
-    """Whether `value` of a metric is better; anything is better than None, and what is no number is never better."""
+    """Whether a metric has improved.
+
+    Args:
+        name: the metric, or ``loss``.
+        value: its new value; NaN is never better.
+        than: the best value so far; None if there is none, and then any number is better.
+    """
     if math.isnan(value):
         return False
     if than is None:

@@ -1,4 +1,6 @@
-"""The model to fine-tune: a Hugging Face checkpoint, checked against the task before its weights are read."""
+"""The model to fine-tune: a Hugging Face checkpoint that is checked against the task before its weights are read."""
+
+from __future__ import annotations
 
 import logging
 import os
@@ -31,13 +33,19 @@ KNOWN = {
 }
 AUTO = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LLAMA = {"classification": LlamaForSequenceClassification, "causal-lm": LlamaForCausalLM}
-# Their position embeddings start behind the padding id.
+# Their position embeddings start after the padding id.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "longformer", "mpnet")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: `name` is a folder or hub name, or a JSON file of a LLaMA with random weights."""
+    """A model to fine-tune, of which only the configuration has been read.
+
+    Attributes:
+        name: a folder or hub name, or the JSON file of a LLaMA with random weights.
+        config: Hugging Face's configuration of the model.
+        random: whether the weights are random.
+    """
 
     name: str
     config: Any
@@ -45,33 +53,43 @@ class Source:
 
     @property
     def vocab_size(self) -> int:
+        """The number of token embeddings."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that the position embeddings have room for, where the configuration says it."""
+        """The most tokens that the position embeddings allow; None if the configuration does not say."""
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is None:
             return None
-        behind_padding = self.config.model_type in OFFSET_POSITIONS
-        return int(positions) - (int(self.config.pad_token_id) + 1 if behind_padding else 0)
+        after_padding = self.config.model_type in OFFSET_POSITIONS
+        return int(positions) - (int(self.config.pad_token_id) + 1 if after_padding else 0)
 
 
 def find_model(name: str, task: str) -> Source:
-    """Read the configuration of a checkpoint. Raises ValueError or OSError where it is none, or not for this task."""
+    """Read the configuration of a checkpoint and check it against the task.
+
+    Args:
+        name: a folder or hub name, or a LlamaConfig JSON for random weights.
+        task: ``classification`` or ``causal-lm``.
+
+    Raises:
+        ValueError: it is not a checkpoint, or not one that can be used for this task.
+        FileNotFoundError: there is no such folder or file.
+    """
     path = Path(name).expanduser()
     if path.is_file() or name.endswith(".json"):
         return Source(name, llama.load_config(path), random=True)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
-            f"--model {name} is no checkpoint: the folder has no config.json; give a Hugging Face folder (such as the "
-            "export of launch/pretrain.py), a hub name, or a LlamaConfig JSON"
+            f"--model {name} is not a checkpoint: the folder has no config.json; give a Hugging Face folder (such as "
+            "the export of launch/pretrain.py), a hub name, or a LlamaConfig JSON"
         )
     if not path.is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--model {name}: no such folder")
     try:
         config = AutoConfig.from_pretrained(os.path.expanduser(name))
-    except Exception as error:  # what the hub's client and the configurations' validators raise has no common class
+    except Exception as error:  # the hub's client and the validators raise unrelated classes
         raise ValueError(f"--model {name} cannot be read ({error}); give a Hugging Face folder or hub name") from error
     _check_architecture(name, config, task)
     return Source(os.path.expanduser(name), config, random=False)
@@ -79,7 +97,7 @@ def find_model(name: str, task: str) -> Source:
 
 def _check_architecture(name: str, config: Any, task: str) -> None:
     if config.model_type not in KNOWN[task]:
-        raise ValueError(f"--model {name} is a {config.model_type!r}, for which transformers has no model for {task}")
+        raise ValueError(f"--model {name} is a {config.model_type!r}, for which transformers has no {task} model")
     architectures = config.architectures or []
     if task == "causal-lm" and architectures and not set(architectures) & set(KNOWN[task].values()):
         raise ValueError(
@@ -89,12 +107,21 @@ def _check_architecture(name: str, config: Any, task: str) -> None:
 
 
 def build_model(source: Source, task: str, labels: Labels | None, pad_id: int, seed: int, ds_config: Any) -> Any:
-    """The model in fp32, on the CPU; its head is new where the checkpoint has none that fits, and depends on the seed.
+    """Build the model in fp32 on the CPU. Its head is new if the checkpoint has none that fits.
 
-    labels: of a classification. pad_id: what batches are padded with. ds_config: DeepSpeed's; a LLaMA with random
-    weights is partitioned as it is made at ZeRO 3. The caller has seeded torch's generator.
+    A LLaMA with random weights is partitioned as it is created at ZeRO 3. A new head is drawn from torch's global
+    generator, which the caller must have seeded.
 
-    Raises ValueError or OSError for a checkpoint without weights for the body of the model.
+    Args:
+        source: the model.
+        task: ``classification`` or ``causal-lm``.
+        labels: the labels of a classification; None for ``causal-lm``.
+        pad_id: the id that pads batches.
+        seed: seed of random weights.
+        ds_config: the DeepSpeed configuration.
+
+    Raises:
+        ValueError: the weights cannot be read, or the checkpoint has none for parts of the model's body.
     """
     config = source.config
     if labels is not None:
@@ -106,7 +133,7 @@ def build_model(source: Source, task: str, labels: Labels | None, pad_id: int, s
     config.get_text_config().use_cache = False
     model = llama.build(config, seed, ds_config, LLAMA[task]) if source.random else _load(source, task)
     if labels is not None:
-        # Afterwards, as an embedding made with it would hold the gradient of that row at zero.
+        # Not before, as an embedding that is built with it would keep the gradient of that row at zero.
         config_of_text = model.config.get_text_config()
         config_of_text.pad_token_id = model.config.pad_token_id = pad_id
     return model
@@ -122,13 +149,13 @@ def _load(source: Source, task: str) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # of safetensors, the hub's client or torch
+    except Exception as error:  # safetensors, the hub's client and torch raise unrelated classes
         raise ValueError(f"--model {source.name}: the weights cannot be read ({error})") from error
     new = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     body = [name for name in new if task == "causal-lm" or _in_body(name, model.base_model_prefix)]
     if body:
         raise ValueError(
-            f"--model {source.name} is no checkpoint of a {type(model).__name__}: it has no weights that fit for "
+            f"--model {source.name} is not a checkpoint of a {type(model).__name__}: it has no fitting weights for "
             f"{len(body)} parameters, {_some(body)}"
         )
     if new and global_rank() == 0:
@@ -137,7 +164,7 @@ def _load(source: Source, task: str) -> Any:
 
 
 def _in_body(name: str, prefix: str) -> bool:
-    """A pooler is part of the head: checkpoints of language models may lack it."""
+    """Whether a parameter is in the body. A pooler is part of the head, as checkpoints may lack it."""
     return name.startswith(f"{prefix}.") and ".pooler." not in name
 
 
@@ -148,7 +175,7 @@ def _some(names: Iterable[str]) -> str:
 
 @contextmanager
 def _quiet() -> Any:
-    """Without the library's own report of what it found, of which the errors and the log here are made."""
+    """Silence transformers' own report on missing weights; the errors and the log here replace it."""
     level = hugging_face_logging.get_verbosity()
     hugging_face_logging.set_verbosity_error()
     try:
@@ -158,5 +185,5 @@ def _quiet() -> Any:
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
-    """How many numbers are trained, under every ZeRO stage."""
+    """The number of trainable scalars in the whole model, at every ZeRO stage."""
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)

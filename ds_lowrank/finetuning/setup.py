@@ -1,4 +1,6 @@
-"""From the command line of launch/finetune.py to a run that is ready for its first step."""
+"""Setting up a fine-tuning run from the command line of launch/finetune.py."""
+
+from __future__ import annotations
 
 import importlib.util
 import logging
@@ -7,8 +9,8 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch.distributed import get_rank, get_world_size
 
 from ds_lowrank.adapters.lora import add_lora
 from ds_lowrank.checkpoint.manifest import Identity
@@ -30,8 +32,18 @@ logger = logging.getLogger("ds_lowrank")
 
 
 def set_up(arguments: Namespace) -> Run:
-    """Everything up to the first step. Errors are raised on every rank."""
-    ranks = get_world_size()
+    """Do everything up to the first step. Collective; if one rank fails, all raise.
+
+    Args:
+        arguments: the command line of launch/finetune.py.
+
+    Raises:
+        ValueError: a setting, file or data set cannot be used (``ConfigError``, ``DataError`` and ``CheckpointError``
+            are kinds of it).
+        OSError: a file cannot be read.
+        RemoteError: another rank failed.
+    """
+    ranks = dist.get_world_size()
     with raise_on_all_ranks():
         config = read_config(arguments.deepspeed_config)
         batch = settle_config(arguments, config, ranks)
@@ -44,7 +56,7 @@ def set_up(arguments: Namespace) -> Run:
         if arguments.lora_rank is not None and source.random:
             raise ValueError("--lora-rank adapts trained weights: give a checkpoint as --model, not a JSON")
     inputs = open_inputs(arguments, source)
-    share = {"micro_batch_size": batch.micro, "rank": get_rank(), "world_size": ranks}
+    share = {"micro_batch_size": batch.micro, "rank": dist.get_rank(), "world_size": ranks}
     with raise_on_all_ranks():
         stream = ExampleStream(inputs.train, inputs.pad_id, global_batch_size=batch.total, seed=arguments.seed, **share)
         steps = arguments.steps or arguments.epochs * stream.steps_per_epoch
@@ -55,9 +67,9 @@ def set_up(arguments: Namespace) -> Run:
         arguments.eval_interval = stream.steps_per_epoch
     model = _build(arguments, source, inputs, config)
     engine = start_engine(model, config, scheduler_factory(steps, warmup, arguments.schedule))
-    if get_rank() == 0:
-        logger.info("%s numbers are trained", f"{trainable_parameters(engine.module):,}")
-    seed_everything(arguments.seed + get_rank())  # from here on for dropout, which no two ranks should share
+    if dist.get_rank() == 0:
+        logger.info("%s trainable parameters", f"{trainable_parameters(engine.module):,}")
+    seed_everything(arguments.seed + dist.get_rank())  # for dropout, which must differ between ranks
     best = Best(engine, inputs.tokenizer, arguments.output, inputs.best_metric)
     validation = {
         prefix: held_out_batches(examples, inputs.pad_id, **share) for prefix, examples in inputs.validation.items()
@@ -80,13 +92,13 @@ def _check_lora(arguments: Namespace, config: Mapping[str, Any]) -> None:
 def _check_packages() -> None:
     for package, distribution in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"launch/finetune.py measures with {distribution}: pip install '.[finetune]'")
+            raise ValueError(f"launch/finetune.py needs {distribution} for its metrics: pip install '.[finetune]'")
 
 
 def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[str, Any]) -> Any:
-    """The model, the same on every rank: what is new in it is drawn from the seed."""
+    """Build the model, the same one on every rank, as new weights are drawn from the seed."""
     seed_everything(arguments.seed)
-    # Random weights are made in collectives at ZeRO 3, and the same on every rank, so that none can fail alone.
+    # Building random weights uses collectives at ZeRO 3. It is the same on every rank, so that none can fail alone.
     with nullcontext() if source.random else raise_on_all_ranks():
         labels = getattr(inputs.task, "labels", None)
         model = build_model(source, arguments.task, labels, inputs.pad_id, arguments.seed, config)
@@ -100,7 +112,7 @@ def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[st
 def _evaluator(
     engine: DeepSpeedEngine, task: Task, validation: Mapping[str, list[HeldOut]], best: Best
 ) -> Callable[[int], dict[str, float]]:
-    """Measures on every validation split, and keeps the model if it is the best so far by the first of them."""
+    """A function that evaluates every validation split and keeps the model if it is the best on the first one."""
 
     def evaluate(step: int) -> dict[str, float]:
         found = {

@@ -1,7 +1,9 @@
-"""The two tasks: what an example is, what is trained on it, what is measured.
+"""The two fine-tuning tasks: how rows become examples, and how predictions are measured.
 
-Both hide the difference behind the same few names, so that the script and the loop know no task.
+Both implement the protocol ``Task``, so that the program and the loop do not depend on the task.
 """
+
+from __future__ import annotations
 
 import math
 from argparse import Namespace
@@ -24,26 +26,52 @@ from ds_lowrank.finetuning.metrics import measure
 
 
 class Task(Protocol):
-    """`metrics`: names of what `measure` finds, apart from the loss; the first decides which checkpoint is best."""
+    """A fine-tuning task."""
 
     @property
-    def metrics(self) -> tuple[str, ...]: ...
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics besides the loss. The first decides which checkpoint is best."""
 
     def texts(self, rows: Sequence[Row]) -> Iterator[str]:
-        """All text of the rows, to train a tokenizer on."""
+        """Iterate over all texts of the rows, to train a tokenizer on."""
 
     def encode(
         self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
     ) -> list[Example]:
-        """Raises DataError for a row that cannot be used. `segments`: two texts are told apart by token types."""
+        """Encode rows as examples.
+
+        Args:
+            rows: the rows.
+            tokenizer: the tokenizer.
+            max_length: the most tokens of an example.
+            segments: whether token types tell the two texts of a pair apart.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
 
     def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
-        """The loss and the metrics over the batches of all ranks, the same numbers on each. Collective."""
+        """Evaluate the model. Collective.
+
+        Args:
+            engine: the engine of the model; it is left in training mode.
+            batches: this rank's batches; all ranks must have the same number of them.
+
+        Returns:
+            ``loss`` and the metrics over the batches of all ranks, the same numbers on every rank.
+        """
 
 
 @dataclass(frozen=True)
 class Classification:
-    """One class, or one number, for one or two texts."""
+    """Predicting a class or a number for one or two texts.
+
+    Attributes:
+        columns: the text columns, one or two.
+        label_column: the column of the labels.
+        labels: what the labels mean.
+        metrics: the names of the metrics besides the loss.
+    """
 
     columns: tuple[str, ...]
     label_column: str
@@ -51,11 +79,13 @@ class Classification:
     metrics: tuple[str, ...]
 
     def texts(self, rows: Sequence[Row]) -> Iterator[str]:
+        """Iterate over all texts of the rows."""
         return (row[column] for row in rows for column in self.columns)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
     ) -> list[Example]:
+        """Encode rows as examples with one label each; see :meth:`Task.encode`."""
         columns = [[row[column] for row in rows] for column in self.columns]
         examples = []
         for number, (row, found) in enumerate(zip(rows, tokenizer.encode(columns, max_length, segments), strict=True)):
@@ -66,6 +96,7 @@ class Classification:
         return examples
 
     def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+        """The loss per example and the metrics; see :meth:`Task.measure`."""
         regression = self.labels.regression
 
         def predict(logits: torch.Tensor) -> list[float]:
@@ -78,24 +109,34 @@ class Classification:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """The next token: of a whole text, or of a completion after its prompt."""
+    """Predicting the next token of a text, or of a completion after its prompt.
+
+    Attributes:
+        columns: the text column, or the prompt column and the completion column.
+        metrics: the names of the metrics besides the loss.
+    """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] = ("perplexity",)
 
     def texts(self, rows: Sequence[Row]) -> Iterator[str]:
+        """Iterate over all texts of the rows."""
         return (row[column] for row in rows for column in self.columns)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
     ) -> list[Example]:
+        """Encode rows as examples with labelled tokens; see :meth:`Task.encode`.
+
+        Completions are truncated at their end, prompts at their beginning.
+        """
         opening = np.asarray(tokenizer.opening(), dtype=np.int32)
         closing = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int32)
         parts = [tokenizer.plain([row[column] for row in rows]) for column in self.columns]
         examples = []
         for number, (*prompts, target) in enumerate(zip(*parts, strict=True)):
             completion = np.concatenate([target, closing])[: max_length - len(opening)]
-            # The end of a prompt says more about what follows it than its beginning.
+            # The end of a prompt says more about the completion than its beginning.
             room = max_length - len(opening) - len(completion)
             prompt = np.concatenate([opening, *(part[max(0, len(part) - room) :] for part in prompts)])
             tokens = np.concatenate([prompt, completion])
@@ -107,12 +148,21 @@ class CausalLM:
         return examples
 
     def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+        """The loss per labelled token, in nats, and the perplexity; see :meth:`Task.measure`."""
         loss = summed_loss(engine, batches)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # beyond, a float overflows
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # above that, a float overflows
 
 
 def make_task(arguments: Namespace, rows: Rows) -> Task:
-    """The task of the command line over these rows. Raises DataError for columns that are not there, or not fit."""
+    """Make the task that the command line names.
+
+    Args:
+        arguments: the command line of launch/finetune.py.
+        rows: the rows of the run.
+
+    Raises:
+        DataError: a column does not exist or cannot be used for the task.
+    """
     glue = GLUE.get(arguments.data.removeprefix("glue:")) if arguments.data.startswith("glue:") else None
     columns = tuple(arguments.text_column or (glue.columns if glue else ("text",)))
     if arguments.task == "causal-lm":
@@ -153,4 +203,4 @@ def _check_text(rows: Rows, columns: Sequence[str]) -> None:
             for column in columns:
                 value: Any = row[column]
                 if not isinstance(value, str):
-                    raise DataError(f"row {number}: column {column!r} holds {value!r}, which is no text")
+                    raise DataError(f"row {number}: column {column!r} contains {value!r}, which is not text")

@@ -1,4 +1,6 @@
-"""The command line of launch/pretrain.py, and those parts of it that all scripts share."""
+"""The command line of launch/pretrain.py, and the parts of it that both programs share."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -11,18 +13,24 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_low
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line of launch/pretrain.py."""
+    """Parse the command line of launch/pretrain.py.
+
+    Args:
+        arguments: the arguments; None for those of the process. Errors end the process with a usage message.
+    """
     parser = script_parser("Pre-train a LLaMA with the optimizer that the DeepSpeed configuration names.")
     _add_inputs(parser.add_argument_group("model and data"))
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=positive, required=True, help="optimizer steps in all")
+    run.add_argument("--steps", type=positive, required=True, help="total number of optimizer steps")
     add_run(run)
     run.add_argument(
-        "--matrix-lr-scale", type=float, help="dense optimizers and VLoRP: factor on the layers' matrices' lr"
+        "--matrix-lr-scale", type=float, help="dense optimizers and VLoRP: factor on the lr of the layers' matrices"
     )
-    run.add_argument("--eval-interval", type=count, default=0, help="steps; 0 evaluates at the end only")
-    run.add_argument("--eval-sequences", type=count, default=64, help="held-out sequences on all ranks; 0 for none")
-    _add_grid(parser.add_argument_group("parallelism beside ZeRO"))
+    run.add_argument("--eval-interval", type=count, default=0, help="in steps; 0 evaluates at the end only")
+    run.add_argument(
+        "--eval-sequences", type=count, default=64, help="held-out sequences on all ranks together; 0 for none"
+    )
+    _add_grid(parser.add_argument_group("parallelism in addition to ZeRO"))
     add_outputs(parser.add_argument_group("output"))
     return parsed(parser, arguments)
 
@@ -30,18 +38,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_grid(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tensor-parallel", type=positive, default=1, metavar="T", help="ranks that split every layer")
     group.add_argument(
-        "--pipeline-parallel", type=positive, default=1, metavar="P", help="stages that share the layers"
+        "--pipeline-parallel", type=positive, default=1, metavar="P", help="stages that the layers are divided into"
     )
     group.add_argument(
-        "--sequence-parallel", action="store_true", help="tensor-parallel ranks also share the sequence between layers"
+        "--sequence-parallel", action="store_true", help="tensor-parallel ranks also split the sequence between layers"
     )
 
 
 def script_parser(description: str) -> argparse.ArgumentParser:
-    """What every script takes; the `deepspeed` launcher adds --local_rank to what the user wrote."""
+    """Make a parser with the arguments that both programs share.
+
+    These include ``--local_rank``, which the ``deepspeed`` launcher adds to the user's command line.
+
+    Args:
+        description: what the program does, for ``--help``.
+    """
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Run it by `deepspeed`, `torchrun`, or `python` for a single process.",
+        epilog="Run it with `deepspeed` or `torchrun`, or with `python` as a single process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     deepspeed.add_config_arguments(parser)
@@ -50,6 +64,12 @@ def script_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments, require ``--deepspeed_config`` and fill in the default of ``--save``.
+
+    Args:
+        parser: the complete parser.
+        arguments: the arguments; None for those of the process. Errors end the process with a usage message.
+    """
     found = parser.parse_args(arguments)
     if found.deepspeed_config is None:
         parser.error("the following arguments are required: --deepspeed_config")
@@ -60,37 +80,37 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", type=Path, required=True, help="a LlamaConfig JSON, or a Hugging Face folder to go on from"
+        "--model", type=Path, required=True, help="a LlamaConfig JSON, or a Hugging Face folder to continue from"
     )
     group.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, hf:NAME[:CONFIG] or megatron:PREFIX")
     group.add_argument(
         "--tokenizer",
         help="bpe (trained on the data; the default for text with a new model), bytes, or a folder or hub name",
     )
-    group.add_argument("--vocab-size", type=positive, default=4096, help="entries of a bpe tokenizer")
-    group.add_argument("--sequence-length", type=positive, default=256, help="tokens a sequence")
+    group.add_argument("--vocab-size", type=positive, default=4096, help="vocabulary size of a bpe tokenizer")
+    group.add_argument("--sequence-length", type=positive, default=256, help="tokens per sequence")
     group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="tokenizers and tokenized text")
 
 
 def add_run(group: argparse._ArgumentGroup) -> None:
-    """How a run trains, but for its length and its evaluation."""
-    group.add_argument("--global-batch-size", type=positive, help="over train_batch_size of the JSON")
-    group.add_argument("--micro-batch-size", type=positive, help="over train_micro_batch_size_per_gpu of the JSON")
-    group.add_argument("--lr", type=float, help="over optimizer.params.lr of the JSON")
+    """Add the arguments for how a run trains, except for its length and evaluation."""
+    group.add_argument("--global-batch-size", type=positive, help="overrides train_batch_size of the JSON")
+    group.add_argument("--micro-batch-size", type=positive, help="overrides train_micro_batch_size_per_gpu of the JSON")
+    group.add_argument("--lr", type=float, help="overrides optimizer.params.lr of the JSON")
     group.add_argument(
-        "--warmup", type=float, default=0.1, help="fraction of the steps, or their number; unused with a JSON scheduler"
+        "--warmup", type=float, default=0.1, help="fraction or number of the steps; unused if the JSON has a scheduler"
     )
-    group.add_argument("--seed", type=int, default=0, help="of weights and data order")
+    group.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute activations to save memory")
 
 
 def add_outputs(group: argparse._ArgumentGroup) -> None:
-    """What a run leaves behind."""
+    """Add the arguments for what a run writes."""
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="metrics, plot, summary, export")
-    group.add_argument("--log-interval", type=positive, default=10, help="steps")
+    group.add_argument("--log-interval", type=positive, default=10, help="in steps")
     group.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
-    group.add_argument("--save-interval", type=count, default=1000, help="steps; 0 saves only when asked to stop")
-    group.add_argument("--keep-checkpoints", type=positive, default=2, help="newest ones to keep")
+    group.add_argument("--save-interval", type=count, default=1000, help="in steps; 0 saves only when asked to stop")
+    group.add_argument("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
     group.add_argument(
         "--resume", nargs="?", const="", metavar="TAG_OR_PATH", help="continue from the newest checkpoint, or this one"
     )
@@ -98,10 +118,12 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
 
 
 def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
     return _whole(text, 1)
 
 
 def count(text: str) -> int:
+    """Argument type: a whole number of at least 0."""
     return _whole(text, 0)
 
 

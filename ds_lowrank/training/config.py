@@ -1,4 +1,9 @@
-"""The DeepSpeed configuration of a run: read once, overridden by the command line, checked before anything is built."""
+"""The DeepSpeed configuration of a run.
+
+It is read once, overridden by the command line, and checked before anything is built.
+"""
+
+from __future__ import annotations
 
 import json
 from collections import Counter
@@ -13,7 +18,13 @@ ACCUMULATION = "gradient_accumulation_steps"
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sequences: `total` an optimizer step on all ranks; `micro` a forward on one rank, `accumulation` times a step."""
+    """DeepSpeed's three batch sizes, with total = micro * accumulation * data-parallel ranks.
+
+    Attributes:
+        total: sequences per optimizer step on all ranks together.
+        micro: sequences per forward pass on one rank.
+        accumulation: forward passes per optimizer step on one rank.
+    """
 
     total: int
     micro: int
@@ -21,7 +32,12 @@ class BatchSizes:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file; raises FileNotFoundError or ValueError naming the file."""
+    """Read a DeepSpeed configuration from a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a DeepSpeed configuration with an optimizer; the message names the file.
+    """
     path = Path(path)
     try:
         config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
@@ -30,7 +46,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not a valid DeepSpeed configuration: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold one JSON object, not a {type(config).__name__}")
+        raise ValueError(f"{path} must contain one JSON object, not a {type(config).__name__}")
     optimizer = config.get("optimizer")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
         raise ValueError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
@@ -45,7 +61,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def set_learning_rate(config: dict[str, Any], lr: float | None) -> None:
-    """Put `lr` over `optimizer.params.lr`; raises ValueError where neither is given."""
+    """Override ``optimizer.params.lr`` in place.
+
+    Args:
+        config: the DeepSpeed configuration.
+        lr: the learning rate, or None to keep that of the configuration.
+
+    Raises:
+        ValueError: there is no learning rate.
+    """
     params = config["optimizer"].setdefault("params", {})
     if lr is not None:
         params["lr"] = lr
@@ -54,10 +78,18 @@ def set_learning_rate(config: dict[str, Any], lr: float | None) -> None:
 
 
 def set_batch_sizes(config: dict[str, Any], ranks: int, total: int | None, micro: int | None) -> BatchSizes:
-    """Settle DeepSpeed's three batch-size keys in `config` so that total = micro * accumulation * ranks.
+    """Set DeepSpeed's three batch-size keys in ``config`` so that total = micro * accumulation * ranks.
 
-    A size from the command line replaces that of the JSON, whose accumulation steps are then derived anew. Raises
-    ValueError where the product cannot hold.
+    A size from the command line replaces that of the configuration, whose accumulation steps are then derived again.
+
+    Args:
+        config: the DeepSpeed configuration; changed in place.
+        ranks: the number of data-parallel ranks.
+        total: the global batch size of the command line, if given.
+        micro: the micro batch size of the command line, if given.
+
+    Raises:
+        ValueError: there is no batch size, or no whole numbers satisfy the equation.
     """
     given = {key: config[key] for key in (GLOBAL, MICRO, ACCUMULATION) if config.get(key, "auto") != "auto"}
     if total is not None or micro is not None:
@@ -94,11 +126,12 @@ def _solve(given: dict[str, int], ranks: int) -> BatchSizes:
 
 
 def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed configuration sets, 0 to 3."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def precision(config: dict[str, Any]) -> str:
-    """ "fp32", "bf16" or "fp16", as DeepSpeed will train the model."""
+    """The precision in which DeepSpeed will train the model: ``fp32``, ``bf16`` or ``fp16``."""
     for name in ("bf16", "fp16"):
         if config.get(name, {}).get("enabled", False):
             return name

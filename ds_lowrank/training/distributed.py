@@ -1,4 +1,6 @@
-"""Joining and leaving the job, under `deepspeed`, `torchrun` or as a single process."""
+"""Starting and ending a job under ``deepspeed``, ``torchrun`` or as a single process."""
+
+from __future__ import annotations
 
 import atexit
 import logging
@@ -10,21 +12,21 @@ from typing import NoReturn
 
 import deepspeed
 import deepspeed.ops
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import set_log_level_from_string
-from torch import distributed
 from transformers.utils.logging import disable_progress_bar
 
 
 def join() -> None:
-    """Initialise `torch.distributed` from the launcher's environment, or alone where there is none."""
+    """Initialise ``torch.distributed`` from the launcher's environment or, without one, as a single process."""
     set_log_level_from_string(os.environ.get("DS_LOG_LEVEL", "warning"))
     _show_roles()
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to retire.
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # megatron-core says in each of its modules that torch's own kernels are used; the role table says it once.
+    # megatron-core warns in every module that it uses torch's kernels; the role table says so once.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    disable_progress_bar()  # of a file being written, in the midst of the log
+    disable_progress_bar()  # shown when a file is written; it would interrupt the log
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -33,7 +35,7 @@ def join() -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # It compiles for half a minute on first use and leaves 66 MiB a rank in /dev/shm; gloo does the same work.
+        # It takes half a minute to compile and leaves 66 MiB per rank in /dev/shm; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -41,7 +43,7 @@ def join() -> None:
 
 
 def _show_roles() -> None:
-    """Print what the optimizer logs at start: which parameters it projects, and what their state costs."""
+    """Print what the optimizer logs at the start: which parameters it projects, and how large their state is."""
     log = logging.getLogger("ds_lowrank")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -49,13 +51,14 @@ def _show_roles() -> None:
 
 
 def leave() -> NoReturn:
-    """End a finished job, with exit code 0, once every rank is done: one that leaves early aborts the others in gloo.
+    """End a finished job with exit code 0 once every rank is done. Collective.
 
-    What registered itself for the end of the process (a monitor's last upload) still runs. The interpreter's teardown
-    does not: DeepSpeed keeps process groups alive until then, and gloo's threads now and then abort it.
+    Ranks wait for each other, as with gloo one that leaves early aborts the others. Functions registered with
+    ``atexit`` (such as a monitor's last upload) still run. The interpreter's own teardown is skipped: DeepSpeed keeps
+    process groups alive until then, and gloo's threads occasionally abort it.
     """
-    distributed.barrier()
-    distributed.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
     atexit._run_exitfuncs()
     _end(0)
 
@@ -67,7 +70,11 @@ def _end(code: int) -> NoReturn:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End a job that cannot start, with exit code 1 and the message said once, by rank 0."""
-    if distributed.get_rank() == 0:
+    """End a job that cannot start or continue with exit code 1. Rank 0 prints the message.
+
+    Args:
+        error: the error; every rank must call this function.
+    """
+    if dist.get_rank() == 0:
         print(f"error: {error}", file=sys.stderr)
-    _end(1)  # no teardown: in gloo the last ranks to leave would abort with a message of their own
+    _end(1)  # no teardown: with gloo, the last ranks would abort with messages of their own

@@ -1,21 +1,28 @@
-"""The loss on held-out text, one number for all ranks."""
+"""The loss on held-out text, the same number on every rank."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch import distributed
 
 from ds_lowrank.data.batches import ValidationBatch
 
 
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, batches: Sequence[ValidationBatch]) -> float:
-    """Mean loss a predicted token over the batches of all ranks, in nats.
+    """Mean loss per predicted token over the batches of all ranks. Collective.
 
-    Collective. Every rank must hold as many batches, for a forward is a collective at ZeRO 3; those with 0
-    sequences run without counting.
+    Args:
+        engine: the engine of the model; it is left in training mode.
+        batches: this rank's batches. All ranks must have the same number of them, as a forward pass is a collective at
+            ZeRO 3. Batches with 0 sequences run but do not count.
+
+    Returns:
+        The loss in nats, the same number on every rank.
     """
     if isinstance(engine, PipelineEngine):
         return _through_pipeline(engine, batches)
@@ -27,13 +34,13 @@ def evaluate(engine: DeepSpeedEngine, batches: Sequence[ValidationBatch]) -> flo
         if sequences:
             tokens = sequences * (batch.shape[1] - 1)
             total += torch.stack([loss.double() * tokens, torch.full_like(total[1], tokens)])
-    distributed.all_reduce(total)
+    dist.all_reduce(total)
     engine.train()
     return float(total[0] / total[1])
 
 
 def _through_pipeline(engine: PipelineEngine, batches: Sequence[ValidationBatch]) -> float:
-    """Batches of one size, all of which count: the engine averages over the data-parallel ranks itself."""
+    """The same through a pipeline. Batches have one size and all count; the engine averages over the ranks itself."""
     losses = [engine.eval_batch(iter([(tokens, tokens)]), num_micro_batches=1) for tokens, _ in batches]
     engine.train()
     return float(torch.stack(losses).double().mean())

@@ -1,4 +1,6 @@
-"""A request to stop that every rank obeys at the same step."""
+"""Stopping on a signal, with every rank stopping after the same step."""
+
+from __future__ import annotations
 
 import os
 import signal
@@ -6,17 +8,17 @@ import time
 from types import FrameType
 
 import torch
-from torch import distributed
+import torch.distributed as dist
 
-# A terminal, a scheduler and a launcher may each deliver the same request; only what comes later is a second one.
+# A terminal, a scheduler and a launcher may each deliver the same request. Only a later signal is a second request.
 SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag, to be agreed on at a step boundary.
+    """A request to stop: turns SIGTERM and SIGINT into a flag, on which the ranks agree between two steps.
 
-    A second Ctrl-C, a second or more after the first, ends the process at once. A repeated SIGTERM does not: launchers
-    pass on what the scheduler already delivered, and both have SIGKILL to insist.
+    A second Ctrl-C, more than a second after the first signal, ends the process immediately. A repeated SIGTERM does
+    not: launchers forward what the scheduler has already delivered, and both can still use SIGKILL.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,11 @@ class StopRequest:
             os._exit(128 + number)
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop. Collective: launchers signal one rank at a time."""
+        """Whether any rank was asked to stop, as launchers signal one rank at a time. Collective.
+
+        Args:
+            device: the device of the process group's tensors.
+        """
         flag = torch.tensor([self._first is not None], dtype=torch.int32, device=device)
-        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

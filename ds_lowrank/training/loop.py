@@ -1,4 +1,6 @@
-"""One optimizer step, and what can be measured about it."""
+"""One optimizer step, and measurements of it."""
+
+from __future__ import annotations
 
 import resource
 import sys
@@ -8,10 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ds_lowrank.integration.clipping import is_repaired, keeps_no_norm
 from ds_lowrank.integration.forward_backward import forward_backward
@@ -20,9 +23,14 @@ from ds_lowrank.integration.train_batch import train_batch
 
 @dataclass
 class StepResult:
-    """`loss` is this rank's mean over its micro-batches, a scalar tensor; `grad_norm` the raw norm, before clipping.
+    """Measurements of one optimizer step on this rank.
 
-    A pipeline works on several micro-batches at a time: the whole is `step_seconds`, the other two None.
+    Attributes:
+        loss: mean over this rank's micro-batches, a scalar tensor.
+        grad_norm: norm of the whole gradient before clipping; None if it was not computed.
+        forward_seconds: time of the forward passes; None for a pipeline, which overlaps them with backward passes.
+        backward_seconds: time of the backward passes; None for a pipeline.
+        step_seconds: time of the optimizer step; for a pipeline, of everything.
     """
 
     loss: Tensor
@@ -33,7 +41,11 @@ class StepResult:
 
 
 class Stopwatch:
-    """Seconds since the last reading. With `exact` it waits for the device, which costs time: for log steps only."""
+    """Measures the time between readings.
+
+    Args:
+        exact: whether to wait for the device before each reading. This costs time, so it is for log steps only.
+    """
 
     def __init__(self, exact: bool) -> None:
         self._exact = exact
@@ -45,16 +57,22 @@ class Stopwatch:
         return time.perf_counter()
 
     def read(self) -> float:
+        """Seconds since the last reading, or since the stopwatch was made."""
         now = self._now()
         elapsed, self._last = now - self._last, now
         return elapsed
 
 
 def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:
-    """Forward and backward over `batches`, the keyword arguments of the model, then one optimizer step.
+    """Run forward and backward passes over the micro-batches, then one optimizer step. Collective.
 
-    With `measure` the gradient norm is found and the times are exact; without it both are left at what is free. What an
-    optimizer needs beyond one forward a batch counts as forward.
+    Args:
+        engine: the engine of the model, in training mode.
+        batches: this rank's micro-batches, as keyword arguments of the model.
+        measure: whether to compute the gradient norm and exact times; otherwise only what costs nothing is reported.
+
+    Returns:
+        The measurements. Additional forward passes that an optimizer needs count as forward time.
     """
     if isinstance(engine, PipelineEngine):
         return _pipeline_step(engine, batches, measure)
@@ -63,7 +81,7 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
 
     def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
         nonlocal forward, backward
-        backward += watch.read()  # of the micro-batch before
+        backward += watch.read()  # of the previous micro-batch
         loss: Tensor = engine(**{key: value.to(engine.device) for key, value in batch.items()}).loss
         forward += watch.read()
         return loss
@@ -83,7 +101,7 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
 
 
 def _pipeline_step(engine: PipelineEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:
-    """The same through a pipeline, which does all of it in one call: it is timed as one."""
+    """The same through a pipeline, which does everything in one call and is timed as a whole."""
     watch = Stopwatch(exact=measure)
     loss = train_batch(engine, [(batch["input_ids"], batch["labels"]) for batch in batches])
     return StepResult(loss, _number(engine.get_global_grad_norm()), None, None, watch.read())
@@ -94,19 +112,25 @@ def _number(norm: Tensor | float | None) -> float | None:
 
 
 def mean_over_ranks(loss: Tensor) -> float:
-    """Collective."""
+    """Average a scalar loss over all ranks. Collective."""
     total = loss.detach().double()
-    distributed.all_reduce(total)
-    return float(total) / distributed.get_world_size()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory any rank has held: allocated by torch, or resident where the device is the CPU. Collective."""
+    """The peak memory of the rank that used most, in GiB. Collective.
+
+    It is the memory allocated by torch or, on the CPU, the resident memory of the process.
+
+    Args:
+        device: the device of the process group's tensors.
+    """
     if get_accelerator().device_name() == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     else:
-        held = get_accelerator().max_memory_allocated()
-    most = torch.tensor([held], dtype=torch.float64, device=device)
-    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+        peak = get_accelerator().max_memory_allocated()
+    most = torch.tensor([peak], dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return float(most.item()) / 2**30

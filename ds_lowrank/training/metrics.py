@@ -1,4 +1,6 @@
-"""What a run reports: metrics.jsonl, one line a log step on the console, DeepSpeed's monitors."""
+"""Reporting metrics: to metrics.jsonl, to the console (one line per log step) and to DeepSpeed's monitors."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -10,13 +12,16 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from tqdm import tqdm
 
+from ds_lowrank.training.atomic_write import write_atomically
+
 FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, without a last line that a crash cut short.
+    """Read the records of a metrics file, ignoring a last line that a crash truncated.
 
-    Raises ValueError where any other line is not a JSON object.
+    Raises:
+        ValueError: another line is not JSON.
     """
     records = []
     lines = path.read_text().splitlines()
@@ -30,10 +35,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Reporter:
-    """Rank 0 writes; the other ranks hold one too and it stays silent.
+    """Writes the metrics of a run on rank 0. On the other ranks, it does nothing.
 
-    On a terminal there is a progress bar, elsewhere plain lines. `resumed_at` is the step a resumed run continues
-    after: records of later steps are dropped, so that no step appears twice.
+    On a terminal there is a progress bar, elsewhere only plain lines.
+
+    Args:
+        output: the folder of the run.
+        engine: the engine, for its rank, monitors and sample count.
+        steps: the run's total number of steps.
+        resumed_at: the step after which a resumed run continues. Records of later steps are removed, so that no step
+            appears twice.
     """
 
     def __init__(self, output: Path, engine: DeepSpeedEngine, steps: int, resumed_at: int = 0) -> None:
@@ -49,7 +60,7 @@ class Reporter:
         self._file = path.open("a")
         self._bar = tqdm(total=steps, initial=resumed_at, disable=not sys.stderr.isatty(), unit="step")
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> Reporter:
         return self
 
     def __exit__(
@@ -60,11 +71,12 @@ class Reporter:
             self._file.close()
 
     def advance(self) -> None:
+        """Move the progress bar forward by one step."""
         if self._writes:
             self._bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
-        """Report one log step. Numbers that are not finite are written as null: JSON has no word for them."""
+        """Report one log step. Numbers that are not finite are written as null, as JSON cannot represent them."""
         if not self._writes:
             return
         self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
@@ -77,6 +89,7 @@ class Reporter:
             monitor.write_events([(f"Train/Samples/{key}", value, samples) for key, value in numbers.items()])
 
     def say(self, text: str) -> None:
+        """Print a line on the console, above the progress bar."""
         if self._writes:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -84,9 +97,7 @@ class Reporter:
 
 def _keep_until(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    aside.replace(path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _finite(value: Any) -> Any:
@@ -94,7 +105,12 @@ def _finite(value: Any) -> Any:
 
 
 def console_line(record: dict[str, Any], steps: int) -> str:
-    """One line a log step: step, loss, gradient norm, learning rate, tokens/s, memory, the rank where it changes."""
+    """Format the console line of a log step.
+
+    Args:
+        record: the record, with the keys of ``step_record``. The mean rank is shown for methods that change it.
+        steps: the run's total number of steps.
+    """
     norm = record["grad_norm"]
     parts = [
         f"step {record['step']}/{steps}",

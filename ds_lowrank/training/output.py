@@ -1,10 +1,13 @@
-"""The output directory of a run."""
+"""The output folder of a run: checking it at the start, and writing its results at the end."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_lowrank.training.atomic_write import write_atomically
 from ds_lowrank.training.metrics import FILE, read_metrics
 from ds_lowrank.training.plot import plot_loss
 
@@ -13,21 +16,32 @@ PLOT = "loss.png"
 
 
 def check_output(output: Path, resuming: bool) -> None:
-    """Raise ValueError where `output` holds a run that this one would overwrite, or metrics that cannot be read."""
+    """Check that a run may write to its output folder.
+
+    Args:
+        output: the output folder; it need not exist.
+        resuming: whether this run continues an earlier one.
+
+    Raises:
+        ValueError: the folder contains another run, which would be overwritten, or metrics that cannot be read.
+    """
     metrics = output / FILE
     if not metrics.exists():
         return
     if not resuming:
         raise ValueError(
-            f"{output} already holds a run ({FILE}); give another --output, or --resume to continue that run"
+            f"{output} already contains a run ({FILE}); give another --output, or --resume to continue that run"
         )
     read_metrics(metrics)
 
 
 def write_results(output: Path, steps: int, facts: Mapping[str, Any] | None = None) -> None:
-    """Draw loss.png, write summary.json and print it, all from the metrics and the `facts` beside them.
+    """Draw loss.png, write summary.json and print the summary, from the metrics in the folder.
 
-    `steps` is the run's full length.
+    Args:
+        output: the output folder, with its metrics.jsonl.
+        steps: the run's total number of steps.
+        facts: further entries of the summary.
     """
     records = read_metrics(output / FILE)
     plot_loss(records, output / PLOT)
@@ -46,7 +60,5 @@ def write_results(output: Path, steps: int, facts: Mapping[str, Any] | None = No
         "skipped_steps": last["skipped_steps"],
         **(facts or {}),
     }
-    aside = output / f".{SUMMARY}.partial"
-    aside.write_text(json.dumps(summary, indent=2) + "\n")
-    aside.replace(output / SUMMARY)
+    write_atomically(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     print("\n".join(f"{key}: {value}" for key, value in summary.items()))

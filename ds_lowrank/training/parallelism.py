@@ -1,4 +1,4 @@
-"""Over how many ranks a run splits what: data x tensor x pipeline."""
+"""The shape of a run's grid of ranks: data x tensor x pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from ds_lowrank.training.config import GLOBAL
 
 @dataclass(frozen=True)
 class GridShape:
-    """``autotp``: DeepSpeed's own tensor parallelism, instead of megatron-core's ``tensor``."""
+    """The degrees of parallelism of a run.
+
+    Attributes:
+        ranks: the number of ranks in the job.
+        tensor: degree of megatron-core's tensor parallelism.
+        pipeline: the number of pipeline stages.
+        autotp: degree of DeepSpeed's own tensor parallelism; only one of ``tensor`` and ``autotp`` is above 1.
+    """
 
     ranks: int
     tensor: int = 1
@@ -27,35 +34,45 @@ class GridShape:
 
     @property
     def data(self) -> int:
-        """Data-parallel ranks."""
+        """The number of data-parallel ranks."""
         return self.ranks // (self.tensor_ranks * self.pipeline)
 
     @property
     def tensor_ranks(self) -> int:
-        """Over how many ranks a layer is split, by whichever of the two."""
+        """The number of ranks that a layer is split over, by either kind of tensor parallelism."""
         return self.tensor * self.autotp
 
     def data_rank(self, rank: int) -> int:
-        """Which of them a rank is: tensor-parallel ranks lie side by side, stages farthest apart."""
+        """The place of a global rank in data parallelism, 0 to ``data`` - 1.
+
+        Ranks are ordered as (pipeline, data, tensor), with tensor-parallel ranks adjacent.
+        """
         return rank % (self.data * self.tensor_ranks) // self.tensor_ranks
 
     @property
     def uses_megatron(self) -> bool:
+        """Whether the model is built from megatron-core's layers."""
         return self.tensor * self.pipeline > 1
 
 
 def grid_shape(arguments: Namespace, config: dict[str, Any], model: LlamaConfig, ranks: int) -> GridShape:
-    """The grid that flags and configuration ask for.
+    """The grid that the command line and the DeepSpeed configuration request.
+
+    Args:
+        arguments: the command line of launch/pretrain.py.
+        config: the DeepSpeed configuration.
+        model: sizes of the model.
+        ranks: the number of ranks in the job.
 
     Raises:
-        ConfigError: it cannot be had; says what to change.
+        ConfigError: this grid is impossible or unsupported; the message says what to change.
     """
     autotp = autotp_size(config)
     shape = GridShape(ranks, arguments.tensor_parallel, arguments.pipeline_parallel, autotp)
     if autotp > 1 and shape.uses_megatron:
         raise ConfigError(
-            "tensor_parallel.autotp_size splits Hugging Face's layers, --tensor-parallel and --pipeline-parallel are "
-            "made of megatron-core's: use one of them"
+            "tensor_parallel.autotp_size splits Hugging Face's layers, but --tensor-parallel and --pipeline-parallel "
+            "use megatron-core's: use one of them"
         )
     check_grid(ranks, shape.tensor_ranks, shape.pipeline, megatron=shape.uses_megatron)
     check_split(model, shape.tensor_ranks, shape.pipeline)
@@ -67,17 +84,20 @@ def grid_shape(arguments: Namespace, config: dict[str, Any], model: LlamaConfig,
 
 def _check_sequence_parallel(shape: GridShape, length: int) -> None:
     if shape.tensor == 1:
-        raise ConfigError(
-            "--sequence-parallel shares the sequence out over tensor-parallel ranks: give --tensor-parallel"
-        )
+        raise ConfigError("--sequence-parallel splits the sequence over tensor-parallel ranks: give --tensor-parallel")
     if length % shape.tensor:
-        raise ConfigError(f"--sequence-length {length} is no multiple of --tensor-parallel {shape.tensor}: change one")
+        raise ConfigError(
+            f"--sequence-length {length} is not a multiple of --tensor-parallel {shape.tensor}: change one"
+        )
     if get_accelerator().device_name() == "cpu":
         raise ConfigError(
-            "--sequence-parallel needs a GPU, as megatron-core's collectives for it ask for CUDA: leave it out"
+            "--sequence-parallel needs a GPU, as megatron-core's collectives for it require CUDA: leave it out"
         )
 
 
 def without_global_size(config: dict[str, Any], shape: GridShape) -> dict[str, Any]:
-    """The configuration for DeepSpeed, which under AutoTP takes every rank for a data-parallel one when it checks."""
+    """The configuration to pass to DeepSpeed, without the global batch size under AutoTP.
+
+    DeepSpeed's check of that size counts every rank as data-parallel, which is wrong under AutoTP.
+    """
     return config if shape.autotp == 1 else {key: value for key, value in config.items() if key != GLOBAL}

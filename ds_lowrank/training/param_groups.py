@@ -1,4 +1,6 @@
-"""Parameter groups that give the matrices a rate of their own where the optimizer has no option for it."""
+"""Parameter groups that give the layers' matrices their own learning rate, for optimizers without an option for it."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -9,10 +11,17 @@ from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
 
 
 def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
-    """Two groups: embeddings, head and norms at lr, and the matrices inside the layers at lr * scale.
+    """Split a model's parameters into two groups: matrices inside the layers at lr * scale, all others at lr.
 
-    A low-rank method has `scale` of its own for exactly these matrices, so a fair dense baseline needs it too. Raises
-    ValueError for a method that has it (VLoRP has not).
+    Low-rank methods have an option ``scale`` for exactly these matrices, so a fair dense baseline needs it too.
+
+    Args:
+        model: the model; its parameters are tagged.
+        optimizer: the ``optimizer`` block of the DeepSpeed configuration.
+        scale: the factor on the learning rate of the matrices.
+
+    Raises:
+        ValueError: the optimizer has an option ``scale`` (all low-rank methods except VLoRP).
     """
     method = METHODS.get(optimizer["type"])
     if method is not None and "scale" in method.Options.model_fields:
@@ -21,7 +30,7 @@ def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> 
     tag_parameters(model)
 
     def is_matrix(parameter: nn.Parameter) -> bool:
-        # Under zero.Init the tensor is an empty placeholder and the shape stands in ds_shape.
+        # Under zero.Init the tensor is an empty placeholder, and ds_shape is its real shape.
         tag = tag_of(parameter)
         return len(getattr(parameter, "ds_shape", parameter.shape)) == 2 and tag is not None and tag.kind == "weight"
 

@@ -1,4 +1,6 @@
-"""What a run will do, decided from the command line and its files before anything is built."""
+"""Planning a pre-training run: everything that can be decided and checked before anything is built."""
+
+from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -21,10 +23,19 @@ from ds_lowrank.training.schedule import warmup_steps
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` is DeepSpeed's, complete; `warmup` is in steps; `checkpoint` is the one to resume from.
+    """A checked plan of a pre-training run.
 
-    weights: by name and shape, of a folder given as the model; None for those of the seed, or of the checkpoint.
-    tokenizer: as given, or that of the folder.
+    Attributes:
+        config: the complete DeepSpeed configuration.
+        model: sizes of the model.
+        grid: the degrees of parallelism.
+        batch: the batch sizes.
+        warmup: warm-up steps of the learning rate.
+        identity: identifies the run in its checkpoints.
+        checkpoint: the checkpoint to resume from, or None.
+        weights: the weights of a Hugging Face folder given as the model; None if they are drawn from the seed or loaded
+            from the checkpoint.
+        tokenizer: the tokenizer of the command line, else the model's folder, else None.
     """
 
     config: dict[str, Any]
@@ -39,13 +50,20 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens per optimizer step on all ranks together."""
         return self.batch.total * self.identity.sequence_length
 
 
 def make_plan(arguments: Namespace, ranks: int) -> Plan:
-    """Read and check all files that the command line names; nothing is written.
+    """Read and check all files that the command line names. Nothing is written. Not a collective.
 
-    Raises ValueError or OSError for whatever cannot be honoured. Not a collective.
+    Args:
+        arguments: the command line of launch/pretrain.py.
+        ranks: the number of ranks in the job.
+
+    Raises:
+        ValueError: a setting or file cannot be used; the message says what to change.
+        OSError: a file cannot be read.
     """
     config = ds_config.read_config(arguments.deepspeed_config)
     folder = arguments.model if arguments.model.is_dir() else None
@@ -55,7 +73,7 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
     if arguments.sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"--sequence-length {arguments.sequence_length} is above max_position_embeddings "
-            f"{model.max_position_embeddings} of {arguments.model}"
+            f"{model.max_position_embeddings} of {arguments.model}: lower it"
         )
     warmup = warmup_steps(arguments.warmup, arguments.steps)
     check_output(arguments.output, resuming=arguments.resume is not None)
@@ -78,9 +96,18 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
 
 
 def settle_config(arguments: Namespace, config: dict[str, Any], ranks: int) -> BatchSizes:
-    """Put over DeepSpeed's configuration what the command line says. Raises ValueError.
+    """Override the DeepSpeed configuration by the command line, in place.
 
-    ranks: of data parallelism.
+    Args:
+        arguments: the command line of either program.
+        config: the DeepSpeed configuration.
+        ranks: the number of data-parallel ranks.
+
+    Returns:
+        The batch sizes.
+
+    Raises:
+        ValueError: there is no learning rate, or the batch sizes do not fit together.
     """
     ds_config.set_learning_rate(config, arguments.lr)
     if config["optimizer"]["type"] in METHODS:
@@ -99,7 +126,18 @@ def identify(
     grid: GridShape | None = None,
     **optimizer_params: Any,
 ) -> Identity:
-    """The run's identity; `grid` where there is more than data parallelism, `optimizer_params` beside the JSON's."""
+    """Make the identity by which a run's checkpoints are recognised.
+
+    Args:
+        arguments: the command line of either program.
+        config: the DeepSpeed configuration, already overridden by the command line.
+        batch: the batch sizes.
+        ranks: the number of ranks in the job.
+        model: the model's configuration, with everything else that determines its parameters.
+        sequence_length: the most tokens of a sequence.
+        grid: the degrees of parallelism; None for data parallelism only.
+        **optimizer_params: settings that affect the optimizer in addition to ``optimizer.params``.
+    """
     grid = grid or GridShape(ranks)
     return Identity(
         model=model,
@@ -119,7 +157,20 @@ def identify(
 
 
 def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -> Path | None:
-    """What --resume names, checked; None without that flag. `steps` is the length of the run."""
+    """Find and check the checkpoint that ``--resume`` names.
+
+    Args:
+        arguments: the command line of either program.
+        identity: identifies this run.
+        steps: the run's total number of steps.
+
+    Returns:
+        The folder of the checkpoint; None without ``--resume``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it belongs to another run.
+        ValueError: the run is already finished.
+    """
     if arguments.resume is None:
         return None
     checkpoint = find_checkpoint(arguments.save, arguments.resume)

@@ -1,4 +1,6 @@
-"""The loss curve of a finished run."""
+"""Plotting the loss curve of a run."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,12 @@ from matplotlib.figure import Figure
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw training and evaluation loss over the tokens seen, from the records of metrics.jsonl, as a PNG file."""
+    """Plot training and evaluation loss against tokens.
+
+    Args:
+        records: the records of metrics.jsonl.
+        path: the PNG file to write.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,4 +1,6 @@
-"""The text of a run: tokenized, packed into sequences, checked against the model."""
+"""The data of a pre-training run: tokenized, packed into sequences, and checked against the model."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,13 @@ Packed = PackedBlocks | PackedStream
 
 @dataclass(frozen=True)
 class Text:
-    """`validation` is None where nothing is to be evaluated, `tokenizer` where the data are token ids already."""
+    """The opened data of a run.
+
+    Attributes:
+        train: the packed training data.
+        validation: the packed validation data; None if nothing is evaluated.
+        tokenizer: the tokenizer; None for token ids without one.
+    """
 
     train: Packed
     validation: Packed | None
@@ -26,18 +34,26 @@ class Text:
 
 @dataclass
 class TextSteps:
-    """A stream of sequences as what a causal LM takes; `tokens` are those of a step."""
+    """A stream of sequences as keyword arguments of a causal language model.
+
+    Attributes:
+        stream: the sequences.
+        tokens: tokens per optimizer step on all ranks together.
+    """
 
     stream: BatchStream
     tokens: int
 
     def next_step(self) -> Step:
+        """This rank's micro-batches of the next optimizer step."""
         return Step([{"input_ids": rows, "labels": rows} for rows in self.stream.next_step()], self.tokens)
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in the data; see ``BatchStream.state_dict``."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; see ``BatchStream.load_state_dict``."""
         self.stream.load_state_dict(state)
 
 
@@ -51,10 +67,21 @@ def open_text(
     held_out: bool,
     cache: Path,
 ) -> Text:
-    """Open the splits of `data`, `held_out` or not, under the named tokenizer (None: bpe for text, none for token ids).
+    """Open, tokenize and pack the data of a run. Collective; if one rank fails, all raise.
 
-    Collective; an error is raised on every rank: DataError for data that cannot be used, and for a vocabulary that the
-    model, with its `model_vocab` embeddings, does not have.
+    Args:
+        data: the data spec; see ``data/sources.py``.
+        tokenizer: the tokenizer spec; see ``load_tokenizer``. None for ``bpe`` with text and no tokenizer with token
+            ids.
+        vocab_size: the most entries of a ``bpe`` tokenizer.
+        model_vocab: the number of the model's embeddings.
+        sequence_length: tokens per sequence.
+        held_out: whether to open the validation split too.
+        cache: the folder for tokenizers and tokenized text.
+
+    Raises:
+        DataError: the data cannot be used, or contain more token ids than the model has embeddings.
+        ValueError: the nodes of the job have different data.
     """
     with raise_on_all_ranks():
         sources = {split: open_source(data, split) for split in (("train", "validation") if held_out else ("train",))}
@@ -74,6 +101,8 @@ def _load(source: Source, tokenizer: str | None, vocab_size: int, cache: Path) -
         if tokenizer is None:
             return None
         if tokenizer == "bpe":
-            raise DataError(f"{source.name!r} holds token ids, bpe is trained on text; name the tokenizer they have")
+            raise DataError(
+                f"{source.name!r} contains token ids, but bpe is trained on text; name the tokenizer of the data"
+            )
         return load_tokenizer(tokenizer, lambda: iter(()), cache_dir=cache)
     return load_tokenizer(tokenizer or "bpe", source.documents, vocab_size=vocab_size, cache_dir=cache)

@@ -1,7 +1,9 @@
-"""A run from its first step to its last: training, evaluation, records, checkpoints, requests to stop.
+"""A run from its first step to its last: training, evaluation, metrics, checkpoints and requests to stop.
 
-Every script makes a `Run` and hands it to `run_script`.
+Each program makes a ``Run`` and passes it to ``run_script``.
 """
+
+from __future__ import annotations
 
 import time
 from argparse import Namespace
@@ -10,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfigError
-from torch.distributed import get_rank
 
 import ds_lowrank.integration.initialize
 from ds_lowrank.checkpoint.export import Savable, export
@@ -32,27 +34,38 @@ from ds_lowrank.training.step_record import step_record
 
 
 class Stateful(Protocol):
-    """What a checkpoint holds of a run beside the engine; the state is loadable with `weights_only=True`."""
+    """A part of a run that is saved in checkpoints, in addition to the engine."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state to save, loadable with ``torch.load(weights_only=True)``."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
 
 
 class Steps(Stateful, Protocol):
-    """An endless stream of data."""
+    """An endless stream of training data."""
 
-    def next_step(self) -> Step: ...
+    def next_step(self) -> Step:
+        """This rank's part of the next optimizer step."""
 
 
 @dataclass
 class Run:
-    """`arguments`: the intervals and folders of the command line, `eval_interval` in steps, 0 for the end only.
+    """A run that is ready for its first step.
 
-    steps: in all, those before a resume included.
-    evaluate: called with the number of the step just done on every rank; its `eval_*` numbers go into the record.
-    parts: what a checkpoint holds beside engine, data and random states.
-    facts: more for the summary, asked at the end.
+    Attributes:
+        arguments: the command line, for its intervals and folders; ``eval_interval`` is in steps, 0 for the end only.
+        engine: the engine of the model.
+        steps: the run's total number of steps, including those before a resume.
+        identity: identifies the run in its checkpoints.
+        data: the training data.
+        tokenizer: the tokenizer to export with the model, or None.
+        evaluate: called on every rank with the number of the step that was just taken; the ``eval_*`` numbers that it
+            returns are added to the record. None for no evaluation.
+        parts: further parts to save in checkpoints, in addition to engine, data and random states.
+        facts: returns further entries of the summary at the end of the run.
+        progress: how far the run is.
     """
 
     arguments: Namespace
@@ -67,7 +80,16 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Continue from a checkpoint, if there is one. Collective."""
+        """Continue from a checkpoint. Collective.
+
+        Args:
+            checkpoint: the folder of the checkpoint; None to start from the beginning.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be loaded.
+            DataError: it belongs to other data.
+            RemoteError: another rank failed.
+        """
         if checkpoint is None:
             return
         self.progress, own = load_checkpoint(self.engine, checkpoint)
@@ -76,7 +98,11 @@ class Run:
         set_random_state(own["random"])
 
     def save(self) -> Path:
-        """Write a checkpoint; its folder. Collective."""
+        """Save a checkpoint and return its folder. Collective.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written.
+        """
         own = {name: part.state_dict() for name, part in self._stateful().items()}
         own["random"] = get_random_state()
         directory, keep = self.arguments.save, self.arguments.keep_checkpoints
@@ -89,7 +115,15 @@ class Run:
 def start_engine(
     model: Any, config: dict[str, Any], schedule: Callable[..., Any], parameters: Any = None, mpu: Any = None
 ) -> DeepSpeedEngine:
-    """An engine in training mode. `schedule` is used where the configuration names no scheduler."""
+    """Make an engine in training mode with ``ds_lowrank.initialize``. Collective.
+
+    Args:
+        model: the model.
+        config: the DeepSpeed configuration.
+        schedule: makes the learning-rate scheduler of an optimizer; used if the configuration names none.
+        parameters: parameters or parameter groups; None for all parameters of the model.
+        mpu: the model-parallel unit, if DeepSpeed needs one.
+    """
     engine, *_ = ds_lowrank.integration.initialize.initialize(
         model=model,
         model_parameters=parameters,
@@ -102,7 +136,16 @@ def start_engine(
 
 
 def train(run: Run) -> bool:
-    """Run to the last step, or to the step at which a rank was asked to stop; whether it was the last."""
+    """Train until the last step, or until a rank is asked to stop. Collective.
+
+    Returns:
+        Whether the run is finished.
+
+    Raises:
+        CheckpointError: a checkpoint could not be written.
+        DataError: the data cannot be read any further.
+        RemoteError: another rank failed.
+    """
     arguments, engine, progress = run.arguments, run.engine, run.progress
     stop = StopRequest()
     with Reporter(arguments.output, engine, run.steps, progress.step) as report:
@@ -135,13 +178,16 @@ def train(run: Run) -> bool:
 
 
 def due(step: int, interval: int) -> bool:
+    """Whether something that happens every ``interval`` steps happens after this step; never if it is 0."""
     return interval > 0 and step % interval == 0
 
 
 def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoReturn:
-    """Join the job, set the run up, train, export, write the results, leave.
+    """Join the job, set up the run, train, export, write the results, and end the process.
 
-    Errors of `set_up` are raised on every rank; they end the job before its first step.
+    Args:
+        arguments: the command line of the program.
+        set_up: makes the run. Its errors must be raised on every rank; they end the job before its first step.
     """
     distributed.join()
     try:
@@ -154,6 +200,6 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
             export(run.engine, run.tokenizer, arguments.output / "export")
     except (CheckpointError, DataError, RemoteError) as error:
         distributed.refuse(error)
-    if get_rank() == 0:
+    if dist.get_rank() == 0:
         write_results(arguments.output, run.steps, run.facts())
     distributed.leave()

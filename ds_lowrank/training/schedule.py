@@ -1,4 +1,6 @@
-"""The learning-rate schedules used when the DeepSpeed configuration names none: linear warm-up, then down."""
+"""Learning-rate schedules for configurations without a scheduler: linear warm-up, then cosine or linear decay."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -10,7 +12,15 @@ FLOOR = 0.1
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """`warmup` below 1 is a fraction of `steps`, otherwise a number of them; raises ValueError above `steps`."""
+    """The number of warm-up steps.
+
+    Args:
+        warmup: a fraction of the steps if below 1, else their number.
+        steps: the run's total number of steps.
+
+    Raises:
+        ValueError: ``warmup`` is negative, not a whole number, or above ``steps``.
+    """
     count = round(warmup * steps) if warmup < 1 else int(warmup)
     if warmup < 0 or (warmup >= 1 and count != warmup):
         raise ValueError(f"--warmup {warmup:g} must be a fraction below 1 or a whole number of steps")
@@ -20,10 +30,15 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """The factor on a group's base learning rate at step t, counted from 0.
+    """Linear warm-up, then cosine decay to ``FLOOR``.
 
-    It rises as (t + 1) / warmup, is 1 at step warmup - 1, follows half a cosine from there, is FLOOR at step steps - 1
-    and stays at FLOOR.
+    Args:
+        steps: the run's total number of steps.
+        warmup: the number of warm-up steps.
+
+    Returns:
+        The factor on the base learning rate at step t, counted from 0. It rises as (t + 1) / warmup to 1 at step
+        warmup - 1, then follows half a cosine down to ``FLOOR`` at step steps - 1, and stays there.
     """
 
     def factor(step: int) -> float:
@@ -36,7 +51,16 @@ def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
 
 
 def warmup_linear(steps: int, warmup: int) -> Callable[[int], float]:
-    """The same warm-up, then a straight line from 1 at step `warmup` to 0 at step `steps`, after the last one."""
+    """Linear warm-up, then linear decay to 0.
+
+    Args:
+        steps: the run's total number of steps.
+        warmup: the number of warm-up steps.
+
+    Returns:
+        The factor on the base learning rate at step t, counted from 0. It rises as (t + 1) / warmup to 1 at step
+        warmup - 1, then falls linearly from 1 at step warmup to 0 at step steps, which is after the last step.
+    """
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -50,5 +74,15 @@ SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
 
 
 def scheduler_factory(steps: int, warmup: int, schedule: str = "cosine") -> Callable[[Optimizer], LambdaLR]:
-    """What `initialize` takes as `lr_scheduler`: every group keeps its own base learning rate under the same factor."""
+    """Make the ``lr_scheduler`` argument of ``ds_lowrank.initialize``.
+
+    Args:
+        steps: the run's total number of steps.
+        warmup: the number of warm-up steps.
+        schedule: a key of ``SCHEDULES``.
+
+    Returns:
+        A function from an optimizer to its scheduler, which multiplies every group's base learning rate by the same
+        factor.
+    """
     return lambda optimizer: LambdaLR(optimizer, SCHEDULES[schedule](steps, warmup))

@@ -1,11 +1,14 @@
-"""What is known about one optimizer step, as one record of metrics.jsonl."""
+"""The record of one optimizer step for metrics.jsonl."""
+
+from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import distributed
 
 from ds_lowrank.checkpoint.store import Progress
+from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.training.loop import StepResult, mean_over_ranks, peak_memory_gib
 
@@ -13,10 +16,19 @@ from ds_lowrank.training.loop import StepResult, mean_over_ranks, peak_memory_gi
 def step_record(
     engine: DeepSpeedEngine, result: StepResult, lr: float, progress: Progress, since: Progress
 ) -> dict[str, Any]:
-    """The record of the step just done, which used `lr`; its tokens a second are those from `since` on.
+    """Make the record of the last optimizer step. Collective.
 
-    Loss: mean over micro-batches and ranks. Seconds: of training steps alone; forward, backward and step are those of
-    this step on this rank. Memory: the peak of the rank that holds most. Collective.
+    Args:
+        engine: the engine of the model.
+        result: this rank's measurements of the step.
+        lr: the learning rate of the step.
+        progress: how far the run is after the step.
+        since: the progress at the previous record, from which tokens per second are computed.
+
+    Returns:
+        A record that can be written as JSON. ``loss`` is the mean over micro-batches and ranks; ``seconds`` counts
+        training steps only; forward, backward and step times are those of this rank; ``memory_gib`` is the peak of the
+        rank that used most.
     """
     optimizer = engine.basic_optimizer
     low_rank = isinstance(optimizer, LowRankOptimizer)
@@ -36,7 +48,7 @@ def step_record(
         "backward_seconds": result.backward_seconds,
         "step_seconds": result.step_seconds,
         "memory_gib": peak_memory_gib(engine.device),
-        # In fp32 at ZeRO 0 DeepSpeed looks for no overflow, and the optimizer's own count is the only one.
+        # In fp32 at ZeRO 0, DeepSpeed does not check for overflow, and only the optimizer counts skipped steps.
         "skipped_steps": engine.skipped_steps + counters.get("lowrank/skipped_updates", 0),
         **counters,
         **({"matrices": matrices} if matrices else {}),
@@ -44,16 +56,15 @@ def step_record(
 
 
 def _over_stages(
-    counters: dict[str, float], matrices: dict[str, dict[str, int]], pipeline: distributed.ProcessGroup
+    counters: dict[str, float], matrices: dict[str, dict[str, int]], pipeline: dist.ProcessGroup
 ) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
-    """What the stages of a pipeline report, together. Collective over them."""
-    stages: list[Any] = [None] * distributed.get_world_size(pipeline)
-    distributed.all_gather_object(stages, (counters, matrices), group=pipeline)
+    """Combine the metrics of all stages of a pipeline. Collective over the stages."""
+    stages = all_gather_object((counters, matrices), pipeline)
     total = {key: sum(stage[key] for stage, _ in stages) for key in counters}
     projected = "lowrank/projected_matrices"
     total["lowrank/mean_rank"] = sum(s["lowrank/mean_rank"] * s[projected] for s, _ in stages) / max(
         1, total[projected]
     )
     for key in total.keys() & {"lowrank/skipped_updates", "lowrank/perturbation_norm", "lowrank/failed_ascents"}:
-        total[key] = counters[key]  # of the whole model on every stage
+        total[key] = counters[key]  # every stage has that of the whole model
     return total, {name: found for _, of_stage in stages for name, found in of_stage.items()}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ds_lowrank.data.batches import BatchStream, check_batch_sizes, validation_batches
+from ds_lowrank.data.batches import BatchStream, validation_batches
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.global_batch import check_batch_sizes
 from ds_lowrank.data.packing import PackedBlocks, pack
 from ds_lowrank.data.sources import open_source
 from tests.data.conftest import byte_ids

@@ -37,24 +37,24 @@ def folder(tmp_path_factory):
 REFUSED = [
     (["--label-column", "sentiment"], "row 0 has no column 'sentiment' (it has: text, other, label, number)"),
     (["--text-column", "sentence"], "row 0 has no column 'sentence'"),
-    (["--text-column", "number"], "column 'number' holds 0.5, which is no text"),
+    (["--text-column", "number"], "column 'number' contains 0.5, which is not text"),
     (["--model", "{}/roberta", "--task", "causal-lm"], "is a RobertaForMaskedLM, which does not predict the next"),
-    (["--model", "{}/empty"], "is no checkpoint: the folder has no config.json"),
+    (["--model", "{}/empty"], "is not a checkpoint: the folder has no config.json"),
     (["--model", "{}/none"], "none: no such folder"),
     (["--model", "{}/none.json"], "no model configuration at"),
     (["--model", "{}/without_tokenizer"], "no tokenizer in"),
     (["--model", "{}/without_weights"], "the weights cannot be read"),
     (["--model", "{}/damaged"], "the weights cannot be read"),
-    (["--model", "{}/mislabelled"], "is no checkpoint of a RobertaForSequenceClassification: it has no weights that"),
+    (["--model", "{}/mislabelled"], "is not a checkpoint of a RobertaForSequenceClassification: it has no fitting"),
     (["--model", "{}/llama", "--tokenizer", "{}/wide"], "the data use 400 token ids but the model's vocab_size is 300"),
-    (["--max-length", "65"], "--max-length 65 is more than the 64 tokens that the model has room for"),
+    (["--max-length", "65"], "--max-length 65 is above the limit of 64 tokens of the model"),
     (["--data", "{}/few.jsonl"], "5 training examples are fewer than one batch of 8"),
     (["--data", "{}/none.jsonl"], "no data at"),
     (["--data", "{}/none.txt"], "no data at"),
-    (["--data", "{}/one_class.jsonl"], "has the one class 'cold'"),
+    (["--data", "{}/one_class.jsonl"], "has only one class, 'cold'"),
     (["--data", "{}/unlabelled.jsonl"], "has no label in 13 rows, first in row 1"),
     (["--data", "{}/no_text.jsonl"], "row 0 has no text in text; remove it"),
-    (["--validation", "{}/others.jsonl"], "row 0: label 'icy' is none of the classes in training"),
+    (["--validation", "{}/others.jsonl"], "row 0: label 'icy' is not among the classes of the training rows"),
     (["--data", "stdlib-functions"], "'stdlib-functions' has its own validation split"),
     (["--best-metric", "f1"], "--best-metric f1: this task measures accuracy, mcc, loss"),
     (["--lora-rank", "4", "--model", "{}/model.json"], "--lora-rank adapts trained weights"),
@@ -92,7 +92,7 @@ def refuse_by_rank(command_lines):
 def test_what_one_rank_finds_wrong_ends_both(folder):
     starts = [command_line(folder, "alone"), command_line(folder, "alone", "--model", str(folder / "empty"))]
     for message in run_ranks(2, refuse_by_rank, starts):
-        assert "is no checkpoint: the folder has no config.json" in message
+        assert "is not a checkpoint: the folder has no config.json" in message
 
 
 def test_two_kinds_of_adapters_are_refused(folder):

@@ -128,7 +128,7 @@ REFUSED = [
     ([], 3, {"tensor_parallel": {"autotp_size": 2}}, "3 ranks are no multiple"),
     (["--sequence-parallel"], 2, {}, "give --tensor-parallel"),
     (["--sequence-parallel", "--tensor-parallel", "2"], 2, {}, "needs a GPU"),
-    (["--sequence-parallel", "--tensor-parallel", "2", "--sequence-length", "31"], 2, {}, "31 is no multiple"),
+    (["--sequence-parallel", "--tensor-parallel", "2", "--sequence-length", "31"], 2, {}, "31 is not a multiple"),
 ]
 
 

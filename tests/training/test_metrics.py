@@ -75,7 +75,7 @@ def test_damage_elsewhere_in_the_file_is_named(tmp_path):
 def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path):
     check_output(tmp_path, resuming=False)
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         check_output(tmp_path, resuming=False)
     check_output(tmp_path, resuming=True)
 

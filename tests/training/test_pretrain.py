@@ -84,7 +84,7 @@ def test_refused_on_every_rank_in_one_line(workspace, finished):
     before = (workspace.path / "whole" / "metrics.jsonl").read_bytes()
     run = workspace.run(workspace.arguments("whole"), TORCHRUN)
     assert run.returncode != 0
-    assert run.stderr.count("already holds a run (metrics.jsonl); give another --output") == 1
+    assert run.stderr.count("already contains a run (metrics.jsonl); give another --output") == 1
     assert 'pretrain.py", line' not in run.stderr  # no traceback of ours
     assert (workspace.path / "whole" / "metrics.jsonl").read_bytes() == before
 

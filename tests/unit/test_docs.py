@@ -278,7 +278,7 @@ def test_every_refused_parameter_gets_the_documented_message():
 
 def test_every_metric_is_documented():
     documented = {key for cells in rows("getting_started", "### Reading") for key in re.findall(r"`([^`]+)`", cells[0])}
-    source = ast.parse((ROOT / "ds_lowrank/training/record.py").read_text())
+    source = ast.parse((ROOT / "ds_lowrank/training/step_record.py").read_text())
     record = max((node for node in ast.walk(source) if isinstance(node, ast.Dict)), key=lambda node: len(node.keys))
     counters = ds_lowrank.Lorenza(weights((2, 2))).metrics().keys()  # has those of the others, and its own
     assert documented == {key.value for key in record.keys if key is not None} | counters | {"eval_loss", "matrices"}
