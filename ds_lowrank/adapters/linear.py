@@ -147,7 +147,7 @@ class DirectionNorms(torch.autograd.Function):
             return base + scaling * (own * pull).sum(1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With d_i the gradient of |V_i|^2: that of B is 2 s d (V A^T), that of A is 2 s (d B)^T V."""
         s = ctx.scaling
