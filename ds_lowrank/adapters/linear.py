@@ -181,7 +181,7 @@ class DirectionNorms(torch.autograd.Function):
             return base + scaling * (own * pull).sum(1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of A and B, where d_i is the gradient of |V_i|^2: dB = 2 s d (V A^T) and dA = 2 s (d B)^T V."""
         s = ctx.scaling

@@ -302,11 +302,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "rank" in slot.state
         }
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads."""
         return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned on the same layout. Nothing is changed unless all of it fits.
 
         Raises:

@@ -100,7 +100,7 @@ class ContiguousPart(Part):
         return self.end - self.start
 
     @cached_property
-    def rectangles(self) -> tuple[Rectangle, ...]:  # type: ignore[override]
+    def rectangles(self) -> tuple[Rectangle, ...]:
         """The interval as at most three rectangles, in storage order."""
         row0, col0 = self.block.rows[0], self.block.cols[0]
         width = self.block.cols[1] - col0
@@ -137,7 +137,7 @@ class FusedPart(Part):
         return sum(part.numel for part in self.parts)
 
     @cached_property
-    def rectangles(self) -> tuple[Rectangle, ...]:  # type: ignore[override]
+    def rectangles(self) -> tuple[Rectangle, ...]:
         found, before = [], 0
         for part in self.parts:
             found += [replace(rectangle, offset=before + rectangle.offset) for rectangle in part.rectangles]

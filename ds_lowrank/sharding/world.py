@@ -50,7 +50,7 @@ class SimulatedWorld:
                 return results  # type: ignore[return-value]
             if len(asked) != self.size:
                 raise RuntimeError(f"the ranks disagree on the round: {len(asked)} of {self.size} ask for anything")
-            answers = self._exchange(asked)  # type: ignore[assignment]
+            answers = self._exchange(asked)
 
     def _exchange(self, asked: list[list[Request]]) -> list[list[object]]:
         ranks = range(self.size)
