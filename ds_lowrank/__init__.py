@@ -1,35 +1,74 @@
 """Low-rank gradient projection under an unmodified DeepSpeed, the same update on every layout."""
 
-from typing import Any
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ds_lowrank.adapters.model import add_adapters, merge_adapters
+from ds_lowrank.environment.apex import check_apex
 from ds_lowrank.errors import CheckpointError, ConfigError
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.initialize import initialize
+from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
+from ds_lowrank.optimizer.optimizers import (
+    AdaRankGrad,
+    Apollo,
+    GaLore,
+    GradNormLoRP,
+    Lorenza,
+    OnlineSubspaceDescent,
+    VLoRP,
+)
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.placement.parameter_names import tag_fused, tag_parameters
+
+if TYPE_CHECKING:
+    from ds_lowrank.checkpoint.gather import whole_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaRankGrad",
+    "Apollo",
     "CheckpointError",
     "ConfigError",
+    "GaLore",
+    "GradNormLoRP",
+    "Lorenza",
+    "OnlineSubspaceDescent",
+    "VLoRP",
     "add_adapters",
+    "check_apex",
     "forward_backward",
     "initialize",
+    "make_grid",
     "merge_adapters",
     "register",
     "tag_fused",
     "tag_parameters",
     "train_batch",
-    *OPTIMIZERS,
+    "whole_weights",
 ]
+
+NEEDS_DEEPSPEED = {"whole_weights": "ds_lowrank.checkpoint.gather"}
+"""What is imported when it is first used, because it imports DeepSpeed."""
 
 
 def __getattr__(name: str) -> Any:
-    """Every method's optimizer under its name: ``ds_lowrank.GaLore`` and so on."""
+    """What imports DeepSpeed, and the optimizers of methods from outside this package.
+
+    Raises:
+        AttributeError: there is no such name; says which is nearest.
+    """
+    if name in NEEDS_DEEPSPEED:
+        return getattr(import_module(NEEDS_DEEPSPEED[name]), name)
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    raise AttributeError(f"module 'ds_lowrank' has no attribute {name!r}; the methods are {', '.join(OPTIMIZERS)}")
+    known = {known.lower(): known for known in (*__all__, *OPTIMIZERS)}
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    hint = f"; did you mean {known[near[0]]!r}?" if near else f"; it has {', '.join(sorted(known.values()))}"
+    raise AttributeError(f"module 'ds_lowrank' has no attribute {name!r}{hint}")

@@ -45,7 +45,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params: ``model.named_parameters()``, or parameters tagged by :func:`ds_lowrank.tag_parameters`, or groups
             (dicts) of either. A group may override any option, for example ``lr``, ``weight_decay`` and ``rank``.
         grid: tensor and pipeline parallelism; None for what is initialised in this process.
-        options: the keys of the method's options, as in ``optimizer.params`` of a DeepSpeed JSON.
+        lr: the learning rate; 1e-3.
+        betas: of the moments; (0.9, 0.999).
+        eps: added to the root of the second moment; 1e-8.
+        weight_decay: decoupled, as in AdamW; 0.0.
+        lr_scale: multiplies the group's ``lr``, also under a scheduler that writes one ``lr`` into every group; 1.0.
+        proj_type: the side that is compressed, ``std`` for the smaller dimension (the default), ``reverse_std`` for the
+            other, ``left`` or ``right``.
+        target_modules: globs on parameter names; None for every matrix except embeddings and the output head.
+        exclude_modules: globs on parameter names that are not projected; ().
+        tensor_parallel_projection: what is projected if tensor parallelism splits a matrix, the ``logical`` matrix (the
+            default) or each rank's ``local`` shard on its own.
+        state_dtype: how moments are stored, ``fp32`` (the default), ``bf16`` or ``int8``.
+        seed: of random sketches and projections; 0.
+        options: all of these except params and grid, and the method's own, by the names they have in
+            ``optimizer.params`` of a DeepSpeed JSON.
 
     Attributes:
         method: what steps the matrices.

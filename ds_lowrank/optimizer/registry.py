@@ -1,20 +1,48 @@
-"""The optimizers by the names they have in ``optimizer.type``: one class for every method."""
+"""The optimizer class of every method, by the name it has in ``optimizer.type``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.base import Method
+from ds_lowrank.optimizer import optimizers
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
-def _optimizer(method: type[Method]) -> type[LowRankOptimizer]:
-    """The class, which is found, and so can be pickled, as ``ds_lowrank.<name>``."""
-    text = (
-        f"{method.name} with AdamW for everything that is not projected.\n\n"
-        f"``{method.name}(model.named_parameters(), lr=1e-2)``; the options are those of "
-        f":class:`{method.Options.__module__}.{method.Options.__name__}`."
-    )
-    return type(method.name, (LowRankOptimizer,), {"method": method, "__doc__": text, "__module__": "ds_lowrank"})
+class Optimizers(Mapping[str, type[LowRankOptimizer]]):
+    """The optimizers of all registered methods: those of this package, and those of any method that was imported.
+
+    A method of this package has a class of its own in :mod:`ds_lowrank.optimizer.optimizers`; the class of any other
+    method is made when it is first asked for.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, type[LowRankOptimizer]] = {}
+
+    def __getitem__(self, name: str) -> type[LowRankOptimizer]:
+        """The class for ``optimizer.type`` ``name``.
+
+        Raises:
+            KeyError: no such method is registered.
+        """
+        method = METHODS[name]
+        written = getattr(optimizers, name, None)
+        if isinstance(written, type) and issubclass(written, LowRankOptimizer) and written.method is method:
+            return written
+        if name not in self._made or self._made[name].method is not method:
+            text = f"{name} on the matrices, AdamW on everything else; see :class:`{method.Options.__qualname__}`."
+            members = {"method": method, "__doc__": text, "__module__": method.__module__}
+            self._made[name] = type(name, (LowRankOptimizer,), members)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all registered methods."""
+        return iter(METHODS)
+
+    def __len__(self) -> int:
+        """How many methods are registered."""
+        return len(METHODS)
 
 
-OPTIMIZERS: dict[str, type[LowRankOptimizer]] = {name: _optimizer(method) for name, method in METHODS.items()}
+OPTIMIZERS = Optimizers()
+"""Every optimizer class by the name of its method."""

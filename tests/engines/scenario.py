@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tests.reference import DENSE
-from tests.reference.galore import DenseAdamW
-from tests.reference.lorenza import DenseLorenza, climb
+from ds_lowrank.reference import DENSE
+from ds_lowrank.reference.galore import DenseAdamW
+from ds_lowrank.reference.lorenza import DenseLorenza, climb
 
 VOCAB, LENGTH, BATCH = 131, 12, 24
 COMMON = {"lr": 1e-2, "eps": 3e-5}

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from ds_lowrank.reference import DENSE
+from ds_lowrank.reference.galore import DenseAdamW
 from tests.engines import cpu_shim
 from tests.engines.grids import SIZES, VOCAB, Grid, settings_of, tokens
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, worst
-from tests.reference import DENSE
-from tests.reference.galore import DenseAdamW
 
 STEPS = 8  # refreshes, where there are any, at steps 0 and 4
 GROUPS, HEADS, HIDDEN = SIZES["num_key_value_heads"], SIZES["num_attention_heads"], SIZES["hidden_size"]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from ds_lowrank.reference import DENSE
 from tests.engines.grids import Grid, GridOracle, dense_model, run_grid, settings_of, start, tokens, train_step
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, worst
-from tests.reference import DENSE
 
 PIPELINE = Grid(1, 1, 2, 0)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ds_lowrank.reference.lorenza import climb
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import (
     BATCH,
@@ -15,7 +16,6 @@ from tests.engines.scenario import (
     tokens,
     worst,
 )
-from tests.reference.lorenza import climb
 
 STEPS = 4
 

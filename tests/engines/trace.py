@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ds_lowrank.reference import DENSE
+from ds_lowrank.reference.galore import DenseAdamW
 from tests.engines.scenario import METHODS, make_model_for, train_step
-from tests.reference import DENSE
-from tests.reference.galore import DenseAdamW
 
 
 def trace_engine(settings: dict[str, Any], steps: int, zero_init: bool = False) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import torch
 
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.step import SteppedMatrix, shard_matrix, step_matrices
+from ds_lowrank.reference import DENSE
 from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.reduce import lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.reference import DENSE
 
 
 class ShardedMatrix:

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lowrank.methods.galore import GaLoreMethod
+from ds_lowrank.reference.galore import positive_qr, sketch
 from ds_lowrank.sharding.reduce import SingleProcess, lockstep
-from tests.reference.galore import positive_qr, sketch
 from tests.simulated.harness import ShardedMatrix, compare, flat_parts
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.vlorp import divisors
 from ds_lowrank.optimizer.step import step_matrices
+from ds_lowrank.reference import DENSE
+from ds_lowrank.reference.galore import sketch
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.reference import DENSE
-from tests.reference.galore import sketch
 from tests.simulated.harness import (
     ShardedMatrix,
     compare,

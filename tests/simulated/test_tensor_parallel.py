@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.build_slots import _parts
 from ds_lowrank.placement.tensor_parallel import AUTOTP, logical_matrices
+from ds_lowrank.reference import DENSE
 from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Request, all_reduce_route
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.reference import DENSE
 from tests.simulated.harness import (
     ShardedMatrix,
     compare,

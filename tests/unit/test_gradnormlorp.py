@@ -5,10 +5,10 @@ import torch
 
 import ds_lowrank
 from ds_lowrank.methods.gradnormlorp import Frame, dv
+from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
 from ds_lowrank.sharding.layout import whole
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.reference.gradnormlorp import DenseGradNormLoRP
 from tests.simulated.harness import ShardedMatrix, even_parts
 
 AXES = pytest.mark.parametrize(("norm_axis", "dim"), [("output", 1), ("input", 0)])

@@ -9,9 +9,9 @@ import ds_lowrank
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.probe import RandomState
 from ds_lowrank.methods.blocks import ascent
+from ds_lowrank.reference.lorenza import DenseLorenza, climb
 from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import MatrixShard
-from tests.reference.lorenza import DenseLorenza, climb
 from tests.simulated.harness import ShardedMatrix, directions_on, even_parts
 
 FORMS = [

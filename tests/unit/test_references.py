@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from tests.reference import DENSE, DenseAdaRankGrad, DenseApollo, DenseGaLore, DenseOnlineSubspaceDescent, DenseVLoRP
-from tests.reference.galore import DenseAdamW, positive_qr
-from tests.reference.inner import Adafactor
-from tests.reference.online_subspace_descent import pca_gradient, pca_loss
+from ds_lowrank.reference import (
+    DENSE,
+    DenseAdaRankGrad,
+    DenseApollo,
+    DenseGaLore,
+    DenseOnlineSubspaceDescent,
+    DenseVLoRP,
+)
+from ds_lowrank.reference.galore import DenseAdamW, positive_qr
+from ds_lowrank.reference.inner import Adafactor
+from ds_lowrank.reference.online_subspace_descent import pca_gradient, pca_loss
 
 NEGLIGIBLE = 1e-30
 """An epsilon that no value here comes near."""

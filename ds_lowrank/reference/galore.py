@@ -8,7 +8,7 @@ import hashlib
 
 import torch
 
-from tests.reference.inner import make_inner
+from ds_lowrank.reference.inner import make_inner
 
 
 def sketch(seed, name, counter, rows, columns):

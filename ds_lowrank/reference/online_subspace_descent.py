@@ -2,8 +2,8 @@
 
 import torch
 
-from tests.reference.galore import compresses_columns, positive_qr, randomized_basis, singular_basis, sketch
-from tests.reference.inner import make_inner
+from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, singular_basis, sketch
+from ds_lowrank.reference.inner import make_inner
 
 
 def pca_loss(Q, G, pca_lambda):

@@ -6,8 +6,8 @@ direction: it takes the projected step as it is, and its length from where that 
 
 import torch
 
-from tests.reference.galore import DenseGaLore
-from tests.reference.inner import make_inner
+from ds_lowrank.reference.galore import DenseGaLore
+from ds_lowrank.reference.inner import make_inner
 
 
 class DenseGradNormLoRP:

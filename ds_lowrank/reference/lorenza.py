@@ -6,8 +6,8 @@ R_t, transposed) kept x r with orthonormal columns.
 
 import torch
 
-from tests.reference.galore import compresses_columns, positive_qr, randomized_basis, sketch
-from tests.reference.inner import make_inner
+from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, sketch
+from ds_lowrank.reference.inner import make_inner
 
 
 class DenseLorenza:

@@ -5,8 +5,8 @@ Adam on a random projection says only how long the update is: per channel, or (m
 
 import torch
 
-from tests.reference.galore import compresses_columns, sketch
-from tests.reference.inner import AdamW
+from ds_lowrank.reference.galore import compresses_columns, sketch
+from ds_lowrank.reference.inner import AdamW
 
 
 class DenseApollo:

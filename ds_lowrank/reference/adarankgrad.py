@@ -6,8 +6,8 @@ moments carried by Q_old^T Q_new, and Adam in the subspace until the projected g
 
 import torch
 
-from tests.reference.galore import compresses_columns, positive_qr, randomized_basis, sketch
-from tests.reference.inner import AdamW
+from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, sketch
+from ds_lowrank.reference.inner import AdamW
 
 CARRY = {
     "abs": lambda V, rotation: (V @ rotation).abs(),

@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import torch
 
-from tests.reference.galore import compresses_columns, sketch, sketch_generator
-from tests.reference.inner import AdamW
+from ds_lowrank.reference.galore import compresses_columns, sketch, sketch_generator
+from ds_lowrank.reference.inner import AdamW
 
 
 class DenseVLoRP:
