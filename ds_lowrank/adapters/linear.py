@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_lowrank.linalg.sketch import name_hash
+from ds_lowrank.placement.marks import is_partitioned
 
 NormAxis = Literal["output", "input"]
 
@@ -112,7 +113,7 @@ class AdapterLinear(torch.nn.Module):
         unmodified tensor. At ZeRO 3 that cannot be checked, as DeepSpeed gathers the weight for every forward pass.
         """
         weight = self.weight.detach()
-        if hasattr(self.weight, "ds_id"):
+        if is_partitioned(self.weight):
             return squared_norms(weight, self._dim)
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._remembered is None or self._remembered[0] != state:

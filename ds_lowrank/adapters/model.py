@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_lowrank.adapters.linear import AdapterLinear, NormAxis
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.roles import check_patterns, role_of
+from ds_lowrank.placement.marks import is_partitioned
 from ds_lowrank.placement.parameter_names import Tag, matches, output_layers, tag_from_name, tag_parameters
 
 __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
@@ -130,7 +131,7 @@ def merge_adapters(model: torch.nn.Module) -> None:
         ConfigError: the weights are partitioned over ranks, as at ZeRO 3.
     """
     layers = dict(_adapters(model))
-    if any(hasattr(layer.weight, "ds_id") for layer in layers.values()):
+    if any(is_partitioned(layer.weight) for layer in layers.values()):
         raise ConfigError(
             "merge_adapters needs whole weights, but at ZeRO 3 they are partitioned: gather them with "
             "deepspeed.zero.GatheredParameters and pass them to merged_weights"
@@ -209,7 +210,7 @@ def _check_layers(model: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]
 
 def _gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
     """A context in which parameters that ZeRO 3 has partitioned are whole."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not any(is_partitioned(parameter) for parameter in parameters):
         return nullcontext()
     import deepspeed
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.placement.grid import Grid, grid_of
+from ds_lowrank.placement.marks import megatron_stride
 from ds_lowrank.placement.parameter_names import logical_names
 from ds_lowrank.placement.tensor_parallel import logical_matrices
 
@@ -66,8 +67,8 @@ def _over_tensor_ranks(parameter: Any, name: str, grid: Grid) -> Tensor:
 
 
 def _joined_rows(shards: list[Tensor], parameter: Any) -> Tensor:
-    """Join the shards of a fused weight. megatron-core splits each of its ``partition_stride`` parts separately."""
-    parts = [shard.chunk(getattr(parameter, "partition_stride", 1)) for shard in shards]
+    """Join the shards of a fused weight. megatron-core splits each of the matrices in it separately."""
+    parts = [shard.chunk(megatron_stride(parameter)) for shard in shards]
     return torch.cat([part for same in zip(*parts, strict=True) for part in same])
 
 

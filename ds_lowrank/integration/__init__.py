@@ -1,1 +1,17 @@
-"""Tensor and pipeline parallelism beside ZeRO: the grid, and what DeepSpeed's engines need to be right on it."""
+"""Everything that drives or changes DeepSpeed; what only reads its marks is in :mod:`ds_lowrank.placement`.
+
+What we change on objects that are not ours, all of it, and where. Importing the package changes nothing.
+
+=================================================  ====================================================================
+what                                               why, and who does it
+=================================================  ====================================================================
+``torch.optim.<method>``                           DeepSpeed looks unknown names up there: ``register``, when called
+``ZERO_SUPPORTED_OPTIMIZERS`` of DeepSpeed         the list of what ZeRO may wrap: ``register`` and ``initialize``
+``engine.clip_fp32_gradients``,                    fp32 at ZeRO 0 on a grid: DeepSpeed 0.19.8 leaves shards out of the
+``engine.gradient_clipping``                       norm: ``clipping.repair_clipping``, on engines of ``initialize``
+``engine.checkpoint_engine.save``                  a full disk on one rank would hang the others: within
+                                                   ``checkpoint/deferred.py``, and put back
+``deepspeed.ops.__compatible_ops__``               keeps a CPU job from compiling an extension at its first collective:
+                                                   ``training/distributed.py``, only in the programs of ``launch/``
+=================================================  ====================================================================
+"""

@@ -1,39 +1,41 @@
-"""One call for the forward and backward passes of an optimizer step, whatever the optimizer needs from them."""
+"""One call for the forward and backward passes of an optimizer step, whatever the optimizer needs of them."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.integration.probe import Probe, RandomState
+from ds_lowrank.integration.probe import perturbed_weights
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
-logger = logging.getLogger("ds_lowrank")
+ONE_SIDED_DROPOUT = (
+    "two_sided is false and the model has dropout: a one-sided difference is of first order in probe_radius, "
+    "and dropout makes the loss rougher. Both passes drop the same elements; two_sided: true is more exact"
+)
 
 Forward = Callable[[], torch.Tensor]
 """Runs the model on one micro-batch and returns its loss, a scalar. May be called several times."""
 
 
 def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list[torch.Tensor]:
-    """Forward and backward of one optimizer step's micro-batches; ``engine.step()`` comes next.
+    """Forward and backward of one optimizer step's micro-batches; call ``engine.step()`` next.
 
-    The same call serves every optimizer. For a method that looks at the loss around the weights (``Lorenza``) it probes
-    first, without gradients, on the same micro-batches with the same random state, moves the weights for the passes
-    whose losses it returns, and puts them back, also when anything raises.
+    The same call serves every optimizer. For a method that looks at the loss around the weights (``Lorenza``) it first
+    probes, without gradients, on the same micro-batches with the same random state, moves the weights for the passes
+    whose losses it returns, and puts them back, also if anything raises.
 
     Args:
-        engine: of DeepSpeed; or, without DeepSpeed, an optimizer of this package.
-        forwards: one for every micro-batch of the step, in order; a single one may stand for a list of one.
+        engine: DeepSpeed's; or, without DeepSpeed, an optimizer of this package.
+        forwards: one function per micro-batch of the step, in order; a single function stands for a list of one.
 
     Returns:
-        The losses of the passes that gave the gradient, detached, in order.
+        The losses of the passes that gave the gradient, detached scalars, in order.
 
     Raises:
-        ConfigError: more micro-batches than the step has left; or not all of them, where the method shares one
+        ConfigError: more micro-batches than the step has left; or not all of them, although the method shares one
             perturbation among them.
         RemoteError: a probe failed on another rank; says which.
     """
@@ -50,28 +52,29 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
     ascent = optimizer.perturbation.ascent
     if not ascent.per_micro_batch:
         passes.check_whole_step()
-    if not ascent.two_sided:
-        _warn_of_dropout(engine)
+    if not ascent.two_sided and _drops(getattr(engine, "module", None)):
+        optimizer.perturbation.warn_once("dropout", ONE_SIDED_DROPOUT)
     windows = [[forward] for forward in steps] if ascent.per_micro_batch else [steps]
-    losses = [loss for window in windows for loss in _climb_and_run(optimizer, window, passes)]
+    losses = [loss for window in windows for loss in _run_perturbed(optimizer, window, passes)]
     optimizer.perturbation.mark_gradients()
     return losses
 
 
-def _climb_and_run(optimizer: LowRankOptimizer, window: Sequence[Forward], passes: _Passes) -> list[torch.Tensor]:
-    """The passes of some micro-batches at weights that were moved for them."""
-    perturbation = optimizer.perturbation
-    assert perturbation is not None
-    random = RandomState()
-    try:
-        with torch.no_grad():
-            probe = Probe(lambda: [forward() for forward in window], random, passes.device, passes.group)
-            perturbation.ascend(probe, optimizer.options, passes.position)
-        random.rewind()
+def _run_perturbed(optimizer: LowRankOptimizer, window: Sequence[Forward], passes: _Passes) -> list[torch.Tensor]:
+    """The passes of some micro-batches, at weights that were moved for them."""
+
+    def losses() -> list[torch.Tensor]:
+        return [forward() for forward in window]
+
+    with perturbed_weights(optimizer, losses, passes.device, passes.group, passes.position):
         return [passes.run(forward) for forward in window]
-    finally:
-        with torch.no_grad():
-            perturbation.restore()
+
+
+def _drops(module: Any) -> bool:
+    """Whether a model in training mode has dropout."""
+    if module is None or not module.training:
+        return False
+    return any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules())
 
 
 class _Passes:
@@ -132,19 +135,3 @@ class _Passes:
         if self._counts and self._done < self._count:
             self._engine.step()  # inside a step it only counts
         return loss.detach()
-
-
-_warned_of_dropout = False
-
-
-def _warn_of_dropout(engine: Any) -> None:
-    global _warned_of_dropout
-    module = getattr(engine, "module", None)
-    if _warned_of_dropout or module is None or not module.training:
-        return
-    if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules()):
-        _warned_of_dropout = True
-        logger.warning(
-            "two_sided is false and the model has dropout: a one-sided difference is of first order in probe_radius, "
-            "and dropout makes the loss rougher. Both passes drop the same elements; two_sided: true is more exact"
-        )

@@ -1,8 +1,7 @@
-"""The two ways into DeepSpeed: :func:`initialize`, and :func:`register` for stock ``deepspeed.initialize``."""
+"""``ds_lowrank.initialize``: ``deepspeed.initialize`` with this package's methods in ``optimizer.type``."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,9 +13,10 @@ import torch.distributed as dist
 from ds_lowrank.adapters.model import add_adapters, has_adapters
 from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.arguments import plain_parameters, settings_of, without_path
 from ds_lowrank.integration.check_model import check_model, model_parallel_unit
 from ds_lowrank.integration.mpu import as_mpu, check_grid
-from ds_lowrank.integration.register import _allow_under_zero
+from ds_lowrank.integration.register import allow_under_zero
 from ds_lowrank.integration.unsupported_settings import autotp_size, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
@@ -25,8 +25,8 @@ from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.placement.grid import Grid, grid_of
 from ds_lowrank.placement.parameter_names import tag_parameters
 
-PLACES = ("target_modules", "exclude_modules", "modules_to_save")
-ADAPTER_OPTIONS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "norm_axis", "seed", *PLACES)
+ADAPTER_PATTERNS = ("target_modules", "exclude_modules", "modules_to_save")
+"""Options that choose where adapters go, and not what the optimizer projects."""
 
 
 def initialize(
@@ -44,27 +44,42 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | dict[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize``, with ``optimizer.type`` also one of this package's methods.
+    """Build an engine as ``deepspeed.initialize`` does; ``optimizer.type`` may be one of this package's methods.
 
-    The signature and the return value are DeepSpeed's. A configuration that names none of the methods, or a client
-    ``optimizer`` of another kind, goes through, but for the gradient norm of fp32 at ZeRO 0 on a grid, which is
-    repaired. ``model_parameters`` may be parameters, named parameters, or groups of either; a group keeps its own
-    ``lr``, ``weight_decay`` and other options.
+    Signature and return value are DeepSpeed's. A configuration that names none of the methods, or a client
+    ``optimizer`` of another kind, is passed on unchanged; only the gradient norm of fp32 at ZeRO 0 on a grid is
+    repaired.
+
+    Args:
+        args: with ``deepspeed_config``, if the configuration is a file named on the command line.
+        model: the model, built under ``zero.Init`` or not, or a ``PipelineModule``.
+        optimizer: a client optimizer; None for the one that the configuration names.
+        model_parameters: parameters, named parameters, or groups of either; None for all. A group keeps its own ``lr``,
+            ``weight_decay`` and other options.
+        training_data: as in DeepSpeed.
+        lr_scheduler: as in DeepSpeed.
+        distributed_port: as in DeepSpeed.
+        mpu: tensor and pipeline parallelism: megatron-core's ``parallel_state`` or any other model-parallel unit.
+        dist_init_required: as in DeepSpeed.
+        collate_fn: as in DeepSpeed.
+        config: the DeepSpeed configuration, a dict or the path of a JSON file.
+        mesh_param: as in DeepSpeed.
+        config_params: an older name of ``config``.
 
     Returns:
-        engine, optimizer (DeepSpeed's wrapper, or this package's where DeepSpeed does not wrap), data loader,
-        scheduler.
+        The engine; the optimizer: DeepSpeed's wrapper, or this package's if DeepSpeed does not wrap it; the data
+        loader; the scheduler.
 
     Raises:
-        ConfigError: the configuration cannot be honoured; on every rank, before anything is built, saying what to
-        change.
+        ConfigError: the configuration cannot be honoured. Raised on every rank, before anything is built; says what to
+            change.
     """
     import deepspeed
 
     from ds_lowrank.integration.clipping import repair_clipping
     from ds_lowrank.integration.stages import check_groups
 
-    settings = _settings(args, config if config is not None else config_params)
+    settings = settings_of(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
     if optimizer is None and name is not None and name not in METHODS and (meant := looks_like_method(name)):
         raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
@@ -73,10 +88,10 @@ def initialize(
     if low_rank:
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
-        args=_without_path(args),
+        args=without_path(args),
         model=model,
         optimizer=optimizer,
-        model_parameters=_plain(model_parameters),
+        model_parameters=plain_parameters(model_parameters),
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         distributed_port=distributed_port,
@@ -103,7 +118,11 @@ def _prepare(
     """Check everything, and put names on the parameters.
 
     Args:
+        model: the caller's.
+        settings: the DeepSpeed configuration.
         optimizer: the client's; None for the one that the settings name.
+        model_parameters: the caller's.
+        mpu: the caller's, as DeepSpeed can use it.
 
     Returns:
         The settings and the optimizer (or what builds it) for DeepSpeed.
@@ -117,64 +136,32 @@ def _prepare(
         raise ConfigError("ds_lowrank.initialize needs a model")
     method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
     check_supported(settings, method)
-    _check_ranks_of_autotp(autotp_size(settings))
+    _check_autotp_ranks(autotp_size(settings))
     if optimizer is None:
         settings = _with_adapters(model, settings, model_parameters)
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline:
         get_accelerator().set_device(model.local_rank)  # as DeepSpeed will; collectives need it
-    with raise_on_all_ranks() if in_pipeline else nullcontext():  # what is refused may lie on one stage
+    with raise_on_all_ranks() if in_pipeline else nullcontext():  # what is refused may be on one stage
         check_model(model, mpu, settings, method)
     tag_parameters(model)
     unit = model_parallel_unit(model, mpu)
     grid = None if unit is None else grid_of(unit)
     settings = with_whole_activations(model, settings, grid)
-    _allow_under_zero()
+    allow_under_zero()
     if optimizer is None:
         return settings, _factory(model, settings, grid)
     optimizer.set_grid(grid)
     if "scheduler" in settings:
-        _keep_ratios(optimizer)
+        _keep_lr_ratios(optimizer)
     return settings, optimizer
 
 
-def _check_ranks_of_autotp(autotp: int) -> None:
-    """DeepSpeed's own error for ranks that it does not divide says nothing, and not on every rank."""
+def _check_autotp_ranks(autotp: int) -> None:
+    """DeepSpeed's own error for a number of ranks that it does not divide says nothing, and not on every rank."""
     ranks = dist.get_world_size() if dist.is_initialized() else os.environ.get("WORLD_SIZE")
     if autotp > 1 and ranks is not None:
         check_grid(int(ranks), autotp, pipeline=1, megatron=False)
-
-
-def _settings(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The configuration as a dict, from wherever DeepSpeed would take it."""
-    import deepspeed
-
-    path = getattr(args, "deepspeed_config", None)
-    if config is not None and path is not None:
-        raise ConfigError(
-            "the DeepSpeed configuration was given twice: as config and as args.deepspeed_config; pass one"
-        )
-    source = config if config is not None else path
-    if source is None:
-        raise ConfigError("no DeepSpeed configuration: pass config=..., or --deepspeed_config on the command line")
-    settings: dict[str, Any] = source if isinstance(source, dict) else deepspeed.load_ds_config(source)
-    return settings
-
-
-def _without_path(args: Any) -> Any:
-    """``args`` for DeepSpeed, which refuses a configuration that comes twice."""
-    if getattr(args, "deepspeed_config", None) is None:
-        return args
-    args = copy.copy(args)
-    args.deepspeed_config = None
-    return args
-
-
-def _plain(parameters: Iterable[Any] | None) -> list[Any] | None:
-    """DeepSpeed takes parameters or groups; a ``(name, parameter)`` pair has its name in the parameter's tag."""
-    if parameters is None:
-        return None
-    return [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
 
 
 def _factory(
@@ -186,8 +173,8 @@ def _factory(
     parse_options(method_named(block["type"]), params)
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
-        tag_parameters(model)  # AutoTP makes new parameters of those that zero.Init has partitioned
-        with raise_on_all_ranks():  # a stage or a shard alone may have what does not fit
+        tag_parameters(model)  # AutoTP replaces parameters that zero.Init has partitioned
+        with raise_on_all_ranks():  # a stage or a shard alone may be refused
             parameters = list(parameters)
             if not parameters and grid is not None and grid.pipeline is not None:
                 raise ConfigError(
@@ -196,7 +183,7 @@ def _factory(
                 )
             optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
         if "scheduler" in settings:
-            _keep_ratios(optimizer)
+            _keep_lr_ratios(optimizer)
         return optimizer
 
     return build
@@ -208,12 +195,12 @@ def _with_adapters(
     """Give the model the adapters that ``optimizer.params`` asks for, unless it has them.
 
     Returns:
-        The settings for the optimizer, without the patterns that chose the adapters' places.
+        The settings for the optimizer, without the patterns that chose where adapters go.
     """
     block = settings["optimizer"]
     params = dict(block.get("params", {}))
-    options = parse_options(method_named(block["type"]), params)
-    if getattr(options, "parametrization", None) != "adapter":
+    adapters = parse_options(method_named(block["type"]), params).adapters
+    if adapters is None:
         return settings
     if not has_adapters(model):
         if model_parameters is not None:
@@ -221,13 +208,13 @@ def _with_adapters(
                 "parametrization 'adapter' changes the model's parameters, and model_parameters were chosen before: "
                 "call ds_lowrank.add_adapters(model) and choose them then, or leave model_parameters out"
             )
-        add_adapters(model, **{key: getattr(options, key) for key in ADAPTER_OPTIONS})
-    kept = {key: value for key, value in params.items() if key not in PLACES}
+        add_adapters(model, **adapters)
+    kept = {key: value for key, value in params.items() if key not in ADAPTER_PATTERNS}
     return {**settings, "optimizer": {**block, "params": kept}}
 
 
-def _keep_ratios(optimizer: LowRankOptimizer) -> None:
-    """DeepSpeed's schedulers write one rate into every group: keep the ratios of the groups' own rates."""
+def _keep_lr_ratios(optimizer: LowRankOptimizer) -> None:
+    """Keep the ratios of the groups' learning rates: DeepSpeed's schedulers write one rate into every group."""
     lr = optimizer.defaults["lr"]
     for group in optimizer.param_groups:
         if group["lr"] == lr:

@@ -1,24 +1,60 @@
+"""Losses at weights that are moved: the mean over all ranks, from the same random state each time."""
+
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ds_lowrank.collectives import RemoteError, is_distributed
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
+from ds_lowrank.optimizer.perturbation import Perturbation
+
+
+@contextmanager
+def perturbed_weights(
+    optimizer: LowRankOptimizer,
+    losses: Callable[[], list[torch.Tensor]],
+    device: torch.device,
+    group: Any,
+    micro_batch: int = 0,
+) -> Iterator[Perturbation]:
+    """Weights where the loss is higher, inside the context; every bit is put back when it ends, whatever happens.
+
+    Args:
+        optimizer: of a method with an ``ascent``.
+        losses: runs this rank's micro-batches, and returns their losses.
+        device: of the model.
+        group: the ranks over which the losses are averaged; None for all.
+        micro_batch: the number of the first of these micro-batches in its step.
+    """
+    perturbation = optimizer.perturbation
+    if perturbation is None:
+        raise ValueError(f"{optimizer.method.name} takes its gradient at the weights: nothing is to be perturbed")
+    random = RandomState()
+    try:
+        with torch.no_grad():
+            perturbation.ascend(Probe(losses, random, device, group), optimizer.options, micro_batch)
+        random.rewind()
+        yield perturbation
+    finally:
+        with torch.no_grad():
+            perturbation.restore()
 
 
 class Probe:
     """The mean loss of some micro-batches over all ranks, at whatever weights the model has.
 
     Args:
-        losses: of this rank's micro-batches, which it runs.
+        losses: runs this rank's micro-batches, and returns their losses.
         random: the state that every pass starts from.
         device: of the model.
-        group: the ranks that run other micro-batches, or the same; None for all.
+        group: the ranks that run other micro-batches, or the same ones; None for all.
     """
 
     def __init__(
@@ -27,6 +63,11 @@ class Probe:
         self._losses, self._random, self._device, self._group = losses, random, device, group
 
     def __call__(self) -> float:
+        """The mean loss, the same number on all ranks. Collective.
+
+        Raises:
+            RemoteError: a forward pass failed on another rank; says which.
+        """
         self._random.rewind()
         error: Exception | None = None
         loss = math.nan
@@ -37,7 +78,7 @@ class Probe:
         return self._mean(loss, error)
 
     def _mean(self, loss: float, error: Exception | None) -> float:
-        """The number is the same on all ranks, and so is whether one failed."""
+        """The mean over the ranks, by one collective that also carries whether one of them failed."""
         own = torch.tensor([loss, error is not None], dtype=torch.float64, device=self._device)
         found = [own]
         if is_distributed():
@@ -52,19 +93,20 @@ class Probe:
 
 
 class RandomState:
-    """The random state that every pass over the same micro-batches starts from: dropout then drops the same."""
+    """The random state that every pass over the same micro-batches starts from, so that dropout drops the same."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
         self._device = torch.accelerator.current_accelerator()
         self._own = self._module().get_rng_state() if self._device is not None else None
-        self._tracker = self._of_megatron_core()
+        self._tracker = self._megatron_tracker()
         self._tracked = None if self._tracker is None else self._tracker.get_states()
 
     def _module(self) -> Any:
         return torch.get_device_module(self._device)
 
     def rewind(self) -> None:
+        """Set the state of the CPU, the device and megatron-core to what it was when this object was made."""
         torch.set_rng_state(self._cpu)
         if self._own is not None:
             self._module().set_rng_state(self._own)
@@ -72,8 +114,8 @@ class RandomState:
             self._tracker.set_states(self._tracked)
 
     @staticmethod
-    def _of_megatron_core() -> Any:
-        """Its layers drop by states of their own, where somebody has seeded them."""
+    def _megatron_tracker() -> Any:
+        """The states that megatron-core's layers drop by, if they have been seeded."""
         module = sys.modules.get("megatron.core.tensor_parallel.random")
         tracker = None if module is None else module.get_cuda_rng_tracker()
         return tracker if tracker is not None and tracker.is_initialized() else None

@@ -1,4 +1,4 @@
-"""One optimizer step through DeepSpeed's ``PipelineEngine``, whatever the optimizer needs from it."""
+"""One optimizer step through DeepSpeed's ``PipelineEngine``, whatever the optimizer needs of it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.integration.probe import Probe, RandomState
+from ds_lowrank.integration.probe import perturbed_weights
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
 def train_batch(engine: Any, batches: Iterable[Any]) -> torch.Tensor:
     """``engine.train_batch`` on the micro-batches of one step, for every optimizer.
 
-    For a method that looks at the loss around the weights (``Lorenza``) it probes first, by ``engine.eval_batch`` on
+    For a method that looks at the loss around the weights (``Lorenza``) it first probes, by ``engine.eval_batch`` on
     the same micro-batches, which runs the model in evaluation mode: nothing is dropped there. The weights are put back
     before the optimizer changes them.
 
     Args:
-        batches: ``(inputs, labels)`` of every micro-batch, as ``engine.train_batch`` takes them; only the first and the
-            last stage look at them, and every rank passes as many.
+        engine: a ``PipelineEngine``.
+        batches: ``(inputs, labels)`` of every micro-batch, as ``engine.train_batch`` takes them. Only the first and the
+            last stage look at them, but every rank passes as many.
 
     Returns:
         The mean loss over micro-batches and data-parallel ranks, on every rank: a scalar.
@@ -40,20 +41,15 @@ def train_batch(engine: Any, batches: Iterable[Any]) -> torch.Tensor:
             "pass those of one step"
         )
     optimizer = engine.basic_optimizer
-    perturbation = optimizer.perturbation if isinstance(optimizer, LowRankOptimizer) else None
-    if perturbation is None:
+    if not isinstance(optimizer, LowRankOptimizer) or optimizer.perturbation is None:
         return _mean(engine.train_batch(iter(batches)))
-    random = RandomState()
-    probe = Probe(lambda: [engine.eval_batch(iter(batches))], random, engine.device, None)
-    try:
-        with torch.no_grad():
-            perturbation.ascend(probe, optimizer.options)
-        random.rewind()
-        perturbation.mark_gradients()
+
+    def losses() -> list[torch.Tensor]:
+        return [engine.eval_batch(iter(batches))]
+
+    with perturbed_weights(optimizer, losses, engine.device, None) as perturbation:
+        perturbation.mark_gradients()  # before the engine's own step, inside its train_batch
         return _mean(engine.train_batch(iter(batches)))
-    finally:
-        with torch.no_grad():
-            perturbation.restore()
 
 
 def _mean(loss: torch.Tensor) -> torch.Tensor:

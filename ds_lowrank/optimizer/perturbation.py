@@ -32,6 +32,12 @@ MIN_REALISED_SHARE = 0.5
 """If rounding to the weights' dtype leaves less than this share of a move, the user is told, once."""
 
 
+LOST_TO_ROUNDING = (
+    "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
+    "train in fp32"
+)
+
+
 @dataclass
 class PerturbedMatrix:
     """One matrix in one ascent.
@@ -107,6 +113,7 @@ class Perturbation:
         self._moving: list[Slot] = []
         self._moved: list[PerturbedMatrix] = []
         self._warned: set[str] = set()
+        self._measured: set[str] = set()
         self.norm = 0.0
         self.failed_ascents = 0
 
@@ -145,6 +152,12 @@ class Perturbation:
         for slot in self._slots:
             slot.perturbed = True
 
+    def warn_once(self, key: str, message: str, *arguments: object) -> None:
+        """Log a warning, unless one was logged under that key before."""
+        if key not in self._warned:
+            logger.warning(message, *arguments)
+        self._warned.add(key)
+
     def metrics(self) -> dict[str, float]:
         """Numbers for a log."""
         return {"lowrank/perturbation_norm": self.norm, "lowrank/failed_ascents": self.failed_ascents}
@@ -154,7 +167,7 @@ class Perturbation:
         for matrix in self._moved:
             matrix.move(matrix.coordinates([name], [1.0]), distance)
         self._release()
-        if "probe_radius" not in self._warned:
+        if "probe_radius" not in self._measured:
             squares = [matrix.directions.square(matrix.coordinates([name], [1.0])) for matrix in self._moved]
             (square,) = self._sum_over_matrices(squares)
             self._realised("probe_radius", distance * math.sqrt(square))
@@ -206,17 +219,9 @@ class Perturbation:
         if self._dtype == torch.float32:
             return asked
         got = self._distance()
-        if got < MIN_REALISED_SHARE * asked and key not in self._warned:
-            logger.warning(
-                "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
-                "train in fp32",
-                key,
-                self._dtype,
-                asked,
-                got,
-                key,
-            )
-        self._warned.add(key)
+        if got < MIN_REALISED_SHARE * asked:
+            self.warn_once(key, LOST_TO_ROUNDING, key, self._dtype, asked, got, key)
+        self._measured.add(key)
         return got
 
     def _distance(self) -> float:

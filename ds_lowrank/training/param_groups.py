@@ -8,6 +8,7 @@ from torch import nn
 
 from ds_lowrank.methods import METHODS
 from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
+from ds_lowrank.placement.zero import unpartitioned_shape
 
 
 def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
@@ -30,9 +31,8 @@ def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> 
     tag_parameters(model)
 
     def is_matrix(parameter: nn.Parameter) -> bool:
-        # Under zero.Init the tensor is an empty placeholder, and ds_shape is its real shape.
         tag = tag_of(parameter)
-        return len(getattr(parameter, "ds_shape", parameter.shape)) == 2 and tag is not None and tag.kind == "weight"
+        return len(unpartitioned_shape(parameter)) == 2 and tag is not None and tag.kind == "weight"
 
     parameters = list(model.parameters())
     return [

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md draws the same picture), and what an import costs."""
+"""Who may import whom (docs/architecture.md draws the same picture), who touches DeepSpeed, and what imports cost."""
 
 import ast
 import subprocess
@@ -46,7 +46,7 @@ ALLOWED = {
         "optimizer",
         "placement",
     },
-    "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
+    "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "placement", "training"},
     "__main__": {"environment"},
 }
 
@@ -86,9 +86,88 @@ def test_the_mathematics_does_not_know_about_distribution(layer):
         assert not any(m.startswith(("torch.distributed", "deepspeed", "megatron")) for m in imports_of(path)), path
 
 
-def test_deepspeed_is_touched_in_a_few_places_only():
+def test_only_a_few_rooms_import_deepspeed():
     users = {room_of_file(p) for p in FILES if any(m.split(".")[0] == "deepspeed" for m in imports_of(p))}
-    assert users <= {"adapters", "checkpoint", "environment", "finetuning", "integration", "models", "training"}
+    assert users == {"adapters", "checkpoint", "environment", "finetuning", "integration", "models", "training"}
+
+
+# What DeepSpeed, megatron-core and AutoTP write on parameters, and what ZeRO's wrappers call their parts.
+MARKS = {
+    "_TENSOR_MODEL_PARALLEL_GROUP",
+    "_dp_group",
+    "_hp_mapping",
+    "_z3_optimizer",
+    "allreduce",
+    "ds_autotp_universal_checkpoint_meta",
+    "ds_id",
+    "ds_numel",
+    "ds_pipe_replicated",
+    "ds_process_group",
+    "ds_shape",
+    "ds_tensor",
+    "fp32_partitioned_groups_flat",
+    "get_param_id",
+    "grad_position",
+    "parameter_offload",
+    "partition_dim",
+    "partition_numel",
+    "partition_stride",
+    "tensor_model_parallel",
+}
+
+
+def names_and_strings_of(path):
+    """Every attribute that is read or written, and every string that is no docstring: a getattr's name, for example."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_only_placement_reads_what_deepspeed_and_megatron_write_on_parameters():
+    readers = {room_of_file(p) for p in FILES if MARKS & set(names_and_strings_of(p))}
+    assert readers == {"placement"}
+    found = {mark for path in FILES for mark in MARKS & set(names_and_strings_of(path))}
+    assert found == MARKS, "a mark that nothing reads guards nothing"
+
+
+def assigned_on_objects_of_others(path):
+    """Attributes that are set on something that the file did not make: ``engine.x = ...``, ``module.x[...] = ...``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            inner = target.value if isinstance(target, ast.Subscript) else target
+            if isinstance(inner, ast.Attribute):
+                root = inner.value
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                if isinstance(root, ast.Name) and root.id in {"engine", "deepspeed", "torch", "utils"}:
+                    yield ast.unparse(inner)
+
+
+def test_what_is_changed_on_foreign_objects_is_listed_in_one_place():
+    """The docstring of ds_lowrank.integration names every replaced attribute, and the file that replaces it."""
+    import ds_lowrank.integration
+
+    found = {
+        f"{path.relative_to(PACKAGE).as_posix()}: {name}"
+        for path in FILES
+        for name in assigned_on_objects_of_others(path)
+    }
+    assert found == {
+        "integration/clipping.py: engine.clip_fp32_gradients",
+        "integration/clipping.py: engine.gradient_clipping",
+        "training/distributed.py: deepspeed.ops.__compatible_ops__",
+    }
+    listed = ds_lowrank.integration.__doc__
+    assert all(entry.split(": ")[1] in listed for entry in found)
+    # The other two are no assignments: setattr and list.extend, and an attribute of self.
+    setters = [path.name for path in FILES if "setattr(torch.optim" in path.read_text()]
+    assert setters == ["register.py"] and "torch.optim.<method>" in listed and "ZERO_SUPPORTED_OPTIMIZERS" in listed
+    savers = [path.name for path in FILES if "checkpoint_engine.save =" in path.read_text()]
+    assert savers == ["deferred.py"] and "checkpoint_engine.save" in listed
 
 
 def test_importing_the_package_imports_neither_deepspeed_nor_transformers_and_patches_nothing():

@@ -264,8 +264,7 @@ def test_bf16_weights_that_swallow_the_perturbation_are_told_of_once(caplog):
     assert "Raise probe_radius" in told[0] and "lost to rounding" in told[0]
 
 
-def test_one_sided_probes_with_dropout_are_warned_of_once(caplog, monkeypatch):
-    monkeypatch.setattr("ds_lowrank.integration.forward_backward._warned_of_dropout", False)
+def test_one_sided_probes_with_dropout_are_warned_of_once(caplog):
     model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Dropout(0.5))
     engine = ds_lowrank.Lorenza(model.named_parameters(), rank=None, two_sided=False)
     engine.module = model

@@ -1,0 +1,49 @@
+"""The arguments of ``deepspeed.initialize``, from wherever a caller gives them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from ds_lowrank.errors import ConfigError
+
+
+def settings_of(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The DeepSpeed configuration as a dict.
+
+    Args:
+        args: the command line's, with ``deepspeed_config``, the path of a JSON file, or without.
+        config: a dict, or the path of a JSON file.
+
+    Raises:
+        ConfigError: it is given twice, or not at all.
+    """
+    import deepspeed
+
+    path = getattr(args, "deepspeed_config", None)
+    if config is not None and path is not None:
+        raise ConfigError(
+            "the DeepSpeed configuration was given twice: as config and as args.deepspeed_config; pass one"
+        )
+    source = config if config is not None else path
+    if source is None:
+        raise ConfigError("no DeepSpeed configuration: pass config=..., or --deepspeed_config on the command line")
+    settings: dict[str, Any] = source if isinstance(source, dict) else deepspeed.load_ds_config(source)
+    return settings
+
+
+def without_path(args: Any) -> Any:
+    """``args`` for DeepSpeed, which refuses a configuration that comes twice."""
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args
+
+
+def plain_parameters(parameters: Iterable[Any] | None) -> list[Any] | None:
+    """Parameters or groups as DeepSpeed takes them; the name in a ``(name, parameter)`` pair is in its tag."""
+    if parameters is None:
+        return None
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
