@@ -39,7 +39,9 @@ class AdaRankGradOptions(Options):
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank_max")
 
     rank_max: int = Field(128, gt=0, strict=True)
+    """The largest rank of a subspace."""
     rank_min: int = Field(1, gt=0, strict=True)
+    """The smallest rank, if the gradient has so many directions."""
     residual_tol: float = Field(0.2, gt=0, lt=1)
     """eta: how much of the gradient's squared norm a subspace may leave out."""
     rank_multiple: int = Field(1, gt=0, strict=True)
@@ -49,13 +51,14 @@ class AdaRankGradOptions(Options):
     grad_norm_tol: float = Field(1e-4, ge=0, allow_inf_nan=False)
     """The norm of the projected gradient at which a subspace is used up."""
     update_proj_gap: int = Field(200, gt=0, strict=True)
-    """A subspace lasts at most so many optimizer steps."""
+    """The most optimizer steps that a subspace lasts."""
     second_moment: Literal["abs", "clamp", "squared"] = "squared"
     """What a change of basis C does to V: ``|V C|``, ``max(V C, 0)`` or ``V (C * C)``."""
     scale: float = Field(0.25, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
 
     def model_post_init(self, context: Any) -> None:
+        """Refuse ranks that contradict each other."""
         super().model_post_init(context)
         if self.rank_min > self.rank_max:
             raise ValueError(
@@ -171,15 +174,16 @@ def new_subspace(
 def fitting_subspace(
     projected: torch.Tensor, norms: torch.Tensor, options: AdaRankGradOptions, present: int
 ) -> tuple[torch.Tensor, int]:
-    """The rank, and the coordinates of the subspace within the range that was found.
+    """Choose the rank (IASS), and the coordinates of the subspace within the range that was found.
 
     Args:
-        projected: kept x most, the whole gradient on that range.
-        norms: kept x 1, squared norms of the gradient's rows, in the same unit.
+        projected: the whole gradient on that range, over its safe scale: kept x most, fp32.
+        norms: squared norms of the gradient's rows, over the same scale squared: kept x 1, fp32.
+        options: with the rules for the rank.
         present: a rank that ``never_grow`` may not exceed.
 
     Returns:
-        most x most, of which the first ``rank`` columns are used, and the rank.
+        The coordinates, most x most, whose first ``rank`` columns are used, and the rank.
     """
     most = projected.shape[1]
     values, vectors = spectrum(projected)
@@ -198,9 +202,9 @@ def fitting_subspace(
 def change_subspace(
     shard: MatrixShard, state: State, options: AdaRankGradOptions, found: AdaptiveProjection
 ) -> Program[None]:
-    """Carry both moments into the new subspace; the state takes its size."""
-    rotation = yield from shard.replicated_sum(state["basis"].T @ found.own)
-    first = state["exp_avg"] @ rotation
+    """Carry both moments into the new subspace; the state takes its rank."""
+    rotation = yield from shard.replicated_sum(state["basis"].T @ found.own)  # C = Q_old^T Q_r
+    first = state["exp_avg"] @ rotation  # M C
     second = state["exp_avg_sq"]
     match options.second_moment:
         case "abs":
@@ -208,6 +212,6 @@ def change_subspace(
         case "clamp":
             second = (second @ rotation).clamp_min(0)
         case "squared":
-            second = second @ rotation.square()
+            second = second @ rotation.square()  # V (C * C)
     state["exp_avg"], state["exp_avg_sq"] = first, second
     state["basis"], state["rank"], state["age"] = found.own, found.rank, 0

@@ -6,7 +6,7 @@ long each row of the raw gradient should be:
     every T steps    P <- a new N(0, 1/r), compressed x r: a function of (seed, name, counter), never stored
     R  <- H P
     R~ <- Adam(R)
-    s_i <- |R~_i| / |R_i|                 one a channel; Mini: r = 1 and one s = |R~| / |R| for the whole matrix
+    s_i <- |R~_i| / |R_i|                 one per channel; Mini: r = 1 and one s = |R~| / |R| for the whole matrix
     S  <- diag(s) H
     S  <- S * gamma |S_before| / |S|      if |S| > gamma |S_before|: the norm-growth limiter
     W  <- W - lr * alpha * S
@@ -37,10 +37,11 @@ class ApolloOptions(Options):
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "mini", "rank")
 
     mini: bool = Field(False, strict=True)
-    """APOLLO-Mini: rank 1, one factor a matrix, and a scale of sqrt(128) unless another is given."""
+    """APOLLO-Mini: rank 1, one factor per matrix, and a scale of sqrt(128) unless another is given."""
     rank: int = Field(128, gt=0, strict=True)
+    """Columns of ``P``, r."""
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """The paper's alpha itself; the official code's ``scale`` is its square."""
+    """The paper's alpha; the official code's ``scale`` is its square."""
     update_proj_gap: int = Field(200, gt=0, strict=True)
     """T, in optimizer steps."""
     norm_growth_limit: float | None = Field(1.01, ge=1, allow_inf_nan=False)
@@ -54,6 +55,7 @@ class ApolloOptions(Options):
         return given
 
     def model_post_init(self, context: Any) -> None:
+        """Refuse another rank than Mini's."""
         super().model_post_init(context)
         if self.mini and self.rank != 1:
             raise ValueError(f"mini has rank 1, got rank {self.rank}: set rank to 1, or mini to false")

@@ -43,22 +43,22 @@ from ds_lowrank.sharding.updates import Dense, Factors, Update
 
 
 class LorenzaOptions(Options):
-    """The keys of LORENZA, by the paper's symbols."""
+    """The keys of LORENZA, with the paper's symbols."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "probe_form")
 
     rank: Annotated[int, Field(gt=0, strict=True)] | None = 128
-    """None: AdaZo-SAM, on whole gradients."""
+    """Columns of ``Q``, r. None: AdaZo-SAM, on whole gradients."""
     update_proj_gap: int = Field(200, gt=0, strict=True)
     """T, in optimizer steps."""
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
     probes: int = Field(1, ge=1, strict=True)
-    """q"""
+    """q, random directions per step."""
     probe_radius: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    """mu"""
+    """mu, how far each probe goes."""
     perturbation_radius: float = Field(0.05, ge=0, allow_inf_nan=False)
-    """rho; 0 takes the gradient at the weights and probes nothing."""
+    """rho, how far from the weights the gradient is taken; 0 takes it at the weights and probes nothing."""
     two_sided: bool = Field(True, strict=True)
     """Whether a probe looks at both sides of the weights, or compares one side with the weights."""
     probe_form: Literal["diagonal", "gaussian"] = "diagonal"
@@ -66,6 +66,7 @@ class LorenzaOptions(Options):
     norm: Literal["global", "per_matrix"] = "global"
     """Over what |G_pert| is taken: all matrices, or each."""
     moment_on_refresh: Literal["rotate", "keep", "reset"] = "rotate"
+    """What a refresh does to the moments."""
     accumulation: Literal["per_step", "per_micro_batch"] = "per_step"
     """Whether the micro-batches of a step share one perturbation, or each has its own."""
     orthogonal_component: bool = Field(False, strict=True)
@@ -81,6 +82,7 @@ class LorenzaOptions(Options):
         return given
 
     def model_post_init(self, context: Any) -> None:
+        """Refuse options that need a rank without one, and a scale without what it scales."""
         super().model_post_init(context)
         if self.rank is None and self.probe_form == "diagonal":
             raise ValueError("probe_form 'diagonal' needs a rank: set rank, or probe_form to 'gaussian'")
@@ -91,11 +93,16 @@ class LorenzaOptions(Options):
 
     @property
     def ascent(self) -> Ascent | None:
+        """q, mu and rho; None if the gradient is taken at the weights."""
         if self.perturbation_radius == 0:
             return None
-        per_matrix, per_micro_batch = self.norm == "per_matrix", self.accumulation == "per_micro_batch"
         return Ascent(
-            self.probes, self.probe_radius, self.perturbation_radius, self.two_sided, per_matrix, per_micro_batch
+            probes=self.probes,
+            probe_radius=self.probe_radius,
+            radius=self.perturbation_radius,
+            two_sided=self.two_sided,
+            per_matrix=self.norm == "per_matrix",
+            per_micro_batch=self.accumulation == "per_micro_batch",
         )
 
 
@@ -179,7 +186,14 @@ class LorenzaMethod(PerturbingMethod):
 
 
 def for_target(shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], own: Tensor) -> Request:
-    """Ask for the rows of a factor that moving ``target`` needs; all of them if that is more than this shard."""
+    """Ask for a factor's rows that moving ``target`` needs: the held ones, or all if more than this shard is moved.
+
+    Args:
+        shard: what this rank's optimizer holds of the matrix.
+        target: what is to be moved.
+        axis: the axis along which the factor's rows are dealt.
+        own: this rank's rows of the factor: owned rows x r, fp32.
+    """
     source: Axis = getattr(shard, axis)
     return source.all_gather(own) if target is shard else source.all_gather_full(own)
 
@@ -187,13 +201,13 @@ def for_target(shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "c
 def rows_of_target(
     shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], rows: Tensor
 ) -> Tensor:
-    """Of the rows that came, those that ``target`` holds."""
+    """Those of the rows that :func:`for_target` brought which ``target`` holds: held rows x r, fp32."""
     held: tuple[int, int] = getattr(target, axis).held
     return rows if target is shard else rows[slice(*held)]
 
 
 def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, found: Projection) -> Program[None]:
-    """Store a new basis ``Q`` and its right factor ``F``; carry the moments over, or forget them."""
+    """Store a new basis ``Q`` and its right factor ``F``; rotate the moments, keep them, or reset them."""
     if options.moment_on_refresh == "reset":
         state["exp_avg"].zero_()
         state["exp_avg_sq"].zero_()

@@ -39,6 +39,7 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     basis_lr_ratio: float = Field(5.0, ge=0, allow_inf_nan=False)
     """alpha: the basis moves at ``alpha * lr``."""
     basis_optimizer: Literal["adam", "sgd", "lion", "adafactor"] = "adam"
+    """rho_P: what turns the gradient of the PCA loss into a direction."""
     basis_init: Literal["svd", "randomized", "random"] = "randomized"
     """The first basis: of the first gradient, or a random orthonormal one."""
     basis_weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
@@ -46,6 +47,7 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
 
     @property
     def basis_inner_optimizer(self) -> InnerOptimizer:
+        """The optimizer of the basis, rho_P."""
         return make_inner_optimizer(self.basis_optimizer, self, prefix="basis_")
 
 

@@ -20,15 +20,16 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ds_lowrank.linalg.moments import adam, rotate_first
 from ds_lowrank.linalg.sketch import gaussian, rademacher
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
+from ds_lowrank.methods.blocks.granularity import Granularity, divisors
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
@@ -38,42 +39,43 @@ from ds_lowrank.sharding.units import Units, viewed
 from ds_lowrank.sharding.updates import Dense, Update
 
 
-def _fraction(value: Any) -> Any:
-    """A number or ``"p/q"`` as an int or a ``"p/q"`` in lowest terms: what JSON and a checkpoint can hold."""
-    try:
-        c = Fraction(value) if isinstance(value, str) else Fraction(value).limit_denominator(1_000_000)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-        raise ValueError("a granularity is a positive number or a fraction like '1/4'") from None
-    if c <= 0 or isinstance(value, bool):
-        raise ValueError("a granularity is a positive number or a fraction like '1/4'")
-    return int(c) if c.denominator == 1 else f"{c.numerator}/{c.denominator}"
-
-
 class VLoRPOptions(Options):
     """The keys of VLoRP."""
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = (
         *Options.fixed_on_resume,
-        *("rank", "granularity", "update_scheme", "distribution", "update_proj_gap", "left_view", "seed"),
+        "rank",
+        "granularity",
+        "update_scheme",
+        "distribution",
+        "update_proj_gap",
+        "left_view",
+        "seed",
     )
 
     eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
+    """Added to the root of the second moment."""
     rank: int = Field(4, gt=0, strict=True)
-    granularity: Annotated[int | str, BeforeValidator(_fraction)] = 64
-    """c: units a row; below 1, one unit is 1/c rows."""
+    """Columns of ``P``, r."""
+    granularity: Granularity = 64
+    """c, units per row; below 1, one unit is 1/c rows."""
     update_scheme: Literal["projfactor", "subspace", "original_space"] = "projfactor"
+    """ProjFactor; Adam on ``R``; or Adam of full size on ``R P^T``."""
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    """The distribution of ``P``."""
     update_proj_gap: int = Field(100, gt=0, strict=True)
-    """A new projection every so many optimizer steps."""
+    """How many optimizer steps a projection lasts."""
     moment_on_resample: Literal["keep", "reset", "reproject"] = "keep"
+    """What a new projection does to the moments of ``R``."""
     left_view: Literal["transpose", "official"] = "transpose"
-    """How a wide matrix is cut: as its transpose would be, or strided as in the official code."""
+    """How a wide matrix is cut into units: as its transpose would be, or strided as in the official code."""
     eps_position: Literal["outside", "inside"] = "outside"
     """ProjFactor: ``sqrt(v) + eps`` or ``sqrt(v + eps)``."""
     bias_correction: Literal["sqrt", "linear"] = "sqrt"
     """ProjFactor: ``sqrt(1 - beta2^t)`` or ``1 - beta2^t`` over ``1 - beta1^t``."""
 
     def model_post_init(self, context: Any) -> None:
+        """Refuse options of a scheme that was not chosen."""
         super().model_post_init(context)
         if self.update_scheme == "original_space" and self.moment_on_resample != "keep":
             raise ValueError(
@@ -85,6 +87,7 @@ class VLoRPOptions(Options):
 
     @property
     def c(self) -> Fraction:
+        """The granularity as a number."""
         return Fraction(self.granularity)
 
 
@@ -260,9 +263,3 @@ def draw(units: Units, options: VLoRPOptions, counter: int) -> torch.Tensor:
         return torch.empty(units.length, rank, device=shard.device)
     sample = gaussian if options.distribution == "gaussian" else rademacher
     return sample(options.seed, shard.name, counter, units.length, rank, shard.device) / math.sqrt(rank)
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors of ``n``, ascending."""
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.methods.vlorp import divisors
+from ds_lowrank.methods.blocks.granularity import divisors
 from ds_lowrank.optimizer.step import step_matrices
 from ds_lowrank.reference import DENSE
 from ds_lowrank.reference.galore import sketch
