@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from transformers.utils import logging as hugging_face_logging
 from ds_lowrank.collectives import global_rank
 from ds_lowrank.finetuning.labels import Labels
 from ds_lowrank.models import llama
-from ds_lowrank.placement.zero import unpartitioned_shape
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -184,8 +182,3 @@ def _quiet() -> Any:
         yield
     finally:
         hugging_face_logging.set_verbosity(level)
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """The number of trainable scalars in the whole model, at every ZeRO stage."""
-    return sum(math.prod(unpartitioned_shape(p)) for p in model.parameters() if p.requires_grad)

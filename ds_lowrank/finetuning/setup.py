@@ -20,10 +20,11 @@ from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.finetuning.best import Best
 from ds_lowrank.finetuning.inputs import Inputs, open_inputs
-from ds_lowrank.finetuning.model import Source, build_model, find_model, trainable_parameters
+from ds_lowrank.finetuning.model import Source, build_model, find_model
 from ds_lowrank.finetuning.tasks import Task
 from ds_lowrank.training.config import BatchSizes, read_config
 from ds_lowrank.training.output import check_output
+from ds_lowrank.training.param_groups import trainable_parameters
 from ds_lowrank.training.plan import checkpoint_to_resume, identify, settle_config
 from ds_lowrank.training.run import Run, start_engine
 from ds_lowrank.training.schedule import scheduler_factory, warmup_steps

@@ -18,7 +18,6 @@ from ds_lowrank.integration.check_model import check_model, model_parallel_unit
 from ds_lowrank.integration.mpu import as_mpu, check_grid
 from ds_lowrank.integration.register import allow_under_zero
 from ds_lowrank.integration.unsupported_settings import autotp_size, check_supported
-from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -81,9 +80,9 @@ def initialize(
 
     settings = settings_of(args, config if config is not None else config_params)
     name = settings.get("optimizer", {}).get("type")
-    if optimizer is None and name is not None and name not in METHODS and (meant := looks_like_method(name)):
+    if optimizer is None and name is not None and name not in OPTIMIZERS and (meant := looks_like_method(name)):
         raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
-    low_rank = (optimizer is None and name in METHODS) or isinstance(optimizer, LowRankOptimizer)
+    low_rank = (optimizer is None and name in OPTIMIZERS) or isinstance(optimizer, LowRankOptimizer)
     mpu = as_mpu(mpu)
     if low_rank:
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)

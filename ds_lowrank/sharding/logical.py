@@ -57,6 +57,12 @@ class Logical:
             if lo < hi:
                 yield lo - start, ContiguousPart(strip.block, lo - strip.start, hi - strip.start)
 
+    def shard_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This tensor-parallel rank's elements of a whole tensor, flat; for a parameter that is not fused."""
+        matrix = whole if whole.ndim == 2 else whole.reshape(1, -1)
+        (strip,) = self.strips[self.own]
+        return matrix[slice(*strip.block.rows), slice(*strip.block.cols)].reshape(-1)
+
     def as_row(self) -> Logical:
         """The same elements as one row, for what is stepped element by element."""
         if len(self.shape) != 2:
@@ -89,13 +95,6 @@ class Logical:
         strips = tuple(Strip(s.start, Block(rows, (0, width))) for s, rows in zip(own, pairwise(ends), strict=True))
         name, everybody = f"{self.name}@tensor{self.own}", (strips,) * len(self.strips)
         return replace(self, name=name, shape=(ends[-1], width), strips=everybody, placement="local")
-
-
-def shard_of(whole: torch.Tensor, logical: Logical) -> torch.Tensor:
-    """This tensor-parallel rank's elements of a whole tensor, flat; for a parameter that is not fused."""
-    matrix = whole if whole.ndim == 2 else whole.reshape(1, -1)
-    (strip,) = logical.strips[logical.own]
-    return matrix[slice(*strip.block.rows), slice(*strip.block.cols)].reshape(-1)
 
 
 def _row(block: Block, width: int) -> Block:

@@ -1,12 +1,13 @@
-"""Parameter groups that give the layers' matrices their own learning rate, for optimizers without an option for it."""
+"""A model's parameters: how many are trained, and groups that give the layers' matrices their own learning rate."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
-from ds_lowrank.methods import METHODS
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
 from ds_lowrank.placement.zero import unpartitioned_shape
 
@@ -24,9 +25,9 @@ def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> 
     Raises:
         ValueError: the optimizer has an option ``scale`` (all low-rank methods except VLoRP).
     """
-    method = METHODS.get(optimizer["type"])
-    if method is not None and "scale" in method.Options.model_fields:
-        raise ValueError(f"--matrix-lr-scale is not for {method.name}: set optimizer.params.scale")
+    low_rank = OPTIMIZERS.get(optimizer["type"])
+    if low_rank is not None and "scale" in low_rank.method.Options.model_fields:
+        raise ValueError(f"--matrix-lr-scale is not for {low_rank.method.name}: set optimizer.params.scale")
     lr = optimizer["params"]["lr"]
     tag_parameters(model)
 
@@ -39,3 +40,8 @@ def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> 
         {"params": [p for p in parameters if not is_matrix(p)], "lr": lr},
         {"params": [p for p in parameters if is_matrix(p)], "lr": lr * scale},
     ]
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """The number of trainable scalars in the whole model, at every ZeRO stage."""
+    return sum(math.prod(unpartitioned_shape(p)) for p in model.parameters() if p.requires_grad)

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 
 from ds_lowrank.checkpoint.manifest import Identity, check_manifest
 from ds_lowrank.checkpoint.store import find_checkpoint, step_of
-from ds_lowrank.methods import METHODS
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
+from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
 from ds_lowrank.training.output import check_output
@@ -110,7 +110,7 @@ def settle_config(arguments: Namespace, config: dict[str, Any], ranks: int) -> B
         ValueError: there is no learning rate, or the batch sizes do not fit together.
     """
     ds_config.set_learning_rate(config, arguments.lr)
-    if config["optimizer"]["type"] in METHODS:
+    if config["optimizer"]["type"] in OPTIMIZERS:
         config["optimizer"]["params"].setdefault("seed", arguments.seed)
     return ds_config.set_batch_sizes(config, ranks, arguments.global_batch_size, arguments.micro_batch_size)
 

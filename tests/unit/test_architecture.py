@@ -30,9 +30,9 @@ ALLOWED = {
         "sharding",
     },
     "adapters": {"errors", "linalg", "optimizer", "placement"},
-    "integration": {"adapters", "collectives", "environment", "errors", "methods", "optimizer", "placement"},
+    "integration": {"adapters", "collectives", "environment", "errors", "optimizer", "placement"},
     # The parts of the two programs in launch/.
-    "models": {"errors", "placement", "sharding"},
+    "models": {"errors", "placement"},
     "data": {"collectives"},
     "checkpoint": {"adapters", "collectives", "errors", "placement"},
     "training": {
@@ -41,12 +41,11 @@ ALLOWED = {
         "data",
         "errors",
         "integration",
-        "methods",
         "models",
         "optimizer",
         "placement",
     },
-    "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "placement", "training"},
+    "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
     "__main__": {"environment"},
 }
 
