@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch.nn.functional import gelu, mse_loss
 
 import ds_lowrank
-from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.training.distributed import join, leave
 
 CONFIG = {
@@ -52,7 +51,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(steps: int = 100) -> torch.nn.Module:
     """Train, print the loss, and return this rank's part of the model."""
     tensor = dist.get_world_size()
-    mpu = make_grid(tensor=tensor, pipeline=1)
+    mpu = ds_lowrank.make_grid(tensor=tensor, pipeline=1)
     torch.manual_seed(0)
     model = Perceptron(tensor)
     engine, *_ = ds_lowrank.initialize(model=model, mpu=mpu, config=CONFIG)
