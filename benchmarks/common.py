@@ -79,36 +79,45 @@ def _cell(value: object) -> str:
 
 
 def report(rows: Numbers, arguments: argparse.Namespace, **more: Numbers) -> None:
-    """Print the table, and write the numbers with all that is needed to judge them where ``--json`` asks for it.
+    """Print the table; with ``--json``, also write the numbers with everything that is needed to judge them.
 
     Every benchmark runs each process on one thread, and the record says so.
 
     Args:
-        more: further tables, by their keys in the record.
+        rows: The main table.
+        arguments: From a parser made by :func:`options`.
+        more: Further tables, by their keys in the record.
     """
     print(*(table(numbers) for numbers in (rows, *more.values())), sep="\n\n")
     if arguments.json is None:
         return
-    record = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    name = f"benchmarks.{Path(sys.argv[0]).stem}"
+    machine = {**hardware(), "threads a process": 1}
+    write_json(arguments.json, {**provenance(name, arguments), "hardware": machine, "numbers": rows, **more})
+
+
+def provenance(module: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return where numbers come from: the command, the date, the seed, and whether it was a smoke run."""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "quick": arguments.quick,
         "seed": arguments.seed,
-        "hardware": hardware(),
-        "numbers": rows,
-        **more,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record to a file whose folder need not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def hardware() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """Return the machine and the versions that matter for times."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "gpu": device,
-        "threads a process": 1,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
