@@ -104,7 +104,7 @@ def train(
         change: The relative size of random changes of the gradients.
     """
     generator = torch.Generator().manual_seed(seed)
-    starts = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    starts = {name: 0.02 * gaussian(shape, generator) for name, shape in SHAPES.items()}
     weights = {name: torch.nn.Parameter(start.to(device)) for name, start in starts.items()}
     options = method_options(method, RANK, GAP, state_dtype=state_dtype, seed=seed, eps=1e-3)
     optimizer = OPTIMIZERS[method](weights.items(), lr=LR, **options)
@@ -112,7 +112,7 @@ def train(
     for _ in range(STEPS):
         gradients = {name: gradient(shape, generator) for name, shape in SHAPES.items()}
         for exact in gradients.values():
-            exact *= 1 + change * torch.randn(exact.shape, generator=changes)
+            exact *= 1 + change * gaussian(exact.shape, changes)
         moved = {name: exact.to(device) for name, exact in gradients.items()}
 
         def loss(moved: Mapping[str, torch.Tensor] = moved) -> torch.Tensor:
@@ -126,12 +126,17 @@ def train(
 
 def gradient(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Draw a gradient whose singular values decay, as those of a trained model's matrices do."""
-    drawn = torch.randn(shape, generator=generator)
+    drawn = gaussian(shape, generator)
     if len(shape) == 1:
         return drawn
     u, s, vh = torch.linalg.svd(drawn, full_matrices=False)
-    decaying: torch.Tensor = (u * (s * 0.8 ** torch.arange(len(s)))) @ vh
+    decaying: torch.Tensor = (u * (s * 0.8 ** torch.arange(len(s), device=s.device))) @ vh
     return decaying
+
+
+def gaussian(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Draw on the CPU, in fp32, whatever torch's defaults are."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def largest_difference(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:

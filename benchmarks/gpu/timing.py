@@ -107,10 +107,13 @@ def _time_cell(section: Section, cell: Cell, prepared: Prepared) -> None:
     for contender in contenders:
         if section.left > 0:
             contender.prepare(section.left + GRACE)
-    for _ in range(QUICK_ROUNDS if section.quick else ROUNDS):
+    rounds = QUICK_ROUNDS if section.quick else ROUNDS
+    for done in range(rounds):
+        if section.left <= 0:
+            section.skip(f"{cell}: steps {done + 1} to {rounds} of each optimizer", "the section's time was used up")
+            break
         for contender in contenders:
-            if section.left > 0:
-                contender.take_turn(section.left + GRACE)
+            contender.take_turn(section.left + GRACE)
     dense = next(contender for contender in contenders if contender.name == ADAMW).median_seconds(refreshed=False)
     for contender in contenders:
         if not contender.samples and not contender.error:
