@@ -8,19 +8,26 @@ simulated world. Needs the ``dev`` extra.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
 from benchmarks.common import Numbers, options, report
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, Oracle, config, run_engine, worst
-from tests.engines.test_wrappers import CASES, settings_of
+from tests.engines.test_wrappers import CASES
+from tests.engines.test_wrappers import settings_of as untyped_settings_of
 from tests.engines.trace import trace_engine, worst_against_references
-from tests.simulated.harness import even_parts, relative_error
-from tests.simulated.test_methods import CASES as OPTIONS
-from tests.simulated.test_methods import SHAPES, gradients_for
+from tests.simulated import harness, test_methods
 
 STEPS = 10
+settings_of: Callable[..., dict[str, Any]] = untyped_settings_of
+even_parts: Callable[..., Any] = harness.even_parts
+relative_error: Callable[..., tuple[float, Any]] = harness.relative_error
+gradients_for: Callable[..., Any] = test_methods.gradients_for
+OPTIONS: Mapping[str, Any] = test_methods.CASES
+SHAPES: Mapping[str, list[tuple[int, int]]] = test_methods.SHAPES
+"""The tests' own helpers and cases, which have no annotations there."""
 
 
 def engines(method: str, worlds: list[int], stages: list[int]) -> Numbers:

@@ -50,7 +50,8 @@ def _take_turns(
             engine, own = built[name], taken[name]
             before = _refreshes(engine)
             result = train_step(engine, batches[len(own)], measure=True)
-            seconds = result.forward_seconds + result.backward_seconds + result.step_seconds
+            parts = (result.forward_seconds, result.backward_seconds, result.step_seconds)
+            seconds = sum(part for part in parts if part is not None)
             own.append((_refreshes(engine) > before, seconds))
 
         return call

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -27,7 +27,7 @@ def on_ranks(ranks: int, measure: Callable[..., Any], *arguments: Any) -> Any:
     """
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "found.json")
-        mp.spawn(_rank, (_free_port(), ranks, measure, arguments, file), nprocs=ranks)
+        spawn(_rank, (_free_port(), ranks, measure, arguments, file), nprocs=ranks)  # type: ignore[no-untyped-call]
         return json.loads(file.read_text())
 
 

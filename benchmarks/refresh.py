@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import Numbers, interleaved, medians, options, report
 from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.online_subspace_descent import (
     OnlineSubspaceDescent,
@@ -108,11 +109,11 @@ def _turned(gradient: torch.Tensor) -> torch.Tensor:
 
 def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], object]:
     """A function that takes one step on the basis, compressed x rank, whenever it is called, as one process does."""
-    shard, options = _shard("matrix", gradient), OnlineSubspaceDescentOptions(rank=basis.shape[1])
-    layout = OnlineSubspaceDescent.state(shard, options, options.rank)
-    state = {key: kept if isinstance(kept, int) else torch.zeros(kept.shape) for key, kept in layout.items()}
+    shard, rank = _shard("matrix", gradient), basis.shape[1]
+    options = OnlineSubspaceDescentOptions.model_validate({"rank": rank})
+    store = StateStore(shard.name, lambda at: OnlineSubspaceDescent.state(shard, options, at), rank)
+    state = store.empty(gradient.device) | {"basis": basis}
     seen = Projection(_turned(gradient) @ basis, refreshed=False, own=basis, basis=basis)
-    state["basis"] = basis
     return lambda: SingleProcess().run(lockstep([move_basis(shard, state, options, seen)]))
 
 

@@ -35,11 +35,13 @@ def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple
 
 def measure(size: str) -> Numbers:
     """One record for each optimizer, the last AdamW."""
+    from transformers import LlamaForCausalLM
+
     from ds_lowrank.models import llama
 
     config = llama.load_config(MODELS / f"llama_{size}.json")
     with torch.device("meta"):
-        model = llama.LlamaForCausalLM(config)
+        model: torch.nn.Module = LlamaForCausalLM(config)
     adamw = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {
         f"{name}, {state_dtype}": bytes_of(model, name, {"rank": RANK, "state_dtype": state_dtype})

@@ -32,7 +32,8 @@ LR, SCALE = 2e-2, 0.125
 
 def largest_difference(curve: Records, exact: Records) -> float:
     """Relative, over all evaluations."""
-    return max(abs(a["eval_loss"] / b["eval_loss"] - 1) for a, b in zip(curve, exact, strict=True))
+    ratios = [float(a["eval_loss"]) / float(b["eval_loss"]) for a, b in zip(curve, exact, strict=True)]
+    return max(abs(ratio - 1) for ratio in ratios)
 
 
 def run(method: str, state_dtype: str, seed: int, work: Path, arguments: argparse.Namespace) -> Records:
@@ -68,7 +69,7 @@ def main() -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     cases = list(product(METHODS, STATE_DTYPES, seeds))
     with runs.working_folder(arguments.work) as work, ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(lambda case: run(*case, work, arguments), cases))
+        found = list(pool.map(lambda case: run(case[0], case[1], case[2], work, arguments), cases))
     report(table(dict(zip(cases, found, strict=True))), arguments)
 
 

@@ -11,14 +11,12 @@ range finder here, by a full SVD there. *Difference* is that of the first update
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 
 from benchmarks.common import Numbers, interleaved, medians, options, relative_difference, report
+from benchmarks.peers import load_galore_adamw
 from ds_lowrank import GaLore
 
 GAP = 200
@@ -52,25 +50,7 @@ def ours(parameters: dict[str, torch.nn.Parameter], rank: int, projector: str, e
 def official(parameters: dict[str, torch.nn.Parameter], rank: int, eps: float = 1e-8) -> torch.optim.Optimizer:
     method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "proj_type": "std"}
     groups = [{"params": list(parameters.values()), **method}]
-    optimizer: torch.optim.Optimizer = _galore_adamw()(groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True)
-    return optimizer
-
-
-def _galore_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """``galore_torch.GaLoreAdamW``, which needs no bitsandbytes; its package imports it for the 8-bit variant."""
-    stub = ModuleType("bitsandbytes.optim.optimizer")
-    stub.Optimizer2State = object  # type: ignore[attr-defined]
-    names = ("bitsandbytes", "bitsandbytes.optim", stub.__name__)
-    before = {name: sys.modules[name] for name in names if name in sys.modules}
-    sys.modules.update(dict.fromkeys(names, stub))
-    try:
-        from galore_torch import GaLoreAdamW
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(before)
-    adamw: Callable[..., torch.optim.Optimizer] = GaLoreAdamW
-    return adamw
+    return load_galore_adamw()(groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True)
 
 
 def first_update_difference(seed: int, rank: int) -> float:
