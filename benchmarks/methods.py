@@ -188,13 +188,15 @@ def grid(found: Found, seed: int) -> Numbers:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     runs.add_run_options(parser, steps=300)
-    parser.add_argument("--plot", type=Path, default=runs.ROOT / "docs/images/methods.png")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="default: docs/images/methods.png; none if --quick")
     parser.add_argument("--seeds", type=int, default=2, help="of every setting")
     parser.add_argument("--more", type=int, default=2, help="values tried beyond the edge of a sweep, at most")
     parser.add_argument("--repeats", type=int, default=60, help="timed steps of each")
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(steps=10, seeds=1, more=0, repeats=3, eval_sequences=16)
+    elif arguments.plot is None:
+        arguments.plot = runs.ROOT / "docs/images/methods.png"
     return arguments
 
 
@@ -213,7 +215,8 @@ def main() -> None:
         name: [records for s, records in found.items() if replace(s, seed=setting.seed) == setting]
         for name, setting in best(found).items()
     }
-    draw_methods(curves, rows, arguments.plot)
+    if arguments.plot is not None:
+        draw_methods(curves, rows, arguments.plot)
 
 
 if __name__ == "__main__":

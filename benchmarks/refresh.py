@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -48,11 +48,19 @@ OTHER_SHAPES = {(512, 1376): 128, (2048, 5461): 512}
 """Of the 60M and 1B models, and a quarter of the hidden size."""
 
 
-def gradients(seed: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The matrices' gradients at ``step 0`` and ``step 10``; kept in the temporary folder for the next time."""
-    cache = Path(tempfile.gettempdir()) / f"ds_lowrank_gradients_{SEQUENCES}x{LENGTH}_{STEPS}_{seed}.pt"
+Gradients = Mapping[str, Mapping[str, torch.Tensor]]
+"""Gradients by when they were taken, then by parameter name."""
+
+
+def gradients(seed: int, quick: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the matrices' gradients at ``step 0`` and ``step 10``, the second unless ``quick``.
+
+    They are kept in the temporary folder for the next time.
+    """
+    sequences, steps = (1, 0) if quick else (SEQUENCES, STEPS)
+    cache = Path(tempfile.gettempdir()) / f"ds_lowrank_gradients_{sequences}x{LENGTH}_{steps}_{seed}.pt"
     if not cache.exists():
-        found = _train(seed)
+        found = _train(seed, sequences, steps)
         partial = cache.with_suffix(".partial")
         torch.save(found, partial)
         partial.replace(cache)
@@ -60,7 +68,7 @@ def gradients(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     return loaded
 
 
-def _train(seed: int) -> dict[str, dict[str, torch.Tensor]]:
+def _train(seed: int, sequences: int, steps: int) -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -71,12 +79,12 @@ def _train(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     text = source_bytes(seed)
     found = {}
-    for step in range(STEPS + 1):
-        starts = torch.randint(len(text) - LENGTH, (SEQUENCES, 1))
+    for step in range(steps + 1):
+        starts = torch.randint(len(text) - LENGTH, (sequences, 1))
         batch = text[starts + torch.arange(LENGTH)]
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
-        if step in (0, STEPS):
+        if step in (0, steps):
             found[f"step {step}"] = {name: model.get_parameter(name).grad.clone() for name in MATRICES}
         optimizer.step()
     return found
@@ -117,26 +125,30 @@ def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], objec
     return lambda: SingleProcess().run(lockstep([move_basis(shard, state, options, seen)]))
 
 
-def measure(seed: int, repeats: int) -> Numbers:
-    """The refreshes: one record for each gradient and rank."""
+def measure(found: Gradients, seed: int, repeats: int, quick: bool) -> Numbers:
+    """Return one record of the refreshes for each gradient and rank; with ``quick``, for its first rank."""
     return [
         _compare(when, name, gradient, rank, seed, repeats)
-        for when, matrices in gradients(seed).items()
+        for when, matrices in found.items()
         for name, gradient in matrices.items()
-        for rank in MATRICES[name]
+        for rank in MATRICES[name][: 1 if quick else None]
     ]
 
 
-def measure_pca(seed: int, repeats: int) -> Numbers:
-    """The PCA step: one record for each gradient of the target's shape, and for each of the other shapes."""
+def measure_pca(found: Gradients, seed: int, repeats: int, quick: bool) -> Numbers:
+    """Return one record of the PCA step for each gradient of the target's shape and each other shape.
+
+    With ``quick`` only the smallest of the other shapes is measured.
+    """
     generator = torch.Generator().manual_seed(seed)
     matrices = [
         (_title(name, when), gradient, MATRICES[name][0])
-        for when, found in gradients(seed).items()
-        for name, gradient in found.items()
+        for when, own in found.items()
+        for name, gradient in own.items()
         if "down_proj" in name
     ]
-    matrices += [("Gaussian", torch.randn(shape, generator=generator), rank) for shape, rank in OTHER_SHAPES.items()]
+    shapes = list(OTHER_SHAPES.items())[: 1 if quick else None]
+    matrices += [("Gaussian", torch.randn(shape, generator=generator), rank) for shape, rank in shapes]
     return [_compare_pca(title, gradient, rank, repeats) for title, gradient, rank in matrices]
 
 
@@ -192,10 +204,11 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    repeats = 1 if arguments.quick else arguments.repeats
-    gradients(arguments.seed)
+    seed, quick = arguments.seed, arguments.quick
+    repeats = 1 if quick else arguments.repeats
+    found = gradients(seed, quick)
     torch.set_num_threads(1)
-    report(measure(arguments.seed, repeats), arguments, pca=measure_pca(arguments.seed, repeats))
+    report(measure(found, seed, repeats, quick), arguments, pca=measure_pca(found, seed, repeats, quick))
     print(
         f"\nTargets, 1024x2736 at rank 256: {SPEED_TARGET:g} times faster, energy {ENERGY_TARGET}; "
         f"the PCA step {PCA_TARGET:g} times faster."

@@ -79,7 +79,9 @@ def summary(found: Found, seed: int) -> Numbers:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     runs.add_run_options(parser, steps=400)
-    parser.add_argument("--plot", type=Path, default=runs.ROOT / "docs/images/validation_loss.png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="default: docs/images/validation_loss.png; none if --quick"
+    )
     parser.add_argument("--galore-lrs", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2])
     parser.add_argument("--adamw-lrs", type=float, nargs="+", default=[2.5e-3, 5e-3, 1e-2])
     parser.add_argument("--matrix-lr-scales", type=float, nargs="+", default=[0.25, 0.5, 1.0])
@@ -88,6 +90,8 @@ def parse() -> argparse.Namespace:
     if arguments.quick:
         smoke = {"steps": 10, "galore_lrs": [1e-2], "adamw_lrs": [5e-3], "matrix_lr_scales": [0.5, 1.0]}
         vars(arguments).update(smoke, extra_seeds=1, eval_sequences=16)
+    elif arguments.plot is None:
+        arguments.plot = runs.ROOT / "docs/images/validation_loss.png"
     return arguments
 
 
@@ -100,7 +104,8 @@ def main() -> None:
     report(rows, arguments)
     print(*at_edge(rows), sep="\n")
     grid_runs = {s: records for s, records in found.items() if s.seed == arguments.seed}
-    draw_sweep(grid_runs, best(grid_runs), arguments.plot)
+    if arguments.plot is not None:
+        draw_sweep(grid_runs, best(grid_runs), arguments.plot)
 
 
 if __name__ == "__main__":
