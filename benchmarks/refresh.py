@@ -1,13 +1,14 @@
-"""Cost and quality of GaLore's randomized refresh and cost of Online Subspace Descent's PCA step, against an exact SVD.
+"""GaLore's randomized refresh and Online Subspace Descent's PCA step against an exact SVD: time and captured energy.
 
 python -m benchmarks.refresh
 
-The matrices are gradients of a 2-layer LLaMA of the 350M shapes on the standard library's source, byte by byte, at
-initialisation and after ten AdamW steps. One thread, fp32. *Energy* is what the basis captures of the gradient's
-square over what the best basis of that rank would: the smallest of all repeats, each with a sketch of its own.
+The matrices are gradients of a 2-layer LLaMA with the shapes of the 350M model, on the standard library's source as
+bytes, at initialisation and after ten AdamW steps. One thread, fp32. *energy* is the share of the gradient's squared
+norm that the basis captures, relative to the best basis of that rank: the smallest of all repeats, each of which has
+its own sketch.
 
-*PCA step* is one step on the basis, its gradient and Adam's move. Finding the projected gradient is not part of it, nor
-of the refreshes: every training step does that. Gaussian matrices stand for the shapes of other models.
+*PCA step* is one step on the basis: its gradient and Adam's update. Like the refreshes, it does not include the
+projection of the gradient, which every training step needs. Gaussian matrices represent the shapes of other models.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ MATRICES = {
     "model.layers.1.self_attn.q_proj.weight": (256, 128, 32),
     "model.layers.1.mlp.up_proj.weight": (256, 128, 32),
 }
-"""The ranks that each is refreshed at. The targets are for ``down_proj``, 1024 x 2736, at rank 256."""
+"""The ranks at which each matrix is refreshed. The targets hold for ``down_proj``, 1024 x 2736, at rank 256."""
 OTHER_SHAPES = {(512, 1376): 128, (2048, 5461): 512}
-"""Of the 60M and 1B models, and a quarter of the hidden size."""
+"""Shapes of the 60M and 1B models, and a quarter of their hidden sizes as the rank."""
 
 
 Gradients = Mapping[str, Mapping[str, torch.Tensor]]
@@ -91,14 +92,14 @@ def _train(seed: int, sequences: int, steps: int) -> dict[str, dict[str, torch.T
 
 
 def source_bytes(seed: int, files: int = 200) -> torch.Tensor:
-    """The bytes of some modules of the standard library, int64."""
+    """Return the bytes of some modules of the standard library as int64."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     chosen = random.Random(seed).sample(paths, min(files, len(paths)))
     return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in chosen)), dtype=torch.uint8).long()
 
 
 def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: int) -> torch.Tensor:
-    """The basis as one process finds it, compressed x rank."""
+    """Return the basis that one process finds, compressed x rank."""
     (basis,) = SingleProcess().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
     return basis
 
@@ -111,12 +112,12 @@ def _shard(name: str, gradient: torch.Tensor) -> MatrixShard:
 
 
 def _turned(gradient: torch.Tensor) -> torch.Tensor:
-    """With the compressed dimension, the smaller, second."""
+    """Return the gradient with its compressed dimension, the smaller one, second."""
     return gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
 
 
 def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], object]:
-    """A function that takes one step on the basis, compressed x rank, whenever it is called, as one process does."""
+    """Return a function that takes one step on the basis, compressed x rank, as one process does."""
     shard, rank = _shard("matrix", gradient), basis.shape[1]
     options = OnlineSubspaceDescentOptions.model_validate({"rank": rank})
     store = StateStore(shard.name, lambda at: OnlineSubspaceDescent.state(shard, options, at), rank)
@@ -201,6 +202,7 @@ def _compare(when: str, name: str, gradient: torch.Tensor, rank: int, seed: int,
 
 
 def main() -> None:
+    """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -100,7 +100,7 @@ def train(
         method: A registered method.
         state_dtype: How its moments are stored.
         device: Where the weights and the optimizer are.
-        seed: Of the weights and the gradients.
+        seed: Seed of the weights and the gradients.
         change: The relative size of random changes of the gradients.
     """
     generator = torch.Generator().manual_seed(seed)

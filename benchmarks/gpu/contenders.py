@@ -61,9 +61,9 @@ class Sample:
     """One measured step.
 
     Attributes:
-        refreshed: Whether it found new bases.
-        seconds: Of each interval: the step, or forward and backward, then the step.
-        transient: Bytes that it allocated beyond what was allocated before; None on a CPU.
+        refreshed: Whether the step found new bases.
+        seconds: The length of each interval: the step alone, or forward and backward followed by the step.
+        transient: Peak bytes that the step allocated in addition to what was allocated before it; None on a CPU.
     """
 
     refreshed: bool
@@ -76,12 +76,14 @@ class Contender:
     """One optimizer and what was measured of it.
 
     Attributes:
-        name: In the tables.
-        build: Makes the optimizer.
-        turn: Takes one step, with marks at the beginning, between its intervals and at the end.
-        device: Where it runs.
-        state_bytes: What is allocated after the first step but was not before the optimizer; None on a CPU.
-        error: Why it was dropped; empty if it was not.
+        name: The label in the tables.
+        build: A function that makes the optimizer.
+        turn: A function that takes one step and marks its beginning, the ends of its intervals and its end.
+        device: The device of the parameters.
+        state_bytes: Bytes that building the optimizer and its first step have left allocated; None on a CPU.
+        samples: The measured steps.
+        error: Why the contender was dropped; empty if it was not.
+        optimizer: The optimizer; None before it is built and after it is released.
     """
 
     name: str
@@ -122,7 +124,7 @@ class Contender:
         self.samples.append(Sample(refreshes(self.optimizer) > count, taken, transient))
 
     def _attempt(self, call: Callable[[], None], seconds: float) -> None:
-        """Call; whatever is raised drops this contender and no other."""
+        """Call a function; an exception drops this contender and no other."""
         try:
             with interrupted_after(seconds):
                 call()
@@ -201,8 +203,8 @@ def builders(cell: Cell, parameters: Parameters, seed: int, **more: Any) -> dict
 
     Args:
         cell: The rank and the dtype of the moments; the peers have moments in the dtype of the weights.
-        parameters: Of the model, by name. All optimizers step them.
-        seed: Of the sketches.
+        parameters: The parameters of the model by name. All optimizers step the same ones.
+        seed: Seed of the sketches.
         more: Further options of the methods.
     """
 

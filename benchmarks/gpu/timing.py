@@ -38,9 +38,11 @@ class Section:
 
     Attributes:
         name: As its share of the budget is called.
-        budget: Says how much time is left.
-        device: Where everything runs.
-        rows: One for each optimizer that was measured, or failed, in each cell.
+        budget: The time limits of all sections.
+        device: The device to measure on.
+        seed: Seed of the weights, gradients and sketches.
+        quick: Whether to take few steps.
+        rows: One record per cell and optimizer that was measured or failed.
         skipped: What was not measured, and why.
     """
 
@@ -67,9 +69,9 @@ class Prepared:
     """What the optimizers of a cell step.
 
     Attributes:
-        parameters: By name.
-        turn: One step of an optimizer.
-        gradients: The matrices' gradients; empty where every step makes its own.
+        parameters: The parameters by name.
+        turn: A function that takes one step with an optimizer.
+        gradients: The gradients of the projected matrices by name; empty if every step computes its own.
         options: Further options of the methods.
     """
 
@@ -86,20 +88,18 @@ def time_cells(section: Section, cells: Iterable[Cell], prepare: Callable[[Secti
             section.skip(cell, "the section's time was used up")
             continue
         try:
-            with interrupted_after(section.left + GRACE):
-                prepared = prepare(section, cell)
-        except Exception as error:  # no memory for the model, no transformers
+            _time_cell(section, cell, prepare)
+        except Exception as error:  # no memory for the model, no transformers, a device that no longer answers
             section.skip(cell, f"{type(error).__name__}: {' '.join(str(error).split())}")
-            continue
-        _time_cell(section, cell, prepared)
-        del prepared
-        gc.collect()
-        if section.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
-def _time_cell(section: Section, cell: Cell, prepared: Prepared) -> None:
+def _time_cell(section: Section, cell: Cell, prepare: Callable[[Section, Cell], Prepared]) -> None:
     """Add the rows of one cell."""
+    gc.collect()
+    if section.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with interrupted_after(section.left + GRACE):
+        prepared = prepare(section, cell)
     load_libraries(section.device)
     base = allocated(section.device)
     built = builders(cell, prepared.parameters, section.seed, **prepared.options)
@@ -121,12 +121,11 @@ def _time_cell(section: Section, cell: Cell, prepared: Prepared) -> None:
             continue
         if contender.error:
             section.skip(f"{cell}: {contender.name}", contender.error)
-        section.rows.append(_row(cell, contender, dense, base))
-    official = section.rows[-1]
-    for contender in contenders:
+        row = _row(cell, contender, dense, base)
+        section.rows.append(row)
         contender.release()
-    if official["optimizer"] == OFFICIAL and not official["error"] and prepared.gradients:
-        official["refresh ms"] = _official_refresh_ms(section, cell, prepared.gradients)
+        if contender.name == OFFICIAL and contender.samples and prepared.gradients:
+            row["refresh ms"] = _official_refresh_ms(section, cell, prepared.gradients)
 
 
 def _row(cell: Cell, contender: Contender, dense: float | None, base: int | None) -> dict[str, Any]:
@@ -134,9 +133,9 @@ def _row(cell: Cell, contender: Contender, dense: float | None, base: int | None
 
     Args:
         cell: The cell.
-        contender: After its turns.
-        dense: AdamW's seconds.
-        base: Bytes that were allocated before any optimizer was built: weights, and gradients that stay.
+        contender: The optimizer after its turns.
+        dense: AdamW's seconds per step.
+        base: Bytes that were allocated before any optimizer was built: weights, and gradients that persist.
     """
     ordinary, refresh = (contender.median_seconds(refreshed) for refreshed in (False, True))
     state, transient = contender.state_bytes, contender.transient_bytes
@@ -197,7 +196,7 @@ def _timed(device: torch.device, matrices: list[torch.Tensor], rank: int) -> flo
 
 
 def prepare_step(section: Section, cell: Cell) -> Prepared:
-    """Weights and random gradients in fp32 of a LLaMA's shapes. No method probes: there is no loss."""
+    """Make weights and random gradients in fp32 with a LLaMA's shapes; without a loss, no method probes."""
     generator = torch.Generator(section.device).manual_seed(section.seed)
     parameters = {}
     for name, shape in llama_shapes(model_config(cell.model)).items():
@@ -209,7 +208,7 @@ def prepare_step(section: Section, cell: Cell) -> Prepared:
 
 
 def prepare_whole(section: Section, cell: Cell) -> Prepared:
-    """A LLaMA in bf16 and one batch of random tokens.
+    """Make a LLaMA in bf16 and one batch of random tokens.
 
     Raises:
         ImportError: transformers is not installed.

