@@ -136,9 +136,7 @@ class Contender:
     def release(self) -> None:
         """Free what the optimizer has allocated."""
         self.optimizer = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
     def median_seconds(self, refreshed: bool, interval: int | None = None) -> float | None:
         """Return the median over steps of one kind, of a whole step or one interval; None without such a step."""
@@ -158,6 +156,13 @@ def allocated(device: torch.device) -> int | None:
         return None
     torch.cuda.synchronize(device)
     return torch.cuda.memory_allocated(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Return the memory of unreachable tensors to a card; nothing to do on a CPU."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def load_libraries(device: torch.device) -> None:

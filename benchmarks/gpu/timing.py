@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from benchmarks.gpu.contenders import (
     Stopwatch,
     allocated,
     builders,
+    free_memory,
     load_libraries,
     official_refresh,
     step_only,
@@ -95,9 +95,7 @@ def time_cells(section: Section, cells: Iterable[Cell], prepare: Callable[[Secti
 
 def _time_cell(section: Section, cell: Cell, prepare: Callable[[Section, Cell], Prepared]) -> None:
     """Add the rows of one cell."""
-    gc.collect()
-    if section.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(section.device)
     with interrupted_after(section.left + GRACE):
         prepared = prepare(section, cell)
     load_libraries(section.device)
