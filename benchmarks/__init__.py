@@ -1,0 +1,1 @@
+"""Benchmarks and the numbers of docs/results.md: ``python -m benchmarks.NAME``; see README.md here."""

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its options, fair timing, and where its numbers go."""
+"""What all benchmarks share: command-line options, timing in turns, tables and JSON records."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from typing import Any
 import torch
 
 Numbers = list[dict[str, Any]]
-"""One flat record for each row of a benchmark's table."""
+"""One flat record per row of a benchmark's table."""
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+    """Return a parser with the options that every benchmark has.
+
+    Args:
+        description: The benchmark's module docstring.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a smoke run: its numbers mean nothing")
     return parser
@@ -35,12 +39,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate's calls, taken A B A B ..., so that a disturbance of the machine meets all alike.
+    """Time candidates in turns, A B A B ..., so that a disturbance of the machine affects all of them alike.
 
     Args:
-        candidates: called without arguments; the device is waited for after each call.
-        repeats: measured calls of each.
-        warm_up: calls of each before, that are not measured.
+        candidates: Functions without arguments, by name. Each call is followed by a wait for the device.
+        repeats: Measured calls of each candidate.
+        warm_up: Calls of each candidate that come first and are not measured.
+
+    Returns:
+        Seconds of every measured call, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(-warm_up, repeats):
@@ -55,16 +62,21 @@ def interleaved(
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the median of each candidate's seconds."""
     return {name: median(taken) for name, taken in seconds.items()}
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Norm of the difference over the norm of ``b``."""
+    """Return the norm of the difference divided by the norm of ``b``."""
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 
 
 def table(rows: Numbers) -> str:
-    """The records as a markdown table; their keys, which all share, are the heads of the columns."""
+    """Format records as a markdown table.
+
+    Args:
+        rows: At least one; all have the same keys, which become the column heads.
+    """
     heads = list(rows[0])
     cells = [heads, ["---"] * len(heads), *([_cell(row[head]) for head in heads] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
@@ -79,36 +91,45 @@ def _cell(value: object) -> str:
 
 
 def report(rows: Numbers, arguments: argparse.Namespace, **more: Numbers) -> None:
-    """Print the table, and write the numbers with all that is needed to judge them where ``--json`` asks for it.
+    """Print the table; with ``--json``, also write the numbers with everything that is needed to judge them.
 
     Every benchmark runs each process on one thread, and the record says so.
 
     Args:
-        more: further tables, by their keys in the record.
+        rows: The main table.
+        arguments: From a parser made by :func:`options`.
+        more: Further tables, by their keys in the record.
     """
     print(*(table(numbers) for numbers in (rows, *more.values())), sep="\n\n")
     if arguments.json is None:
         return
-    record = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    name = f"benchmarks.{Path(sys.argv[0]).stem}"
+    machine = {**hardware(), "threads a process": 1}
+    write_json(arguments.json, {**provenance(name, arguments), "hardware": machine, "numbers": rows, **more})
+
+
+def provenance(module: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return where numbers come from: the command, the date, the seed, and whether it was a smoke run."""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "quick": arguments.quick,
         "seed": arguments.seed,
-        "hardware": hardware(),
-        "numbers": rows,
-        **more,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record to a file whose folder need not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def hardware() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """Return the machine and the versions that matter for times."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "gpu": device,
-        "threads a process": 1,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

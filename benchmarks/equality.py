@@ -1,30 +1,46 @@
-"""The largest differences from one dense process that the parity tests see: how far below their bounds they are.
+"""How far parallel training is from one dense process: the largest differences that the parity tests see.
 
 python -m benchmarks.equality
 
-Runs the tests' own scenarios: real DeepSpeed engines on 1, 2 and 3 gloo ranks, the wrappers pairwise, and the
+Runs the tests' own scenarios: real DeepSpeed engines on 1, 2 and 3 gloo ranks, DeepSpeed's wrappers pairwise, and the
 simulated world. Needs the ``dev`` extra.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
 from benchmarks.common import Numbers, options, report
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, Oracle, config, run_engine, worst
-from tests.engines.test_wrappers import CASES, settings_of
+from tests.engines.test_wrappers import CASES
+from tests.engines.test_wrappers import settings_of as untyped_settings_of
 from tests.engines.trace import trace_engine, worst_against_references
-from tests.simulated.harness import even_parts, relative_error
-from tests.simulated.test_methods import CASES as OPTIONS
-from tests.simulated.test_methods import SHAPES, gradients_for
+from tests.simulated import harness, test_methods
 
 STEPS = 10
+settings_of: Callable[..., dict[str, Any]] = untyped_settings_of
+even_parts: Callable[..., Any] = harness.even_parts
+relative_error: Callable[..., tuple[float, Any]] = harness.relative_error
+gradients_for: Callable[..., Any] = test_methods.gradients_for
+OPTIONS: Mapping[str, Any] = test_methods.CASES
+SHAPES: Mapping[str, list[tuple[int, int]]] = test_methods.SHAPES
+"""The tests' own helpers and cases, which have no annotations there."""
 
 
 def engines(method: str, worlds: list[int], stages: list[int]) -> Numbers:
-    """After the first step and after ten; with and without clipping, with 1 and 4 micro-batches."""
+    """Compare engines with one dense process, with and without clipping and with 1 and 4 micro-batches.
+
+    Args:
+        method: The method's name.
+        worlds: Numbers of ranks.
+        stages: ZeRO stages.
+
+    Returns:
+        A row for the difference after the first step and one for that after ten.
+    """
     largest = {"one step": 0.0, "ten steps": 0.0}
     for clip in (0.0, 0.5):
         oracle = Oracle(clip, method=method)
@@ -40,7 +56,7 @@ def engines(method: str, worlds: list[int], stages: list[int]) -> Numbers:
 
 
 def wrappers(cases: list[dict[str, Any]]) -> float:
-    """Each step of each pairwise case against the dense method of the presented gradient."""
+    """Return the largest difference of any step of any case from the dense method, given the same gradient."""
     largest = 0.0
     for case in cases:
         traces = run_ranks(case["world"], trace_engine, settings_of(case), 6, case["zero_init"])
@@ -49,7 +65,7 @@ def wrappers(cases: list[dict[str, Any]]) -> float:
 
 
 def simulated(method: str, ranks: list[int]) -> float:
-    """Every option on every world of the simulated tests."""
+    """Return the largest difference over all option sets, shapes and numbers of ranks of the simulated tests."""
     return max(
         relative_error(method, shape, even_parts(shape, n), gradients=gradients_for(method, shape), **chosen)[0]
         for chosen in OPTIONS[method]
@@ -59,6 +75,7 @@ def simulated(method: str, ranks: list[int]) -> float:
 
 
 def main() -> None:
+    """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods")
     arguments = parser.parse_args()

@@ -2,13 +2,13 @@
 
 python -m benchmarks.finetuning
 
-The checkpoint is one that launch/pretrain.py makes first, as `make pretrain` does, on the standard library's source;
-the task is to tell the package of a function. Every contender is run with all its rates and all seeds, on one rank and
-one core, two runs at a time, and judged by the mean accuracy of its best rate. The accuracy is the last one, not the
-best.
+launch/pretrain.py first makes a checkpoint from the standard library's source, as ``make pretrain`` does. The task is
+to tell which package a function comes from. Every contender runs with all its learning rates and all seeds, on one rank
+and one core, two runs at a time, and is judged by the mean accuracy at its best rate. The accuracy is that of the last
+evaluation, not the best one.
 
-*state bytes* are those of all moments and bases: of a low-rank method's matrices as it reports them, and two fp32
-moments for every other trained number.
+*state bytes* covers all moments and bases: for the matrices of a low-rank method, what the method reports; for every
+other trained element, two fp32 moments.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ MODEL = runs.ROOT / "ds_configs/models/llama_quickstart.json"
 QUICKSTART = runs.ROOT / "ds_configs/galore_zero2.json"
 RANK = 8
 GAP = 50
-MOMENTS = 2 * 4  # bytes of state for a number that AdamW trains
+MOMENTS = 2 * 4  # bytes of state per element that AdamW trains
 
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """``flags``: of launch/finetune.py, beside those that all share."""
+    """An optimizer, its options, and the learning rates it is tried with.
+
+    Attributes:
+        name: The label in the table.
+        type: DeepSpeed's ``optimizer.type``.
+        params: DeepSpeed's ``optimizer.params``, without ``lr``.
+        lrs: Learning rates.
+        flags: Arguments of launch/finetune.py in addition to those that all contenders share.
+    """
 
     name: str
     type: str
@@ -67,27 +75,31 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender("Lorenza", "Lorenza", {"rank": RANK, "update_proj_gap": GAP}, (4e-3, 8e-3)),
 )  # fmt: skip
-"""One line a method; ranks are LoRA's, but half of it for the factors of an adapter, which are no wider. The single
-rates of AdamW, LoRA and GaLore are the best of three that were tried with one seed; GradNormLoRP has GaLore's."""
+"""All ranks equal LoRA's, except for an adapter's factors, which have no more columns than that and get half of it.
+AdamW, LoRA and GaLore have the best of three learning rates that were tried with one seed, GradNormLoRP has GaLore's.
+"""
 
 
 @dataclass(frozen=True)
 class Setting:
+    """One run: a contender, one of its learning rates, and a seed."""
+
     contender: Contender
     lr: float
     seed: int
 
     @property
     def name(self) -> str:
+        """The name of the run's files."""
         return f"{self.contender.name.replace(' ', '_')}_lr{self.lr:g}_seed{self.seed}"
 
 
 Found = dict[Setting, dict[str, Any]]
-"""What summary.json says of each run, and the low-rank state's bytes."""
+"""The summary.json of each run, with the bytes of the low-rank state."""
 
 
 def pretrain(work: Path, arguments: argparse.Namespace) -> Path:
-    """The checkpoint that all runs start from; made once in ``work``."""
+    """Return the checkpoint that all runs start from, after making it if ``work`` has none."""
     output = work / f"pretrained_steps{arguments.pretrain_steps}"
     config = json.dumps({"gradient_clipping": 1.0, "optimizer": json.loads(QUICKSTART.read_text())["optimizer"]})
     file = work / f"{output.name}.json"
@@ -104,7 +116,7 @@ def pretrain(work: Path, arguments: argparse.Namespace) -> Path:
 
 
 def finetune(setting: Setting, checkpoint: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The summary of a run; one that ``work`` already holds finished, with the same optimizer, is not repeated."""
+    """Return the summary of a run; one that is finished in ``work``, with the same optimizer, is not repeated."""
     contender = setting.contender
     optimizer = {"type": contender.type, "params": {**contender.params, "lr": setting.lr}}
     config = json.dumps({"gradient_clipping": 1.0, "optimizer": optimizer})
@@ -127,7 +139,7 @@ def finetune(setting: Setting, checkpoint: Path, work: Path, arguments: argparse
 
 
 def projected_numbers(contender: Contender) -> int:
-    """In the matrices that a low-rank method projects."""
+    """Count the elements of the matrices that a low-rank method projects."""
     model = LlamaForSequenceClassification(LlamaConfig(**json.loads(MODEL.read_text()), num_labels=CLASSES))
     if contender.params.get("parametrization") == "adapter":
         add_adapters(model, adapter_rank=contender.params["adapter_rank"])
@@ -136,6 +148,7 @@ def projected_numbers(contender: Contender) -> int:
 
 
 def state_bytes(contender: Contender, summary: Mapping[str, Any]) -> int:
+    """Return the bytes of all moments and bases of a run."""
     trained = int(summary["trainable_parameters"])
     if summary["lowrank"] is None:
         return MOMENTS * trained
@@ -143,11 +156,11 @@ def state_bytes(contender: Contender, summary: Mapping[str, Any]) -> int:
 
 
 def table(found: Found) -> Numbers:
-    """One record for each contender and rate, the best rate of each marked."""
+    """Return one record per contender and learning rate; the best rate of each is marked."""
     rows: Numbers = []
     for contender in dict.fromkeys(setting.contender for setting in found):
         own: Numbers = []
-        for lr in contender.lrs:
+        for lr in dict.fromkeys(s.lr for s in found if s.contender == contender):
             each = [found[s] for s in found if s.contender == contender and s.lr == lr]
             accuracies = [summary["eval_accuracy"] for summary in each]
             own.append(
@@ -167,15 +180,16 @@ def table(found: Found) -> Numbers:
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = options(__doc__)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the runs, and repeats only those missing")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs here; only missing ones are run")
     parser.add_argument("--pretrain-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=118, help="of every run; an epoch")
+    parser.add_argument("--steps", type=int, default=118, help="per run; the default is one epoch")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences")
     parser.add_argument("--max-length", type=int, default=128, help="tokens")
-    parser.add_argument("--seeds", type=int, default=2, help="of every setting")
-    parser.add_argument("--only", nargs="+", help="contenders; all by default")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--seeds", type=int, default=2, help="per setting")
+    parser.add_argument("--only", nargs="+", help="contenders; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one core each")
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(steps=5, pretrain_steps=5, seeds=1)
@@ -183,6 +197,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = parse()
     contenders = [c for c in CONTENDERS if arguments.only is None or c.name in arguments.only]
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)

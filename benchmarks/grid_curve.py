@@ -1,4 +1,4 @@
-"""The quick start's loss curve on a grid of tensor- and pipeline-parallel ranks, on top of that of one process.
+"""The quick start's loss curve on a grid of tensor- and pipeline-parallel ranks, compared with one process.
 
 python -m benchmarks.grid_curve --work runs/grid_curve --picture docs/images/grid.png
 """
@@ -25,7 +25,11 @@ CONTENDERS = {
 
 
 def train(name: str, work: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of every tenth step of a run through the `deepspeed` launcher."""
+    """Run the quick start through the ``deepspeed`` launcher and return the records of its metrics.jsonl.
+
+    Raises:
+        RuntimeError: The run failed; the message ends with its output.
+    """
     ranks, flags = CONTENDERS[name]
     output = work / name.replace(" ", "_")
     shutil.rmtree(output, ignore_errors=True)
@@ -44,7 +48,7 @@ def train(name: str, work: Path, arguments: argparse.Namespace) -> list[dict[str
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training losses over the steps: one a line, the other as marks."""
+    """Draw training losses over the steps: the first run as a line, the other as marks."""
     with picture(path, (7, 4.5), [1]) as (axes,):
         for (name, records), style in zip(runs.items(), ("-", "x"), strict=True):
             points = [(record["step"], record["loss"]) for record in records]
@@ -54,8 +58,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure and report."""
     parser = options(__doc__)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the runs")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs here")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--picture", type=Path, metavar="PNG")
     arguments = parser.parse_args()

@@ -2,8 +2,8 @@
 
 python -m benchmarks.grids
 
-Runs the tests' own scenario on real engines, one to eight gloo ranks, fp32: every
-method on every grid. Needs the ``dev`` and ``megatron`` extras.
+Runs the tests' own scenario on real engines, one to eight gloo ranks, in fp32: every method on every grid. Needs the
+``dev`` and ``megatron`` extras.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ STEPS, CLIP = 8, 0.5
 
 
 def compare(grid: Grid, method: str, alone: int) -> dict[str, Any]:
-    """One row.
+    """Return the row of one method on one grid.
 
     Args:
-        alone: bytes of moments and bases in one process.
+        grid: Degrees of parallelism and the ZeRO stage.
+        method: The method's name.
+        alone: Bytes of moments and bases in one process.
     """
     results = run_ranks(grid.world, run_grid, grid, settings_of(grid, clip=CLIP, gas=2, method=method), STEPS)
     (first, last), norms = oracle(method, CLIP, STEPS)
-    # At ZeRO 0 every data-parallel rank has all the state that one has.
+    # At ZeRO 0 every data-parallel rank has a copy of the whole state.
     copies = grid.data if grid.stage == 0 else 1
     return {
         "grid": str(grid),
@@ -40,6 +42,7 @@ def compare(grid: Grid, method: str, alone: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = options(__doc__).parse_args()
     methods = ["GaLore"] if arguments.quick else ["GaLore", *sorted(set(METHODS) - {"GaLore"})]
     single = Grid(1, 1, 1, 0)

@@ -1,4 +1,4 @@
-"""Time of a whole training step with many optimizers: for benchmarks/methods.py."""
+"""Time of a whole training step with several optimizers, for benchmarks/methods.py."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from benchmarks.common import interleaved
 from benchmarks.ranks import engines, on_ranks
 
 TIMED_GAP = 10
-"""The interval of the timed engines, so that few steps have many refreshes."""
+"""The refresh interval of the timed engines: short, so that few steps contain many refreshes."""
 
 
 def time_in_turns(
     optimizers: Mapping[str, Mapping[str, Any]], work: Path, sizes: tuple[int, int], gap: int, repeats: int, seed: int
 ) -> dict[str, float]:
-    """Seconds of a training step (forward, backward and step) on one rank, amortised over an interval of ``gap`` steps.
+    """Time a training step (forward, backward and step) on one rank.
 
     Args:
-        optimizers: DeepSpeed's ``optimizer`` entries.
-        work: holds the model's configuration and the cache of the text.
-        sizes: sequences a step, and their tokens.
-        repeats: steps of each.
+        optimizers: DeepSpeed's ``optimizer`` entries by name.
+        work: The folder with the model's configuration and the cache of the text.
+        sizes: Sequences per step and tokens per sequence.
+        gap: The interval of steps over which the one that refreshes is amortised.
+        repeats: Measured steps of each optimizer.
+        seed: Seed of the weights and the data.
+
+    Returns:
+        Amortised seconds of a step by name.
     """
     entries = {name: {"type": entry["type"], "params": dict(entry["params"])} for name, entry in optimizers.items()}
     for entry in entries.values():
@@ -37,7 +42,7 @@ def time_in_turns(
 def _take_turns(
     optimizers: Mapping[str, Mapping[str, Any]], work: Path, sizes: tuple[int, int], repeats: int, seed: int
 ) -> dict[str, list[tuple[bool, float]]]:
-    """For every step of each engine, whether it refreshed and its seconds. All see the same batches."""
+    """Return, for every step of each engine, whether it refreshed and its seconds. All engines see the same batches."""
     from ds_lowrank.models import llama
     from ds_lowrank.training.loop import train_step
 
@@ -50,7 +55,8 @@ def _take_turns(
             engine, own = built[name], taken[name]
             before = _refreshes(engine)
             result = train_step(engine, batches[len(own)], measure=True)
-            seconds = result.forward_seconds + result.backward_seconds + result.step_seconds
+            parts = (result.forward_seconds, result.backward_seconds, result.step_seconds)
+            seconds = sum(part for part in parts if part is not None)
             own.append((_refreshes(engine) > before, seconds))
 
         return call
@@ -79,7 +85,7 @@ def _refreshes(engine: Any) -> float:
 
 
 def _amortised(steps: Sequence[tuple[bool, float]], gap: int) -> float:
-    """The mean over an interval of which one step refreshes, from the medians of either kind."""
+    """Return the mean over an interval in which one step refreshes, from the medians of both kinds of steps."""
     ordinary = median(seconds for refreshed, seconds in steps if not refreshed)
     refreshing = [seconds for refreshed, seconds in steps if refreshed]
     return ordinary + (median(refreshing) - ordinary) / gap if refreshing else ordinary

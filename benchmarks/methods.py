@@ -2,13 +2,14 @@
 
 python -m benchmarks.methods
 
-Every run is launch/pretrain.py on one rank and one core, two at a time, on the standard library's source. Each
-contender is swept over three learning rates, at the best of them over three factors on the matrices' own rate (a
-method's ``scale``, and for AdamW and VLoRP a rate of their own), and at the best of those over three rates again. A
-sweep that is best at its edge goes on beyond it. Every setting is run with all seeds and judged by their mean.
+Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. Each
+contender is swept over three learning rates; at the best of them, over three factors on the learning rate of the
+matrices (a method's ``scale``; for AdamW and VLoRP, a separate learning rate); and at the best of those over three
+learning rates again. A sweep whose best value is at its edge continues beyond it. Every setting is run with all seeds
+and judged by the mean.
 
-*state bytes* are those of the projected matrices, *bases* the bases or projections that a matrix had, both at the end.
-*step* is a whole training step, in turns with the others in one process, amortised over an interval.
+*state bytes* covers the projected matrices at the end, *bases* is the number of bases or projections that a matrix has
+had by then. *step* is a whole training step, timed in turns in one process and amortised over a refresh interval.
 """
 
 from __future__ import annotations
@@ -39,8 +40,14 @@ RANK = runs.model()["hidden_size"] // 4
 
 @dataclass(frozen=True)
 class Contender:
-    """``lrs`` are swept at the first of ``scales``, ``scales`` at the best of them, and where that gave another scale,
-    the rate is swept again.
+    """An optimizer, its options, and what is swept.
+
+    Attributes:
+        name: The label in the table.
+        type: DeepSpeed's ``optimizer.type``.
+        params: DeepSpeed's ``optimizer.params``, without ``lr`` and ``scale``.
+        lrs: Learning rates, swept at the first of ``scales``, and around the best one again if another scale is better.
+        scales: Factors on the learning rate of the matrices, swept at the best learning rate.
     """
 
     name: str
@@ -51,10 +58,11 @@ class Contender:
 
     @property
     def has_scale(self) -> bool:
+        """Whether ``scale`` is an option of the method; otherwise the matrices get a learning rate of their own."""
         return self.type in METHODS and "scale" in METHODS[self.type].Options.model_fields
 
     def optimizer(self, lr: float, scale: float) -> dict[str, Any]:
-        """DeepSpeed's ``optimizer`` entry."""
+        """Return DeepSpeed's ``optimizer`` entry."""
         own = {"scale": scale} if self.has_scale else {}
         return {"type": self.type, "params": {**self.params, "lr": lr, **own}}
 
@@ -78,26 +86,26 @@ CONTENDERS: tuple[Contender, ...] = (
         (5e-3, 1e-2, 2e-2), (sqrt(2), sqrt(8), sqrt(128)),
     ),
 )  # fmt: skip
-"""Ranks are a quarter of the hidden size; VLoRP has the same budget of numbers a row, 8 x 4. The papers' scales (0.25;
-1 for Apollo and sqrt(128) for Mini) are among those swept."""
+"""Ranks are a quarter of the hidden size; VLoRP stores as many elements per row, 8 x 4. The scales of the papers (0.25;
+1 for Apollo and sqrt(128) for Apollo-Mini) are among those that are swept."""
 
 
 def best_on_line(values: Sequence[float], loss: Callable[[float], float], more: int) -> float:
-    """The value of the lowest loss; while that is the first or the last, up to ``more`` values beyond are tried too."""
+    """Return the value with the lowest loss; while that is at the edge, try up to ``more`` values beyond it."""
     losses = {value: loss(value) for value in values}
     while True:
         tried = sorted(losses)
         winner = min(tried, key=lambda value: losses[value])
         if more == 0 or len(tried) == 1 or winner not in (tried[0], tried[-1]):
             return winner
-        beside = tried[1] if winner == tried[0] else tried[-2]
-        beyond = winner * winner / beside
+        neighbour = tried[1] if winner == tried[0] else tried[-2]
+        beyond = winner * winner / neighbour
         losses[beyond] = loss(beyond)
         more -= 1
 
 
 def search(contender: Contender, run: Callable[[Setting], Records], seeds: Sequence[int], more: int) -> Found:
-    """The records of all runs of one contender."""
+    """Sweep one contender and return the records of all its runs."""
     found: Found = {}
 
     def loss(lr: float, scale: float) -> float:
@@ -113,7 +121,7 @@ def search(contender: Contender, run: Callable[[Setting], Records], seeds: Seque
 
 
 def search_all(contenders: Sequence[Contender], work: Path, arguments: argparse.Namespace) -> Found:
-    """The records of all runs; contenders are searched side by side."""
+    """Sweep all contenders, several at a time, and return the records of all runs."""
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
 
     def run(contender: Contender) -> Callable[[Setting], Records]:
@@ -121,7 +129,7 @@ def search_all(contenders: Sequence[Contender], work: Path, arguments: argparse.
             s, contender.optimizer(s.lr, s.scale), work, arguments, None if contender.has_scale else s.scale
         )
 
-    # The first run makes the tokenizer and the tokens that the others find in the cache.
+    # The first run caches the tokenizer and the tokens for all others.
     first = contenders[0]
     run(first)(Setting(first.name, first.lrs[0], first.scales[0], arguments.seed))
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -130,14 +138,14 @@ def search_all(contenders: Sequence[Contender], work: Path, arguments: argparse.
 
 
 def times(contenders: Sequence[Contender], work: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a whole training step with each contender."""
+    """Return the amortised seconds of a whole training step with each contender."""
     optimizers = {c.name: c.optimizer(c.lrs[0], c.scales[0]) for c in contenders}
     sizes = (arguments.batch_size, arguments.sequence_length)
     return time_in_turns(optimizers, work, sizes, GAP, arguments.repeats, arguments.seed)
 
 
 def adamw_bytes() -> int:
-    """Of the two fp32 moments that AdamW keeps for the matrices."""
+    """Return the bytes of the two fp32 moments that AdamW keeps for the matrices."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**runs.model()))
     _, matrices = matrix_groups(model, {"type": "AdamW", "params": {"lr": 0.0}}, 1.0)
@@ -145,7 +153,7 @@ def adamw_bytes() -> int:
 
 
 def losses(found: Found, setting: Setting) -> dict[str, Any]:
-    """The first columns of a row."""
+    """Return the columns that the tables of this benchmark share."""
     each = over_seeds(found, setting)
     return {
         "optimizer": setting.optimizer,
@@ -157,7 +165,7 @@ def losses(found: Found, setting: Setting) -> dict[str, Any]:
 
 
 def summary(found: Found, seconds: Mapping[str, float]) -> Numbers:
-    """One record for each contender, at its best setting."""
+    """Return one record per contender, at its best setting."""
     rows: Numbers = []
     for name, setting in best(found).items():
         last = found[setting][-1]
@@ -176,7 +184,7 @@ def summary(found: Found, seconds: Mapping[str, float]) -> Numbers:
 
 
 def grid(found: Found, seed: int) -> Numbers:
-    """One record for each setting that was run."""
+    """Return one record per setting that was run."""
     winners = best(found).values()
     return [
         {**losses(found, setting), "best": "yes" if setting in winners else ""}
@@ -186,19 +194,23 @@ def grid(found: Found, seed: int) -> Numbers:
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = options(__doc__)
     runs.add_run_options(parser, steps=300)
-    parser.add_argument("--plot", type=Path, default=runs.ROOT / "docs/images/methods.png")
-    parser.add_argument("--seeds", type=int, default=2, help="of every setting")
-    parser.add_argument("--more", type=int, default=2, help="values tried beyond the edge of a sweep, at most")
-    parser.add_argument("--repeats", type=int, default=60, help="timed steps of each")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="default: docs/images/methods.png; none if --quick")
+    parser.add_argument("--seeds", type=int, default=2, help="per setting")
+    parser.add_argument("--more", type=int, default=2, help="at most this many values beyond the edge of a sweep")
+    parser.add_argument("--repeats", type=int, default=60, help="timed steps of each optimizer")
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(steps=10, seeds=1, more=0, repeats=3, eval_sequences=16)
+    elif arguments.plot is None:
+        arguments.plot = runs.ROOT / "docs/images/methods.png"
     return arguments
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = parse()
     contenders = CONTENDERS
     if arguments.quick:
@@ -213,7 +225,8 @@ def main() -> None:
         name: [records for s, records in found.items() if replace(s, seed=setting.seed) == setting]
         for name, setting in best(found).items()
     }
-    draw_methods(curves, rows, arguments.plot)
+    if arguments.plot is not None:
+        draw_methods(curves, rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of benchmarks/validation_loss.py and benchmarks/methods.py."""
+"""The plots of the benchmarks that train models."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ OTHERS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gr
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """The same for GaLore and AdamW in every picture."""
+    """Assign a colour to each optimizer; GaLore and AdamW have the same in every plot."""
     others = cycle(OTHERS)
     return {name: COLOURS.get(name) or next(others) for name in names}
 
 
 @contextmanager
 def picture(path: Path, size: tuple[float, float], widths: Sequence[float]) -> Iterator[Sequence[Axes]]:
-    """Panels side by side, written as a PNG when they are drawn."""
+    """Provide panels side by side to draw on, and write them to a PNG file at the end.
+
+    Args:
+        path: The PNG file.
+        size: Width and height in inches.
+        widths: Relative width of each panel.
+    """
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels: Sequence[Axes] = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -41,7 +47,7 @@ def picture(path: Path, size: tuple[float, float], widths: Sequence[float]) -> I
 
 
 def mean_curve(runs: Sequence[Records]) -> dict[int, float]:
-    """The mean validation loss of some runs by step, as far as none has diverged."""
+    """Return the mean validation loss of some runs by step, up to the first step at which one has diverged."""
     curve = {}
     for records in zip(*runs, strict=True):
         losses = [record["eval_loss"] for record in records]
@@ -52,14 +58,14 @@ def mean_curve(runs: Sequence[Records]) -> dict[int, float]:
 
 
 def draw_curve(axes: Axes, curve: Mapping[int, float], label: str, colour: str) -> None:
-    """Losses over the steps."""
+    """Draw one optimizer's validation loss over the steps."""
     axes.plot(list(curve), list(curve.values()), "o-", markersize=4, color=colour, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss (nats per token)")
 
 
 def draw_sweep(runs: Found, best: Mapping[str, Setting], path: Path) -> None:
-    """The loss of the best runs over the steps, and the final loss of every run over its learning rate."""
+    """Draw the loss of the best runs over the steps, and the final loss of every run over its learning rate."""
     colour = colours(list(best))
     with picture(path, (10, 4.2), (2, 1)) as (curves, rates):
         for name, setting in best.items():
@@ -94,12 +100,15 @@ def _draw_rates(axes: Axes, runs: Found, colour: Mapping[str, str]) -> None:
 
 
 def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Path) -> None:
-    """Each method at its best, a mean over seeds: the loss over the steps, what it is above AdamW's in the last two
-    thirds, and the final one over the bytes of state.
+    """Draw each method at its best setting, as a mean over seeds.
+
+    The panels show the loss over the steps, its excess over AdamW's in the last two thirds of them, and the final loss
+    over the bytes of state.
 
     Args:
-        runs: of each method at its best setting, with every seed.
-        rows: the methods' table.
+        runs: The runs of each method's best setting, one for each seed.
+        rows: The table of the methods.
+        path: The PNG file.
     """
     colour = colours(list(runs))
     curves = {name: mean_curve(own) for name, own in runs.items()}

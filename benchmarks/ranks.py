@@ -1,4 +1,4 @@
-"""Engines with different optimizers side by side in the same gloo ranks, so that their steps can take turns."""
+"""Engines with different optimizers in the same gloo ranks, so that their steps can be timed in turns."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``measure`` returns on rank 0, called on every one of some gloo ranks, one thread each.
+    """Call a function on several gloo ranks, one thread each, and return what it returns on rank 0.
 
     Args:
-        measure: a function of a module; it returns what JSON can hold.
+        ranks: The number of ranks.
+        measure: A module-level function whose result can be written as JSON.
+        arguments: Its arguments.
     """
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "found.json")
-        mp.spawn(_rank, (_free_port(), ranks, measure, arguments, file), nprocs=ranks)
+        spawn(_rank, (_free_port(), ranks, measure, arguments, file), nprocs=ranks)  # type: ignore[no-untyped-call]
         return json.loads(file.read_text())
 
 
@@ -57,11 +59,15 @@ def _free_port() -> int:
 def engines(
     optimizers: Mapping[str, Mapping[str, Any]], model: LlamaConfig, stage: int, micro: int, ranks: int, seed: int
 ) -> dict[str, Any]:
-    """A DeepSpeed engine with each optimizer, on models of their own with the same weights. Collective.
+    """Build one DeepSpeed engine per optimizer, each with its own copy of the same model. Collective.
 
     Args:
-        optimizers: DeepSpeed's ``optimizer`` entries, by the names of the engines.
-        micro: sequences a rank.
+        optimizers: DeepSpeed's ``optimizer`` entries by engine name.
+        model: The model's configuration.
+        stage: The ZeRO stage.
+        micro: Sequences per rank.
+        ranks: The number of ranks.
+        seed: Seed of the weights.
     """
     import ds_lowrank
     from ds_lowrank.models import llama

@@ -1,13 +1,14 @@
-"""Cost and quality of GaLore's randomized refresh and cost of Online Subspace Descent's PCA step, against an exact SVD.
+"""GaLore's randomized refresh and Online Subspace Descent's PCA step against an exact SVD: time and captured energy.
 
 python -m benchmarks.refresh
 
-The matrices are gradients of a 2-layer LLaMA of the 350M shapes on the standard library's source, byte by byte, at
-initialisation and after ten AdamW steps. One thread, fp32. *Energy* is what the basis captures of the gradient's
-square over what the best basis of that rank would: the smallest of all repeats, each with a sketch of its own.
+The matrices are gradients of a 2-layer LLaMA with the shapes of the 350M model, on the standard library's source as
+bytes, at initialisation and after ten AdamW steps. One thread, fp32. *energy* is the share of the gradient's squared
+norm that the basis captures, relative to the best basis of that rank: the smallest of all repeats, each of which has
+its own sketch.
 
-*PCA step* is one step on the basis, its gradient and Adam's move. Finding the projected gradient is not part of it, nor
-of the refreshes: every training step does that. Gaussian matrices stand for the shapes of other models.
+*PCA step* is one step on the basis: its gradient and Adam's update. Like the refreshes, it does not include the
+projection of the gradient, which every training step needs. Gaussian matrices represent the shapes of other models.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import random
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import Numbers, interleaved, medians, options, report
 from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.online_subspace_descent import (
     OnlineSubspaceDescent,
@@ -42,16 +44,24 @@ MATRICES = {
     "model.layers.1.self_attn.q_proj.weight": (256, 128, 32),
     "model.layers.1.mlp.up_proj.weight": (256, 128, 32),
 }
-"""The ranks that each is refreshed at. The targets are for ``down_proj``, 1024 x 2736, at rank 256."""
+"""The ranks at which each matrix is refreshed. The targets hold for ``down_proj``, 1024 x 2736, at rank 256."""
 OTHER_SHAPES = {(512, 1376): 128, (2048, 5461): 512}
-"""Of the 60M and 1B models, and a quarter of the hidden size."""
+"""Shapes of the 60M and 1B models, and a quarter of their hidden sizes as the rank."""
 
 
-def gradients(seed: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The matrices' gradients at ``step 0`` and ``step 10``; kept in the temporary folder for the next time."""
-    cache = Path(tempfile.gettempdir()) / f"ds_lowrank_gradients_{SEQUENCES}x{LENGTH}_{STEPS}_{seed}.pt"
+Gradients = Mapping[str, Mapping[str, torch.Tensor]]
+"""Gradients by when they were taken, then by parameter name."""
+
+
+def gradients(seed: int, quick: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the matrices' gradients at ``step 0`` and ``step 10``, the second unless ``quick``.
+
+    They are kept in the temporary folder for the next time.
+    """
+    sequences, steps = (1, 0) if quick else (SEQUENCES, STEPS)
+    cache = Path(tempfile.gettempdir()) / f"ds_lowrank_gradients_{sequences}x{LENGTH}_{steps}_{seed}.pt"
     if not cache.exists():
-        found = _train(seed)
+        found = _train(seed, sequences, steps)
         partial = cache.with_suffix(".partial")
         torch.save(found, partial)
         partial.replace(cache)
@@ -59,7 +69,7 @@ def gradients(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     return loaded
 
 
-def _train(seed: int) -> dict[str, dict[str, torch.Tensor]]:
+def _train(seed: int, sequences: int, steps: int) -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -70,26 +80,26 @@ def _train(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     text = source_bytes(seed)
     found = {}
-    for step in range(STEPS + 1):
-        starts = torch.randint(len(text) - LENGTH, (SEQUENCES, 1))
+    for step in range(steps + 1):
+        starts = torch.randint(len(text) - LENGTH, (sequences, 1))
         batch = text[starts + torch.arange(LENGTH)]
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
-        if step in (0, STEPS):
+        if step in (0, steps):
             found[f"step {step}"] = {name: model.get_parameter(name).grad.clone() for name in MATRICES}
         optimizer.step()
     return found
 
 
 def source_bytes(seed: int, files: int = 200) -> torch.Tensor:
-    """The bytes of some modules of the standard library, int64."""
+    """Return the bytes of some modules of the standard library as int64."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     chosen = random.Random(seed).sample(paths, min(files, len(paths)))
     return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in chosen)), dtype=torch.uint8).long()
 
 
 def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: int) -> torch.Tensor:
-    """The basis as one process finds it, compressed x rank."""
+    """Return the basis that one process finds, compressed x rank."""
     (basis,) = SingleProcess().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
     return basis
 
@@ -102,40 +112,44 @@ def _shard(name: str, gradient: torch.Tensor) -> MatrixShard:
 
 
 def _turned(gradient: torch.Tensor) -> torch.Tensor:
-    """With the compressed dimension, the smaller, second."""
+    """Return the gradient with its compressed dimension, the smaller one, second."""
     return gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
 
 
 def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], object]:
-    """A function that takes one step on the basis, compressed x rank, whenever it is called, as one process does."""
-    shard, options = _shard("matrix", gradient), OnlineSubspaceDescentOptions(rank=basis.shape[1])
-    layout = OnlineSubspaceDescent.state(shard, options, options.rank)
-    state = {key: kept if isinstance(kept, int) else torch.zeros(kept.shape) for key, kept in layout.items()}
+    """Return a function that takes one step on the basis, compressed x rank, as one process does."""
+    shard, rank = _shard("matrix", gradient), basis.shape[1]
+    options = OnlineSubspaceDescentOptions.model_validate({"rank": rank})
+    store = StateStore(shard.name, lambda at: OnlineSubspaceDescent.state(shard, options, at), rank)
+    state = store.empty(gradient.device) | {"basis": basis}
     seen = Projection(_turned(gradient) @ basis, refreshed=False, own=basis, basis=basis)
-    state["basis"] = basis
     return lambda: SingleProcess().run(lockstep([move_basis(shard, state, options, seen)]))
 
 
-def measure(seed: int, repeats: int) -> Numbers:
-    """The refreshes: one record for each gradient and rank."""
+def measure(found: Gradients, seed: int, repeats: int, quick: bool) -> Numbers:
+    """Return one record of the refreshes for each gradient and rank; with ``quick``, for its first rank."""
     return [
         _compare(when, name, gradient, rank, seed, repeats)
-        for when, matrices in gradients(seed).items()
+        for when, matrices in found.items()
         for name, gradient in matrices.items()
-        for rank in MATRICES[name]
+        for rank in MATRICES[name][: 1 if quick else None]
     ]
 
 
-def measure_pca(seed: int, repeats: int) -> Numbers:
-    """The PCA step: one record for each gradient of the target's shape, and for each of the other shapes."""
+def measure_pca(found: Gradients, seed: int, repeats: int, quick: bool) -> Numbers:
+    """Return one record of the PCA step for each gradient of the target's shape and each other shape.
+
+    With ``quick`` only the smallest of the other shapes is measured.
+    """
     generator = torch.Generator().manual_seed(seed)
     matrices = [
         (_title(name, when), gradient, MATRICES[name][0])
-        for when, found in gradients(seed).items()
-        for name, gradient in found.items()
+        for when, own in found.items()
+        for name, gradient in own.items()
         if "down_proj" in name
     ]
-    matrices += [("Gaussian", torch.randn(shape, generator=generator), rank) for shape, rank in OTHER_SHAPES.items()]
+    shapes = list(OTHER_SHAPES.items())[: 1 if quick else None]
+    matrices += [("Gaussian", torch.randn(shape, generator=generator), rank) for shape, rank in shapes]
     return [_compare_pca(title, gradient, rank, repeats) for title, gradient, rank in matrices]
 
 
@@ -188,13 +202,15 @@ def _compare(when: str, name: str, gradient: torch.Tensor, rank: int, seed: int,
 
 
 def main() -> None:
+    """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    repeats = 1 if arguments.quick else arguments.repeats
-    gradients(arguments.seed)
+    seed, quick = arguments.seed, arguments.quick
+    repeats = 1 if quick else arguments.repeats
+    found = gradients(seed, quick)
     torch.set_num_threads(1)
-    report(measure(arguments.seed, repeats), arguments, pca=measure_pca(arguments.seed, repeats))
+    report(measure(found, seed, repeats, quick), arguments, pca=measure_pca(found, seed, repeats, quick))
     print(
         f"\nTargets, 1024x2736 at rank 256: {SPEED_TARGET:g} times faster, energy {ENERGY_TARGET}; "
         f"the PCA step {PCA_TARGET:g} times faster."

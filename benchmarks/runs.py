@@ -1,7 +1,7 @@
-"""Whole runs of the launch scripts that a benchmark compares: the same model, data, order and tokens.
+"""Complete runs of the launch scripts for benchmarks that compare them: same model, data, order and tokens.
 
-Every run is one rank on one core, on the standard library's source. The model is small: ``llama_9m`` with a vocabulary
-of its own size.
+Every run is one rank on one core, on the standard library's source. The model is small: ``llama_9m`` with a smaller
+vocabulary.
 """
 
 from __future__ import annotations
@@ -28,12 +28,19 @@ MODEL = ROOT / "ds_configs/models/llama_9m.json"
 VOCABULARY = 4096
 
 Records = list[dict[str, Any]]
-"""The lines of a run's metrics.jsonl that were evaluated."""
+"""The lines of a run's metrics.jsonl that have a validation loss."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. ``scale`` is the method's own, or the factor on a dense optimizer's rate for the matrices."""
+    """One run.
+
+    Attributes:
+        optimizer: The label of the optimizer.
+        lr: The learning rate.
+        scale: The method's ``scale`` option, or for a dense optimizer the factor on the learning rate of the matrices.
+        seed: Seed of the weights and the order of the data.
+    """
 
     optimizer: str
     lr: float
@@ -42,6 +49,7 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """The name of the run's files."""
         return f"{self.optimizer}_lr{self.lr:g}_scale{self.scale:g}_seed{self.seed}"
 
 
@@ -49,24 +57,28 @@ Found = dict[Setting, Records]
 
 
 def add_run_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """What all runs of a benchmark share."""
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the runs, and repeats only those missing")
+    """Add the options that all runs of a benchmark share."""
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs here; only missing ones are run")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens")
     parser.add_argument("--eval-sequences", type=int, default=128)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one core each")
 
 
 def model() -> dict[str, Any]:
-    """The model's configuration."""
+    """Return the model's configuration under Hugging Face's keys."""
     entries: dict[str, Any] = json.loads(MODEL.read_text()) | {"vocab_size": VOCABULARY}
     return entries
 
 
 @contextmanager
 def working_folder(chosen: Path | None) -> Iterator[Path]:
-    """The folder of ``--work``, or one that is removed at the end, with the model's configuration in it."""
+    """Provide a folder with the model's configuration in it.
+
+    Args:
+        chosen: The folder of ``--work``; None for a temporary one that is removed at the end.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         work = chosen or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -81,11 +93,17 @@ def train(
     arguments: argparse.Namespace,
     matrix_lr_scale: float | None,
 ) -> Records:
-    """The records of a run; one that ``work`` already holds finished, with the same optimizer, is not repeated.
+    """Return the records of a run; one that is finished in ``work``, with the same optimizer, is not repeated.
 
     Args:
-        optimizer: DeepSpeed's entry.
-        matrix_lr_scale: of a dense optimizer.
+        setting: The run.
+        optimizer: DeepSpeed's ``optimizer`` entry.
+        work: The folder for all runs.
+        arguments: From :func:`add_run_options`.
+        matrix_lr_scale: The factor on a dense optimizer's learning rate for the matrices; None for a low-rank method.
+
+    Raises:
+        RuntimeError: The run failed.
     """
     output = work / _sizes(arguments) / setting.name
     config = json.dumps({"gradient_clipping": 1.0, "optimizer": optimizer})
@@ -112,7 +130,16 @@ def train(
 
 
 def launch(script: str, flags: Mapping[str, Any], *switches: str) -> None:
-    """Run a script of launch/ on one rank and one core; raises RuntimeError with the end of its output."""
+    """Run a script of launch/ on one rank and one core.
+
+    Args:
+        script: The name of the file.
+        flags: Options and their values, without the leading dashes.
+        switches: Options without a value.
+
+    Raises:
+        RuntimeError: The script failed; the message has the end of its output.
+    """
     command = [sys.executable, str(ROOT / "launch" / script), *(f"--{key}={flags[key]}" for key in flags), *switches]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -120,13 +147,13 @@ def launch(script: str, flags: Mapping[str, Any], *switches: str) -> None:
 
 
 def _sizes(arguments: argparse.Namespace) -> str:
-    """Names what all runs share, so that ``--work`` never mixes runs of different lengths or batches."""
+    """Name what all runs share, so that ``--work`` never mixes runs of different lengths or batch sizes."""
     batch = f"{arguments.batch_size}x{arguments.sequence_length}"
     return f"steps{arguments.steps}_batch{batch}_eval{arguments.eval_sequences}"
 
 
 def finished(output: Path, file: Path, config: str) -> bool:
-    """Whether `output` holds a whole run with the configuration that `file` has."""
+    """Whether ``output`` has a finished run and ``file`` contains this configuration."""
     summary = output / "summary.json"
     if not summary.exists() or not file.exists() or file.read_text() != config:
         return False
@@ -134,19 +161,19 @@ def finished(output: Path, file: Path, config: str) -> bool:
 
 
 def final(records: Records) -> float:
-    """The last validation loss; infinite where the run diverged, which the trainer writes as null."""
+    """Return the last validation loss; infinity if the run diverged, which the trainer records as null."""
     loss = records[-1]["eval_loss"]
     return math.inf if loss is None else float(loss)
 
 
 def over_seeds(found: Found, setting: Setting) -> list[float]:
-    """The final losses of a setting with every seed that was run."""
+    """Return the final loss of a setting for every seed that was run."""
     what = (setting.optimizer, setting.lr, setting.scale)
     return [final(found[s]) for s in found if (s.optimizer, s.lr, s.scale) == what]
 
 
 def best(found: Found) -> dict[str, Setting]:
-    """The setting of each optimizer with the lowest final loss, the mean over its seeds."""
+    """Return each optimizer's setting with the lowest final loss, as a mean over seeds."""
     names = dict.fromkeys(s.optimizer for s in found)
     return {
         name: min((s for s in found if s.optimizer == name), key=lambda s: mean(over_seeds(found, s))) for name in names
@@ -154,7 +181,7 @@ def best(found: Found) -> dict[str, Setting]:
 
 
 def at_edge(rows: Numbers) -> list[str]:
-    """The swept values that won at the end of their range: a better one may lie beyond."""
+    """Return a sentence for each swept value that is best at the edge of its range, beyond which may be better ones."""
     found = []
     for won in (row for row in rows if row["best"]):
         for key in ("lr", "scale of the matrices"):

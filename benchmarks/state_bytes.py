@@ -2,9 +2,9 @@
 
 python -m benchmarks.state_bytes
 
-Nothing is allocated: the model and the state are meta tensors. Counted is every tensor of the state at rank 128, over
-all ranks: of the projected matrices (moments, bases, magnitudes, scales of codes) and of the rest (AdamW's moments and
-their scales). AdamW in bf16 keeps two moments of two bytes for every parameter; *below* is how much less that is.
+Nothing is allocated: the model and the state are meta tensors. All tensors of the state at rank 128 are counted, over
+all ranks: those of the projected matrices (moments, bases, magnitudes, scales of codes) and the rest (AdamW's moments
+and their scales). AdamW in bf16 keeps two moments of two bytes per parameter; *below* is the saving relative to that.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ STATE_DTYPES = ("fp32", "bf16", "int8")
 
 
 def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple[int, int]:
-    """Of the projected matrices and of the rest."""
+    """Return the bytes of state of the projected matrices and of all other parameters."""
     optimizer = getattr(ds_lowrank, name)(model.named_parameters(), **params)
     optimizer.bind()
     return state_bytes(optimizer.slots)
 
 
 def measure(size: str) -> Numbers:
-    """One record for each optimizer, the last AdamW."""
+    """Return one record per optimizer for a model of ``ds_configs/models``; AdamW comes last."""
+    from transformers import LlamaForCausalLM
+
     from ds_lowrank.models import llama
 
     config = llama.load_config(MODELS / f"llama_{size}.json")
     with torch.device("meta"):
-        model = llama.LlamaForCausalLM(config)
+        model: torch.nn.Module = LlamaForCausalLM(config)
     adamw = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {
         f"{name}, {state_dtype}": bytes_of(model, name, {"rank": RANK, "state_dtype": state_dtype})
@@ -60,12 +62,14 @@ def measure(size: str) -> Numbers:
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = options(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["60m", "1b", "7b"])
     return parser.parse_args()
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = parse()
     logging.disable(logging.WARNING)
     sizes = arguments.sizes[:1] if arguments.quick else arguments.sizes

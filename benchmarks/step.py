@@ -3,22 +3,22 @@
 pip install galore-torch==1.0
 python -m benchmarks.step
 
-One process, one thread, fp32, both optimizers on weights of their own and the same gradients. *Ordinary* is a step
-that keeps the basis. *Amortised* is the mean over an interval of 200 steps, one of which refreshes: by the randomized
-range finder here, by a full SVD there. *Difference* is that of the first update when both use the SVD, relative.
+One process, one thread, fp32; the optimizers have separate weights and the same gradients. An *ordinary* step keeps the
+basis. *amortised* is the mean over an interval of 200 steps, one of which refreshes: ours by the randomized range
+finder, the official one by a full SVD. *difference* is the relative difference of the first update when both use the
+SVD.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
-from types import ModuleType
 
 import torch
 
 from benchmarks.common import Numbers, interleaved, medians, options, relative_difference, report
+from benchmarks.peers import load_galore_adamw
 from ds_lowrank import GaLore
 
 GAP = 200
@@ -34,7 +34,7 @@ LR, SCALE, BETAS = 1e-2, 0.25, (0.9, 0.999)
 
 
 def layer(seed: int) -> dict[str, torch.nn.Parameter]:
-    """The seven matrices, with gradients."""
+    """Return the seven matrices of a layer, with gradients."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {
         name: torch.nn.Parameter(0.02 * torch.randn(*shape, generator=generator)) for name, shape in SHAPES.items()
@@ -45,38 +45,22 @@ def layer(seed: int) -> dict[str, torch.nn.Parameter]:
 
 
 def ours(parameters: dict[str, torch.nn.Parameter], rank: int, projector: str, eps: float = 1e-8) -> GaLore:
+    """Build our GaLore."""
     method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "projector": projector}
     return GaLore(parameters.items(), lr=LR, betas=BETAS, eps=eps, **method)
 
 
 def official(parameters: dict[str, torch.nn.Parameter], rank: int, eps: float = 1e-8) -> torch.optim.Optimizer:
+    """Build galore-torch's GaLore."""
     method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "proj_type": "std"}
     groups = [{"params": list(parameters.values()), **method}]
-    optimizer: torch.optim.Optimizer = _galore_adamw()(groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True)
-    return optimizer
-
-
-def _galore_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """``galore_torch.GaLoreAdamW``, which needs no bitsandbytes; its package imports it for the 8-bit variant."""
-    stub = ModuleType("bitsandbytes.optim.optimizer")
-    stub.Optimizer2State = object  # type: ignore[attr-defined]
-    names = ("bitsandbytes", "bitsandbytes.optim", stub.__name__)
-    before = {name: sys.modules[name] for name in names if name in sys.modules}
-    sys.modules.update(dict.fromkeys(names, stub))
-    try:
-        from galore_torch import GaLoreAdamW
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(before)
-    adamw: Callable[..., torch.optim.Optimizer] = GaLoreAdamW
-    return adamw
+    return load_galore_adamw()(groups, lr=LR, betas=BETAS, eps=eps, no_deprecation_warning=True)
 
 
 def first_update_difference(seed: int, rank: int) -> float:
-    """The largest relative difference of any matrix's first update, both with the exact SVD."""
-    # Adam's first direction is the sign of the projection but for epsilon: were that tiny, elements that are zero up to
-    # rounding would take either sign. The official one adds it to a root that is not corrected for its bias.
+    """Return the largest relative difference of any matrix's first update, both optimizers using the exact SVD."""
+    # Adam's first direction is the sign of the projection, except for epsilon: if that were tiny, elements that are
+    # zero up to rounding could have either sign. The official optimizer adds it before correcting the root's bias.
     eps = 1e-2
     start, a, b = layer(seed), layer(seed), layer(seed)
     ours(a, rank, "svd", eps).step()
@@ -88,7 +72,7 @@ def first_update_difference(seed: int, rank: int) -> float:
 
 
 def compare(seed: int, rank: int, repeats: int, refreshes: int) -> dict[str, object]:
-    """One record: ordinary and amortised step times, their ratios (ours over the official one) and the targets."""
+    """Return the record of one rank: step times, their ratios (ours over the official one) and the target."""
     optimizers = {"ours": ours(layer(seed), rank, "randomized"), "official": official(layer(seed), rank)}
     refresh = medians(
         interleaved({name: partial(_step_at, o, GAP) for name, o in optimizers.items()}, refreshes, warm_up=0)
@@ -111,33 +95,40 @@ def compare(seed: int, rank: int, repeats: int, refreshes: int) -> dict[str, obj
 
 
 def _step_at(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """One step, counted as the ``step``-th after the first; it refreshes where the gap divides that number."""
+    """Take a step as if ``step`` steps had been taken; it refreshes if that is a multiple of the interval."""
     for state in optimizer.state.values():
         state["step"] = step
     optimizer.step()
 
 
-def measure(seed: int, repeats: int, refreshes: int) -> Numbers:
-    """One record for each rank."""
+def measure(seed: int, repeats: int, refreshes: int, ranks: Iterable[int]) -> Numbers:
+    """Return one record per rank."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [compare(seed, rank, repeats, refreshes) for rank in TARGETS]
+        return [compare(seed, rank, repeats, refreshes) for rank in ranks]
     finally:
         torch.set_num_threads(threads)
 
 
 def main() -> None:
+    """Measure and report."""
     parser = options(__doc__)
-    parser.add_argument("--repeats", type=int, default=51, help="ordinary steps of each")
-    parser.add_argument("--refreshes", type=int, default=3, help="refresh steps of each; the official one takes long")
+    parser.add_argument("--repeats", type=int, default=51, help="ordinary steps of each optimizer")
+    parser.add_argument(
+        "--refreshes", type=int, default=3, help="refresh steps of each optimizer; the official ones take long"
+    )
     arguments = parser.parse_args()
-    quick = arguments.quick
-    rows = measure(arguments.seed, 5 if quick else arguments.repeats, 1 if quick else arguments.refreshes)
+    if arguments.quick:
+        rows = measure(arguments.seed, repeats=5, refreshes=1, ranks=list(TARGETS)[:1])
+    else:
+        rows = measure(arguments.seed, arguments.repeats, arguments.refreshes, TARGETS)
     report(rows, arguments)
     worst = max(row["difference"] for row in rows)
     if worst > 1e-4:
-        raise SystemExit(f"\nThe updates differ by {worst:.2g} relative: the times are not those of the same work.")
+        raise SystemExit(
+            f"\nThe first updates differ by {worst:.2g} (relative): the optimizers do not do the same work."
+        )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 python -m benchmarks.training_step --stages 0 1 2 3
 
-All engines live in the same gloo ranks, one thread each, and take turns step by step. The rank is a quarter of the
-hidden size; LORENZA probes once, on two sides. Ordinary steps, and *amortised* over an interval of 200 steps, one of
-which refreshes every basis. The ratios are of amortised steps.
+All engines are in the same gloo ranks, one thread each, and take turns step by step. The rank is a quarter of the
+hidden size; LORENZA uses one two-sided probe. *ordinary* steps keep their bases; *amortised* is the mean over an
+interval of 200 steps, one of which refreshes every basis. The ratios compare amortised steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARTS = ("forward", "backward", "step")
 
 
 def contenders(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
-    """A DeepSpeed engine with each optimizer, on models of their own with the same weights."""
+    """Build one DeepSpeed engine per optimizer, each with its own copy of the same model. Collective."""
     from ds_lowrank.models import llama
 
     model = llama.load_config(MODEL)
@@ -44,7 +44,7 @@ def contenders(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
 
 
 def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each optimizer's forward, backward, step and of a step that refreshes. On each rank."""
+    """Return the median seconds of each optimizer's forward, backward, step and refreshing step on this rank."""
     from ds_lowrank.training.loop import StepResult, train_step
 
     built = contenders(stage, micro, dist.get_world_size(), seed)
@@ -74,7 +74,7 @@ def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> 
 
 
 def measure(stage: int, ranks: int, micro: int, length: int, repeats: int, seed: int) -> Numbers:
-    """One record for each optimizer at one ZeRO stage, as rank 0 sees it."""
+    """Return one record per optimizer at one ZeRO stage, with the times of rank 0."""
     found = on_ranks(ranks, time_steps, stage, micro, length, repeats, seed)
     rows: Numbers = []
     ordinary = {name: sum(seconds[part] for part in PARTS) for name, seconds in found.items()}
@@ -99,16 +99,18 @@ def measure(stage: int, ranks: int, micro: int, length: int, repeats: int, seed:
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = options(__doc__)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences a rank")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences per rank")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=31, help="steps of each optimizer")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = parse()
     sizes = (arguments.ranks, arguments.micro_batch_size, arguments.sequence_length)
     repeats = 3 if arguments.quick else arguments.repeats

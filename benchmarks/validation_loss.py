@@ -2,9 +2,10 @@
 
 python -m benchmarks.validation_loss
 
-Every run is launch/pretrain.py on one rank and one core, two at a time, on the standard library's source. AdamW has the
-same freedom as GaLore: a rate of its own for the matrices inside the layers, which GaLore has in its ``scale``, and it
-is swept where GaLore's stays at the paper's 0.25. The best setting of each is then repeated with other seeds.
+Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. AdamW
+has the same freedom as GaLore, whose ``scale`` multiplies the learning rate of the matrices in the layers: a separate
+learning rate for them, which is swept, while GaLore keeps the paper's 0.25. The best setting of each is then repeated
+with other seeds.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ SCALE = 0.25
 
 
 def grid(galore_lrs: list[float], adamw_lrs: list[float], scales: list[float], seed: int) -> list[Setting]:
+    """Return all settings of the sweep."""
     adamw = [Setting("AdamW", lr, scale, seed) for lr in adamw_lrs for scale in scales]
     return [*(Setting("GaLore", lr, SCALE, seed) for lr in galore_lrs), *adamw]
 
 
 def train(setting: Setting, work: Path, arguments: argparse.Namespace) -> Records:
-    """The run's records; GaLore's rank is a quarter of the hidden size."""
+    """Return the records of a run; GaLore's rank is a quarter of the hidden size."""
     own: dict[str, Any] = {"torch_adam": True}
     if setting.optimizer == "GaLore":
         own = {"rank": runs.model()["hidden_size"] // 4, "scale": SCALE, "update_proj_gap": 50}
@@ -41,8 +43,8 @@ def train(setting: Setting, work: Path, arguments: argparse.Namespace) -> Record
 
 
 def sweep(settings: list[Setting], run: Callable[[Setting], Records], jobs: int, extra_seeds: int) -> Found:
-    """Records of the whole grid, and of the best setting of each optimizer with the other seeds."""
-    # The first run makes the tokenizer and the tokens that the others find in the cache.
+    """Return the records of the whole grid, and of each optimizer's best setting with further seeds."""
+    # The first run caches the tokenizer and the tokens for all others.
     found = {settings[0]: run(settings[0])}
     with ThreadPoolExecutor(jobs) as pool:
         found |= zip(settings[1:], pool.map(run, settings[1:]), strict=True)
@@ -56,7 +58,7 @@ def sweep(settings: list[Setting], run: Callable[[Setting], Records], jobs: int,
 
 
 def summary(found: Found, seed: int) -> Numbers:
-    """One record for each setting of the grid; the best ones also have the mean and spread over all seeds."""
+    """Return one record per setting of the grid; the best ones also have the mean and deviation over all seeds."""
     winners = best({s: records for s, records in found.items() if s.seed == seed})
     rows: Numbers = []
     for setting in (s for s in found if s.seed == seed):
@@ -77,21 +79,27 @@ def summary(found: Found, seed: int) -> Numbers:
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = options(__doc__)
     runs.add_run_options(parser, steps=400)
-    parser.add_argument("--plot", type=Path, default=runs.ROOT / "docs/images/validation_loss.png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="default: docs/images/validation_loss.png; none if --quick"
+    )
     parser.add_argument("--galore-lrs", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2])
     parser.add_argument("--adamw-lrs", type=float, nargs="+", default=[2.5e-3, 5e-3, 1e-2])
     parser.add_argument("--matrix-lr-scales", type=float, nargs="+", default=[0.25, 0.5, 1.0])
-    parser.add_argument("--extra-seeds", type=int, default=2, help="for the best of each")
+    parser.add_argument("--extra-seeds", type=int, default=2, help="for the best setting of each optimizer")
     arguments = parser.parse_args()
     if arguments.quick:
         smoke = {"steps": 10, "galore_lrs": [1e-2], "adamw_lrs": [5e-3], "matrix_lr_scales": [0.5, 1.0]}
         vars(arguments).update(smoke, extra_seeds=1, eval_sequences=16)
+    elif arguments.plot is None:
+        arguments.plot = runs.ROOT / "docs/images/validation_loss.png"
     return arguments
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = parse()
     settings = grid(arguments.galore_lrs, arguments.adamw_lrs, arguments.matrix_lr_scales, arguments.seed)
     with runs.working_folder(arguments.work) as work:
@@ -100,7 +108,8 @@ def main() -> None:
     report(rows, arguments)
     print(*at_edge(rows), sep="\n")
     grid_runs = {s: records for s, records in found.items() if s.seed == arguments.seed}
-    draw_sweep(grid_runs, best(grid_runs), arguments.plot)
+    if arguments.plot is not None:
+        draw_sweep(grid_runs, best(grid_runs), arguments.plot)
 
 
 if __name__ == "__main__":
