@@ -97,7 +97,9 @@ def _on_meta(*shape: int) -> torch.nn.Parameter:
 
 def _split(shape: tuple[int, int], dim: int, ranks: int) -> torch.nn.Parameter:
     parameter = _on_meta(*(size // ranks if axis == dim else size for axis, size in enumerate(shape)))
-    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = ranks > 1, dim, 1
+    marks = {"tensor_model_parallel": ranks > 1, "partition_dim": dim, "partition_stride": 1}
+    for mark, value in marks.items():
+        setattr(parameter, mark, value)
     return parameter
 
 

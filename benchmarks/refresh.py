@@ -28,7 +28,7 @@ from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.online_subspace_descent import (
-    OnlineSubspaceDescent,
+    OnlineSubspaceDescentMethod,
     OnlineSubspaceDescentOptions,
     move_basis,
 )
@@ -120,9 +120,9 @@ def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], objec
     """Return a function that takes one step on the basis, compressed x rank, as one process does."""
     shard, rank = _shard("matrix", gradient), basis.shape[1]
     options = OnlineSubspaceDescentOptions.model_validate({"rank": rank})
-    store = StateStore(shard.name, lambda at: OnlineSubspaceDescent.state(shard, options, at), rank)
+    store = StateStore(shard.name, lambda at: OnlineSubspaceDescentMethod.state(shard, options, at), rank)
     state = store.empty(gradient.device) | {"basis": basis}
-    seen = Projection(_turned(gradient) @ basis, refreshed=False, own=basis, basis=basis)
+    seen = Projection(_turned(gradient) @ basis, due=False, own=basis, basis=basis)
     return lambda: SingleProcess().run(lockstep([move_basis(shard, state, options, seen)]))
 
 

@@ -47,7 +47,7 @@ def layer(seed: int) -> dict[str, torch.nn.Parameter]:
 def ours(parameters: dict[str, torch.nn.Parameter], rank: int, projector: str, eps: float = 1e-8) -> GaLore:
     """Build our GaLore."""
     method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "projector": projector}
-    return GaLore(parameters.items(), lr=LR, betas=BETAS, eps=eps, **method)
+    return GaLore([{"params": parameters.items(), **method}], lr=LR, betas=BETAS, eps=eps)
 
 
 def official(parameters: dict[str, torch.nn.Parameter], rank: int, eps: float = 1e-8) -> torch.optim.Optimizer:
