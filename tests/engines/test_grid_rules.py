@@ -467,7 +467,7 @@ def test_the_role_table_shows_all_stages_and_names_what_is_held_twice():
     assert "14 of 21 parameters are projected" in table  # the tied embedding is on both stages
     for line, text in (
         ("model.layers.*.self_attn.q_proj.weight", "2      projected "),
-        ("model.norm.weight", "AdamW (1-D), on each of 2 tensor ranks"),
+        ("model.norm.weight", "AdamW (1-D), replicated on 2 tensor-parallel ranks"),
         ("model.embed_tokens.weight", "AdamW (embedding), tied: a copy on this stage"),
     ):
         assert any(row.startswith(line) and text in row for row in table.splitlines()), table
@@ -587,7 +587,7 @@ def test_the_role_table_counts_the_shards_of_all_tensor_ranks():
         for projection in ("logical", "local")
     ]
     assert all("State over 2 ranks" in table for table in tables)
-    assert "projected, as 2 shards apart" in tables[1]
+    assert "projected as 2 independent shards" in tables[1]
 
 
 def test_a_client_optimizer_learns_of_the_pipeline():
