@@ -15,8 +15,8 @@ class CheckpointError(ValueError):
 
 
 MISSES_SHARDS = (
-    "bf16 with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 leaves the shards of all tensor-parallel ranks but the "
-    "first out of the gradient norm. Set zero_optimization.stage to 1"
+    "bf16 with tensor parallelism at ZeRO 0: DeepSpeed 0.19.8 counts only the shards of the first tensor-parallel rank "
+    "in the gradient norm. Set zero_optimization.stage to 1"
 )
 """Raised when the configuration is checked, and when the optimizer finds a wrapper that no configuration announced."""
 
