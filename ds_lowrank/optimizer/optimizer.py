@@ -242,7 +242,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _agree_all_finite(self, finite: bool) -> bool:
         """Whether all ranks found their gradients finite, including those that exchange nothing with this one.
 
-        It is asked only if no wrapper of DeepSpeed's has looked for that.
+        The other ranks are asked only if no wrapper of DeepSpeed's has checked this already.
         """
         others = (self.grid.tensor if self._is_local else None, self.grid.pipeline)
         groups = [group for group in others if group is not None and self.wrapper == "none"]

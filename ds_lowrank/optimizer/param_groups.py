@@ -133,7 +133,7 @@ class ParameterGroups:
         return tag
 
     def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-        """Every pattern must match a parameter; in a pipeline, on some stage, which is asked once the grid is known."""
+        """Check that every pattern matches a parameter; with several ranks, leave that to ``match_patterns``."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._patterns += [(list(names), key, pattern) for pattern in patterns]
         else:

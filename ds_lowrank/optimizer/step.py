@@ -165,7 +165,7 @@ def _update(method: type[Method], bucket: Sequence[SteppedMatrix]) -> Rounds[int
 
 
 def magnitudes_over_ranks(tensors: Sequence[torch.Tensor], ranks: int) -> Rounds[list[float]]:
-    """One number for each of some tensors, of which every rank has a part: the same number on all ranks.
+    """Roughly the largest magnitude in each tensor over all ranks: one number per tensor, the same on all ranks.
 
     It is zero if all elements are, and not finite if one is not: the sum of every rank's largest magnitude, which
     neither overflows nor underflows as a sum of squares would. On the meta device, where a step is costed and nothing

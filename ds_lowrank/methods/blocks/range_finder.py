@@ -58,7 +58,7 @@ def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch
         shard: the matrix.
         rank: how many columns the sketch has.
         seed: the run's seed.
-        counter: tells the sketches of one matrix apart; a step, for example.
+        counter: distinguishes the sketches of one matrix; a step, for example.
 
     Returns:
         Held compressed rows x rank, fp32.
