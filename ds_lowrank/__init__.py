@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ds_lowrank.adapters.model import add_adapters, merge_adapters
 from ds_lowrank.environment.apex import check_apex
-from ds_lowrank.errors import CheckpointError, ConfigError
+from ds_lowrank.errors import CheckpointError, ConfigError, closest_name
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.initialize import initialize
 from ds_lowrank.integration.mpu import make_grid
@@ -68,7 +67,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(NEEDS_DEEPSPEED[name]), name)
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    known = {known.lower(): known for known in (*__all__, *OPTIMIZERS)}
-    near = get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    hint = f"; did you mean {known[near[0]]!r}?" if near else f"; it has {', '.join(sorted(known.values()))}"
+    known = {*__all__, *OPTIMIZERS}
+    closest = closest_name(name, known)
+    hint = f"; did you mean {closest!r}?" if closest else f"; it has {', '.join(sorted(known))}"
     raise AttributeError(f"module 'ds_lowrank' has no attribute {name!r}{hint}")

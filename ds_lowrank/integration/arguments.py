@@ -34,7 +34,14 @@ def settings_of(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any
 
 
 def without_path(args: Any) -> Any:
-    """``args`` for DeepSpeed, which refuses a configuration that comes twice."""
+    """The command line's arguments without ``deepspeed_config``: DeepSpeed refuses a configuration given twice.
+
+    Args:
+        args: the command line's, or None.
+
+    Returns:
+        ``args`` itself if it has no ``deepspeed_config``, else a changed copy.
+    """
     if getattr(args, "deepspeed_config", None) is None:
         return args
     args = copy.copy(args)
@@ -43,7 +50,11 @@ def without_path(args: Any) -> Any:
 
 
 def plain_parameters(parameters: Iterable[Any] | None) -> list[Any] | None:
-    """Parameters or groups as DeepSpeed takes them; the name in a ``(name, parameter)`` pair is in its tag."""
+    """Parameters or groups as DeepSpeed takes them, without names. The names are in the parameters' tags.
+
+    Args:
+        parameters: parameters, ``(name, parameter)`` pairs or groups; None for all of the model's.
+    """
     if parameters is None:
         return None
     return [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]

@@ -1,3 +1,5 @@
+"""Checks of the model and the grid, before an engine is built from them."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -10,24 +12,30 @@ from ds_lowrank.placement.grid import grid_of
 from ds_lowrank.placement.marks import is_expert, is_megatron_shard
 
 SIZES_OF_SHARDS = ("output_size_per_partition", "input_size_per_partition", "num_embeddings_per_partition")
-"""What megatron-core's parallel layers know."""
+"""Attributes by which megatron-core's parallel layers, and only they, tell the size of their shard."""
 
 
 def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) -> None:
-    """Refuse models and grids on which the update, or the norm that it is clipped by, would not be the method's.
+    """Refuse a model or grid on which the update, or the norm used for clipping, would be wrong.
+
+    Args:
+        model: a module or ``PipelineModule``, before DeepSpeed changes it.
+        mpu: the caller's model-parallel unit, or None.
+        config: the DeepSpeed configuration.
+        method: the method's name, for messages.
 
     Raises:
-        ConfigError: says which, and what works.
+        ConfigError: the model or the grid is not supported; the message says what is.
     """
     from deepspeed.runtime.pipe import PipelineModule
 
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline and mpu is not None:
-        raise ConfigError("a PipelineModule brings its own grid: leave mpu out, and give the module its topology")
+        raise ConfigError("a PipelineModule has its own grid: omit mpu, and pass the topology to the module")
     unit, autotp = model_parallel_unit(model, mpu), autotp_size(config)
     if unit is not None and autotp > 1:
         raise ConfigError(
-            "tensor_parallel.autotp_size makes a grid of its own: remove it, or give a plain model without mpu"
+            "tensor_parallel.autotp_size creates its own grid: remove it, or pass a plain model without mpu"
         )
     if getattr(unit, "get_context_parallel_world_size", lambda: 1)() > 1:
         raise ConfigError(
@@ -37,8 +45,8 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     tensor = autotp if unit is None else grid_of(unit).tensor_size
     if unit is None and autotp == 1 and grid_of(None).tensor_size > 1:
         raise ConfigError(
-            "tensor-parallel groups are initialised (megatron-core's, or of an earlier engine with AutoTP), and "
-            "DeepSpeed was not told: it would average the gradients of different shards. Pass "
+            "tensor-parallel groups are initialised (by megatron-core, or by an earlier engine with AutoTP), but "
+            "DeepSpeed does not know of them and would average the gradients of different shards. Pass "
             "mpu=megatron.core.parallel_state to ds_lowrank.initialize"
         )
     check_stage(config, tensor, in_pipeline)
@@ -46,7 +54,12 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
 
 
 def model_parallel_unit(model: Any, mpu: Any) -> Any:
-    """The model-parallel unit of an engine: a ``PipelineModule`` brings its own, else ``mpu``."""
+    """The model-parallel unit of an engine: that of the model if it is a ``PipelineModule``, else ``mpu``.
+
+    Args:
+        model: the engine's.
+        mpu: the caller's, or None.
+    """
     from deepspeed.runtime.pipe import PipelineModule
 
     return model.mpu() if isinstance(model, PipelineModule) else mpu
@@ -66,11 +79,11 @@ def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -
 
 
 def _check_marks(model: Any) -> None:
-    """megatron-core marks a weight as split while it draws it; told not to, it leaves a shard that looks whole."""
+    """Refuse shards without marks: megatron-core marks a weight as split only when it initialises the weight."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         split = any(hasattr(module, size) for size in SIZES_OF_SHARDS)
         if split and weight is not None and not is_megatron_shard(weight):
             raise ConfigError(
-                f"{name}.weight is a shard and not marked as one: set perform_initialization in megatron-core's config"
+                f"{name}.weight is a shard but not marked as one: set perform_initialization in megatron-core's config"
             )

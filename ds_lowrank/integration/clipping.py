@@ -1,7 +1,8 @@
-"""The norm of the raw gradient over a grid, and clipping by it where DeepSpeed 0.19.8 takes a wrong one.
+"""The gradient norm over a grid, and clipping by it for engines whose own norm is wrong.
 
-In fp32 at ZeRO 0 it counts a parameter that tensor-parallel ranks hold copies of only where the *model*-parallel rank
-is 0. In a pipeline that rank spans the stages, so all such parameters of the later stages are left out.
+In fp32 at ZeRO 0, DeepSpeed 0.19.8 counts a parameter that is replicated on tensor-parallel ranks only if the
+*model*-parallel rank is 0. In a pipeline this rank spans the stages, so it omits all such parameters of the later
+stages.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from ds_lowrank.placement.marks import is_megatron_shard, is_tied_between_stages
 
 
 def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch.Tensor:
-    """The 2-norm of the whole model's gradient, from reduced gradients in ``.grad``: a scalar, the same everywhere.
+    """The 2-norm of the whole model's gradient, before clipping. Collective over the grid.
 
-    A parameter that several ranks hold copies of counts once. Collective over the grid.
+    A parameter of which several ranks have copies counts once.
+
+    Args:
+        parameters: all parameters on this rank; their ``.grad`` is already averaged over the data-parallel ranks.
+        grid: tensor and pipeline parallelism.
+
+    Returns:
+        A scalar, fp32, the same on all ranks.
     """
     counted = [p.grad for p in parameters if p.grad is not None and _counts_here(p, grid)]
     device = next((p.device for p in parameters), None)
@@ -42,20 +50,33 @@ def _counts_here(parameter: Any, grid: Grid) -> bool:
 
 
 def keeps_no_norm(engine: DeepSpeedEngine) -> bool:
-    """In fp32 at ZeRO 0 DeepSpeed has no wrapper that would keep it; the reduced gradients are then in ``.grad``."""
-    lowered = engine.bfloat16_enabled() or engine.fp16_enabled()
-    return engine.zero_optimization_stage() == 0 and not lowered
+    """Whether an engine does not record its gradient norm: in fp32 at ZeRO 0 no wrapper of DeepSpeed's does.
+
+    The averaged gradients are then in ``.grad``.
+
+    Args:
+        engine: DeepSpeed's.
+    """
+    low_precision = engine.bfloat16_enabled() or engine.fp16_enabled()
+    return engine.zero_optimization_stage() == 0 and not low_precision
 
 
 def is_repaired(engine: DeepSpeedEngine) -> bool:
-    """Whether :func:`repair_clipping` lets it find, and keep, the norm after all."""
+    """Whether :func:`repair_clipping` changes an engine, which then records its gradient norm.
+
+    Args:
+        engine: DeepSpeed's.
+    """
     return keeps_no_norm(engine) and not grid_of(engine.mpu).is_flat
 
 
 def repair_clipping(engine: DeepSpeedEngine) -> None:
-    """Let an fp32 engine without ZeRO on a grid find the whole norm, report it, and clip by it if it clips.
+    """Make an fp32 engine without ZeRO on a grid compute and record the norm of the whole gradient, and clip by it.
 
-    Every other engine is left as it is.
+    It clips only if its configuration sets ``gradient_clipping``. Every other engine is left unchanged.
+
+    Args:
+        engine: DeepSpeed's; its ``clip_fp32_gradients`` and ``gradient_clipping`` are replaced.
     """
     if not is_repaired(engine):
         return
@@ -69,4 +90,4 @@ def repair_clipping(engine: DeepSpeedEngine) -> None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     engine.clip_fp32_gradients = MethodType(clip_fp32_gradients, engine)
-    engine.gradient_clipping = lambda: limit or math.inf  # DeepSpeed asks for the norm only where this is above 0
+    engine.gradient_clipping = lambda: limit or math.inf  # DeepSpeed computes the norm only if this is above 0

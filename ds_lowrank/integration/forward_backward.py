@@ -21,11 +21,11 @@ Forward = Callable[[], torch.Tensor]
 
 
 def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list[torch.Tensor]:
-    """Forward and backward of one optimizer step's micro-batches; call ``engine.step()`` next.
+    """Run forward and backward on the micro-batches of one optimizer step; call ``engine.step()`` next.
 
-    The same call serves every optimizer. For a method that looks at the loss around the weights (``Lorenza``) it first
-    probes, without gradients, on the same micro-batches with the same random state, moves the weights for the passes
-    whose losses it returns, and puts them back, also if anything raises.
+    The same call serves every optimizer. For a method that probes the loss around the weights (``Lorenza``) it first
+    runs forward passes without gradients on the same micro-batches with the same random state, moves the weights for
+    the passes whose losses it returns, and restores them, also if anything raises.
 
     Args:
         engine: DeepSpeed's; or, without DeepSpeed, an optimizer of this package.
@@ -35,8 +35,8 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
         The losses of the passes that gave the gradient, detached scalars, in order.
 
     Raises:
-        ConfigError: more micro-batches than the step has left; or not all of them, although the method shares one
-            perturbation among them.
+        ConfigError: there are more micro-batches than the step has left, or fewer than the step has although the method
+            shares one perturbation among them.
         RemoteError: a probe failed on another rank; says which.
     """
     if hasattr(engine, "train_batch"):
@@ -61,7 +61,7 @@ def forward_backward(engine: Any, forwards: Forward | Sequence[Forward]) -> list
 
 
 def _run_perturbed(optimizer: LowRankOptimizer, window: Sequence[Forward], passes: _Passes) -> list[torch.Tensor]:
-    """The passes of some micro-batches, at weights that were moved for them."""
+    """Run the passes of some micro-batches at weights that are perturbed for them."""
 
     def losses() -> list[torch.Tensor]:
         return [forward() for forward in window]
@@ -83,7 +83,7 @@ class _Passes:
     def __init__(self, engine: Any, count: int) -> None:
         self._engine, self._count, self._done = engine, count, 0
         self._is_plain = isinstance(engine, LowRankOptimizer)
-        # Otherwise the caller says when a step is whole, and every engine.step() is one.
+        # Otherwise the caller decides when a step is complete, and each engine.step() is an optimizer step.
         self._counts = not self._is_plain and engine.managed_gradient_accumulation()
 
     @property

@@ -25,7 +25,7 @@ from ds_lowrank.placement.grid import Grid, grid_of
 from ds_lowrank.placement.parameter_names import tag_parameters
 
 ADAPTER_PATTERNS = ("target_modules", "exclude_modules", "modules_to_save")
-"""Options that choose where adapters go, and not what the optimizer projects."""
+"""Options that choose which modules get adapters, not which parameters the optimizer projects."""
 
 
 def initialize(
@@ -63,15 +63,15 @@ def initialize(
         collate_fn: as in DeepSpeed.
         config: the DeepSpeed configuration, a dict or the path of a JSON file.
         mesh_param: as in DeepSpeed.
-        config_params: an older name of ``config``.
+        config_params: an older name for ``config``.
 
     Returns:
         The engine; the optimizer: DeepSpeed's wrapper, or this package's if DeepSpeed does not wrap it; the data
         loader; the scheduler.
 
     Raises:
-        ConfigError: the configuration cannot be honoured. Raised on every rank, before anything is built; says what to
-            change.
+        ConfigError: the configuration is invalid or not supported; the message says what to change. Raised on every
+            rank, before anything is built.
     """
     import deepspeed
 
@@ -114,7 +114,7 @@ def _prepare(
     model_parameters: Iterable[Any] | None,
     mpu: Any,
 ) -> tuple[dict[str, Any], Any]:
-    """Check everything, and put names on the parameters.
+    """Check the model and the configuration, and tag the parameters with their names.
 
     Args:
         model: the caller's.
@@ -141,7 +141,7 @@ def _prepare(
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline:
         get_accelerator().set_device(model.local_rank)  # as DeepSpeed will; collectives need it
-    with raise_on_all_ranks() if in_pipeline else nullcontext():  # what is refused may be on one stage
+    with raise_on_all_ranks() if in_pipeline else nullcontext():  # a problem may exist on one stage only
         check_model(model, mpu, settings, method)
     tag_parameters(model)
     unit = model_parallel_unit(model, mpu)
@@ -157,7 +157,7 @@ def _prepare(
 
 
 def _check_autotp_ranks(autotp: int) -> None:
-    """DeepSpeed's own error for a number of ranks that it does not divide says nothing, and not on every rank."""
+    """Refuse a number of ranks that AutoTP does not divide: DeepSpeed's own error is unclear, and not on every rank."""
     ranks = dist.get_world_size() if dist.is_initialized() else os.environ.get("WORLD_SIZE")
     if autotp > 1 and ranks is not None:
         check_grid(int(ranks), autotp, pipeline=1, megatron=False)
@@ -166,18 +166,18 @@ def _check_autotp_ranks(autotp: int) -> None:
 def _factory(
     model: torch.nn.Module, settings: Mapping[str, Any], grid: Grid | None
 ) -> Callable[[Iterable[Any]], LowRankOptimizer]:
-    """What DeepSpeed calls with the parameters, once it has placed the model."""
+    """A function that builds the optimizer; DeepSpeed calls it with the parameters once it has placed the model."""
     block = settings["optimizer"]
     params = block.get("params", {})
     parse_options(method_named(block["type"]), params)
 
     def build(parameters: Iterable[Any]) -> LowRankOptimizer:
         tag_parameters(model)  # AutoTP replaces parameters that zero.Init has partitioned
-        with raise_on_all_ranks():  # a stage or a shard alone may be refused
+        with raise_on_all_ranks():  # a problem may exist on one stage or shard only
             parameters = list(parameters)
             if not parameters and grid is not None and grid.pipeline is not None:
                 raise ConfigError(
-                    "a stage of the pipeline has nothing to train: ask for no more stages than there are layers with "
+                    "a stage of the pipeline has nothing to train: use at most as many stages as there are layers with "
                     "parameters, or choose another partition_method"
                 )
             optimizer = OPTIMIZERS[block["type"]](parameters, grid=grid, **params)
@@ -204,12 +204,12 @@ def _with_adapters(
     if not has_adapters(model):
         if model_parameters is not None:
             raise ConfigError(
-                "parametrization 'adapter' changes the model's parameters, and model_parameters were chosen before: "
-                "call ds_lowrank.add_adapters(model) and choose them then, or leave model_parameters out"
+                "parametrization 'adapter' changes the model's parameters, but model_parameters were selected before: "
+                "call ds_lowrank.add_adapters(model) before selecting them, or omit model_parameters"
             )
         add_adapters(model, **adapters)
-    kept = {key: value for key, value in params.items() if key not in ADAPTER_PATTERNS}
-    return {**settings, "optimizer": {**block, "params": kept}}
+    remaining = {key: value for key, value in params.items() if key not in ADAPTER_PATTERNS}
+    return {**settings, "optimizer": {**block, "params": remaining}}
 
 
 def _keep_lr_ratios(optimizer: LowRankOptimizer) -> None:

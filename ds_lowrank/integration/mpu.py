@@ -1,4 +1,4 @@
-"""The grid that DeepSpeed and megatron-core agree on."""
+"""Model-parallel units: megatron-core's grid in the form that DeepSpeed expects."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from ds_lowrank.environment.packages import is_importable
 from ds_lowrank.errors import ConfigError
 
 MISSING = (
-    "megatron-core is not installed, and tensor and pipeline parallelism are made of its layers: pip install "
-    "megatron-core==0.16.1. tensor_parallel.autotp_size works without"
+    "megatron-core is not installed, but tensor and pipeline parallelism use its layers: pip install "
+    "megatron-core==0.16.1. tensor_parallel.autotp_size works without it"
 )
 
 
 class MegatronMPU:
     """megatron-core's ``parallel_state`` as the ``mpu`` of ``deepspeed.initialize``.
 
-    The module itself lacks the rank and the size of the model-parallel group, which DeepSpeed asks for.
+    It adds the two functions that DeepSpeed calls and the module lacks; everything else is the module's.
+
+    Args:
+        state: the module ``megatron.core.parallel_state``.
     """
 
     def __init__(self, state: Any) -> None:
@@ -29,14 +32,19 @@ class MegatronMPU:
         return getattr(self._state, name)
 
     def get_model_parallel_rank(self) -> int:
+        """This process's rank in its model-parallel group, which spans tensor and pipeline parallelism."""
         return dist.get_rank(self._state.get_model_parallel_group())
 
     def get_model_parallel_world_size(self) -> int:
+        """The number of ranks in this process's model-parallel group."""
         return dist.get_world_size(self._state.get_model_parallel_group())
 
 
 def as_mpu(mpu: Any) -> Any:
-    """An mpu as DeepSpeed can use it: megatron-core's ``parallel_state`` is wrapped, anything else left as it is.
+    """Wrap megatron-core's ``parallel_state`` for DeepSpeed; anything else is returned unchanged.
+
+    Args:
+        mpu: the caller's, or None.
 
     Raises:
         ConfigError: an apex that is not NVIDIA's has misled megatron-core.
@@ -51,10 +59,13 @@ def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) ->
     """Refuse a grid that the ranks do not fill, a missing megatron-core, and an apex that would mislead it.
 
     Args:
-        megatron: whether it is made of megatron-core's layers.
+        world: the number of ranks.
+        tensor: the degree of tensor parallelism.
+        pipeline: the number of pipeline stages.
+        megatron: whether the model is made of megatron-core's layers.
 
     Raises:
-        ConfigError: says what to change.
+        ConfigError: the grid cannot be built; the message says what to change.
     """
     if megatron and tensor * pipeline > 1:
         if not is_importable("megatron.core"):
@@ -62,16 +73,25 @@ def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) ->
         check_apex()
     if world % (tensor * pipeline):
         raise ConfigError(
-            f"{world} ranks are no multiple of tensor-parallel {tensor} x pipeline-parallel {pipeline} = "
+            f"{world} ranks are not a multiple of tensor-parallel {tensor} x pipeline-parallel {pipeline} = "
             f"{tensor * pipeline}: start more ranks, or split less"
         )
 
 
 def make_grid(tensor: int, pipeline: int) -> Any:
-    """Initialise megatron-core's groups, or take those that are there; ``torch.distributed`` must be. Collective.
+    """Initialise megatron-core's process groups, unless they exist. Collective over all ranks.
+
+    ``torch.distributed`` must be initialised before.
+
+    Args:
+        tensor: the degree of tensor parallelism.
+        pipeline: the number of pipeline stages.
 
     Returns:
-        The mpu, for ``initialize`` (a ``PipelineModule`` brings its own).
+        The ``mpu`` for :func:`ds_lowrank.initialize`. A ``PipelineModule`` does not need it.
+
+    Raises:
+        ConfigError: the ranks do not fill the grid, megatron-core is missing, or its groups exist with other sizes.
     """
     check_grid(dist.get_world_size(), tensor, pipeline)
     from megatron.core import parallel_state
@@ -84,7 +104,7 @@ def make_grid(tensor: int, pipeline: int) -> Any:
     )
     if found != (tensor, pipeline):
         raise ConfigError(
-            f"megatron-core's groups are there already, for tensor x pipeline {found}, not {(tensor, pipeline)}: call "
+            f"megatron-core's groups already exist, for tensor x pipeline {found}, not {(tensor, pipeline)}: call "
             "megatron.core.parallel_state.destroy_model_parallel() first"
         )
     return MegatronMPU(parallel_state)

@@ -1,4 +1,4 @@
-"""Losses at weights that are moved: the mean over all ranks, from the same random state each time."""
+"""Losses at perturbed weights: the mean over all ranks, from the same random state each time."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ def perturbed_weights(
         device: of the model.
         group: the ranks over which the losses are averaged; None for all.
         micro_batch: the number of the first of these micro-batches in its step.
+
+    Raises:
+        ValueError: the optimizer's method takes its gradient at the weights.
+        RemoteError: a probe failed on another rank; says which.
     """
     perturbation = optimizer.perturbation
     if perturbation is None:
-        raise ValueError(f"{optimizer.method.name} takes its gradient at the weights: nothing is to be perturbed")
+        raise ValueError(f"{optimizer.method.name} takes its gradient at the weights: nothing to perturb")
     random = RandomState()
     try:
         with torch.no_grad():
@@ -54,7 +58,7 @@ class Probe:
         losses: runs this rank's micro-batches, and returns their losses.
         random: the state that every pass starts from.
         device: of the model.
-        group: the ranks that run other micro-batches, or the same ones; None for all.
+        group: the ranks over which the loss is averaged; None for all.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Probe:
 
 
 class RandomState:
-    """The random state that every pass over the same micro-batches starts from, so that dropout drops the same."""
+    """The random state that all passes over the same micro-batches start from, so that dropout is the same in each."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
@@ -115,7 +119,7 @@ class RandomState:
 
     @staticmethod
     def _megatron_tracker() -> Any:
-        """The states that megatron-core's layers drop by, if they have been seeded."""
+        """The tracker of the random states for dropout in megatron-core's layers, if it has been seeded."""
         module = sys.modules.get("megatron.core.tensor_parallel.random")
         tracker = None if module is None else module.get_cuda_rng_tracker()
         return tracker if tracker is not None and tracker.is_initialized() else None

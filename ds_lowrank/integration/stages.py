@@ -1,4 +1,4 @@
-"""What the stages of a pipeline must agree on, and what passes between them."""
+"""What the stages of a pipeline must have in common: parameter groups, and the form in which activations are sent."""
 
 from __future__ import annotations
 
@@ -13,40 +13,52 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid, grid_of
 
 PARTITIONED = ("pipe_partitioned", "grad_partitioned")
+"""DeepSpeed's settings with which tensor-parallel ranks each send a part of an activation, or of its gradient."""
 
 
 def with_whole_activations(model: torch.nn.Module, settings: dict[str, Any], grid: Grid | None) -> dict[str, Any]:
-    """The settings, for a pipeline whose tensor-parallel ranks hold different parts of the sequence changed.
+    """A configuration with which activations of sequence-parallel layers are sent whole between stages.
 
-    DeepSpeed by default lets each tensor-parallel rank send its share of an activation that all of them hold alike, and
-    puts the shares together behind. With sequence parallelism they hold different ones, which would be mixed up.
-    Collective over the pipeline: a stage without such layers must send as the others receive.
+    By default DeepSpeed assumes that all tensor-parallel ranks have the same activation: each sends a part of it to the
+    next stage, which joins the parts. With sequence parallelism the ranks have different activations, which would be
+    mixed up. Collective over the pipeline: a stage without such layers must send in the form that the others receive.
+
+    Args:
+        model: this rank's stage.
+        settings: the DeepSpeed configuration.
+        grid: tensor and pipeline parallelism; None without.
+
+    Returns:
+        The settings themselves without sequence parallelism or without a pipeline, else a changed copy.
 
     Raises:
-        ConfigError: the settings insist on it.
+        ConfigError: there is sequence parallelism, and the settings ask for activations in parts.
     """
     if grid is None or grid.pipeline is None:
         return settings
-    here = any(getattr(module, "sequence_parallel", False) for module in model.modules())
-    if not any(_of_all_stages(here, grid.pipeline)):
+    on_this_stage = any(getattr(module, "sequence_parallel", False) for module in model.modules())
+    if not any(_of_all_stages(on_this_stage, grid.pipeline)):
         return settings
     pipeline = dict(settings.get("pipeline", {}))
-    insisted = [key for key in PARTITIONED if pipeline.get(key)]
-    if insisted:
+    partitioned = [key for key in PARTITIONED if pipeline.get(key)]
+    if partitioned:
         raise ConfigError(
-            f"pipeline.{insisted[0]} shares out activations that tensor-parallel ranks hold alike, and with sequence "
-            "parallelism they hold different ones: remove it"
+            f"pipeline.{partitioned[0]} needs the same activations on all tensor-parallel ranks, but with sequence "
+            "parallelism they have different ones: remove it"
         )
     return {**settings, "pipeline": {**pipeline, **dict.fromkeys(PARTITIONED, False)}}
 
 
 def check_groups(engine: DeepSpeedEngine) -> None:
-    """Refuse parameter groups that not all stages have: DeepSpeed sums the norm over the stages group by group.
+    """Refuse parameter groups that some stages lack. Collective over the pipeline.
 
-    Collective over the pipeline.
+    At ZeRO 1 DeepSpeed sums the gradient norm over the stages group by group, and would wait for a missing one.
+
+    Args:
+        engine: DeepSpeed's.
 
     Raises:
-        ConfigError: says how many each stage has.
+        ConfigError: the stages have different numbers of groups; the message has the numbers.
     """
     pipeline = grid_of(engine.mpu).pipeline
     if pipeline is None or not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
@@ -54,8 +66,8 @@ def check_groups(engine: DeepSpeedEngine) -> None:
     counts = _of_all_stages(len(engine.optimizer.bit16_groups), pipeline)
     if len(set(counts)) > 1:
         raise ConfigError(
-            f"the stages of the pipeline have {counts} parameter groups with something in them, and DeepSpeed 0.19.8 "
-            "would wait for the others at ZeRO 1: make groups of which every stage has a part, or set "
+            f"the stages of the pipeline have {counts} parameter groups that are not empty, and at ZeRO 1 DeepSpeed "
+            "0.19.8 would wait for the missing ones: build groups that have parameters on every stage, or set "
             "zero_optimization.stage to 0"
         )
 

@@ -13,22 +13,22 @@ from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
 def train_batch(engine: Any, batches: Iterable[Any]) -> torch.Tensor:
-    """``engine.train_batch`` on the micro-batches of one step, for every optimizer.
+    """Run one step of a ``PipelineEngine`` on its micro-batches, with any optimizer.
 
-    For a method that looks at the loss around the weights (``Lorenza``) it first probes, by ``engine.eval_batch`` on
-    the same micro-batches, which runs the model in evaluation mode: nothing is dropped there. The weights are put back
-    before the optimizer changes them.
+    For a method that probes the loss around the weights (``Lorenza``) it first calls ``engine.eval_batch`` on the same
+    micro-batches. That runs the model in evaluation mode, without dropout. The weights are restored before the
+    optimizer changes them. For other optimizers it only calls ``engine.train_batch``.
 
     Args:
         engine: a ``PipelineEngine``.
         batches: ``(inputs, labels)`` of every micro-batch, as ``engine.train_batch`` takes them. Only the first and the
-            last stage look at them, but every rank passes as many.
+            last stage read them, but every rank must pass the same number.
 
     Returns:
         The mean loss over micro-batches and data-parallel ranks, on every rank: a scalar.
 
     Raises:
-        ConfigError: not as many micro-batches as a step has, or an engine without a pipeline.
+        ConfigError: the number of micro-batches is not that of a step, or the engine has no pipeline.
     """
     if not hasattr(engine, "train_batch"):
         raise ConfigError(

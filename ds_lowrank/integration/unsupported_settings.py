@@ -1,4 +1,4 @@
-"""What is supported, checked on the DeepSpeed configuration before anything is built."""
+"""Refuses unsupported settings of a DeepSpeed configuration, before anything is built."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from ds_lowrank.errors import MISSES_SHARDS, ConfigError
 
 @dataclass(frozen=True)
 class UnsupportedSetting:
-    """A combination that would not compute the method's update, or was never tested."""
+    """A setting with which the update would not be the method's, or that was never tested.
+
+    Attributes:
+        key: the setting's name in the configuration, sections separated by dots.
+        is_set: whether a configuration has the setting.
+        advice: what to change.
+    """
 
     key: str
-    asked: Callable[[Mapping[str, Any]], bool]
+    is_set: Callable[[Mapping[str, Any]], bool]
     advice: str
 
 
@@ -32,17 +38,17 @@ def _offloads(part: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
-    def asked(config: Mapping[str, Any]) -> bool:
+    def is_above_one(config: Mapping[str, Any]) -> bool:
         value: Any = config
         for key in path:
             value = (value or {}).get(key)
         return isinstance(value, int | float) and value > 1
 
-    return asked
+    return is_above_one
 
 
 MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
-SOME_WOULD_STOP = "remove it: a gradient that is not finite would stop some parameter groups and not the others"
+SOME_WOULD_STEP = "remove it: on a gradient that is not finite, some parameter groups would step and others would not"
 
 UNSUPPORTED_SETTINGS = (
     UnsupportedSetting("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
@@ -57,7 +63,7 @@ UNSUPPORTED_SETTINGS = (
     UnsupportedSetting(
         "zero_optimization.elastic_checkpoint",
         lambda c: bool(_zero(c).get("elastic_checkpoint", False)),
-        "set it to false: low-rank state cannot be cut like elementwise state",
+        "set it to false: low-rank state cannot be split like elementwise state",
     ),
     UnsupportedSetting(
         "checkpoint.load_universal",
@@ -67,37 +73,48 @@ UNSUPPORTED_SETTINGS = (
     UnsupportedSetting(
         "bf16.check_grad_overflow = false",
         lambda c: c.get("bf16", {}).get("check_grad_overflow", True) is False,
-        SOME_WOULD_STOP,
+        SOME_WOULD_STEP,
     ),
     UnsupportedSetting(
         "zero_optimization.compute_grad_norm = false",
         lambda c: _zero(c).get("compute_grad_norm", True) is False,
-        SOME_WOULD_STOP,
+        SOME_WOULD_STEP,
     ),
-    UnsupportedSetting("bfloat16", lambda c: "bfloat16" in c, "call it bf16"),
+    UnsupportedSetting("bfloat16", lambda c: "bfloat16" in c, "rename it to bf16"),
     UnsupportedSetting("amp", _enabled("amp"), "use bf16 or fp16"),
     UnsupportedSetting("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
     UnsupportedSetting("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
 )
+"""Every refused setting, in the order of ``docs/configuration.md``."""
 
 
 def check_supported(config: Mapping[str, Any], method: str) -> None:
-    """Refuse what cannot be honoured.
+    """Refuse a configuration with unsupported settings.
+
+    Args:
+        config: the DeepSpeed configuration.
+        method: the method's name, for messages.
 
     Raises:
-        ConfigError: names the key and what to change. Every rank reads the same file, so every rank raises.
+        ConfigError: it has such settings; the message says for each key what to change. Every rank reads the same
+            configuration, so every rank raises.
     """
-    asked = [refusal for refusal in UNSUPPORTED_SETTINGS if refusal.asked(config)]
-    if asked:
-        lines = [f"  {refusal.key} is not supported with {method}: {refusal.advice}" for refusal in asked]
-        raise ConfigError("the DeepSpeed configuration cannot be honoured:\n" + "\n".join(lines))
+    found = [setting for setting in UNSUPPORTED_SETTINGS if setting.is_set(config)]
+    if found:
+        lines = [f"  {setting.key} is not supported with {method}: {setting.advice}" for setting in found]
+        raise ConfigError("the DeepSpeed configuration has unsupported settings:\n" + "\n".join(lines))
 
 
 def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> None:
     """Refuse a ZeRO stage at which DeepSpeed has no pipeline, or gets gradients or their norm wrong.
 
+    Args:
+        config: the DeepSpeed configuration.
+        tensor: the degree of tensor parallelism.
+        in_pipeline: whether the model is a ``PipelineModule``.
+
     Raises:
-        ConfigError: with the stage that works.
+        ConfigError: it is such a stage; the message names one that works.
     """
     stage = int(_zero(config).get("stage", 0))
     if in_pipeline and stage > 1:
@@ -107,14 +124,18 @@ def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> No
         )
     if stage == 0 and _enabled("fp16")(config):
         raise ConfigError(
-            "fp16 at ZeRO 0: DeepSpeed 0.19.8 divides the gradient by a loss scale that it has not multiplied the loss "
-            "by. Set zero_optimization.stage to 1"
+            "fp16 at ZeRO 0: DeepSpeed 0.19.8 divides the gradient by a loss scale without having multiplied the loss "
+            "by it. Set zero_optimization.stage to 1"
         )
-    # In a pipeline bf16 has another wrapper, whose norm is right.
+    # In a pipeline DeepSpeed uses another wrapper for bf16, whose norm is right.
     if stage == 0 and tensor > 1 and _enabled("bf16")(config) and not in_pipeline:
         raise ConfigError(MISSES_SHARDS)
 
 
 def autotp_size(config: Mapping[str, Any]) -> int:
-    """DeepSpeed's own tensor-parallel degree."""
+    """The degree of DeepSpeed's own tensor parallelism (AutoTP); 1 without.
+
+    Args:
+        config: the DeepSpeed configuration.
+    """
     return int((config.get("tensor_parallel") or {}).get("autotp_size", 1))

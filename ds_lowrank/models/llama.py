@@ -7,7 +7,6 @@ therefore does not depend on the ZeRO stage, the number of ranks, or the order i
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ds_lowrank.errors import ConfigError
+from ds_lowrank.errors import ConfigError, closest_name
 
 REQUIRED = (
     "vocab_size",
@@ -86,10 +85,8 @@ def _check_keys(entries: dict[str, Any], path: Path) -> None:
     known = {field.name for field in dataclasses.fields(LlamaConfig)} | set(DESCRIPTIVE)
     for key in entries:
         if key not in known:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = (
-                f", did you mean {nearest[0]!r}?" if nearest else "; the keys are those of Hugging Face's LlamaConfig"
-            )
+            closest = closest_name(key, known)
+            hint = f", did you mean {closest!r}?" if closest else "; the keys are those of Hugging Face's LlamaConfig"
             raise ValueError(f"{path}: unknown key {key!r}{hint}")
     missing = [key for key in REQUIRED if key not in entries]
     if missing:

@@ -1,6 +1,6 @@
-"""The logical matrices and vectors in an optimizer's parameters, and what is done to each.
+"""The logical matrices and vectors in an optimizer's parameters, and how each is stepped.
 
-A parameter is one of them, or, if it is a fused weight, several.
+A parameter is one of them or, if it is a fused weight, several.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class LogicalParameter:
     state: State
 
     def role(self, method: type[Method]) -> Role:
-        """Whether it is projected, and why: by the method, or by name and shape."""
+        """Decide whether the parameter is projected: the method may decide, otherwise its name and shape do.
+
+        Args:
+            method: the optimizer's.
+        """
         shape = self.logical.shape
         override = method.role_override(self.tag.name, self.options) if len(shape) == 2 else None
         if override is not None:
@@ -51,14 +55,27 @@ class LogicalParameter:
         return role_of(self.tag, shape, self.options.target_modules, self.options.exclude_modules)
 
     def stepped_matrix(self, role: Role) -> Logical:
-        """What is stepped: the logical matrix, this rank's shard as a matrix of its own, or the elements as one row."""
+        """The matrix that a step works on.
+
+        Args:
+            role: of this parameter.
+
+        Returns:
+            If it is projected the logical matrix or, with local projection, this rank's shard as its own matrix;
+            otherwise all elements as one row.
+        """
         if not role.projected:
             return self.logical.as_row()
         return self.logical.as_local() if self.options.tensor_parallel_projection == "local" else self.logical
 
 
 def matchable_names(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:
-    """The names that patterns may match: the parameter's, and those of the matrices fused in it."""
+    """The names that patterns may match: the parameter's, and those of the matrices fused in it.
+
+    Args:
+        parameter: of the model, on this tensor-parallel rank.
+        tag: its name and kind.
+    """
     return list(dict.fromkeys([tag.name, *piece_names(parameter, unpartitioned_shape(parameter), tag.name)]))
 
 
@@ -91,8 +108,13 @@ def logical_parameters_of(
 def check_shapes(method: type[Method], parameters: Iterable[LogicalParameter]) -> None:
     """Refuse matrices that the method cannot step.
 
+    Args:
+        method: the optimizer's.
+        parameters: all logical matrices and vectors.
+
     Raises:
-        ConfigError: says for every such shape why, what would work, and which matrices have it.
+        ConfigError: the method cannot step a matrix; the message says for every such shape why, what would work, and
+            which matrices have it.
     """
     refused: dict[str, list[str]] = {}
     for parameter in parameters:

@@ -1,8 +1,8 @@
 """One ``torch.optim.Optimizer`` for every method: parameter groups, binding to a layout, ``step``, ``state_dict``.
 
-It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into: :meth:`LowRankOptimizer.bind`, at the
-latest called by the first step, reads where the elements are, after DeepSpeed has arranged them. The order of a step is
-in :mod:`ds_lowrank.optimizer.step`; DeepSpeed has unscaled and clipped the gradients before.
+It works on plain parameters, and on whatever DeepSpeed's wrappers turn them into. :meth:`LowRankOptimizer.bind`, called
+by the first step at the latest, reads where the elements are, after DeepSpeed has arranged them. The order of a step is
+in :mod:`ds_lowrank.optimizer.step`. DeepSpeed unscales and clips the gradients before it.
 """
 
 from __future__ import annotations
@@ -85,14 +85,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._groups.check(parsed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. Possible before the first step only.
+        """Add a parameter group. This is possible only before the first step.
+
+        Args:
+            param_group: a dict with ``params`` and the options that the group overrides.
 
         Raises:
-            RuntimeError: the optimizer is bound to a layout already.
+            RuntimeError: the optimizer is already bound to a layout.
             ConfigError: an option or a parameter of the group is refused.
         """
         if self._slots is not None:
-            raise RuntimeError("a parameter group can be added before the first step only")
+            raise RuntimeError("a parameter group can be added only before the first step")
         group, options = self._groups.validated(param_group)
         super().add_param_group(group)
         self._groups.add(self.param_groups[-1], options)
@@ -106,7 +109,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         raise TypeError("an optimizer that knows process groups cannot be copied or pickled; use state_dict()")
 
     def set_grid(self, grid: Grid | None) -> None:
-        """Take the grid of the engine that an optimizer built beforehand is given to; None changes nothing."""
+        """Tell an optimizer that was built before its engine the engine's grid.
+
+        Args:
+            grid: the engine's; None to change nothing.
+        """
         self._given_grid = self._given_grid if grid is None else grid
 
     def _current_grid(self) -> Grid:
@@ -116,10 +123,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def bind(self) -> None:
         """Read where DeepSpeed put the elements, and create all state.
 
-        Idempotent; at the latest, the first step does it. Collective over the ranks that share the matrices.
+        Idempotent; the first step calls it at the latest. Collective over the ranks that share the matrices.
 
         Raises:
-            ConfigError: the layout or the grid cannot be served; says what to change.
+            ConfigError: the layout or the grid is not supported; the message says what to change.
         """
         if self._slots is not None:
             return
@@ -144,7 +151,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._groups.match_patterns(self.grid.pipeline)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
-            raise ConfigError(f"the parameters lie on {sorted(devices)}; one optimizer works on one device")
+            raise ConfigError(f"the parameters are on {sorted(devices)}; one optimizer works on one device")
         by_store: dict[int, list[Slot]] = {}
         for slot in slots:
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
@@ -153,7 +160,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @property
     def slots(self) -> list[Slot]:
-        """One entry per logical matrix or vector; those that are stepped in one call are adjacent."""
+        """One slot per logical matrix or vector; those that are stepped in one call are adjacent."""
         self.bind()
         assert self._slots is not None
         return [slot for slots in self._slots.values() for slot in slots]
@@ -235,7 +242,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _agree_all_finite(self, finite: bool) -> bool:
         """Whether all ranks found their gradients finite, including those that exchange nothing with this one.
 
-        It is asked only if no wrapper of DeepSpeed's has looked for that.
+        The other ranks are asked only if no wrapper of DeepSpeed's has checked this already.
         """
         others = (self.grid.tensor if self._is_local else None, self.grid.pipeline)
         groups = [group for group in others if group is not None and self.wrapper == "none"]
@@ -260,7 +267,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @property
     def perturbation(self) -> Perturbation | None:
-        """What moves the weights before the gradient is taken; None if the method takes it at the weights."""
+        """Moves the weights before the gradient is taken; None if the method takes its gradient at the weights."""
         self.bind()
         ascent = self._ascent()
         if self._perturbation is None and ascent is not None and issubclass(self.method, PerturbingMethod):
@@ -290,10 +297,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return self._counts["skipped_updates"]
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a log.
+        """Metrics for a log, by name.
 
-        How many parameters the last call of ``step`` changed by each rule, what happened so far (skipped updates, new
-        bases), the mean rank and the bytes of state of the projected matrices, summed over the ranks that share it.
+        How many parameters the last call of ``step`` changed by each rule, the skipped updates and new bases so far,
+        and the mean rank and bytes of state of the projected matrices, the bytes summed over the ranks that share it.
         """
         stepped = [slot for slot in self.slots if slot.stepped]
         matrices = [slot for slot in self.slots if slot.is_projected]
@@ -309,7 +316,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def matrices(self) -> dict[str, dict[str, int]]:
-        """Present rank and bytes of state, over the ranks that share it, of every matrix whose rank is not fixed."""
+        """Current rank, and bytes of state summed over ranks, of every matrix whose rank is not fixed, by its name."""
         return {
             slot.tag.name: {"rank": slot.rank, "state_bytes": slot.state_bytes}
             for slot in self.slots
@@ -323,8 +330,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned on the same layout. Nothing is changed unless all of it fits.
 
+        Args:
+            state_dict: this rank's.
+
         Raises:
-            CheckpointError: it belongs to another method, model, layout or configuration; says which.
+            CheckpointError: it belongs to another method, model, layout or configuration; the message says which.
         """
         fixed = self.method.Options.fixed_on_resume
         self._counts = load_state(self.method.name, self.slots, self._groups.param_groups, state_dict, fixed)

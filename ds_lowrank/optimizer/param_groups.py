@@ -1,8 +1,8 @@
-"""The caller's parameter groups: their options validated, their parameters known by name.
+"""The caller's parameter groups, with validated options and with the names of their parameters.
 
-DeepSpeed replaces the parameters in an optimizer's groups. What the groups were built with is kept here, together with
-the validated options of each group: the group's dict is where a scheduler or a user changes a value, and the options
-are its validated image, rebuilt only if a value has changed.
+DeepSpeed replaces the parameters in an optimizer's groups, so the original ones are recorded here. A scheduler or a
+user changes values in a group's dict; the validated options of each group are also recorded here, and rebuilt only if a
+value has changed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class ParameterGroups:
         self.parameters: list[list[torch.nn.Parameter]] = []
 
     def validated(self, group: dict[str, Any]) -> tuple[dict[str, Any], Options]:
-        """A group with validated options and, of its parameters, those that have something to train.
+        """Validate a group's options, and select the parameters that have something to train.
+
+        Args:
+            group: as the caller gave it, with ``params``.
+
+        Returns:
+            A new group with all options and the selected parameters, and the options.
 
         Raises:
             ConfigError: an option is wrong, a parameter has no name or a dtype that is not trained, or a matrix does
@@ -88,14 +94,22 @@ class ParameterGroups:
         return {**group, **{key: getattr(options, key) for key in self._keys}, "params": trained}, options
 
     def add(self, group: dict[str, Any], options: Options) -> None:
-        """Take a validated group of the optimizer with its options."""
+        """Record a validated group; one with nothing to train is ignored.
+
+        Args:
+            group: the optimizer's dict.
+            options: its validated options.
+        """
         if group["params"]:
             self.param_groups.append(group)
             self.parameters.append(list(group["params"]))
             self._validated[id(group)] = {key: group[key] for key in self._keys}, options
 
     def check(self, options: Options) -> None:
-        """Check what can only be judged by all groups together.
+        """Check what only all groups together can tell.
+
+        Args:
+            options: those that the optimizer was built with.
 
         Raises:
             ConfigError: the model lacks something that the method needs, or a pattern matches no parameter.
@@ -114,19 +128,22 @@ class ParameterGroups:
             )
         names = matchable_names(parameter, tag)
         if twice := next((name for name in names if name in self._names), None):
-            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name; each parameter needs its own")
+            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name: give each parameter its own")
         self._names += names
         return tag
 
     def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-        """Every pattern must match a parameter; in a pipeline, on some stage, which is asked once the grid is known."""
+        """Check that every pattern matches a parameter; with several ranks, leave that to ``match_patterns``."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._patterns += [(list(names), key, pattern) for pattern in patterns]
         else:
             check_patterns(names, key, patterns)
 
     def match_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
-        """Judge the patterns that were left open, by the names here or of every stage. Collective over the pipeline.
+        """Check the patterns that could not be checked before the grid was known. Collective over the pipeline.
+
+        Args:
+            pipeline: the pipeline's process group: a pattern may match on any stage. None without a pipeline.
 
         Raises:
             ConfigError: a pattern matches no parameter.
@@ -140,10 +157,13 @@ class ParameterGroups:
             check_patterns(names, key, [pattern])
 
     def options_of(self, group: dict[str, Any]) -> Options:
-        """The validated options of a group, with the values that its dict has now.
+        """The validated options of a group, with the current values of its dict.
+
+        Args:
+            group: the optimizer's dict.
 
         Raises:
-            ConfigError: a value that was changed since is not valid.
+            ConfigError: a value that was changed since the last call is not valid.
         """
         values, options = self._validated[id(group)]
         changed = {key: group[key] for key in self._keys if group[key] != values[key]}

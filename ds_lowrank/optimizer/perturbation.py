@@ -1,10 +1,10 @@
-"""Moving the weights to where the loss is higher, for the one backward pass, and back.
+"""Moves the weights to where the loss is higher, for the one backward pass, and back.
 
-Where to is :mod:`ds_lowrank.methods.blocks.ascent`'s; this file moves, measures and restores. Every probe moves all
-matrices at once, so that it costs one or two forward passes however many matrices there are. The losses are averaged
-over the data-parallel ranks before they are used, and directions are functions of (seed, name, step), so all ranks move
-alike. What is moved is what forward passes read: whole parameters, or at ZeRO 3 this rank's partitions. A copy of it
-restores every bit.
+:mod:`ds_lowrank.methods.blocks.ascent` decides where to move; this file moves, measures and restores. Every probe moves
+all matrices at once, so that it costs one or two forward passes however many matrices there are. The losses are
+averaged over the data-parallel ranks before they are used, and directions are functions of (seed, name, step), so all
+ranks make the same move. The weights that forward passes read are moved: whole parameters, or at ZeRO 3 this rank's
+partitions. They are copied before, so that every bit can be restored.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from ds_lowrank.sharding.reduce import Executor, Request, all_reduce_route, lock
 logger = logging.getLogger("ds_lowrank")
 
 MIN_REALISED_SHARE = 0.5
-"""If rounding to the weights' dtype leaves less than this share of a move, the user is told, once."""
-
+"""If rounding to the weights' dtype leaves less than this share of a move, one warning is logged."""
 
 LOST_TO_ROUNDING = (
     "%s: weights in %s keep a move of %.1e only as one of %.1e; the rest is lost to rounding. Raise %s, or "
@@ -43,12 +42,12 @@ class PerturbedMatrix:
     """One matrix in one ascent.
 
     Attributes:
-        place: what forward passes read of it.
-        saved: a copy of it from before, flat.
-        shard: which elements of the matrix these are.
-        directions: along which it is probed.
+        place: the elements of the matrix that forward passes on this rank read.
+        saved: a copy of these elements from before the ascent, flat.
+        shard: says which elements of the matrix these are.
+        directions: the random directions along which the matrix is probed.
         copies: how many ranks move the same elements.
-        step: of its optimizer.
+        step: how often the matrix has been stepped.
     """
 
     place: Fragment
@@ -59,40 +58,50 @@ class PerturbedMatrix:
     step: int
 
     def coordinates(self, probes: Sequence[str], shares: Sequence[float]) -> torch.Tensor:
-        """The coordinates of a weighted sum of this step's probe directions."""
+        """The coordinates of a weighted sum of this step's probe directions.
+
+        Args:
+            probes: the names of the probes.
+            shares: the weight of each probe's direction.
+        """
         return self.directions.combined([f"{self.step} {probe}" for probe in probes], shares)
 
     def move(self, coordinates: torch.Tensor, distance: float) -> None:
-        """Set the weights to saved + distance * direction."""
+        """Set the weights to saved + distance * direction.
+
+        Args:
+            coordinates: of the direction.
+            distance: multiplies the direction.
+        """
         weights = self.place.weights.copy_(self.saved)
         self.shard.attach(weights, weights)
         self.directions.to_matrix(coordinates).write_to(self.shard, -distance, 0.0)
         self.place.put(weights)
 
     def mirror(self) -> None:
-        """Set the weights to the other side of the saved ones, as far away, whatever rounding made of the move."""
+        """Move the weights to the other side of the saved ones, exactly as far away, even if the move was rounded."""
         weights = self.place.weights
         self.place.put(torch.lerp(weights, self.saved, 2.0, out=weights))
 
     def restore(self) -> None:
-        """Set every bit as it was."""
+        """Set the weights back to the saved ones, bit for bit."""
         self.place.put(self.place.weights.copy_(self.saved))
 
 
 class Perturbation:
-    """What moves the weights of an optimizer's matrices: the ``MovableWeights`` of an ascent.
+    """Moves the weights of all projected matrices of an optimizer: the ``MovableWeights`` of an ascent.
 
     Args:
-        method: of the optimizer.
-        slots: the matrices that are perturbed.
-        ascent: how higher loss is looked for.
-        executor: of the optimizer.
-        grid: of the optimizer. All its stages are perturbed together.
-        is_local: whether tensor-parallel ranks project their own shards, and exchange nothing else.
+        method: the optimizer's.
+        slots: the matrices to perturb.
+        ascent: how to search for higher loss.
+        executor: the optimizer's.
+        grid: the optimizer's; all its stages are perturbed together.
+        is_local: whether tensor-parallel ranks project their own shards and exchange nothing else.
         like: a parameter of the model, for dtype and device.
 
     Attributes:
-        norm: of the last perturbation, as the weights' dtype left it.
+        norm: the norm of the last perturbation, measured after rounding to the weights' dtype.
         failed_ascents: ascents so far that found no slope: a loss that is not finite, or the same on all sides.
     """
 
@@ -120,10 +129,10 @@ class Perturbation:
     def ascend(self, loss: Callable[[], float], options: Mapping[int, Options], micro_batch: int = 0) -> None:
         """Probe, then leave the weights where the loss is higher, until :meth:`restore`.
 
-        Before a method has found its first subspace nothing is probed.
+        Nothing is probed before a method has found its first subspace.
 
         Args:
-            loss: the loss at the present weights, the same number on all ranks.
+            loss: returns the loss at the current weights, the same number on all ranks.
             options: of each parameter group, by the group's ``id``.
             micro_batch: the micro-batch's number in its step, so that each has directions of its own.
         """
@@ -140,7 +149,7 @@ class Perturbation:
             self.restore()
 
     def restore(self) -> None:
-        """Put every bit back. Idempotent."""
+        """Restore every bit of the weights. Idempotent."""
         for matrix in self._moved:
             matrix.restore()
         if self._moved:
@@ -148,22 +157,28 @@ class Perturbation:
         self._moved = []
 
     def mark_gradients(self) -> None:
-        """Note that the gradients to come were taken as ``ascent`` asks."""
+        """Record that this step's gradients are taken at perturbed weights, as the method's ``ascent`` asks."""
         for slot in self._slots:
             slot.perturbed = True
 
     def warn_once(self, key: str, message: str, *arguments: object) -> None:
-        """Log a warning, unless one was logged under that key before."""
+        """Log a warning, unless one was logged under that key before.
+
+        Args:
+            key: identifies the warning.
+            message: a format string of the logger.
+            arguments: for the format string.
+        """
         if key not in self._warned:
             logger.warning(message, *arguments)
         self._warned.add(key)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a log."""
+        """Metrics for a log, by name."""
         return {"lowrank/perturbation_norm": self.norm, "lowrank/failed_ascents": self.failed_ascents}
 
     def probe(self, name: str, distance: float) -> None:
-        """Set all weights to saved + distance * direction, for the direction of that name."""
+        """Set all weights to saved + distance * direction, for the random direction with the given name."""
         for matrix in self._moved:
             matrix.move(matrix.coordinates([name], [1.0]), distance)
         self._release()
@@ -173,7 +188,7 @@ class Perturbation:
             self._realised("probe_radius", distance * math.sqrt(square))
 
     def mirror(self) -> None:
-        """Set all weights to the other side of the saved ones."""
+        """Move all weights to the other side of the saved ones, exactly as far away."""
         for matrix in self._moved:
             matrix.mirror()
         self._release()
@@ -203,7 +218,7 @@ class Perturbation:
         ]
 
     def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, int]:
-        """What is moved of a matrix: where it is, which elements it has, and on how many ranks."""
+        """The elements of a matrix that are moved here, as a shard, and the number of ranks that move them too."""
         interval, is_partition = forward_weights(slot.parameter)
         place, shard, copies = interval.fragment(slot.logical), slot.shard, slot.copies
         if not is_partition:
@@ -214,18 +229,18 @@ class Perturbation:
         shard.attach(weights, weights)  # tells directions their device
         return place, shard, copies
 
-    def _realised(self, key: str, asked: float) -> float:
-        """How much of a move rounding has left. If that is little, the user is told once what to raise."""
+    def _realised(self, key: str, intended: float) -> float:
+        """The length of a move after rounding. If little is left of it, warn once, and say which option to raise."""
         if self._dtype == torch.float32:
-            return asked
-        got = self._distance()
-        if got < MIN_REALISED_SHARE * asked:
-            self.warn_once(key, LOST_TO_ROUNDING, key, self._dtype, asked, got, key)
+            return intended
+        realised = self._distance()
+        if realised < MIN_REALISED_SHARE * intended:
+            self.warn_once(key, LOST_TO_ROUNDING, key, self._dtype, intended, realised, key)
         self._measured.add(key)
-        return got
+        return realised
 
     def _distance(self) -> float:
-        """How far the weights are from the saved ones: over all matrices, and all ranks that hold parts of them."""
+        """The distance of the weights from the saved ones, over all matrices and all ranks that hold parts of them."""
         total = 0.0
         if self._moved:
             squares = [
@@ -239,18 +254,18 @@ class Perturbation:
         return math.sqrt(*self._sum_over_groups(total))
 
     def _sum_over_matrices(self, *lists: list[float]) -> list[float]:
-        """The sum of each list, which has a number for every matrix that is moved here, over the whole model."""
+        """Sum each list over the whole model. A list has one number for every matrix that is moved on this rank."""
         # A matrix of which each tensor-parallel rank has a copy counts once.
         shares = [1.0 / slot.copies if self._local_group else 1.0 for slot in self._moving]
         return self._sum_over_groups(*(sum(n * s for n, s in zip(numbers, shares, strict=True)) for numbers in lists))
 
     def _sum_over_groups(self, *numbers: float) -> list[float]:
-        """The sums over tensor-parallel ranks that have matrices of their own, and over the stages."""
+        """Sum each number over the stages and, if tensor-parallel ranks project their own shards, over these ranks."""
         local = self._local_group
         return self._sum_over_stages(*(numbers if local is None else self._sum(numbers, local)))
 
     def _sum_over_stages(self, *numbers: float) -> list[float]:
-        """The sums over the stages of the pipeline."""
+        """Sum each number over the stages of the pipeline."""
         return list(numbers) if self._grid.pipeline is None else self._sum(numbers, self._grid.pipeline)
 
     def _sum(self, numbers: Sequence[float], group: dist.ProcessGroup) -> list[float]:

@@ -12,15 +12,18 @@ from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 class Optimizers(Mapping[str, type[LowRankOptimizer]]):
     """The optimizers of all registered methods: those of this package, and those of any method that was imported.
 
-    A method of this package has a class of its own in :mod:`ds_lowrank.optimizer.optimizers`; the class of any other
-    method is made when it is first asked for.
+    Each method of this package has its own class in :mod:`ds_lowrank.optimizer.optimizers`; the class of any other
+    method is made when it is first looked up.
     """
 
     def __init__(self) -> None:
         self._made: dict[str, type[LowRankOptimizer]] = {}
 
     def __getitem__(self, name: str) -> type[LowRankOptimizer]:
-        """The class for ``optimizer.type`` ``name``.
+        """The optimizer class of a method.
+
+        Args:
+            name: the method's, as in ``optimizer.type``.
 
         Raises:
             KeyError: no such method is registered.

@@ -1,7 +1,7 @@
-"""Which parameters are projected: decided by name, by the type of their module and by their logical shape.
+"""Decides which parameters are projected, by their name, the type of their module and their logical shape.
 
-ZeRO hands an optimizer nameless tensors, so :func:`tag_parameters` writes name and kind on each parameter beforehand
-(``ds_lowrank.initialize`` calls it). Shape alone cannot tell an embedding from a weight.
+A shape alone cannot tell an embedding from a weight, and ZeRO gives an optimizer tensors without names. Therefore
+:func:`ds_lowrank.tag_parameters`, which ``ds_lowrank.initialize`` calls, writes name and kind on each parameter before.
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ from ds_lowrank.placement.parameter_names import Tag, matches
 
 @dataclass(frozen=True)
 class Role:
-    """How a parameter is trained, and why."""
+    """How a parameter is trained, and why.
+
+    Attributes:
+        projected: whether the method steps it; otherwise AdamW does.
+        reason: why, in a few words for the role table.
+    """
 
     projected: bool
     reason: str
 
 
 def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, excludes: Iterable[str]) -> Role:
-    """Decide one parameter's role.
+    """Decide whether one parameter is projected, by its name and shape.
 
     Args:
-        tag: its name and kind.
+        tag: the parameter's name and kind.
         shape: its logical shape.
-        targets: globs of ``target_modules``; None for the default rule.
-        excludes: globs of ``exclude_modules``; they win over the targets.
+        targets: globs of ``target_modules``; None for the default rule, which projects every matrix that is neither an
+            embedding nor an output head.
+        excludes: globs of ``exclude_modules``, which take precedence over the targets.
     """
     if len(shape) != 2:
         return Role(False, f"{len(shape)}-D")
@@ -44,20 +50,20 @@ def role_of(tag: Tag, shape: tuple[int, ...], targets: Iterable[str] | None, exc
 
 
 def check_patterns(names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-    """Every pattern must match something.
+    """Refuse a pattern that matches no parameter.
 
     Args:
-        names: of the parameters it may match.
-        key: where the patterns were given, for the message.
+        names: of all parameters that a pattern may match.
+        key: the option that the patterns come from, for the message.
         patterns: globs.
 
     Raises:
-        ConfigError: naming the pattern and some names it could have meant.
+        ConfigError: a pattern matches nothing; the message has the pattern and some of the names.
     """
     known = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in known):
             raise ConfigError(
                 f"{key}: {pattern!r} matches no parameter. Patterns are globs on the parameter's name, its module's "
-                f"name or one component of it, for example '*_proj'. Names here: {', '.join(known[:6])}, ..."
+                f"name or one component of it, for example '*_proj'. Names in this model: {', '.join(known[:6])}, ..."
             )

@@ -25,7 +25,7 @@ class Slot:
     Attributes:
         tag: its name and kind.
         role: whether it is projected, and why.
-        shape: of the whole, before any kind of parallelism.
+        shape: the logical shape, before any kind of parallelism.
         group: the parameter group it is in.
         fragment: where its elements are on this rank.
         shard: this rank's part; a parameter that is not a matrix counts as one row.
@@ -95,7 +95,7 @@ class Slot:
         """The slot as a step takes it, with this step's gradient and weights attached.
 
         Args:
-            options: of its group, as they are now.
+            options: the current options of its group.
         """
         self.shard.attach(self.fragment.gradient, self.fragment.weights)
         return SteppedMatrix(self.shard, self.state_store, self.state, options)
@@ -106,5 +106,9 @@ class Slot:
 
 
 def groups_of(slots: Sequence[Slot]) -> list[dict[str, Any]]:
-    """The parameter groups of some slots, each once."""
+    """The parameter groups of some slots, each once.
+
+    Args:
+        slots: any slots of one optimizer.
+    """
     return list({id(slot.group): slot.group for slot in slots}.values())

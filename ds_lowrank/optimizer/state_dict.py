@@ -1,7 +1,7 @@
-"""An optimizer's state as a dict of tensors and plain values, and back.
+"""Converts an optimizer's state to a dict of tensors and plain values, and back.
 
-Every tensor stands under its matrix's name, with the logical shape and the rectangles of it that this rank holds: what
-a reader on another layout needs to put it together.
+Tensors are stored by the name of their matrix, along with its logical shape and the rectangles of it that this rank
+holds. A reader on another layout needs these to reassemble the state.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ from ds_lowrank.errors import CheckpointError
 from ds_lowrank.optimizer.slots import Slot
 
 FORMAT = 4
+"""The version of the dict's structure; a dict of another version is refused."""
 
 
 def dump_state(
     method: str, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], counts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The ``state_dict`` of this rank."""
+    """This rank's state as a dict that ``torch.load(weights_only=True)`` can read.
+
+    Args:
+        method: the method's name.
+        slots: all slots of the optimizer.
+        groups: its parameter groups, in order.
+        counts: its counters, by name.
+
+    Returns:
+        The dict. Its tensors are the state itself, not copies.
+    """
     return {
         "format": FORMAT,
         "method": method,
@@ -38,16 +49,20 @@ def load_state(
     saved: dict[str, Any],
     fixed_on_resume: Iterable[str],
 ) -> dict[str, int]:
-    """Put a saved state into the slots and groups.
+    """Load a saved state into slots and parameter groups.
 
     Args:
-        fixed_on_resume: the options that must be those of the saved groups.
+        method: the name of the optimizer's method.
+        slots: all slots of the optimizer; their state is replaced by copies on their devices.
+        groups: its parameter groups, in order; their options are replaced.
+        saved: what :func:`dump_state` returned on the same layout.
+        fixed_on_resume: options that must have the same values in the saved groups and in these.
 
     Returns:
-        The saved counts.
+        The saved counters, by name.
 
     Raises:
-        CheckpointError: anything does not fit. Then nothing was changed.
+        CheckpointError: the state does not fit this optimizer; nothing was changed.
     """
     _check_origin(method, saved)
     _check_names({slot.tag.name for slot in slots}, set(saved["layout"]))
@@ -96,7 +111,8 @@ def _check_names(own: set[str], saved: set[str]) -> None:
     if own != saved:
         missing, extra = sorted(own - saved)[:3], sorted(saved - own)[:3]
         raise CheckpointError(
-            f"the checkpoint is of another model: it lacks {missing or 'nothing'} and has {extra or 'nothing'} besides"
+            f"the checkpoint belongs to another model: it lacks {missing or 'nothing'}, and this model lacks "
+            f"{extra or 'nothing'}"
         )
 
 
@@ -111,14 +127,14 @@ def _check_groups(
     for index, (group, saved) in enumerate(zip(groups, stored, strict=True)):
         if saved["params"] != _names(slots, group):
             raise CheckpointError(
-                f"parameter group {index} holds other parameters in the checkpoint than in this run: make the groups "
-                "as the run that saved it did"
+                f"parameter group {index} has other parameters in the checkpoint than in this run: build the groups as "
+                "in the run that saved it"
             )
         for key in fixed_on_resume:
             if saved[key] != group[key]:
                 raise CheckpointError(
-                    f"{key} is {saved[key]!r} in the checkpoint and {group[key]!r} in this run, and the state of one "
-                    "cannot be read as that of the other: use the value that saved it"
+                    f"{key} is {saved[key]!r} in the checkpoint and {group[key]!r} in this run, which cannot use state "
+                    f"saved with another value: set {key} to {saved[key]!r}"
                 )
 
 
@@ -128,15 +144,15 @@ def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
         if stored[key] != value:
             raise CheckpointError(
                 f"{name}: {key} is {stored[key]} in the checkpoint and {value} in this run. Resume with the ZeRO "
-                "stage, the grid of ranks, the model and the optimizer.params that saved it"
+                "stage, grid of ranks, model and optimizer.params of the run that saved it"
             )
     tensors = saved["state"][name]
     if set(tensors) != set(slot.state):
-        raise CheckpointError(f"{name}: the checkpoint holds {sorted(tensors)}, this run needs {sorted(slot.state)}")
+        raise CheckpointError(f"{name}: the checkpoint has {sorted(tensors)}, this run needs {sorted(slot.state)}")
     for key, (shape, dtype) in slot.state_store.tensors(slot.state_store.rank_of(tensors)).items():
         found = tensors[key]
         if (tuple(found.shape), found.dtype) != (shape, dtype):
             raise CheckpointError(
                 f"{name}: {key} is {tuple(found.shape)} {found.dtype} in the checkpoint and {shape} {dtype} in this "
-                "run: use the rank, state_dtype and other optimizer.params that saved it"
+                "run: use the rank, state_dtype and other optimizer.params of the run that saved it"
             )

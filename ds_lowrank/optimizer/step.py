@@ -36,7 +36,7 @@ class SteppedMatrix:
         shard: this rank's part, with this step's gradient and weights attached.
         state_store: how its state is stored.
         state: its state, with ``step``; changed in place.
-        options: its group's, as they are now.
+        options: the current options of its group.
         found: what its method found in the gradient; set by the first half of the step.
         updated: whether the step changed it.
     """
@@ -55,7 +55,7 @@ class SteppedMatrix:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has been stepped before. A matrix waits for its first gradient that is not zero."""
+        """Whether the matrix has been stepped before. It waits for its first gradient that is not zero."""
         return bool(self.state["step"] > 0)
 
 
@@ -85,10 +85,10 @@ def shard_matrix(
     index: int = 0,
     peers: Sequence[int] | None = None,
 ) -> tuple[MatrixShard, StateStore]:
-    """One rank's part of a matrix, and how its state is stored there.
+    """One rank's part of a matrix, and the store of its state there.
 
     Args:
-        method: what steps the matrix.
+        method: the method that steps the matrix.
         name: of the matrix; seeds derive from it.
         shape: the logical ``(m, n)``.
         parts: what each rank of the group holds.
@@ -105,7 +105,11 @@ def shard_matrix(
 
 
 def all_finite(magnitudes: Sequence[float]) -> bool:
-    """Whether gradients of these magnitudes are finite, and small enough to be squared."""
+    """Whether gradients of these magnitudes are finite, and small enough to be squared.
+
+    Args:
+        magnitudes: about the largest magnitude of each gradient.
+    """
     return all(magnitude < TOO_LARGE for magnitude in magnitudes)
 
 
@@ -119,10 +123,10 @@ def step_matrices(
     """One step of some matrices, in lockstep on all ranks of a group.
 
     Args:
-        method: what steps them.
+        method: the method that steps them.
         matrices: in the same order on all ranks; weights and state are changed in place.
         ranks: how many ranks the group has.
-        others: gradients of what is not projected, which take part in the decision.
+        others: gradients of parameters that are not projected, which take part in the decision.
         proceed: decides, from the magnitude of each matrix's gradient and of each other one, whether the step goes on.
             It must decide alike on all ranks, which are given the same numbers.
     """
@@ -161,11 +165,15 @@ def _update(method: type[Method], bucket: Sequence[SteppedMatrix]) -> Rounds[int
 
 
 def magnitudes_over_ranks(tensors: Sequence[torch.Tensor], ranks: int) -> Rounds[list[float]]:
-    """One number for each of some tensors, of which every rank has a part: the same number on all ranks.
+    """Roughly the largest magnitude in each tensor over all ranks: one number per tensor, the same on all ranks.
 
     It is zero if all elements are, and not finite if one is not: the sum of every rank's largest magnitude, which
     neither overflows nor underflows as a sum of squares would. On the meta device, where a step is costed and nothing
     is computed, every tensor counts as one.
+
+    Args:
+        tensors: this rank's parts, any shapes and floating dtypes, in the same order on all ranks.
+        ranks: how many ranks there are.
     """
     largest = [largest_magnitude(tensor) for tensor in tensors]
     route = all_reduce_route(ranks, len(largest))
@@ -175,7 +183,11 @@ def magnitudes_over_ranks(tensors: Sequence[torch.Tensor], ranks: int) -> Rounds
 
 
 def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude as a scalar, fp32: NaN if an element is, zero for no elements."""
+    """The largest magnitude in a tensor as a scalar, fp32: NaN if an element is, zero if there are no elements.
+
+    Args:
+        tensor: of any shape and floating dtype.
+    """
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
     low, high = torch.aminmax(tensor)  # one pass, no copy; the inf-norm is forty times slower on a CPU
@@ -196,8 +208,11 @@ T = TypeVar("T", bound=HasState)
 def buckets(items: Sequence[T]) -> list[list[T]]:
     """Cut a sequence into buckets of at most BUCKET_ELEMENTS elements of state; the same cut on all ranks.
 
-    What a step gathers of a matrix, its basis and directions, is about as large as its state at the rank it starts
-    with, which is the largest.
+    A step gathers the basis and the direction of a matrix, which together are about as large as its initial state. The
+    rank never grows beyond the initial one.
+
+    Args:
+        items: in the order in which they are stepped.
     """
     cut: list[list[T]] = []
     size = BUCKET_ELEMENTS

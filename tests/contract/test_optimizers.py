@@ -260,7 +260,7 @@ def test_groups_in_another_order_are_refused(name):
     first, rest = ({"params": part.named_parameters(prefix=str(i)), "lr": i} for i, part in enumerate(model) if i != 1)
     saved = OPTIMIZERS[name]([first, rest], **SMALL[name]).state_dict()
     rest, first = ({"params": part.named_parameters(prefix=str(i)), "lr": i} for i, part in enumerate(model) if i != 1)
-    with pytest.raises(ds_lowrank.CheckpointError, match="parameter group 0 holds other parameters"):
+    with pytest.raises(ds_lowrank.CheckpointError, match="parameter group 0 has other parameters"):
         OPTIMIZERS[name]([first, rest], **SMALL[name]).load_state_dict(saved)
 
 

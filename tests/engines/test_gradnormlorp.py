@@ -91,7 +91,7 @@ def attempt(settings, early_groups):
         ({"adapter_rank": 41}, False, "adapter_rank"),
         ({"exclude_modules": ["*"]}, False, "no linear layer"),
         ({"target_modules": ["*typo*"]}, False, "matches no parameter"),
-        ({}, True, "leave model_parameters out"),
+        ({}, True, "omit model_parameters"),
         ({"parametrization": "full"}, False, "adapter_rank belongs to parametrization 'adapter'"),
     ],
 )

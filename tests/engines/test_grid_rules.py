@@ -95,7 +95,7 @@ def misfit_on_the_last_stage():
 
 def test_autotp_goes_with_no_other_grid():
     for error in run_ranks(2, error_of_autotp_in_a_pipeline):
-        assert "tensor_parallel.autotp_size makes a grid of its own" in error
+        assert "tensor_parallel.autotp_size creates its own grid" in error
 
 
 def error_of_autotp_in_a_pipeline():
@@ -147,7 +147,7 @@ def biases_on_one_stage(stage):
     ]
     groups = [group for group in groups if group["params"]]
     error = own_error_of_model(model, settings_of(Grid(1, 1, 2, stage)), model_parameters=groups)
-    return error.partition(" with something")[0]
+    return error.partition(" that are not empty")[0]
 
 
 def test_what_one_stage_alone_can_see_stops_both():
@@ -237,7 +237,7 @@ def with_context_ranks():
 
 def test_shards_that_megatron_core_has_not_marked_are_refused():
     for error in run_ranks(2, without_initialization):
-        assert "up.weight is a shard and not marked as one" in error
+        assert "up.weight is a shard but not marked as one" in error
 
 
 def without_initialization():
@@ -249,7 +249,7 @@ def without_initialization():
 
     mpu = make_grid(2, 1)
     assert make_grid(2, 1).get_tensor_model_parallel_world_size() == 2
-    with pytest.raises(ds_lowrank.ConfigError, match="groups are there already"):
+    with pytest.raises(ds_lowrank.ConfigError, match="groups already exist"):
         make_grid(1, 2)
     config = ModelParallelConfig(
         tensor_model_parallel_size=2, use_cpu_initialization=True, perform_initialization=False
@@ -274,7 +274,7 @@ def more_stages_than_layers():
 
 @pytest.mark.parametrize(("ranks", "size"), [(3, 2), (2, 3)])
 def test_ranks_that_autotp_does_not_divide(ranks, size):
-    message = f"{ranks} ranks are no multiple of tensor-parallel {size}"
+    message = f"{ranks} ranks are not a multiple of tensor-parallel {size}"
     assert all(message in error for error in run_ranks(ranks, with_autotp, size))
 
 
@@ -467,7 +467,7 @@ def test_the_role_table_shows_all_stages_and_names_what_is_held_twice():
     assert "14 of 21 parameters are projected" in table  # the tied embedding is on both stages
     for line, text in (
         ("model.layers.*.self_attn.q_proj.weight", "2      projected "),
-        ("model.norm.weight", "AdamW (1-D), on each of 2 tensor ranks"),
+        ("model.norm.weight", "AdamW (1-D), replicated on 2 tensor-parallel ranks"),
         ("model.embed_tokens.weight", "AdamW (embedding), tied: a copy on this stage"),
     ):
         assert any(row.startswith(line) and text in row for row in table.splitlines()), table
@@ -587,7 +587,7 @@ def test_the_role_table_counts_the_shards_of_all_tensor_ranks():
         for projection in ("logical", "local")
     ]
     assert all("State over 2 ranks" in table for table in tables)
-    assert "projected, as 2 shards apart" in tables[1]
+    assert "projected as 2 independent shards" in tables[1]
 
 
 def test_a_client_optimizer_learns_of_the_pipeline():

@@ -103,7 +103,7 @@ def test_another_grid_does_not_resume_it(workspace, on_a_grid):
 
 
 REFUSED = [
-    (["--tensor-parallel", "3"], 4, {}, "4 ranks are no multiple of tensor-parallel 3 x pipeline-parallel 1 = 3"),
+    (["--tensor-parallel", "3"], 4, {}, "4 ranks are not a multiple of tensor-parallel 3 x pipeline-parallel 1 = 3"),
     (["--tensor-parallel", "4"], 4, {}, "num_attention_heads 2 is not a multiple of tensor-parallel 4"),
     (["--pipeline-parallel", "4"], 4, {}, "4 pipeline stages for num_hidden_layers 2"),
     (
@@ -125,7 +125,7 @@ REFUSED = [
         "bf16 with tensor parallelism at ZeRO 0.*Set zero_optimization.stage to 1",
     ),
     (["--tensor-parallel", "2"], 4, {"tensor_parallel": {"autotp_size": 2}}, "use one of them"),
-    ([], 3, {"tensor_parallel": {"autotp_size": 2}}, "3 ranks are no multiple"),
+    ([], 3, {"tensor_parallel": {"autotp_size": 2}}, "3 ranks are not a multiple"),
     (["--sequence-parallel"], 2, {}, "give --tensor-parallel"),
     (["--sequence-parallel", "--tensor-parallel", "2"], 2, {}, "needs a GPU"),
     (["--sequence-parallel", "--tensor-parallel", "2", "--sequence-length", "31"], 2, {}, "31 is not a multiple"),
@@ -178,7 +178,7 @@ def test_an_apex_that_is_not_nvidias_stops_a_grid_at_start(workspace, monkeypatc
 
 
 BAD_STARTS = [
-    (3, ["--tensor-parallel", "2"], "3 ranks are no multiple of tensor-parallel 2"),
+    (3, ["--tensor-parallel", "2"], "3 ranks are not a multiple of tensor-parallel 2"),
     (2, ["--pipeline-parallel", "2", "--model", "/no/such.json"], "no model configuration at /no/such.json"),
 ]
 

@@ -24,7 +24,7 @@ METHOD = METHODS["GaLore"]
         ({"update_proj_gp": 5}, "update_proj_gp .*unknown key; did you mean 'update_proj_gap'.*Valid: "),
         ({"rank": 0}, r"params.rank .*greater than 0, got 0"),
         ({"rank": 1.5}, r"params.rank .*valid integer, got 1.5"),
-        ({"rank": "auto"}, r"params.rank .*'auto' is filled in by the Hugging Face Trainer only"),
+        ({"rank": "auto"}, r"params.rank .*only the Hugging Face Trainer fills in 'auto'"),
         ({"proj_type": "both"}, r"params.proj_type .*'std', 'reverse_std', 'left' or 'right'"),
         ({"projector": "qr"}, r"params.projector .*'randomized' or 'svd'"),
         ({"betas": [0.9, 1.0]}, r"betas must lie in \[0, 1\)"),

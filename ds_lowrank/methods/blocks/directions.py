@@ -1,7 +1,7 @@
 """Random directions in the space of one weight matrix, for methods that probe the loss around the weights.
 
-A direction is given by its coordinates, which are a function of (seed, name, counter) alone: every shard, replica and
-resumed run draws the same ones, and none is sent.
+A direction is represented by its coordinates, a function of (seed, name, counter) alone: every shard, replica and
+resumed run draws the same ones, so none has to be sent.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ds_lowrank.sharding.updates import Dense, Factors
 
 @dataclass(frozen=True)
 class Directions(ABC):
-    """The directions of one matrix in one step.
+    """The random directions along which one matrix may be moved in one step.
 
     Attributes:
-        shard: the part of the matrix whose weights are to be moved.
-        seed: of the run.
+        shard: the part of the matrix whose weights will be moved.
+        seed: the run's seed.
     """
 
     shard: MatrixShard
@@ -31,18 +31,42 @@ class Directions(ABC):
 
     @abstractmethod
     def draw(self, counter: str) -> torch.Tensor:
-        """The coordinates of one random direction, fp32."""
+        """Draw the coordinates of one random direction.
+
+        Args:
+            counter: names the direction among those of the matrix; with the seed and the matrix's name it decides the
+                numbers.
+
+        Returns:
+            Coordinates, fp32, the same on all ranks. Their shape depends on the kind of direction.
+        """
 
     @abstractmethod
     def square(self, coordinates: torch.Tensor) -> float:
-        """The squared Frobenius norm of the whole matrix that they stand for, the same on all ranks."""
+        """The squared Frobenius norm of the whole matrix with these coordinates, the same on all ranks.
+
+        Args:
+            coordinates: those of a direction, or of a sum of directions.
+        """
 
     @abstractmethod
     def to_matrix(self, coordinates: torch.Tensor) -> Factors | Dense:
-        """The matrix that they stand for, on the elements of the shard."""
+        """The matrix with these coordinates, on the elements of the shard.
+
+        Args:
+            coordinates: those of a direction, or of a sum of directions.
+        """
 
     def combined(self, counters: Sequence[str], weights: Sequence[float]) -> torch.Tensor:
-        """The coordinates of a sum of directions."""
+        """The coordinates of a weighted sum of directions.
+
+        Args:
+            counters: the counter of each direction.
+            weights: the weight of each direction.
+
+        Returns:
+            Coordinates as :meth:`draw` returns them, fp32.
+        """
         total = torch.zeros((), device=self.shard.device)
         for counter, weight in zip(counters, weights, strict=True):
             total = weight * self.draw(counter) + total
@@ -54,12 +78,14 @@ class Directions(ABC):
 
 @dataclass(frozen=True)
 class Diagonal(Directions):
-    """``Pi = F diag(u) Q^T`` with r normal numbers u: one for every pair of stored directions.
+    """Directions ``Pi = F diag(u) Q^T`` with r normal numbers u, one for each pair of stored singular directions.
 
     Attributes:
-        basis: held compressed rows x r, ``Q``.
-        right_factor: held kept rows x r, ``F``.
-        squares: r, the squared lengths of the pairs: one, or zero for a pair that a poor gradient left empty.
+        basis: ``Q``, held compressed rows x r, fp32.
+        right_factor: ``F``, held kept rows x r, fp32.
+        squares: the squared length of each pair, r numbers: one, or zero for a pair that is empty because the gradient
+            had fewer than r directions.
+        drawn: the coordinates drawn so far, by counter.
     """
 
     basis: torch.Tensor
@@ -68,51 +94,59 @@ class Diagonal(Directions):
     drawn: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def draw(self, counter: str) -> torch.Tensor:
-        """Remembered: r numbers take no room."""
+        """Draw u, 1 x r normal numbers, or return those drawn before: r numbers are cheap to keep."""
         if counter not in self.drawn:
             self.drawn[counter] = self._normal(counter, 1, self.squares.numel())
         return self.drawn[counter]
 
     def square(self, coordinates: torch.Tensor) -> float:
+        """``|F diag(u) Q^T|^2``: the sum of ``u_i^2`` over the pairs that are not empty."""
         return float((coordinates.double().square() * self.squares).sum())
 
     def to_matrix(self, coordinates: torch.Tensor) -> Factors:
+        """``F diag(u) Q^T`` on this rank's elements, as two factors."""
         return Factors(self.right_factor * coordinates, self.basis, 1.0)
 
 
 @dataclass(frozen=True)
 class GaussianInSubspace(Directions):
-    """``Pi = U Q^T`` with kept x r normal numbers U.
+    """Directions ``Pi = U Q^T`` with kept x r normal numbers U.
 
     Attributes:
-        basis: held compressed rows x r, ``Q``.
-        squares: r, the squared lengths of its columns: one or zero.
+        basis: ``Q``, held compressed rows x r, fp32.
+        squares: the squared length of each column of the basis, r numbers: one, or zero for an empty column.
     """
 
     basis: torch.Tensor
     squares: torch.Tensor
 
     def draw(self, counter: str) -> torch.Tensor:
+        """Draw the whole U, kept x r normal numbers."""
         return self._normal(counter, self.shard.kept.size, self.squares.numel())
 
     def square(self, coordinates: torch.Tensor) -> float:
+        """``|U Q^T|^2``: the sum of the squared lengths of U's columns, except those that meet an empty column of Q."""
         lengths = torch.linalg.vector_norm(coordinates, dim=0, dtype=torch.float64)
         return float((lengths.square() * self.squares).sum())
 
     def to_matrix(self, coordinates: torch.Tensor) -> Factors:
+        """``U Q^T`` on this rank's elements, as two factors."""
         start, end = self.shard.kept.held
         return Factors(coordinates[start:end], self.basis, 1.0)
 
 
 @dataclass(frozen=True)
 class FullSpace(Directions):
-    """``Pi``: m x n normal numbers."""
+    """Directions of m x n normal numbers, not restricted to a subspace."""
 
     def draw(self, counter: str) -> torch.Tensor:
+        """Draw the whole direction, m x n normal numbers."""
         return self._normal(counter, *self.shard.shape)
 
     def square(self, coordinates: torch.Tensor) -> float:
+        """The squared Frobenius norm of the coordinates, which are the matrix itself."""
         return float(torch.linalg.vector_norm(coordinates, dtype=torch.float64).square())
 
     def to_matrix(self, coordinates: torch.Tensor) -> Dense:
+        """This rank's elements of the m x n coordinates."""
         return Dense(lambda: self.shard.elements_of(coordinates), 1.0)

@@ -1,4 +1,4 @@
-"""Adam with two moments of full size, on elements that are spread over ranks."""
+"""Adam with two moments of every element, which are spread over ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from ds_lowrank.sharding.updates import Dense, Update
 
 
 def full_rank_state(shard: MatrixShard, options: Options) -> StateSpec:
-    """Both moments of every element."""
+    """The state of Adam at full rank: a first and a second moment of every element.
+
+    Args:
+        shard: the matrix, or a parameter of any shape as one row.
+        options: with ``state_dtype``, in which the moments are stored.
+
+    Returns:
+        ``exp_avg`` and ``exp_avg_sq``, elements x 1 each.
+    """
     return {
         "exp_avg": options.first_moment_spec(shard.elements, 1),
         "exp_avg_sq": options.second_moment_spec(shard.elements, 1),
@@ -25,16 +33,20 @@ def full_rank_state(shard: MatrixShard, options: Options) -> StateSpec:
 def full_rank_adam(
     shard: MatrixShard, state: State, options: Options, gradient: Callable[[], torch.Tensor]
 ) -> Program[Update]:
-    """Adam's direction on single elements.
+    """Adam's direction for every element (Kingma and Ba, Algorithm 1), as an update of the weights.
 
-    Each rank steps the elements it holds, so nothing is exchanged, unless moments are quantized in blocks that two
-    ranks share.
+    Each rank steps the elements it holds, so nothing is exchanged, except if moments are quantized in blocks and two
+    ranks share a block.
 
     Args:
-        shard: the matrix.
-        state: with both moments, which are updated, and ``step``, the number of steps so far.
+        shard: the matrix, or a parameter of any shape as one row.
+        state: with ``exp_avg`` and ``exp_avg_sq``, which are updated in place, and ``step``, the number of steps before
+            this one.
         options: with ``betas`` and ``eps``.
-        gradient: computes the gradient on the elements that this rank holds: flat, fp32.
+        gradient: computes the gradient on the elements that this rank holds, flat, fp32.
+
+    Returns:
+        The update on the elements that this rank holds, to be scaled by the learning rate.
     """
     step = state["step"]
 

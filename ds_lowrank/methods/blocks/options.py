@@ -39,16 +39,30 @@ class Options(BaseModel):
     seed: int = Field(0, ge=0)
 
     def model_post_init(self, context: Any) -> None:
-        """Check what spans several values or keys."""
+        """Check what a single value cannot tell.
+
+        Raises:
+            ValueError: a beta is outside [0, 1).
+        """
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
 
     def first_moment_spec(self, axis: Axis, columns: int) -> TensorSpec:
-        """A moment of either sign, rows along the axis x columns, stored in ``state_dtype``."""
+        """The spec of a moment that may be negative, stored in ``state_dtype``.
+
+        Args:
+            axis: the dimension of the matrix that the moment's rows belong to.
+            columns: how many numbers each row has.
+        """
         return TensorSpec(axis, columns, self._quantizer(signed=True))
 
     def second_moment_spec(self, axis: Axis, columns: int) -> TensorSpec:
-        """A moment that is never negative, rows along the axis x columns, stored in ``state_dtype``."""
+        """The spec of a moment that is never negative, stored in ``state_dtype``.
+
+        Args:
+            axis: the dimension of the matrix that the moment's rows belong to.
+            columns: how many numbers each row has.
+        """
         return TensorSpec(axis, columns, self._quantizer(signed=False))
 
     def _quantizer(self, signed: bool) -> Quantizer:
@@ -66,7 +80,7 @@ class Options(BaseModel):
 
     @property
     def ascent(self) -> Ascent | None:
-        """How higher loss is looked for around the weights before the gradient is taken; None if it is not."""
+        """How to search for higher loss around the weights before the gradient is taken; None for no search."""
         return None
 
     @property

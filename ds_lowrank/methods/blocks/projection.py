@@ -1,4 +1,4 @@
-"""What the first half of a step finds in a gradient, and how squares stay in the range of fp32.
+"""The result of projecting a gradient, and the scale that keeps squares of gradients in the range of fp32.
 
 Squares of numbers below 1e-19 or above 1e19 leave the range of fp32, and gradients of such sizes occur (loss scaling, a
 stalled layer). A norm or an inner product is therefore taken of the gradient over its *safe scale*, a number of about
@@ -19,7 +19,7 @@ SMALLEST_SCALE = 1e-36
 
 @dataclass
 class ProjectedGradient:
-    """What ``project`` found in a gradient.
+    """What a method's ``project`` found in a gradient.
 
     Attributes:
         projected: this rank's rows of the projected gradient, fp32. Over all ranks it is finite, and not zero, exactly
@@ -40,7 +40,7 @@ class ProjectedGradient:
 
     @property
     def refreshed(self) -> bool:
-        """Whether this step has a new basis."""
+        """Whether this step uses a new basis."""
         return self.due
 
     @property
@@ -50,12 +50,25 @@ class ProjectedGradient:
 
 
 def safe_scale_of(shard: MatrixShard) -> Program[torch.Tensor]:
-    """The safe scale of a gradient that has not been projected yet: 1 x 1, fp32, the same bits on all ranks."""
+    """The safe scale of a gradient that has not been projected yet.
+
+    Args:
+        shard: the matrix, with this step's gradient attached.
+
+    Returns:
+        1 x 1, fp32, the same bits on all ranks.
+    """
     largest = shard.flat_gradient.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
     total: torch.Tensor = yield shard.all_reduce(largest.float().view(1, 1))
     return total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def safe_ratio(numerator: torch.Tensor, denominator: torch.Tensor, otherwise: float = 0.0) -> torch.Tensor:
-    """The elementwise quotient, and ``otherwise`` where the denominator is zero. Any shapes that broadcast."""
+    """Divide elementwise, and return ``otherwise`` where the denominator is zero.
+
+    Args:
+        numerator: of any shape.
+        denominator: of a shape that broadcasts with it.
+        otherwise: the result for a denominator of zero.
+    """
     return torch.where(denominator == 0, otherwise, numerator / denominator)

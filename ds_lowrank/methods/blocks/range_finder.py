@@ -1,4 +1,4 @@
-"""Bases that are read off a gradient whose elements are spread over ranks."""
+"""Finding a basis of the leading subspace of a gradient whose elements are spread over ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from ds_lowrank.sharding.reduce import Program
 
 
 def singular_basis(shard: MatrixShard, rank: int) -> Program[torch.Tensor]:
-    """The leading singular vectors, by an exact SVD of the gradient, gathered on the factoring rank.
+    """The gradient's leading singular vectors, by an exact SVD of the whole gradient on the matrix's root.
+
+    Args:
+        shard: the matrix, with this step's gradient attached.
+        rank: how many vectors.
 
     Returns:
-        This rank's own rows of the basis, compressed x rank.
+        Owned compressed rows x rank of the basis, fp32.
     """
     gradient = yield shard.rows.reduce_to_root(shard.block())
     own: torch.Tensor = yield shard.compressed.scatter_from_root(leading_singular_vectors(gradient, rank, shard.side))
@@ -22,13 +26,20 @@ def singular_basis(shard: MatrixShard, rank: int) -> Program[torch.Tensor]:
 
 
 def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> Program[torch.Tensor]:
-    """Randomized range finder with one power step (Halko et al., arXiv 0909.4061, Algorithm 4.4).
+    """A basis of the gradient's leading subspace, by a randomized range finder with one power step.
 
-    Both halves of ``H^T (H sketch)`` are orthonormalised: directions ``k`` times weaker than the strongest are then
-    found to ``k`` rounding errors instead of ``k^2``, whichever way the sums are split over ranks.
+    This is Algorithm 4.4 of Halko et al., arXiv 0909.4061. Both products in ``H^T (H sketch)`` are orthonormalised:
+    directions ``k`` times weaker than the strongest are then found to ``k`` rounding errors instead of ``k^2``, however
+    the sums are split over ranks.
+
+    Args:
+        shard: the matrix, with this step's gradient attached.
+        rank: how many columns the basis has.
+        seed: the run's seed.
+        counter: the step, so that every refresh draws a new sketch.
 
     Returns:
-        This rank's own rows of the basis, compressed x rank.
+        Owned compressed rows x rank of the basis, fp32, orthonormal over all ranks.
     """
     tall = yield shard.kept.reduce_scatter(shard.times(held_sketch(shard, rank, seed, counter)))
     tall = yield shard.kept.gather_to_root(tall)
@@ -41,7 +52,17 @@ def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> 
 
 
 def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:
-    """The rows of the random sketch, compressed x rank, that this rank's elements touch."""
+    """The rows of a random normal matrix, compressed x rank, that this rank multiplies its elements by.
+
+    Args:
+        shard: the matrix.
+        rank: how many columns the sketch has.
+        seed: the run's seed.
+        counter: distinguishes the sketches of one matrix; a step, for example.
+
+    Returns:
+        Held compressed rows x rank, fp32.
+    """
     start, end = shard.compressed.held
     if start == end:
         return torch.empty(0, rank, device=shard.device)

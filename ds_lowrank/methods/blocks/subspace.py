@@ -1,4 +1,4 @@
-"""What methods with a stored basis share: projecting on it, descending in it, and choosing the inner optimizer."""
+"""What methods with a stored basis share: options, projecting onto the basis, descending in its subspace."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ class SubspaceOptions(Options):
     """Where ``inner`` ``lion`` takes its sign: before the lift (the paper), or after it (the official code)."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse options of an inner optimizer that was not chosen."""
+        """Refuse options that belong to another inner optimizer than the chosen one.
+
+        Raises:
+            ValueError: ``momentum`` without ``sgd``, or an ``original`` ``lion_sign`` without ``lion``.
+        """
         super().model_post_init(context)
         if self.momentum and self.inner != "sgd":
             raise ValueError(f"momentum belongs to inner 'sgd', inner is {self.inner!r}: remove one of them")
@@ -48,7 +52,7 @@ class SubspaceOptions(Options):
 
 @dataclass
 class Projection(ProjectedGradient):
-    """A projection on a basis: ``projected`` is ``R = H Q``, owned kept rows x rank.
+    """A projection onto a basis: ``projected`` is ``R = H Q``, owned kept rows x rank.
 
     Attributes:
         own: the rows of the basis that this rank owns: owned compressed rows x rank, fp32.
@@ -60,20 +64,29 @@ class Projection(ProjectedGradient):
 
     @property
     def refreshed(self) -> bool:
-        """Whether this step has a new basis. No subspace can be read off a gradient of zeros: the old one stays."""
+        """Whether this step uses a new basis. A gradient of zeros has no leading subspace: the old basis stays."""
         return self.due and not self.is_zero
 
 
 def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> StateSpec:
-    """The state of a basis and its inner optimizer: compressed x rank, and the moments, kept x rank."""
+    """The state of a basis and its inner optimizer.
+
+    Args:
+        shard: the matrix.
+        options: with the inner optimizer.
+        rank: columns of the basis.
+
+    Returns:
+        ``basis``, compressed x rank, and the inner optimizer's tensors for kept x rank.
+    """
     return {"basis": TensorSpec(shard.compressed, rank), **options.inner_optimizer.state(shard, shard.kept, rank)}
 
 
 def project_on(shard: MatrixShard, own: torch.Tensor, due: bool) -> Program[Projection]:
-    """``R = H Q``.
+    """Project the gradient onto a basis: ``R = H Q``.
 
     Args:
-        shard: the matrix, with this step's gradient.
+        shard: the matrix, with this step's gradient attached.
         own: this rank's rows of ``Q``: owned compressed rows x rank, fp32.
         due: whether it is a new basis.
     """
@@ -83,9 +96,17 @@ def project_on(shard: MatrixShard, own: torch.Tensor, due: bool) -> Program[Proj
 
 
 def basis_of_step(shard: MatrixShard, state: State, found: Projection) -> Program[torch.Tensor]:
-    """The basis that this step descends in: held compressed rows x rank, fp32.
+    """The basis of the subspace that this step descends in.
 
-    It is the one that was projected on, or, for a gradient of zeros, the stored one.
+    It is the one that the gradient was projected onto or, for a gradient of zeros, the stored one.
+
+    Args:
+        shard: the matrix.
+        state: with the stored basis.
+        found: the projection of this step's gradient.
+
+    Returns:
+        Held compressed rows x rank, fp32.
     """
     if found.is_zero:
         stored: torch.Tensor = yield shard.compressed.all_gather(state["basis"])
