@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "ds_lowrank"
 ALLOWED = {
     "errors": set(),
     "collectives": set(),
+    "reference": set(),
     "linalg": set(),
     "sharding": {"errors"},
     "placement": {"errors", "sharding"},
@@ -86,9 +87,17 @@ def test_the_mathematics_does_not_know_about_distribution(layer):
         assert not any(m.startswith(("torch.distributed", "deepspeed", "megatron")) for m in imports_of(path)), path
 
 
-def test_deepspeed_is_touched_in_a_few_places_only():
+def test_references_import_nothing_else_of_the_package():
+    """Also not in ``__init__.py``: an oracle that shares code with the package would share its errors."""
+    imported = {module for path in (PACKAGE / "reference").glob("*.py") for module in imports_of(path)}
+    own = {module for module in imported if module.split(".")[0] == "ds_lowrank"}
+    assert own and all(module.startswith("ds_lowrank.reference") for module in own)
+    assert {module.split(".")[0] for module in imported - own} <= {*sys.stdlib_module_names, "torch"}
+
+
+def test_rooms_that_import_deepspeed_are_these():
     users = {room_of_file(p) for p in FILES if any(m.split(".")[0] == "deepspeed" for m in imports_of(p))}
-    assert users <= {"adapters", "checkpoint", "environment", "finetuning", "integration", "models", "training"}
+    assert users == {"adapters", "checkpoint", "environment", "finetuning", "integration", "models", "training"}
 
 
 def test_importing_the_package_imports_neither_deepspeed_nor_transformers_and_patches_nothing():
