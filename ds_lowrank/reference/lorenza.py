@@ -102,7 +102,8 @@ class DenseLorenza:
             N = self.adam.direction(R)
             update = self.scale * N @ self.Q.T
             if self.orthogonal_scale is not None:
-                ratio = N.norm(dim=1, keepdim=True) / R.norm(dim=1, keepdim=True)
+                before, after = R.norm(dim=1, keepdim=True), N.norm(dim=1, keepdim=True)
+                ratio = torch.where(before > 0, after / before, 0.0)
                 s = ratio if self.orthogonal_scale == "norm_ratio" else float(self.orthogonal_scale)
                 update = update + s * (H - R @ self.Q.T)
         W.mul_(1 - lr * self.weight_decay)
