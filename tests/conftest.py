@@ -8,8 +8,7 @@ import pytest
 
 SLOW = {
     "test_python_runs",
-    "test_projecting_and_lifting_is_unbiased_over_seeds_and_has_the_papers_variance",
-    "test_moments_of_eight_bits_are_the_same_on_every_world",
+    "test_int8_moments_are_equal_on_every_world",
     "test_an_average_that_moves_less_than_a_code_a_step_still_arrives",
 }
 """Tests of several seconds that carry no ``slow`` marker, by function name."""

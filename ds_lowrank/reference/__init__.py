@@ -1,4 +1,16 @@
-"""The methods as their papers write them: dense, one process, independent of the package they judge."""
+"""The methods as their papers write them: dense, fp32, one process, paper notation.
+
+The tests compare the package with these. They import nothing from the rest of the package, so an error must be made
+twice, in different words, to go unnoticed. Each file opens with its paper's equations, and is the shortest way to read
+a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
 
 from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
@@ -8,7 +20,17 @@ from ds_lowrank.reference.lorenza import DenseLorenza
 from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
-DENSE = {
+
+class DenseMethod(Protocol):
+    """A method on one matrix: ``step`` changes ``weight``, m x n, in place."""
+
+    weight: torch.Tensor
+
+    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
+        """Take one step on the gradient G, m x n, at ``lr`` or the learning rate it was built with."""
+
+
+DENSE: dict[str, Callable[..., DenseMethod]] = {
     "GaLore": DenseGaLore,
     "OnlineSubspaceDescent": DenseOnlineSubspaceDescent,
     "VLoRP": DenseVLoRP,
@@ -17,3 +39,4 @@ DENSE = {
     "GradNormLoRP": DenseGradNormLoRP,
     "Lorenza": DenseLorenza,
 }
+"""The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

@@ -1,8 +1,15 @@
-"""GaLore as its paper writes it: dense, one process, nothing shared with the package but the sketch's definition.
+"""GaLore as arXiv 2403.03507, Algorithm 2, writes it: dense, one process.
 
-Algorithm 2 of arXiv 2403.03507 with textbook Adam, or another inner rule, and decoupled weight decay as in AdamW. One
-orientation serves both sides: H is G (right) or G^T (left), kept x compressed; Q is compressed x r and R = H Q.
+    every T steps    Q <- leading right singular vectors of H
+    R <- H Q
+    N <- Adam(R)     (or another inner optimizer)
+    W <- W - lr * scale * N Q^T - lr * weight_decay * W
+
+H is G, or G^T if the rows are compressed: kept x compressed. Q is compressed x r. What the references share is also
+here: the random sketch, which repeats the package's definition, and the bases.
 """
+
+from __future__ import annotations
 
 import hashlib
 
@@ -11,95 +18,131 @@ import torch
 from ds_lowrank.reference.inner import make_inner
 
 
-def sketch(seed, name, counter, rows, columns):
-    """The package's random sketch, written down again: a normal matrix from SHA-256 of (seed, name, counter)."""
+def sketch(seed: int, name: str, counter: int | str, rows: int, columns: int) -> torch.Tensor:
+    """A standard normal matrix, rows x columns, fp32, as a function of (seed, name, counter)."""
     return torch.randn(rows, columns, generator=sketch_generator(seed, name, counter))
 
 
-def sketch_generator(seed, name, counter):
+def sketch_generator(seed: int, name: str, counter: int | str) -> torch.Generator:
+    """A generator seeded from SHA-256 of (seed, name, counter)."""
     digest = hashlib.sha256(f"{seed}\0{name}\0{counter}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def positive_qr(matrix):
+def positive_qr(matrix: torch.Tensor) -> torch.Tensor:
+    """The orthonormal factor of the QR decomposition whose R has a positive diagonal; it is unique."""
+    q: torch.Tensor
     q, r = torch.linalg.qr(matrix)
     return q * torch.sign(torch.diagonal(r))
 
 
-def compresses_columns(proj_type, m, n):
+def compresses_columns(proj_type: str, m: int, n: int) -> bool:
+    """Whether the columns of an m x n matrix are compressed, and not its rows."""
     return {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}[proj_type]
 
 
-def singular_basis(G, rank, right):
+def singular_basis(G: torch.Tensor, rank: int, right: bool) -> torch.Tensor:
+    """The leading right singular vectors of G, or the left ones: compressed x rank."""
+    U: torch.Tensor
+    Vh: torch.Tensor
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     return Vh[:rank].T if right else U[:, :rank]
 
 
-def randomized_basis(H, W):
-    """Range finder with one power step from the sketch W, compressed x k."""
+def randomized_basis(H: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Range finder with one power step from the sketch W, compressed x k: a basis of the same shape."""
     return positive_qr(H.T @ positive_qr(H @ W.to(H.dtype)))
 
 
 class DenseGaLore:
-    """One matrix. ``step`` changes ``weight`` in place."""
+    """GaLore on one matrix.
+
+    Args:
+        weight: m x n, changed in place.
+        name: of the matrix; sketches derive from it.
+        lr: the learning rate of a step that is given none.
+
+    The other arguments are the options of :class:`ds_lowrank.GaLore`, by the same names.
+    """
+
+    basis: torch.Tensor
 
     def __init__(
         self,
-        weight,
-        name="w",
-        lr=1e-2,
-        rank=4,
-        update_proj_gap=200,
-        scale=0.25,
-        proj_type="std",
-        projector="randomized",
-        moments="keep",
-        inner="adamw",
-        momentum=0.0,
-        lion_sign="subspace",
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
-        seed=0,
-    ):
+        weight: torch.Tensor,
+        name: str = "w",
+        lr: float = 1e-2,
+        rank: int = 4,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        projector: str = "randomized",
+        moments: str = "keep",
+        inner: str = "adamw",
+        momentum: float = 0.0,
+        lion_sign: str = "subspace",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         m, n = weight.shape
-        if inner == "adafactor" and moments == "rotate":
-            raise ValueError("moments='rotate' needs moments of R; adafactor has none: use moments='keep'")
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank, self.projector, self.moments = min(rank, m, n), projector, moments
-        self.weight_decay, self.seed = weight_decay, seed
+        self.weight_decay, self.seed, self.t = weight_decay, seed, 0
         self.right = compresses_columns(proj_type, m, n)
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign)
-        self.t, self.basis = 0, None
 
-    def find_basis(self, G):
+    def find_basis(self, G: torch.Tensor) -> torch.Tensor:
+        """A basis of the gradient's leading subspace, compressed x r."""
         if self.projector == "svd":
             return singular_basis(G, self.rank, self.right)
         H = G if self.right else G.T
         return randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank))
 
-    def step(self, G, lr=None):
+    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
+        """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
         if self.t % self.gap == 0:
-            old, self.basis = self.basis, self.find_basis(G)
-            if self.moments == "rotate" and old is not None:
-                self.inner.rotate(old.T @ self.basis)
-        Q = self.basis
-        update = self.inner.update(H @ Q, Q)
+            new = self.find_basis(G)
+            if self.moments == "rotate" and self.t > 0:
+                self.inner.rotate(self.basis.T @ new)
+            self.basis = new
+        update = self.inner.update(H @ self.basis, self.basis)
         W.mul_(1 - lr * self.weight_decay)
         W.sub_(lr * self.scale * update)
         self.t += 1
 
 
 class DenseAdamW:
-    """AdamW on one tensor (Loshchilov and Hutter, Algorithm 2), for everything that is not projected."""
+    """AdamW (Loshchilov and Hutter, Algorithm 2) on one tensor, for everything that is not projected.
 
-    def __init__(self, weight, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_):
+    Args:
+        weight: of any shape, changed in place.
+        lr: the learning rate of a step that is given none.
+        betas: of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+
+    Any other option is a method's and ignored.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **_: object,
+    ) -> None:
         self.weight, self.lr, self.betas, self.eps, self.weight_decay = weight, lr, betas, eps, weight_decay
-        self.t, self.M, self.V = 0, 0.0, 0.0
+        self.t = 0
+        self.M = self.V = torch.zeros(())
 
-    def step(self, G, lr=None):
+    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
+        """Take one step on the gradient G, of the weight's shape."""
         lr = self.lr if lr is None else lr
         beta1, beta2 = self.betas
         self.t += 1

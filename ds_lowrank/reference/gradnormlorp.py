@@ -1,8 +1,17 @@
-"""GradNormLoRP as arXiv 2412.19616 writes it, on a full weight: dense, one process, with v and g as tensors.
+"""GradNormLoRP as arXiv 2412.19616 writes it, on a full weight: dense, one process, v and g as tensors.
 
-The gradients are those of weight normalisation (arXiv 1602.07868, Equation 3), left to autograd. A unit of zeros has no
-direction: it takes the projected step as it is, and its length from where that leads.
+    W = g v / |v|                         for each output unit (a row), or each input unit
+    dv, dg <- dL/dv, dL/dg                the gradients of weight normalization (arXiv 1602.07868, Equation 3)
+    v <- v - lr * scale * N Q^T           GaLore's step on dv
+    g <- g - lr * Adam(dg)
+
+The gradients are left to autograd. A unit of zeros has no direction: it takes the projected step as it is, and its
+magnitude is the length that this gives it.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -11,51 +20,75 @@ from ds_lowrank.reference.inner import make_inner
 
 
 class DenseGradNormLoRP:
-    """One matrix. ``step`` changes ``weight`` in place."""
+    """GradNormLoRP on one matrix.
 
-    def __init__(self, weight, name="w", lr=1e-2, norm_axis="output", update_proj_gap=250, **options):
-        self.weight, self.lr = weight, lr
+    Args:
+        weight: m x n, changed in place.
+        name: of the matrix; sketches derive from it.
+        lr: the learning rate of a step that is given none.
+        norm_axis: what has a magnitude, each ``output`` unit or each ``input`` unit.
+        update_proj_gap: steps that a basis lasts.
+        weight_decay: decoupled, on v and g.
+        parametrization: ignored; this is ``full``.
+        options: those of :class:`DenseGaLore`.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        name: str = "w",
+        lr: float = 1e-2,
+        norm_axis: str = "output",
+        update_proj_gap: int = 250,
+        weight_decay: float = 0.0,
+        parametrization: str = "full",
+        **options: Any,
+    ) -> None:
+        self.weight, self.lr, self.weight_decay = weight, lr, weight_decay
         self.axis = 1 if norm_axis == "output" else 0
-        self.decay = options.pop("weight_decay", 0.0)
-        options.pop("parametrization", None)
         self.v, self.g = weight.clone(), weight.norm(dim=self.axis, keepdim=True)
-        # GaLore's update of v from a rate of one and without decay: the difference it makes is -scale * N Q^T.
+        # GaLore's step from zero at a rate of one and without decay: -scale * N Q^T.
         self.moved = torch.zeros_like(weight)
         self.galore = DenseGaLore(self.moved, name=name, lr=1.0, update_proj_gap=update_proj_gap, **options)
         betas, eps = options.get("betas", (0.9, 0.999)), options.get("eps", 1e-8)
-        self.adam = make_inner("adamw", betas, eps, 0.0, "subspace")
+        self.adam = make_inner("adamw", betas, eps)
 
     @property
-    def t(self):
+    def t(self) -> int:
+        """The number of steps so far."""
         return self.galore.t
 
     @property
-    def rank(self):
+    def rank(self) -> int:
+        """The columns of the basis."""
         return self.galore.rank
 
-    def norm(self, v):
-        return v.norm(dim=self.axis, keepdim=True)
+    def norm(self, v: torch.Tensor) -> torch.Tensor:
+        """The length of each unit, m x 1 or 1 x n."""
+        length: torch.Tensor = v.norm(dim=self.axis, keepdim=True)
+        return length
 
-    def tangent(self, G):
-        """dL/dv and dL/dg from dL/dW, by autograd."""
+    def tangent(self, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``dL/dv``, m x n, and ``dL/dg``, m x 1 or 1 x n, from ``dL/dW``, by autograd."""
         zero = self.norm(self.v) == 0
         v = self.v.clone().requires_grad_()
         g = self.g.clone().requires_grad_()
         W = torch.where(zero, v, g * v / self.norm(torch.where(zero, torch.ones_like(v), v)))
-        return torch.autograd.grad(W, (v, g), G)
+        dv, dg = torch.autograd.grad(W, (v, g), G)
+        return dv, dg
 
-    def step(self, G, lr=None):
+    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
+        """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         zero = self.norm(self.v) == 0
         dv, dg = self.tangent(G)
         self.moved.zero_()
         self.galore.step(dv)
-        one = torch.ones(1, 1, dtype=G.dtype)
-        change = self.adam.update(dg.reshape(-1, 1), one).reshape(self.g.shape)
+        change = self.adam.direction(dg.reshape(-1, 1)).reshape(self.g.shape)
         if lr == 0:
             return
-        self.v = (1 - lr * self.decay) * self.v + lr * self.moved
-        self.g = (1 - lr * self.decay) * self.g - lr * change
+        self.v = (1 - lr * self.weight_decay) * self.v + lr * self.moved
+        self.g = (1 - lr * self.weight_decay) * self.g - lr * change
         self.g = torch.where(zero, self.norm(self.v), self.g)
         length = self.norm(self.v)
         self.weight.copy_(torch.where(length == 0, torch.zeros_like(self.v), self.g * self.v / length))

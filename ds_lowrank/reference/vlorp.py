@@ -1,8 +1,18 @@
-"""VLoRP as its paper writes it (arXiv 2505.01744): the gradient is literally reshaped; dense, one process.
+"""VLoRP as arXiv 2505.01744 writes it: dense, one process, the gradient literally reshaped.
 
 With c the granularity, an m x n gradient becomes many short units of length L (n/c of a row, or m/c of a column), the
-rows of a matrix Gt; R = Gt P with P, L x r, of variance 1/r.
+rows of a matrix Gt:
+
+    every T steps    P <- a new N(0, 1/r), L x r
+    R <- Gt P
+    subspace         W <- W - lr * unview(Adam(R) P^T)
+    original_space   W <- W - lr * Adam(unview(R P^T))
+    projfactor       M <- b1 M + (1 - b1) R
+                     v_row, v_col <- moving averages of the row and column sums of unview(R P^T)^2
+                     W <- W - lr * sqrt(1 - b2^t) / (1 - b1^t) * unview(M P^T) / (sqrt(v_row v_col^T / sum v_row) + eps)
 """
+
+from __future__ import annotations
 
 from fractions import Fraction
 
@@ -13,31 +23,40 @@ from ds_lowrank.reference.inner import AdamW
 
 
 class DenseVLoRP:
-    """One matrix. ``step`` changes ``weight`` in place."""
+    """VLoRP on one matrix.
+
+    Args:
+        weight: m x n, changed in place.
+        name: of the matrix; projections derive from it.
+        lr: the learning rate of a step that is given none.
+
+    The other arguments are the options of :class:`ds_lowrank.VLoRP`, by the same names.
+
+    Attributes:
+        length: L, the length of a unit.
+    """
 
     def __init__(
         self,
-        weight,
-        name="w",
-        lr=1e-2,
-        rank=4,
-        granularity=64,
-        update_scheme="projfactor",
-        distribution="gaussian",
-        update_proj_gap=100,
-        proj_type="std",
-        moment_on_resample="keep",
-        left_view="transpose",
-        eps_position="outside",
-        bias_correction="sqrt",
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        weight_decay=0.0,
-        seed=0,
-    ):
+        weight: torch.Tensor,
+        name: str = "w",
+        lr: float = 1e-2,
+        rank: int = 4,
+        granularity: float | str = 64,
+        update_scheme: str = "projfactor",
+        distribution: str = "gaussian",
+        update_proj_gap: int = 100,
+        proj_type: str = "std",
+        moment_on_resample: str = "keep",
+        left_view: str = "transpose",
+        eps_position: str = "outside",
+        bias_correction: str = "sqrt",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         m, n = weight.shape
-        if update_scheme == "original_space" and moment_on_resample != "keep":
-            raise ValueError("original_space has no moment in the subspace: use moment_on_resample='keep'")
         self.weight, self.name, self.lr, self.gap = weight, name, lr, update_proj_gap
         # A float of 1/3 means the fraction.
         self.c = Fraction(granularity).limit_denominator(10**6)
@@ -46,12 +65,13 @@ class DenseVLoRP:
         self.eps_position, self.bias_correction = eps_position, bias_correction
         self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
         self.t, self.adam = 0, AdamW(betas, eps)
-        self.M, self.M_steps, self.v_row, self.v_col = 0.0, 0, 0.0, 0.0
+        self.M = self.v_row = self.v_col = torch.zeros(())
+        self.M_steps = 0
         self.length = self.view(weight).shape[1]
         self.rank = min(rank, self.length)
 
-    def view(self, G):
-        """Gt: one unit a row."""
+    def view(self, G: torch.Tensor) -> torch.Tensor:
+        """Gt, units x L, of an m x n matrix."""
         m, n = G.shape
         if self.right:
             return G.reshape(int(m * self.c), int(n / self.c))
@@ -59,7 +79,8 @@ class DenseVLoRP:
             return G.T.reshape(int(n * self.c), int(m / self.c))
         return G.reshape(int(m / self.c), int(n * self.c)).T
 
-    def unview(self, Gt):
+    def unview(self, Gt: torch.Tensor) -> torch.Tensor:
+        """The m x n matrix of which Gt is the view."""
         m, n = self.weight.shape
         if self.right:
             return Gt.reshape(m, n)
@@ -67,15 +88,18 @@ class DenseVLoRP:
             return Gt.reshape(n, m).T
         return Gt.T.reshape(m, n)
 
-    def projection(self, counter):
+    def projection(self, counter: int) -> torch.Tensor:
+        """P, L x r, of variance 1/r: normal, or signs."""
         if self.distribution == "gaussian":
             P = sketch(self.seed, self.name, counter, self.length, self.rank)
         else:
             generator = sketch_generator(self.seed, self.name, counter)
             P = torch.randint(0, 2, (self.length, self.rank), generator=generator) * 2 - 1
-        return P.to(self.weight.dtype) / self.rank**0.5
+        scaled: torch.Tensor = P.to(self.weight.dtype) / self.rank**0.5
+        return scaled
 
-    def step(self, G, lr=None):
+    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
+        """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         P = self.projection(self.t // self.gap)
         if self.t > 0 and self.t % self.gap == 0:
@@ -92,15 +116,17 @@ class DenseVLoRP:
         self.weight.sub_(lr * update)
         self.t += 1
 
-    def resample(self, C):
+    def resample(self, C: torch.Tensor) -> None:
+        """Reset the moments, or carry the first one by C, r x r, as ``moment_on_resample`` says."""
         if self.moment_on_resample == "reset":
-            self.M, self.M_steps, self.adam = 0.0, 0, AdamW(self.betas, self.eps)
+            self.M, self.M_steps, self.adam = torch.zeros(()), 0, AdamW(self.betas, self.eps)
         elif self.moment_on_resample == "reproject" and self.update_scheme == "projfactor":
             self.M = self.M @ C
         elif self.moment_on_resample == "reproject":
             self.adam.M = self.adam.M @ C
 
-    def projfactor(self, R, P):
+    def projfactor(self, R: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+        """Update the first moment and the factors of the second; the direction, m x n."""
         beta1, beta2 = self.betas
         self.M_steps += 1
         self.M = beta1 * self.M + (1 - beta1) * R

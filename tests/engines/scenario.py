@@ -7,33 +7,14 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.reference import DENSE
+from ds_lowrank.methods import METHODS as REGISTRY
 from ds_lowrank.reference.galore import DenseAdamW
 from ds_lowrank.reference.lorenza import DenseLorenza, climb
+from tests.methods import dense, of
 
 VOCAB, LENGTH, BATCH = 131, 12, 24
-COMMON = {"lr": 1e-2, "eps": 3e-5}
-"""Adam's first step divides a gradient by its own magnitude. Near ``eps`` an element passes its rounding error on, here
-1e-9 to 1e-8, as that over four ``eps``; and which elements are near it changes with a CPU's kernels. This is well below
-the gradients, about 1e-3, and leaves what two orders of summation cannot agree on well below the bounds of the tests.
-"""
-METHODS = {
-    "GaLore": {**COMMON, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
-    "OnlineSubspaceDescent": {**COMMON, "rank": 4, "basis_lr_ratio": 1.0},
-    "VLoRP": {**COMMON, "rank": 2, "granularity": 5, "update_proj_gap": 4},
-    "AdaRankGrad": {**COMMON, "rank_max": 6, "residual_tol": 0.3, "update_proj_gap": 4},
-    "Apollo": {**COMMON, "rank": 4, "update_proj_gap": 4},
-    "GradNormLoRP": {**COMMON, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
-    "Lorenza": {
-        **COMMON,
-        "rank": 4,
-        "update_proj_gap": 4,
-        "probes": 2,
-        "probe_radius": 1.0,  # a slope is a difference of losses, and the larger it is the more digits it has
-        "perturbation_radius": 0.5,
-    },
-}
-"""Options for the scenario's matrices of 40 x 40, 99 x 40 and 40 x 99, with refreshes at steps 0, 4, 8."""
+METHODS = {name: of(name).engine for name in REGISTRY}
+"""The options of every registered method for the scenario's matrices of 40 x 40, 99 x 40 and 40 x 99."""
 
 
 def make_model(tied: bool = False, hidden: int = 40, intermediate: int = 99) -> torch.nn.Module:
@@ -55,7 +36,7 @@ def make_model(tied: bool = False, hidden: int = 40, intermediate: int = 99) -> 
 
 
 def make_model_for(settings: dict[str, Any], zero_init: bool, **options: Any) -> torch.nn.Module:
-    """The same model, under ``zero.Init`` if asked, where its weights are other ones."""
+    """The same model; under ``zero.Init`` if asked, and then with other weights."""
     import deepspeed
 
     with deepspeed.zero.Init(config_dict_or_path=settings) if zero_init else contextlib.nullcontext():
@@ -111,7 +92,7 @@ def train_step(engine: Any, step: int, device: str = "cpu") -> None:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The fp32 weights of the whole model, gathered on every rank; a frozen one has those of its dtype only."""
+    """The fp32 weights of the whole model, gathered on every rank; frozen ones are converted from their dtype."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -141,7 +122,7 @@ def master_of(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
 def run_engine(
     settings: dict[str, Any], steps: int, zero_init: bool = False, model_options: dict[str, Any] | None = None
 ):
-    """Train; return the weights after the first and after the last step, and what the optimizer reports."""
+    """Train; the weights after the first and after the last step, and what the optimizer reports."""
 
     import ds_lowrank
     from ds_lowrank.optimizer.report import state_bytes
@@ -181,9 +162,10 @@ def broadcast_dense_init(model: torch.nn.Module, model_options: dict[str, Any]) 
 
 
 class Oracle:
-    """The same training in one fp32 process, on whole matrices, by the paper-literal references.
+    """The same training in one fp32 process, on whole matrices, by the dense references.
 
-    ``norms``: of each step's gradient, before clipping.
+    Attributes:
+        norms: the norm of each step's gradient, before clipping.
     """
 
     batch = staticmethod(tokens)
@@ -204,7 +186,7 @@ class Oracle:
             is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             if projected is not None:
                 is_matrix = parameter.ndim == 2 and projected(name)
-            rule = DENSE[method] if is_matrix else DenseAdamW
+            rule = dense(method) if is_matrix else DenseAdamW
             self.rules[name] = rule(parameter.data, name=name, **options)
 
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
@@ -237,7 +219,10 @@ class Oracle:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
 
-def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of any parameter."""
+def max_relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of any parameter, in norm."""
     assert a.keys() == b.keys()
     return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-12)).item() for n in a if a[n].numel())
+
+
+worst = max_relative_difference

@@ -10,29 +10,41 @@ import pytest
 import torch
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import METHODS, Oracle, config, full_weights, make_model, run_engine, train_step, worst
+from tests.engines.scenario import (
+    METHODS,
+    Oracle,
+    config,
+    full_weights,
+    make_model,
+    max_relative_difference,
+    run_engine,
+    train_step,
+)
+from tests.unit.pages import state_rows
 
 LARGE = {"hidden": 160, "intermediate": 431}
 
 
+def bytes_in_one_process():
+    """Of projected matrices, by the documented formula, and of AdamW's two moments for everything else."""
+    (formula,) = (text for method, options, text in state_rows() if (method, options) == ("GaLore", {}))
+    h, i, layers = LARGE["hidden"], LARGE["intermediate"], 2
+    square, oblong = (eval(formula, {"r": 32, "D": D, "d": h}) for D in (h, i))  # q, k, v, o and gate, up, down
+    return 4 * layers * (4 * square + 3 * oblong), 4 * 2 * (2 * 131 * h + (2 * layers + 1) * h)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_moments_and_bases_over_all_ranks_are_those_of_one_process(stage, world):
-    settings = config(stage, world, params={"rank": 32})
-    results = run_ranks(world, run_engine, settings, 1, False, LARGE)
-    projected = sum(result["bytes"][0] for result in results)
-    elementwise = sum(result["bytes"][1] for result in results)
-    h, i, layers = LARGE["hidden"], LARGE["intermediate"], 2
-    # rank * (2 * kept + compressed) elements of four bytes for each matrix: q, k, v, o and gate, up, down.
-    one_process = 4 * layers * 32 * (4 * (2 * h + h) + 3 * (2 * i + h))
-    assert projected == one_process
-    assert elementwise == 4 * 2 * (2 * 131 * h + (2 * layers + 1) * h)
-    assert max(result["bytes"][0] for result in results) < one_process
+def test_state_over_all_ranks_is_that_of_one_process(stage, world):
+    results = run_ranks(world, run_engine, config(stage, world, params={"rank": 32}), 1, False, LARGE)
+    projected, elementwise = (sum(found) for found in zip(*(result["bytes"] for result in results), strict=True))
+    assert (projected, elementwise) == bytes_in_one_process()
+    assert max(result["bytes"][0] for result in results) < projected
 
 
-def test_stage_0_replicates_as_zero_0_does():
-    results = run_ranks(2, run_engine, config(0, 2, params={"rank": 32}), 1, False, LARGE)
-    assert results[0]["bytes"] == results[1]["bytes"]
+def test_stage_0_stores_all_state_on_every_rank():
+    for result in run_ranks(2, run_engine, config(0, 2, params={"rank": 32}), 1, False, LARGE):
+        assert tuple(result["bytes"]) == bytes_in_one_process()
 
 
 def poison(engine, step):
@@ -65,7 +77,7 @@ def train_with_a_nan(settings, steps, bad):
         steps_before = [slot.state["step"] for slot in optimizer.slots]
         (poison if step == bad else train_step)(engine, step)
         if step == bad:
-            assert worst(full_weights(engine), before) == 0
+            assert max_relative_difference(full_weights(engine), before) == 0
             assert [slot.state["step"] for slot in optimizer.slots] == steps_before
     assert all(t.isfinite().all() for s in optimizer.slots for t in s.state.values() if isinstance(t, torch.Tensor))
     return {"weights": full_weights(engine), "skipped": engine.skipped_steps + optimizer.skipped_updates}
@@ -73,25 +85,25 @@ def train_with_a_nan(settings, steps, bad):
 
 @pytest.mark.parametrize("bad", [0, 2, 4])
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")])
-def test_a_nan_gradient_is_skipped_and_counted(stage, dtype, bad):
-    """Training goes on as if the batch had not been there: also at a refresh (steps 0 and 4)."""
+def test_nan_gradient_is_skipped_and_counted(stage, dtype, bad):
+    """Training continues as if the batch had not been there, also at a refresh (steps 0 and 4)."""
     oracle = Oracle()
     for step in range(7):
         if step != bad:
             oracle.step(step)
     for result in run_ranks(2, train_with_a_nan, config(stage, 2, dtype), 7, bad):
         assert result["skipped"] == 1
-        assert worst(result["weights"], oracle.weights()) < 1e-4
+        assert max_relative_difference(result["weights"], oracle.weights()) < 1e-4
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (2, "bf16"), (1, "bf16_fp32_accumulation"), (3, "bf16")])
-def test_a_nan_gradient_is_skipped_in_every_bf16_wrapper(stage, dtype):
+def test_nan_gradient_is_skipped_in_every_bf16_wrapper(stage, dtype):
     for result in run_ranks(2, train_with_a_nan, config(stage, 2, dtype), 5, 2):
         assert result["skipped"] == 1
 
 
 def resume(settings, directory, interrupt, steps):
-    """Train ``steps`` steps; with ``interrupt``, save there and go on in a new engine."""
+    """Train for ``steps`` steps; with ``interrupt``, save there and continue in a new engine."""
     import torch.distributed as dist
 
     import ds_lowrank
@@ -124,7 +136,7 @@ def uninterrupted(stage, dtype):
 
 @pytest.mark.parametrize(("stage", "dtype"), LAYOUTS)
 @pytest.mark.parametrize("interrupt", [3, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, dtype, interrupt, tmp_path):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, dtype, interrupt, tmp_path):
     resumed = run_ranks(2, resume, config(stage, 2, dtype, params=ROTATED), str(tmp_path), interrupt, 7)
     for a, b in zip(uninterrupted(stage, dtype), resumed, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -136,7 +148,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, dtype, int
     [(0, "bf16", "fp32"), (1, "bf16_fp32_accumulation", "int8"), (2, "fp32", "bf16"), (3, "bf16", "int8")],
 )
 def test_every_method_resumes_bit_for_bit(stage, dtype, state_dtype, method, tmp_path):
-    """Saved in the middle of an interval; AdaRankGrad's ranks are by then not those of the start."""
+    """Saved in the middle of an interval, when AdaRankGrad's ranks are no longer those of the start."""
     settings = config(stage, 2, dtype, method=method, params={"state_dtype": state_dtype})
     through = run_ranks(2, resume, settings, str(tmp_path), None, 7)
     resumed = run_ranks(2, resume, settings, str(tmp_path), 5, 7)
@@ -153,7 +165,7 @@ def test_every_method_skips_a_nan_gradient(stage, bad, method):
             oracle.step(step)
     for result in run_ranks(2, train_with_a_nan, config(stage, 2, method=method), 6, bad):
         assert result["skipped"] == 1
-        assert worst(result["weights"], oracle.weights()) < 1e-4
+        assert max_relative_difference(result["weights"], oracle.weights()) < 1e-4
 
 
 def save_only(settings, directory, model_options):
@@ -165,7 +177,7 @@ def save_only(settings, directory, model_options):
 
 
 def load_only(settings, directory):
-    """Load what does not fit; the message, after a look at whether any of the optimizer's state or groups changed."""
+    """Load a checkpoint that does not fit: the message, after checking that neither state nor groups changed."""
     import ds_lowrank
     from ds_lowrank import CheckpointError
 
@@ -198,7 +210,7 @@ def load_only(settings, directory):
     ],
     ids=["rank", "side", "dtype", "inner", "role", "method"],
 )
-def test_a_foreign_checkpoint_is_refused_on_every_rank_and_changes_no_state(stage, saved, message, tmp_path):
+def test_foreign_checkpoint_is_refused_on_every_rank_unchanged(stage, saved, message, tmp_path):
     if "optimizer" in saved:
         settings = config(stage, 2)
         settings["optimizer"] = saved["optimizer"]
@@ -218,8 +230,8 @@ def test_a_foreign_checkpoint_is_refused_on_every_rank_and_changes_no_state(stag
         ("Apollo", {"rank": 3}, "rank is 3 in the checkpoint and 4 in this run"),
     ],
 )
-def test_every_method_refuses_the_state_of_other_options(method, saved, message, tmp_path):
-    """VLoRP's tensors have the same shapes at 2 x 5 and 1 x 10, and yet other meanings."""
+def test_state_of_other_options_is_refused(method, saved, message, tmp_path):
+    """VLoRP's tensors have the same shapes at 2 x 5 and 1 x 10, but other meanings."""
     run_ranks(2, save_only, config(2, 2, method=method, params=saved), str(tmp_path), {})
     for error in run_ranks(2, load_only, config(2, 2, method=method), str(tmp_path)):
         assert message in error
@@ -255,19 +267,19 @@ def broken(settings):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_bad_configuration_stops_at_start_on_every_rank(changes, message):
+def test_bad_configuration_stops_every_rank_at_start(changes, message):
     for error in run_ranks(2, broken, config(2, 2, **changes)):
         assert message in error
 
 
-def test_a_misspelt_method_names_the_nearest():
+def test_misspelt_method_is_refused_with_the_nearest_name():
     settings = config(2, 2)
     settings["optimizer"]["type"] = "Galore"
     for error in run_ranks(2, broken, settings):
         assert "did you mean 'GaLore'" in error
 
 
-def test_a_rank_above_the_smaller_dimension_is_clipped_and_said():
+def test_rank_above_the_smaller_dimension_is_clipped_and_reported():
     (table,) = run_ranks(1, table_of, config(0, 1, params={"rank": 400}))
     assert "40 (clipped from 400)" in table
     assert "14 of 21 parameters are projected" in table

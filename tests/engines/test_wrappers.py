@@ -1,5 +1,7 @@
 """Every wrapper DeepSpeed selects, with every dtype, accumulation, clipping and reduction setting, pairwise."""
 
+from __future__ import annotations
+
 import functools
 
 import pytest
@@ -72,7 +74,7 @@ def first_gradients():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_the_update_is_the_method_of_the_presented_gradient(case):
+def test_every_wrapper_steps_on_the_presented_gradient(case):
     traces = run_ranks(case["world"], trace_engine, settings_of(case), 6, case["zero_init"])
     assert traces[0]["wrapper"] == WRAPPERS.get((case["stage"], case["dtype"]), "DeepSpeedZeroOptimizer")
     assert all(trace["metrics"]["lowrank/projected_matrices"] == 14 for trace in traces)

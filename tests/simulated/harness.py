@@ -1,4 +1,6 @@
-"""One matrix over the ranks of a simulated world, stepped as the product steps it, beside its dense reference."""
+"""One matrix over the ranks of a simulated world, stepped as the product steps it, next to its dense reference."""
+
+from __future__ import annotations
 
 import itertools
 
@@ -6,18 +8,20 @@ import torch
 
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.step import SteppedMatrix, shard_matrix, step_matrices
-from ds_lowrank.reference import DENSE
 from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.reduce import lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
+from tests.methods import dense, of
 
 
 class ShardedMatrix:
     """One matrix over the parts of a simulated world.
 
     Attributes:
-        weight: the whole matrix, of which every rank writes its part in each step.
-        shards, state_stores, states: of every rank.
+        weight: the whole matrix; every rank writes its part in each step.
+        shards: one for each rank.
+        state_stores: how each rank stores its state.
+        states: the state of each rank.
     """
 
     def __init__(self, method, weight, parts, name="w", peers=None, **options):
@@ -43,7 +47,7 @@ class ShardedMatrix:
         return SteppedMatrix(self.shards[rank], self.state_stores[rank], self.states[rank], self.options)
 
     def programs(self, gradient):
-        """One for every rank: a whole step of this matrix alone."""
+        """One program per rank: a whole step of this matrix alone."""
         self.attach(gradient)
         return [step_matrices(self.method, [self.in_step(rank)], len(self.parts)) for rank in range(len(self.parts))]
 
@@ -53,7 +57,7 @@ class ShardedMatrix:
         return reports
 
     def gather(self):
-        """Put what the peers have written into the whole matrix."""
+        """Copy what the peers have written into the whole matrix."""
         for rank in self.peers:
             part, flat = self.parts[rank], self.shards[rank].weights
             (r0, r1), (c0, c1) = part.block.rows, part.block.cols
@@ -63,7 +67,7 @@ class ShardedMatrix:
 
 
 def step_together(world, matrices, gradients):
-    """One step of several matrices, method by method. A rank takes part in those of which it is a peer."""
+    """One step of several matrices, method by method. A rank takes part in the matrices that it is a peer of."""
     for matrix, gradient in zip(matrices, gradients, strict=True):
         matrix.attach(gradient)
     for method in dict.fromkeys(matrix.method for matrix in matrices):
@@ -81,7 +85,7 @@ def flat_parts(shape, cuts):
 
 
 def even_parts(shape, ranks):
-    """As many parts as ranks, about equal, their boundaries one element off: inside a row wherever there is one."""
+    """One part per rank, about equal, with boundaries one element off: inside a row wherever there is one."""
     numel = shape[0] * shape[1]
     return flat_parts(shape, [numel * i // ranks + 1 for i in range(1, ranks)])
 
@@ -106,56 +110,65 @@ def tensor_blocks(shape, split, ranks):
 
 
 def grid_order(tensor, data, side_by_side="tensor"):
-    """The tensor and the data rank of every rank of a world in which ranks of one of the two stand side by side."""
+    """The tensor and the data rank of every rank of a world in which the ranks of one axis are adjacent."""
     if side_by_side == "tensor":
         return [(t, d) for d in range(data) for t in range(tensor)]
     return [(t, d) for t in range(tensor) for d in range(data)]
 
 
 def grid_parts(blocks, cuts, order):
-    """Every rank's part of a matrix of which each tensor rank has a block, cut over its data ranks.
+    """Every rank's part of a matrix whose blocks belong to the tensor ranks, each cut over its data ranks.
 
     Args:
-        cuts: of every block, one less than there are data ranks.
+        blocks: one per tensor rank.
+        cuts: for every block, one less than there are data ranks.
+        order: the tensor and the data rank of every rank.
     """
     bounds = [[0, *sorted(own), block.numel] for own, block in zip(cuts, blocks, strict=True)]
     return [ContiguousPart(blocks[t], *bounds[t][d : d + 2]) for t, d in order]
 
 
 def relative_error(method, shape, parts, steps=4, gradients=None, **options):
-    """Some steps from zero weights: the difference of the summed updates, and the matrix.
+    """Take some steps of a sharded matrix and of its dense reference.
 
-    GradNormLoRP starts from others, as it has nothing to norm there, and rewrites a weight as a whole: the difference
-    of its weights.
+    Most methods start from zero weights: the error is then that of the summed updates.
 
-    With the usual epsilon Adam's direction is all but a sign: it turns a rounding error of 1e-7 in a projected element
-    that happens to be 1e-3 into an error of 1e-4. One of 0.1 bounds the factor by ten.
+    With the usual epsilon Adam's direction is almost a sign: it turns a rounding error of 1e-7 in a projected element
+    that happens to be 1e-3 into an error of 1e-4. An epsilon of 0.1 bounds the factor by ten.
+
+    Returns:
+        The relative difference of the weights, and the sharded matrix.
     """
     torch.manual_seed(0)
     options = {"lr": 1e-2, "eps": 0.1, **options}
-    start = torch.randn(shape) if method == "GradNormLoRP" else torch.zeros(shape)
-    dense = DENSE[method](start.clone(), **options)
+    start = of(method).start(shape)
+    reference = dense(method)(start.clone(), **options)
     sharded = ShardedMatrix(method, start, parts, **options)
+    gradients = gradients or of(method).gradients_for(shape)
     for step in range(steps):
-        gradient = torch.randn(shape) if gradients is None else gradients(step)
-        dense.step(gradient)
+        gradient = gradients(step)
+        reference.step(gradient)
         sharded.step(gradient)
-    return ((sharded.weight - dense.weight).norm() / dense.weight.norm()).item(), sharded
+    return ((sharded.weight - reference.weight).norm() / reference.weight.norm()).item(), sharded
 
 
-def compare(method, shape, parts, bound=1e-6, **options):
+def assert_matches_reference(method, shape, parts, bound=1e-6, **options):
+    """Take some steps and compare the weights with those of the dense reference; the sharded matrix."""
     error, sharded = relative_error(method, shape, parts, **options)
     assert error < bound, f"{error:.1e}"
     return sharded
 
 
+compare = assert_matches_reference
+
+
 def state_elements(sharded):
-    """Over all ranks."""
+    """The elements of all ranks' states."""
     return sum(t.numel() for state in sharded.states for t in state.values() if torch.is_tensor(t))
 
 
 def directions_on(sharded, targets):
-    """What every rank is told to move its target along, before the next step."""
+    """The directions along which every rank would move its target before the next step."""
     for target, shard in zip(targets, sharded.shards, strict=True):
         target.attach(torch.empty(target.part.numel), torch.empty(0))
         shard.attach(torch.empty(shard.part.numel), torch.empty(0))

@@ -1,4 +1,6 @@
-"""GaLore's own: how sensitive a basis is to rounding, who owns what, and what is not copied."""
+"""GaLore alone: how sensitive a basis is to rounding, which rank owns what, and what is not copied."""
+
+from __future__ import annotations
 
 import torch
 from hypothesis import given, settings
@@ -7,14 +9,14 @@ from hypothesis import strategies as st
 from ds_lowrank.methods.galore import GaLoreMethod
 from ds_lowrank.reference.galore import positive_qr, sketch
 from ds_lowrank.sharding.reduce import SingleProcess, lockstep
-from tests.simulated.harness import ShardedMatrix, compare, flat_parts
+from tests.simulated.harness import ShardedMatrix, assert_matches_reference, flat_parts
 
 
 def rounding_bound(shape, rank, steps=4, gap=2):
-    """Four roundings of fp32, times the condition of the sketched gradients of `harness.relative_error`, at least 2e-6.
+    """Four roundings of fp32 times the condition of the sketches in ``harness.relative_error``, at least 2e-6.
 
-    A basis is as sensitive as the sketch it is read off; a sketch of nearly as many columns as the matrix has can be
-    badly conditioned. Of 8000 random cases the worst stayed at a quarter of it.
+    A basis is as sensitive as the sketch that it is computed from, and a sketch with nearly as many columns as the
+    matrix can be badly conditioned. The largest error of 8000 random cases was a quarter of the bound.
     """
     torch.manual_seed(0)
     condition = 1.0
@@ -30,23 +32,25 @@ def rounding_bound(shape, rank, steps=4, gap=2):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_shape_and_any_cut(data):
+def test_any_shape_and_cut_match_reference(data):
     shape = data.draw(st.tuples(st.integers(1, 24), st.integers(1, 24)))
     ranks = data.draw(st.integers(1, 6))
     cuts = data.draw(st.lists(st.integers(0, shape[0] * shape[1]), min_size=ranks - 1, max_size=ranks - 1))
     rank = data.draw(st.integers(1, 6))
-    compare("GaLore", shape, flat_parts(shape, cuts), rounding_bound(shape, rank), rank=rank, update_proj_gap=2)
+    options = {"rank": rank, "update_proj_gap": 2}
+    assert_matches_reference("GaLore", shape, flat_parts(shape, cuts), rounding_bound(shape, rank), **options)
 
 
-def test_a_row_shared_by_many_ranks_has_one_owner():
-    sharded = compare("GaLore", (5, 40), flat_parts((5, 40), [3, 11, 12, 39, 60]), rank=3, update_proj_gap=2)
+def test_row_shared_by_many_ranks_has_one_owner():
+    parts = flat_parts((5, 40), [3, 11, 12, 39, 60])
+    sharded = assert_matches_reference("GaLore", (5, 40), parts, rank=3, update_proj_gap=2)
     for axis in ("kept", "compressed"):
         owned = sorted(span for shard in sharded.shards for span in getattr(shard, axis).owned)
         size = getattr(sharded.shards[0], axis).size
         assert [i for lo, hi in owned for i in range(lo, hi)] == list(range(size))
 
 
-def test_ranks_that_share_a_row_get_the_same_bits():
+def test_ranks_that_share_a_row_get_equal_bits():
     sharded = ShardedMatrix("GaLore", torch.randn(6, 10), flat_parts((6, 10), [15, 35]), rank=4)
     sharded.attach(torch.randn(6, 10))
     programs = [
@@ -60,7 +64,7 @@ def test_ranks_that_share_a_row_get_the_same_bits():
     assert torch.equal(first.basis[1], second.basis[0])
 
 
-def test_alone_copies_nothing():
+def test_single_process_copies_no_basis():
     """In one process a gathered basis is the stored one, not a copy of it."""
     sharded = ShardedMatrix("GaLore", torch.randn(6, 10), flat_parts((6, 10), []), rank=4)
     (rounds,) = sharded.programs(torch.randn(6, 10))

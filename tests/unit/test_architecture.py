@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "ds_lowrank"
 ALLOWED = {
     "errors": set(),
     "collectives": set(),
+    "reference": set(),
     "linalg": set(),
     "sharding": {"errors"},
     "placement": {"errors", "sharding"},
@@ -83,6 +84,14 @@ def test_a_room_imports_only_what_lies_below(path):
 def test_the_mathematics_does_not_know_about_distribution(layer):
     for path in (PACKAGE / layer).rglob("*.py"):
         assert not any(m.startswith(("torch.distributed", "deepspeed", "megatron")) for m in imports_of(path)), path
+
+
+def test_references_import_nothing_else_of_the_package():
+    """Also not in ``__init__.py``: an oracle that shares code with the package would share its errors."""
+    imported = {module for path in (PACKAGE / "reference").glob("*.py") for module in imports_of(path)}
+    own = {module for module in imported if module.split(".")[0] == "ds_lowrank"}
+    assert own and all(module.startswith("ds_lowrank.reference") for module in own)
+    assert {module.split(".")[0] for module in imported - own} <= {*sys.stdlib_module_names, "torch"}
 
 
 def test_only_a_few_rooms_import_deepspeed():

@@ -12,19 +12,11 @@ from torch.nn import functional
 import ds_lowrank
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.registry import OPTIMIZERS
+from tests.methods import of
 
 HIDDEN, HEAD, GROUPS, QUERIES, INNER = 12, 4, 2, 2, 20
 STEPS = 7
-OPTIONS = {
-    "GaLore": {"rank": 3, "update_proj_gap": 3, "projector": "randomized"},
-    "OnlineSubspaceDescent": {"rank": 3, "basis_lr_ratio": 1.0},
-    "VLoRP": {"rank": 3, "granularity": 1, "update_proj_gap": 3},
-    "AdaRankGrad": {"rank_max": 3, "update_proj_gap": 3, "residual_tol": 0.3},
-    "Apollo": {"rank": 3, "update_proj_gap": 3},
-    "GradNormLoRP": {"rank": 3, "update_proj_gap": 3},
-    "Lorenza": {"rank": 3, "update_proj_gap": 3, "probes": 2, "probe_radius": 1.0, "perturbation_radius": 0.5},
-}
-"""Refreshes, where there are any, at steps 0, 3 and 6."""
+"""With refreshes, if there are any, at steps 0, 3 and 6."""
 
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))
 
@@ -110,7 +102,7 @@ def weights(model):
 
 def build(method, model, groups=None, **options):
     parameters = model.named_parameters() if groups is None else groups(model)
-    return OPTIMIZERS[method](parameters, **{"lr": 1e-2, **OPTIONS[method], **options})
+    return OPTIMIZERS[method](parameters, **{"lr": 1e-2, **of(method).fused_options, **options})
 
 
 def train(optimizer, model, steps):
@@ -122,8 +114,8 @@ def train(optimizer, model, steps):
         optimizer.step()
 
 
-def worst(a, b):
-    """The largest relative difference of any tensor."""
+def max_relative_difference(a, b):
+    """The largest relative difference of any tensor, in norm."""
     assert a.keys() == b.keys()
     return max(((a[name] - b[name]).norm() / b[name].norm().clamp_min(1e-30)).item() for name in a)
 
@@ -162,36 +154,36 @@ def tensors(optimizer):
 
 
 @EVERY
-def test_it_takes_the_steps_of_the_unfused_model_and_has_its_state(method):
+def test_fused_model_takes_the_steps_of_the_unfused_and_has_its_state(method):
     """fp32 keeps 6e-8, and the forward passes' sums differ in the last bit: weights stay at 2e-7 over the 7 steps.
 
     The state is of gradients, sums of many products that cancel: 5e-6 for a basis that is itself descended.
     """
     plain, fused, unfused_optimizer, fused_optimizer = trained(method)
-    assert worst(weights(fused), weights(plain)) < 1e-6
+    assert max_relative_difference(weights(fused), weights(plain)) < 1e-6
     assert roles(fused_optimizer) == roles(unfused_optimizer)
     assert sum(roles(fused_optimizer).values()) == 2 * 7
-    assert worst(tensors(fused_optimizer), tensors(unfused_optimizer)) < 2e-5
+    assert max_relative_difference(tensors(fused_optimizer), tensors(unfused_optimizer)) < 2e-5
     assert fused_optimizer.metrics() == pytest.approx(unfused_optimizer.metrics(), rel=1e-6)
 
 
 @EVERY
 @pytest.mark.parametrize(("state_dtype", "bound"), [("fp32", 1e-6), ("int8", 1e-3)])
-def test_a_group_may_exclude_one_of_the_matrices(method, state_dtype, bound):
-    """AdamW steps it.
+def test_group_may_exclude_one_of_the_fused_matrices(method, state_dtype, bound):
+    """The excluded matrix is stepped by AdamW.
 
-    Rounding to eight bits is a function of a matrix's name, row, column and step. A number on the boundary of its
-    rounding may go either way, and then a step differs there by up to a tenth: the worst seen is 5e-5 of a weight.
+    Rounding to int8 is a function of a matrix's name, row, column and step. A number on the boundary of its rounding
+    may go either way, and then a step differs there by up to a tenth: the largest seen is 5e-5 of a weight.
     """
     plain, fused, unfused_optimizer, fused_optimizer = trained(method, groups=two_groups, state_dtype=state_dtype)
-    assert worst(weights(fused), weights(plain)) < bound
+    assert max_relative_difference(weights(fused), weights(plain)) < bound
     assert roles(fused_optimizer) == roles(unfused_optimizer)
     matrices = [name for name, projected in roles(fused_optimizer).items() if not projected and "norm" not in name]
     assert matrices == ["1.k_proj.weight"]
 
 
 @EVERY
-def test_a_saved_state_resumes_bit_for_bit(method):
+def test_saved_state_of_fused_weights_resumes_bit_for_bit(method):
     _, model = pair()
     optimizer = build(method, model, groups=two_groups, state_dtype="int8")
     train(optimizer, model, range(4))
@@ -219,18 +211,18 @@ PROJECTED = ["0.q_proj.weight", "0.k_proj.weight", "0.down_proj.weight"]
         ({"target_modules": ["0.*_proj"], "exclude_modules": ["gate_up", "*.o_proj", "v_proj"]}, PROJECTED),
     ],
 )
-def test_a_pattern_matches_the_fused_weights_name_or_that_of_a_matrix_in_it(options, expected):
+def test_pattern_matches_name_of_fused_weight_or_of_a_matrix_in_it(options, expected):
     _, fused = pair()
     projected = [name for name, is_projected in roles(build("GaLore", fused, **options)).items() if is_projected]
     assert sorted(projected) == sorted(expected)
 
 
-def test_a_pattern_that_matches_neither_is_refused():
+def test_pattern_that_matches_neither_is_refused():
     with pytest.raises(ds_lowrank.ConfigError, match=r"exclude_modules: 'qk_proj' matches no parameter"):
         build("GaLore", pair()[1], exclude_modules=["qk_proj"])
 
 
-def test_a_matrix_that_is_given_twice_is_refused():
+def test_matrix_that_is_given_twice_is_refused():
     plain, fused = pair()
     both = torch.nn.ModuleDict({"0": fused[0], "1": plain[1]})
     assert len(build("GaLore", both).slots) == 2 * 9
