@@ -10,9 +10,6 @@ from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.probe import RandomState
 from ds_lowrank.methods.blocks import ascent
 from ds_lowrank.reference.lorenza import DenseLorenza, climb
-from ds_lowrank.sharding.layout import Block, ContiguousPart
-from ds_lowrank.sharding.matrix import MatrixShard
-from tests.simulated.harness import ShardedMatrix, directions_on, even_parts
 
 FORMS = [
     {"rank": 3},
@@ -280,31 +277,6 @@ def test_groups_that_disagree_on_the_ascent_are_refused():
     groups = [{"params": first.named_parameters("a")}, {"params": second.named_parameters("b"), "probes": 2}]
     with pytest.raises(ds_lowrank.ConfigError, match="must agree on probes"):
         ds_lowrank.Lorenza(groups, rank=2).bind()
-
-
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("shape", [(17, 9), (9, 17)])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks, shape, form):
-    torch.manual_seed(0)
-    gradient = torch.randn(shape)
-    twin = DenseLorenza(torch.zeros(shape), **form)
-    sharded = ShardedMatrix("Lorenza", torch.zeros(shape), even_parts(shape, ranks), lr=1e-2, **form)
-    twin.step(gradient)
-    sharded.step(gradient)
-    expected = twin.direction("1 probe 0.0")
-    everything = [
-        MatrixShard(
-            "w", shape, [ContiguousPart(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())], 0, s.side, 0
-        )
-        for s in sharded.shards
-    ]
-    for targets in (sharded.shards, everything):
-        for target, found in zip(targets, directions_on(sharded, targets), strict=True):
-            coordinates = found.draw("1 probe 0.0")
-            got = found.to_matrix(coordinates).dense(target)
-            assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
-            assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
 
 
 def test_megatron_cores_random_states_are_rewound_too():
