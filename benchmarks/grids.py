@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common import Numbers, options, report
-from tests.engines.grids import Grid, oracle, run_grid, settings_of
+from tests.engines.grids import CROSSED, CUBE, GRIDS, Grid, oracle, run_grid, settings_of
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, worst
-from tests.engines.test_grids import CROSSED, CUBE, GRIDS
 
 STEPS, CLIP = 8, 0.5
 

@@ -1,5 +1,7 @@
 """Real ranks under gloo, forked from the test process: nothing is imported twice."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 from collections.abc import Callable

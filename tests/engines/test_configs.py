@@ -1,4 +1,6 @@
-"""Every ready configuration is loaded and trained with."""
+"""Every file in ``ds_configs/`` loads and trains."""
+
+from __future__ import annotations
 
 import functools
 import json
@@ -24,7 +26,7 @@ def after_one_step():
     return oracle.weights()
 
 
-def test_the_promised_configurations_are_there():
+def test_every_method_has_its_configuration_files():
     methods = {"online_subspace_descent", "vlorp", "adarankgrad", "apollo", "apollo_mini", "gradnormlorp", "lorenza"}
     assert {path.stem for path in GALORE} == {
         f"galore_zero{stage}{dtype}" for stage in range(4) for dtype in ("", "_bf16")
@@ -33,7 +35,7 @@ def test_the_promised_configurations_are_there():
 
 
 @pytest.mark.parametrize("path", GALORE, ids=lambda path: path.stem)
-def test_galore_takes_the_step_of_the_oracle_on_two_ranks(path):
+def test_galores_files_take_the_step_of_the_oracle_on_two_ranks(path):
     settings = json.loads(path.read_text())
     settings |= {"train_micro_batch_size_per_gpu": BATCH // 2, "train_batch_size": BATCH}
     settings["optimizer"]["params"]["rank"] = RANK
@@ -60,7 +62,7 @@ def test_the_quickstart_model_learns_a_batch_on_two_ranks(path):
 
 
 def repeat_one_batch(settings):
-    """Train the model of the quickstart with the file as it is; every rank sees the same sequences."""
+    """Train the model of the quickstart with the unchanged file; every rank sees the same sequences."""
     import torch
 
     import ds_lowrank

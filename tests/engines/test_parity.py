@@ -1,5 +1,7 @@
 """Real DeepSpeed engines against one dense process, fp32."""
 
+from __future__ import annotations
+
 import functools
 
 import pytest
@@ -24,7 +26,7 @@ def oracle(clip):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("gas", [1, 4])
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_every_stage_on_every_world(stage, world, gas, clip):
+def test_galore_lands_on_the_weights_of_one_process_on_every_stage(stage, world, gas, clip):
     results = run_ranks(world, run_engine, config(stage, world, gas=gas, clip=clip), STEPS)
     first, last = oracle(clip)
     for result in results:

@@ -1,5 +1,7 @@
 """What may go by the name of apex, as files: NVIDIA's package with a stand-in for its kernels, and impostors."""
 
+from __future__ import annotations
+
 KERNEL = '''
 """multi_tensor_adam as csrc/multi_tensor_adam.cu of NVIDIA/apex has it: scalars and arithmetic in fp32."""
 import torch

@@ -1,5 +1,7 @@
 """The ascent of LORENZA in one process: what the probes measure, where the weights go, and that they come back."""
 
+from __future__ import annotations
+
 import logging
 
 import pytest
