@@ -90,8 +90,8 @@ def test_a_learning_rate_of_zero_restores_every_bit_on_every_stage(stage, dtype,
 def test_full_rank_and_gaussian_directions_step_as_the_dense_oracle(stage, params):
     """A Gaussian direction is long, so the same distance needs a smaller radius.
 
-    A slope is a difference of losses, good to 1e-4, and where the gradient is taken follows it. Adam of full size at
-    its usual epsilon would make a sign of every element of that gradient, however small.
+    A slope is a difference of losses, accurate to 1e-4, and it decides where the gradient is taken. Full-rank Adam at
+    its usual epsilon would reduce every element of that gradient, however small, to its sign.
     """
     params = {**params, "probe_radius": 0.02, "norm": "per_matrix", "perturbation_radius": 0.1, "eps": 1e-2}
     zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
