@@ -50,7 +50,7 @@ def test_every_layout_draws_the_same_directions_on_parts_and_on_the_whole(ranks,
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("shape", [(16, 8), (8, 16)])
 @pytest.mark.parametrize(("tensor", "data"), [(2, 1), (2, 3), (4, 2)])
-def test_directions_on_tensor_parallel_blocks_join_to_the_whole_matrixs(tensor, data, shape, split, form):
+def test_directions_on_tensor_parallel_blocks_equal_the_whole_matrixs(tensor, data, shape, split, form):
     """Below ZeRO 3 a rank moves its whole block, whichever part of it the rank updates."""
     torch.manual_seed(0)
     gradient, order = torch.randn(shape), grid_order(tensor, data)
