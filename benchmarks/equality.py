@@ -8,25 +8,22 @@ simulated world. Needs the ``dev`` extra.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 from benchmarks.common import Numbers, options, report
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import METHODS, Oracle, config, run_engine, worst
+from tests.engines.scenario import METHODS, Oracle, config, max_relative_difference, run_engine
 from tests.engines.test_wrappers import CASES
 from tests.engines.test_wrappers import settings_of as untyped_settings_of
 from tests.engines.trace import trace_engine, worst_against_references
-from tests.simulated import harness, test_methods
+from tests.simulated import harness
 
 STEPS = 10
 settings_of: Callable[..., dict[str, Any]] = untyped_settings_of
 even_parts: Callable[..., Any] = harness.even_parts
 relative_error: Callable[..., tuple[float, Any]] = harness.relative_error
-gradients_for: Callable[..., Any] = test_methods.gradients_for
-OPTIONS: Mapping[str, Any] = test_methods.CASES
-SHAPES: Mapping[str, list[tuple[int, int]]] = test_methods.SHAPES
 """The tests' own helpers and cases, which have no annotations there."""
 
 
@@ -50,8 +47,8 @@ def engines(method: str, worlds: list[int], stages: list[int]) -> Numbers:
             weights.append(oracle.weights())
         for world, stage, gas in product(worlds, stages, (1, 4)):
             result = run_ranks(world, run_engine, config(stage, world, gas=gas, clip=clip, method=method), STEPS)[0]
-            largest["one step"] = max(largest["one step"], worst(result["first"], weights[0]))
-            largest["ten steps"] = max(largest["ten steps"], worst(result["last"], weights[-1]))
+            largest["one step"] = max(largest["one step"], max_relative_difference(result["first"], weights[0]))
+            largest["ten steps"] = max(largest["ten steps"], max_relative_difference(result["last"], weights[-1]))
     return [{"what": f"{method}, engines, {what}", "largest difference": found} for what, found in largest.items()]
 
 
@@ -67,9 +64,9 @@ def wrappers(cases: list[dict[str, Any]]) -> float:
 def simulated(method: str, ranks: list[int]) -> float:
     """Return the largest difference over all option sets, shapes and numbers of ranks of the simulated tests."""
     return max(
-        relative_error(method, shape, even_parts(shape, n), gradients=gradients_for(method, shape), **chosen)[0]
-        for chosen in OPTIONS[method]
-        for shape in SHAPES.get(method, [(17, 9), (9, 17), (12, 12)])
+        relative_error(method, shape, even_parts(shape, n), gradients=of(method).gradients_for(shape), **chosen)[0]
+        for chosen in of(method).cases
+        for shape in of(method).shapes
         for n in ranks
     )
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common import Numbers, options, report
-from tests.engines.grids import Grid, oracle, run_grid, settings_of
+from tests.engines.grids import CROSSED, CUBE, GRIDS, Grid, oracle, run_grid, settings_of
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import METHODS, worst
-from tests.engines.test_grids import CROSSED, CUBE, GRIDS
+from tests.engines.scenario import METHODS, max_relative_difference
 
 STEPS, CLIP = 8, 0.5
 
@@ -34,8 +33,8 @@ def compare(grid: Grid, method: str, alone: int) -> dict[str, Any]:
     return {
         "grid": str(grid),
         "method": method,
-        "one step": worst(results[0]["weights"][0], first),
-        "eight steps": worst(results[0]["weights"][1], last),
+        "one step": max_relative_difference(results[0]["weights"][0], first),
+        "eight steps": max_relative_difference(results[0]["weights"][1], last),
         "first norm": abs(results[0]["norms"][0] / norms[0] - 1),
         "state over one process's": sum(result["bytes"][0] for result in results) / copies / alone,
     }

@@ -38,6 +38,7 @@ class Row:
         engine: options for real engines on matrices of 40 x 40, 99 x 40 and 40 x 99, refreshes at steps 0, 4, 8.
         costs: options for 48 x 20 whose rank stays fixed, refresh at step 3; None for ``small``.
         fused: options for models with fused weights; None for ``small``.
+        grid: two sets of options for matrices that tensor parallelism splits or replicates; None for the first cases.
         multiple: sides of a matrix must be multiples of it in all cases.
         gradients: makes the simulated gradients for a shape; None for standard normal ones.
         starts_from_zero: whether zero weights are as good as any; the difference of two updates is then exact.
@@ -51,6 +52,7 @@ class Row:
     engine: Options
     costs: Options | None = None
     fused: Options | None = None
+    grid: Sequence[Options] | None = None
     multiple: int = 1
     gradients: Callable[[Shape], Gradients] | None = None
     starts_from_zero: bool = True
@@ -81,6 +83,11 @@ class Row:
     def fused_options(self) -> Options:
         """The options for models with fused weights."""
         return self.small if self.fused is None else self.fused
+
+    @property
+    def grid_options(self) -> Sequence[Options]:
+        """The options for matrices that tensor parallelism splits or replicates."""
+        return self.cases[:2] if self.grid is None else self.grid
 
     @property
     def shapes(self) -> list[Shape]:
@@ -136,6 +143,7 @@ ROWS = {
             GALORE | {"inner": "lion", "moments": "rotate"},
             GALORE | {"inner": "lion", "lion_sign": "original"},
         ],
+        grid=[GALORE, GALORE | {"projector": "svd", "moments": "rotate", "proj_type": "reverse_std"}],
         engine={**UNDER_ENGINES, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
         costs=COSTS,
         first_step_ignores_size=True,
@@ -155,6 +163,7 @@ ROWS = {
             {"rank": 4, "weight_decay": 0.1, "scale": 1.0},
             {"rank": 4, "weight_decay": 0.1, "basis_weight_decay": 0.3},
         ],
+        grid=[{"rank": 4}, {"rank": 4, "inner": "adafactor", "weight_decay": 0.1}],
         engine={**UNDER_ENGINES, "rank": 4, "basis_lr_ratio": 1.0},
         costs={"rank": 4},
         first_step_ignores_size=True,
@@ -175,6 +184,7 @@ ROWS = {
             VLORP | {"granularity": 3, "bias_correction": "linear"},
             VLORP | {"granularity": 3, "proj_type": "reverse_std", "weight_decay": 0.1},
         ],
+        grid=[VLORP | {"granularity": 3}, VLORP | {"granularity": "1/2", "update_scheme": "original_space"}],
         engine={**UNDER_ENGINES, "rank": 2, "granularity": 5, "update_proj_gap": 4},
         costs={"rank": 3, "granularity": 2, "update_proj_gap": 3},
         multiple=6,
@@ -206,6 +216,7 @@ ROWS = {
             APOLLO | {"proj_type": "left", "weight_decay": 0.1, "scale": 2.0},
             {"mini": True, "update_proj_gap": 2},
         ],
+        grid=[APOLLO, {"mini": True, "update_proj_gap": 2}],
         engine={**UNDER_ENGINES, "rank": 4, "update_proj_gap": 4},
         costs=COSTS,
         first_step_ignores_size=True,
@@ -222,6 +233,7 @@ ROWS = {
             GALORE | {"inner": "adafactor", "weight_decay": 0.1},
             GALORE | {"inner": "lion", "lion_sign": "original", "norm_axis": "input"},
         ],
+        grid=[GALORE, GALORE | {"norm_axis": "input", "moments": "rotate"}],
         engine={**UNDER_ENGINES, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
         costs=COSTS,
         starts_from_zero=False,  # a weight of zeros has no direction, and weights are rewritten as a whole
@@ -238,6 +250,7 @@ ROWS = {
             {"rank": None},
             {"rank": None, "weight_decay": 0.1, "betas": (0.8, 0.95)},
         ],
+        grid=[LORENZA, {"rank": None}],
         engine={
             **UNDER_ENGINES,
             "rank": 4,

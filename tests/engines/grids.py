@@ -1,8 +1,14 @@
-"""A small LLaMA trained by real engines on a grid of data x tensor x pipeline ranks, and the dense oracle beside it."""
+"""A small LLaMA trained by real engines on a grid of data x tensor x pipeline ranks, and its dense oracle.
+
+Also what the tests of grids share: the grids themselves, errors at start as text, and the role table as text.
+"""
 
 from __future__ import annotations
 
 import functools
+import io
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +31,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Grid:
-    """``layers``: megatron-core's, or DeepSpeed's AutoTP on Hugging Face's model."""
+    """The number of ranks along each axis, and the ZeRO stage.
+
+    Attributes:
+        layers: ``megatron`` for megatron-core's parallel layers, ``autotp`` for DeepSpeed's AutoTP on Hugging Face's
+            model.
+    """
 
     data: int
     tensor: int
@@ -39,6 +50,21 @@ class Grid:
 
     def __str__(self) -> str:
         return f"dp{self.data}-tp{self.tensor}-pp{self.pipeline}-zero{self.stage}-{self.layers}"
+
+
+PIPELINE = Grid(1, 1, 2, 0)
+GRIDS = [
+    Grid(1, 2, 1, 0),
+    Grid(1, 1, 2, 0),
+    Grid(1, 2, 2, 0),
+    Grid(1, 2, 2, 1),
+    *(Grid(2, 2, 1, stage) for stage in range(4)),
+    *(Grid(2, 1, 2, stage) for stage in (0, 1)),
+    *(Grid(2, 2, 1, stage, "autotp") for stage in range(4)),
+]
+CUBE = Grid(2, 2, 2, 1)
+CROSSED = [Grid(2, 2, 1, 2), Grid(1, 2, 2, 1), Grid(2, 1, 2, 0), Grid(2, 2, 1, 1, "autotp")]
+"""For the methods other than GaLore: each kind of layers, each axis, and each way of placing elements once."""
 
 
 def llama_config(**changes: Any) -> Any:
@@ -59,14 +85,18 @@ def tokens(step: int) -> torch.Tensor:
 
 
 class GridOracle(Oracle):
-    """On this file's tokens, and with the norm of each step's gradient."""
+    """The dense oracle on this module's ``tokens``."""
 
     batch = staticmethod(tokens)
 
 
 @functools.cache
 def oracle(method: str, clip: float, steps: int, **changes: Any) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Weights after the first and the last step, and the gradient norms; ``changes`` to the model."""
+    """Train the dense oracle; ``changes`` are to the model.
+
+    Returns:
+        The weights after the first and after the last step, and every step's gradient norm.
+    """
     dense = GridOracle(clip, dense_model(**changes), method=method)
     dense.step(0)
     first = dense.weights()
@@ -77,7 +107,8 @@ def oracle(method: str, clip: float, steps: int, **changes: Any) -> tuple[list[d
 
 def start(
     grid: Grid, settings: dict[str, Any], recompute: bool = False, sequence_parallel: bool = False, **changes: Any
-):
+) -> Any:
+    """Start an engine of the grid; ``changes`` are to the model."""
     import ds_lowrank
     from ds_lowrank.integration.mpu import make_grid
     from ds_lowrank.models import llama_parallel
@@ -101,7 +132,11 @@ def settings_of(grid: Grid, **changes: Any) -> dict[str, Any]:
 
 
 def train_step(engine: Any, step: int) -> float:
-    """One optimizer step; the loss of this rank's micro-batches (with a pipeline, of all)."""
+    """Take one optimizer step.
+
+    Returns:
+        The mean loss of this rank's micro-batches; in a pipeline, of all ranks' micro-batches.
+    """
     import torch.distributed as dist
 
     import ds_lowrank
@@ -118,7 +153,17 @@ def train_step(engine: Any, step: int) -> float:
     return float(torch.stack(losses).mean())
 
 
+def train_and_gather(engine: Any, steps: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Train on the batches of these steps, and return the whole weights, which are on rank 0."""
+    from ds_lowrank.checkpoint.gather import whole_weights
+
+    for step in steps:
+        train_step(engine, step)
+    return whole_weights(engine)
+
+
 def run_grid(grid: Grid, settings: dict[str, Any], steps: int, **changes: Any) -> dict[str, Any]:
+    """Start an engine, train, and return weights after the first and the last step and what the optimizer reports."""
     from ds_lowrank.checkpoint.gather import whole_weights
     from ds_lowrank.optimizer.report import state_bytes
 
@@ -139,3 +184,56 @@ def run_grid(grid: Grid, settings: dict[str, Any], steps: int, **changes: Any) -
         "bytes": state_bytes(optimizer.slots),
         "names": [slot.tag.name for slot in optimizer.slots],
     }
+
+
+def message_of(attempt: Callable[[], Any]) -> str:
+    """The error that ``attempt`` raises on this rank, its own or another rank's; empty if there is none."""
+    from ds_lowrank.collectives import RemoteError
+
+    try:
+        attempt()
+    except (ValueError, RemoteError) as error:
+        return str(error)
+    return ""
+
+
+def start_error(grid: Grid, settings: dict[str, Any], **changes: Any) -> str:
+    """The message with which ``start`` refuses."""
+    return message_of(lambda: start(grid, settings, **changes))
+
+
+def initialize_error(model: torch.nn.Module, settings: dict[str, Any], **given: Any) -> str:
+    """The message with which ``ds_lowrank.initialize`` refuses."""
+    import ds_lowrank
+
+    return message_of(lambda: ds_lowrank.initialize(model=model, config=settings, **given))
+
+
+def own_initialize_error(model: torch.nn.Module, settings: dict[str, Any], **given: Any) -> str:
+    """The same where every rank must find the error by itself: an error reported by another rank is raised."""
+    import ds_lowrank
+
+    try:
+        ds_lowrank.initialize(model=model, config=settings, **given)
+    except ds_lowrank.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def plain_pipeline() -> Any:
+    """Two linear layers, 6 to 8 on the first stage and 8 to 6 on the second."""
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from torch import nn
+
+    layers = [LayerSpec(nn.Linear, 6, 8), LayerSpec(nn.Linear, 8, 6, bias=False)]
+    return PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+
+
+def role_table_of(grid: Grid, settings: dict[str, Any], **changes: Any) -> str:
+    """The role table that this rank logs at start; empty on ranks that log none."""
+    log, text = logging.getLogger("ds_lowrank"), io.StringIO()
+    logging.disable(logging.NOTSET)
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler(text))
+    start(grid, settings, **changes)
+    return text.getvalue()

@@ -1,4 +1,4 @@
-"""Run a function on W ranks, each a process forked from one warm server: 0.1 to 0.4 seconds a test."""
+"""Run a function on several ranks, each a process forked from one warm server: 0.1 to 0.4 seconds a test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRELOAD = "tests.engines.preload"
 
 
 def warm_context() -> Any:
-    """Processes of it are forked from the warm server."""
+    """A multiprocessing context that forks its processes from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
     return context
@@ -26,12 +26,21 @@ def warm_context() -> Any:
 def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 180, device: str = "cpu", **named: Any
 ) -> list[Any]:
-    """What ``function(*args, **named)`` returns on each of ``world`` ranks of a group: gloo on a CPU, NCCL on ``cuda``.
+    """Run ``function(*args, **named)`` on ``world`` ranks of a process group: gloo on a CPU, NCCL on ``cuda``.
 
-    A process that is to use CUDA cannot be forked from one that has imported DeepSpeed for the CPU: it starts afresh.
+    A process that uses CUDA cannot be forked from one that has imported DeepSpeed for the CPU; it starts afresh.
+
+    Args:
+        world: Number of ranks.
+        function: A function at the top level of a module, so that it can be pickled.
+        timeout: Seconds to wait for each rank's result.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        One result for each rank, in order.
 
     Raises:
-        AssertionError: a rank raised (with its traceback), died, or did not finish in time.
+        AssertionError: A rank raised (with its traceback), died, or did not finish in time.
     """
     context = warm_context() if device == "cpu" else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -94,7 +103,7 @@ def _rank(
         dist.destroy_process_group()
     except BaseException:
         answer = (False, traceback.format_exc())
-    # Plain pickle: the pipe's own would pass tensors by file descriptors that die with this process.
+    # Plain pickle, because the pipe's own pickler passes tensors by file descriptors, which end with this process.
     sender.send_bytes(pickle.dumps(answer))
     sys.stdout.flush()
     os._exit(0)

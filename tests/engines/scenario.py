@@ -223,6 +223,3 @@ def max_relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tenso
     """The largest relative difference of any parameter, in norm."""
     assert a.keys() == b.keys()
     return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-12)).item() for n in a if a[n].numel())
-
-
-worst = max_relative_difference

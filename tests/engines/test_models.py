@@ -1,4 +1,4 @@
-"""Models that are not the plain case: frozen, tied and empty parameters, caller groups, schedulers, other ways in."""
+"""Unusual models and entry points: frozen, tied and empty parameters, the caller's groups, schedulers, ``register``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import Oracle, config, full_weights, make_model, train_step, worst
+from tests.engines.scenario import Oracle, config, full_weights, make_model, max_relative_difference, train_step
 
 STEPS = 6
 
@@ -45,12 +45,12 @@ CASES.remove(("empty", 3))  # DeepSpeed 0.19.8's stage 3 cannot run the forward 
 
 
 @pytest.mark.parametrize(("kind", "stage"), CASES)
-def test_frozen_tied_empty_and_unused_parameters(kind, stage):
+def test_frozen_tied_empty_and_unused_parameters_step_as_the_oracle(kind, stage):
     oracle = Oracle(model=build(kind))
     for step in range(STEPS):
         oracle.step(step)
     for weights in run_ranks(3, train, kind, config(stage, 3), STEPS):
-        assert worst(weights, oracle.weights()) < 1e-4
+        assert max_relative_difference(weights, oracle.weights()) < 1e-4
 
 
 def groups_of(model):
@@ -95,8 +95,8 @@ GROUP_CASES = [(stage, schedule, False) for stage in range(4) for schedule in ("
 
 
 @pytest.mark.parametrize(("stage", "schedule", "client"), [*GROUP_CASES, (0, "json", True), (2, "json", True)])
-def test_a_callers_groups_keep_their_lr_and_decay(stage, schedule, client):
-    """Also under a scheduler of DeepSpeed's, which writes the same rate into every group."""
+def test_a_callers_groups_keep_their_lr_and_weight_decay(stage, schedule, client):
+    """They also do so under DeepSpeed's scheduler, which writes the same rate into every group."""
     changes = {"scheduler": WARMUP} if schedule == "json" else {}
     settings = config(stage, 2, params={"weight_decay": 0.1}, **changes)
     results = run_ranks(2, train_groups, settings, STEPS, schedule, client)
@@ -111,7 +111,7 @@ def test_a_callers_groups_keep_their_lr_and_decay(stage, schedule, client):
         for name, gradient in oracle.gradients(step).items():
             oracle.rules[name].step(gradient, rates[step][group_of[name]])
     for result in results:
-        assert worst(result["weights"], oracle.weights()) < 1e-4
+        assert max_relative_difference(result["weights"], oracle.weights()) < 1e-4
         assert result["decays"] == [0.1, 0.0, 0.0]
 
 
@@ -132,12 +132,12 @@ def train_registered(settings, steps, tagged):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_stock_initialize_after_register(stage):
+def test_stock_initialize_works_after_register(stage):
     oracle = Oracle()
     for step in range(STEPS):
         oracle.step(step)
     for weights in run_ranks(2, train_registered, config(stage, 2), STEPS, True):
-        assert worst(weights, oracle.weights()) < 1e-4
+        assert max_relative_difference(weights, oracle.weights()) < 1e-4
 
 
 def test_register_without_tags_refuses_and_says_what_to_call():
@@ -145,7 +145,7 @@ def test_register_without_tags_refuses_and_says_what_to_call():
         run_ranks(2, train_registered, config(2, 2), 1, False)
 
 
-def train_targets(settings, steps):
+def train_scenario(settings, steps):
     import ds_lowrank
 
     model = make_model()
@@ -160,8 +160,8 @@ def test_target_and_exclude_modules_choose_the_matrices():
     for step in range(STEPS):
         oracle.step(step)
     settings = config(1, 2, params={"target_modules": ["*self_attn*"], "exclude_modules": ["o_proj"]})
-    for weights in run_ranks(2, train_targets, settings, STEPS):
-        assert worst(weights, oracle.weights()) < 1e-4
+    for weights in run_ranks(2, train_scenario, settings, STEPS):
+        assert max_relative_difference(weights, oracle.weights()) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_target_and_exclude_modules_choose_the_matrices():
     ids=str,
 )
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_options_of_the_method(stage, options):
+def test_options_of_galore_step_as_the_oracle(stage, options):
     oracle = Oracle(**options)
     for step in range(STEPS):
         oracle.step(step)
-    for weights in run_ranks(3, train_targets, config(stage, 3, params=options), STEPS):
-        assert worst(weights, oracle.weights()) < 1e-4
+    for weights in run_ranks(3, train_scenario, config(stage, 3, params=options), STEPS):
+        assert max_relative_difference(weights, oracle.weights()) < 1e-4
 
 
 def train_one_model_in_two_engines(settings, second, steps):
-    """The model first trained by another engine, which leaves its marks on the parameters."""
+    """Train a model that another engine has trained, which leaves its marks on the parameters."""
     import ds_lowrank
 
     model = make_model()
@@ -202,7 +202,7 @@ def train_one_model_in_two_engines(settings, second, steps):
 @pytest.mark.parametrize(
     ("first", "second"), [((2, "fp32"), (0, "fp32")), ((2, "bf16"), (0, "bf16")), ((1, "fp32"), (2, "fp32"))]
 )
-def test_a_model_that_had_another_engine_before(first, second):
+def test_a_second_engine_trains_a_model_that_had_another_before(first, second):
     (result,) = run_ranks(
         1, train_one_model_in_two_engines, config(first[0], 1, first[1]), config(second[0], 1, second[1]), 1
     )

@@ -1,4 +1,6 @@
-"""The LLaMA of parallel layers computes what Hugging Face's does, and gives its weights back."""
+"""The LLaMA of parallel layers computes what Hugging Face's does, and exports its weights."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -17,18 +19,18 @@ VARIANTS = [
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_logits_and_loss_are_hugging_faces(tensor, changes):
-    model = trained_like(changes)
+def test_logits_and_loss_equal_hugging_faces(tensor, changes):
+    model = irregular_model(changes)
     with torch.no_grad():
         expected = model(input_ids=tokens(0)[:3], labels=tokens(0)[:3])
     for logits, loss in run_ranks(tensor, logits_and_loss, tensor, changes):
-        # Both sum some tens of products of size one in fp32.
+        # Both sum some tens of products of about one in fp32.
         assert ((logits - expected.logits).norm() / expected.logits.norm()).item() < 1e-5
         assert abs(loss / expected.loss.item() - 1) < 1e-5
 
 
-def trained_like(changes):
-    """Weights with nothing regular in them: norms and biases too."""
+def irregular_model(changes):
+    """A model with noise on every weight, norms and biases included."""
     model = dense_model(**changes)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -42,7 +44,7 @@ def parallel_model(tensor, changes):
     from ds_lowrank.models import llama_parallel
 
     make_grid(tensor, 1)
-    weights = trained_like(changes).state_dict()
+    weights = irregular_model(changes).state_dict()
     return llama_parallel.build(llama_config(**changes), 0, tensor, 1, weights=lambda name, shape: weights[name])
 
 
@@ -53,7 +55,7 @@ def logits_and_loss(tensor, changes):
 
 
 def whole_logits(own):
-    """Of the tensor-parallel ranks' shares of the vocabulary."""
+    """Join the tensor-parallel ranks' shares of the vocabulary."""
     import torch.distributed as dist
 
     from ds_lowrank.placement.grid import grid_of
@@ -66,12 +68,12 @@ def whole_logits(own):
     return torch.cat(shares, dim=-1)
 
 
-GRIDS = [Grid(1, 2, 2, 1), Grid(2, 2, 1, 3), Grid(2, 1, 2, 0), Grid(2, 2, 1, 2, "autotp")]
+EXPORTED_GRIDS = [Grid(1, 2, 2, 1), Grid(2, 2, 1, 3), Grid(2, 1, 2, 0), Grid(2, 2, 1, 2, "autotp")]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", EXPORTED_GRIDS, ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_export_is_the_model_that_was_trained(grid, tied, tmp_path):
+def test_an_export_equals_the_trained_model(grid, tied, tmp_path):
     from transformers import LlamaForCausalLM
 
     results = run_ranks(grid.world, export_and_evaluate, grid, tied, tmp_path / "export")
@@ -86,7 +88,11 @@ def test_an_export_is_the_model_that_was_trained(grid, tied, tmp_path):
 
 
 def export_and_evaluate(grid, tied, directory):
-    """After a step, the loss of the next one's batch before it changes anything, and without a pipeline logits."""
+    """Take a step and export.
+
+    Returns:
+        The loss of the next batch at the exported weights, and without a pipeline logits.
+    """
     from ds_lowrank.checkpoint.export import export
 
     engine = start(grid, settings_of(grid, gas=2), tie_word_embeddings=tied)
@@ -101,7 +107,7 @@ def export_and_evaluate(grid, tied, directory):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)
-def test_a_seed_stands_for_the_same_weights_on_every_grid(changes):
+def test_a_seed_gives_the_same_weights_on_every_grid(changes):
     for grid in (Grid(1, 2, 2, 0), Grid(1, 4, 1, 0)):
         sizes = {"num_key_value_heads": 4} if grid.tensor == 4 else {}
         expected = dense_model(**changes, **sizes).state_dict()

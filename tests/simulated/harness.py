@@ -159,9 +159,6 @@ def assert_matches_reference(method, shape, parts, bound=1e-6, **options):
     return sharded
 
 
-compare = assert_matches_reference
-
-
 def state_elements(sharded):
     """The elements of all ranks' states."""
     return sum(t.numel() for state in sharded.states for t in state.values() if torch.is_tensor(t))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +13,7 @@ from ds_lowrank.optimizer.step import step_matrices
 from ds_lowrank.reference import DenseGaLore, DenseLorenza
 from ds_lowrank.reference.galore import sketch
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.methods import ROWS, VLORP, cases, dense, of, paired_spectrum_gradients
+from tests.methods import VLORP, cases, dense, of
 from tests.simulated.harness import (
     ShardedMatrix,
     assert_matches_reference,
@@ -24,7 +22,6 @@ from tests.simulated.harness import (
     state_elements,
     tensor_parallel_parts,
 )
-from tests.unit.pages import state_rows
 
 EVERY = cases()
 ALL_CASES = pytest.mark.parametrize(("method", "options"), EVERY, ids=str)
@@ -240,30 +237,3 @@ def step_keeping_basis(reference, gradient):
     gap, inner.gap = inner.gap, 10**9
     reference.step(gradient)
     inner.gap = gap
-
-
-# For tests/simulated/test_tensor_parallel.py and benchmarks/equality.py.
-CASES = {name: row.cases for name, row in ROWS.items()}
-SHAPES = {name: row.shapes for name, row in ROWS.items()}
-stairs = paired_spectrum_gradients
-
-
-def gradients_for(method, shape):
-    return of(method).gradients_for(shape)
-
-
-def _state_formula(method, options, text):
-    def formula(kept, compressed):
-        r = METHODS[method].rank((kept, compressed), METHODS[method].Options(**options))
-        c = Fraction(options.get("granularity", 1))
-        return eval(text, {"D": kept, "d": compressed, "r": r, "c": c})
-
-    return formula
-
-
-STATE = [
-    (method, of_costs, _state_formula(method, of_costs, text))
-    for method, changes, text in state_rows()
-    if not {"m", "n"} & set(text)
-    for of_costs in [of(method).cost_options(changes)]
-]

@@ -1,4 +1,4 @@
-"""Runs of launch/finetune.py on checkpoints that step in milliseconds, most of them without a process of their own."""
+"""Runs of launch/finetune.py on checkpoints that step in milliseconds, most of them in the calling process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.training.runs import MODEL, deepspeed_config
 
 WORDS = ("red", "green", "blue")
 CLASSES = ("cold", "hot", "warm")
-EPOCH = 4  # steps
+EPOCH_STEPS = 4
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
-    """The label is told by a word; a second text, a number and a completion are there too."""
+    """Rows whose label follows from a word of the text; each also has a second text and a number."""
     return [
         {
             "text": "so " * (number % 4) + f"{number} is {WORDS[number % 3]}",
@@ -26,13 +26,13 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def write(path: Path, found: list[dict[str, Any]]) -> Path:
+def write_jsonl(path: Path, found: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return path
 
 
 def make_checkpoints(folder: Path) -> None:
-    """`llama`: what launch/pretrain.py exports. `roberta`: an encoder with a masked-LM head. Both with tokenizers."""
+    """Write ``llama``, as launch/pretrain.py exports it, and ``roberta``, a masked-LM encoder, with tokenizers."""
     from transformers import LlamaConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
     from ds_lowrank.data.tokenizer import load_tokenizer
@@ -52,8 +52,8 @@ def make_checkpoints(folder: Path) -> None:
 
 def make_workspace(folder: Path) -> Path:
     make_checkpoints(folder)
-    write(folder / "train.jsonl", rows(8 * EPOCH + 3))
-    write(folder / "validation.jsonl", rows(9, start=100))
+    write_jsonl(folder / "train.jsonl", rows(8 * EPOCH_STEPS + 3))
+    write_jsonl(folder / "validation.jsonl", rows(9, start=100))
     return folder
 
 
@@ -71,7 +71,7 @@ def command_line(
 
 
 def finetune(arguments: list[str]) -> dict[str, Any]:
-    """One rank's part of a run: its records, what its summary says, the trained weights, logits of a fixed batch."""
+    """Run one rank; return the records, the summary's facts, and the logits of a fixed batch."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -92,8 +92,8 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     return {"records": read_metrics(parsed.output / "metrics.jsonl"), "logits": logits, **run.facts()}
 
 
-def refused(arguments: list[str]) -> str:
-    """The error that this rank raises before the first step."""
+def set_up_error(arguments: list[str]) -> str:
+    """The message of the error that this rank raises before the first step."""
     from ds_lowrank.collectives import RemoteError
     from ds_lowrank.finetuning.arguments import parse
     from ds_lowrank.finetuning.setup import set_up

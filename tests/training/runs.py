@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.training import warm
+from tests.training import forked_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.py"
@@ -32,8 +32,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "GaLore": {"type": "GaLore", "params": {"lr": 1e-2, "rank": 8, "update_proj_gap": 2}},
 }
 SEQUENCE_LENGTH = 32
-HANGS = 300
-"""Seconds after which a script that takes ten on an idle machine has come to a stop, however busy this one is."""
+TIMEOUT = 300
+"""Seconds until a script counts as hanging. It takes ten on an idle machine, and this one may be busy."""
 
 
 def deepspeed_config(optimizer: str = "GaLore", zero_stage: int = 2, **more: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def deepspeed_config(optimizer: str = "GaLore", zero_stage: int = 2, **more: Any
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with a model, a text, and whatever runs leave there."""
+    """A folder with a model, a text, and the output of runs."""
 
     path: Path
 
@@ -87,15 +87,15 @@ class Workspace:
 
     def run(self, arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         process = self.start(arguments, launcher)
-        out, err = process.communicate(timeout=HANGS)
+        out, err = process.communicate(timeout=TIMEOUT)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def run_warm(self, arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-        """As ``run`` under torchrun, many times as fast. That users can start it is for ``run`` to test."""
-        return warm.run_script(SCRIPT, arguments, ranks, self.path, HANGS)
+    def run_forked(self, arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+        """Run as under torchrun, but much faster. Tests of how users start the script call ``run``."""
+        return forked_script.run_script(SCRIPT, arguments, ranks, self.path, TIMEOUT)
 
     def metrics(self, output: str) -> dict[int, dict[str, Any]]:
-        """Records by step; a step that appears twice fails here."""
+        """The records of a run by step; a step that appears twice fails."""
         records = [json.loads(line) for line in (self.path / output / "metrics.jsonl").read_text().splitlines()]
         assert len({record["step"] for record in records}) == len(records)
         return {record["step"]: record for record in records}

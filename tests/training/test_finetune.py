@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.engines.pool import run_ranks
-from tests.training.finetuning import CLASSES, EPOCH, command_line, finetune, make_workspace, rows
-from tests.training.runs import HANGS, ROOT, deepspeed_config
+from tests.training.finetuning import CLASSES, EPOCH_STEPS, command_line, finetune, make_workspace, rows
+from tests.training.runs import ROOT, TIMEOUT, deepspeed_config
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
+def one_process(folder):
     """Two epochs by one process."""
-    (result,) = run_ranks(1, finetune, command_line(folder, "alone"))
+    (result,) = run_ranks(1, finetune, command_line(folder, "one_process"))
     return result
 
 
@@ -31,27 +31,28 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_it_learns_and_reports_every_metric(folder, alone):
-    records = alone["records"]
-    assert [record["step"] for record in records] == list(range(1, 2 * EPOCH + 1))
-    assert [record["step"] for record in records if "eval_loss" in record] == [EPOCH, 2 * EPOCH]  # once an epoch
+def test_it_learns_and_reports_every_metric(folder, one_process):
+    records = one_process["records"]
+    assert [record["step"] for record in records] == list(range(1, 2 * EPOCH_STEPS + 1))
+    evaluated = [record["step"] for record in records if "eval_loss" in record]
+    assert evaluated == [EPOCH_STEPS, 2 * EPOCH_STEPS]  # once an epoch
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     assert records[-1]["eval_accuracy"] > 0.8 and records[-1]["eval_mcc"] > 0.7
     assert {key for key in records[-1] if key.startswith("eval_")} == {"eval_loss", "eval_accuracy", "eval_mcc"}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_train_the_same_model_at_every_stage(folder, alone, zero_stage):
+def test_two_ranks_train_the_same_model_at_every_stage(folder, one_process, zero_stage):
     arguments = command_line(folder, f"stage{zero_stage}", config=deepspeed_config(zero_stage=zero_stage))
     results = run_ranks(2, finetune, arguments)
-    for ours, theirs in zip(results[0]["records"], alone["records"], strict=True):
+    for ours, theirs in zip(results[0]["records"], one_process["records"], strict=True):
         assert ours["tokens"] == theirs["tokens"]
         for key in {"loss", "eval_loss", "grad_norm"} & theirs.keys():
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
         for key in {"eval_accuracy", "eval_mcc"} & theirs.keys():
             assert ours[key] == theirs[key]
     assert results[0]["best"] == results[1]["best"]
-    torch.testing.assert_close(results[1]["logits"], alone["logits"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(results[1]["logits"], one_process["logits"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("zero_stage", "optimizer", "lora"), [(2, "GaLore", ()), (3, "AdamW", ("--lora-rank", "2"))])
@@ -72,16 +73,16 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(folder, zero_st
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_export_is_a_classifier_with_its_class_names(folder, alone):
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "alone" / "export")
+def test_the_export_is_a_classifier_with_its_class_names(folder, one_process):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "one_process" / "export")
     assert model.config.id2label == dict(enumerate(CLASSES))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "alone" / "export")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "one_process" / "export")
     held_out = rows(9, start=100)
     batch = tokenizer([row["text"] for row in held_out], padding=True, return_tensors="pt")
     with torch.no_grad():
         predicted = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
     right = sum(CLASSES[found] == row["label"] for found, row in zip(predicted, held_out, strict=True))
-    assert right / 9 == pytest.approx(alone["records"][-1]["eval_accuracy"])
+    assert right / 9 == pytest.approx(one_process["records"][-1]["eval_accuracy"])
 
 
 def test_the_best_model_is_kept_though_the_run_goes_on_to_worse(folder):
@@ -103,7 +104,7 @@ def test_completions_alone_are_learnt_and_every_token_weighs_the_same(folder):
     columns = ("--task", "causal-lm", "--prompt-column", "text", "--completion-column", "label")
     one = run_ranks(1, finetune, command_line(folder, "lm1", *columns, "--micro-batch-size", "8"))[0]
     two = run_ranks(2, finetune, command_line(folder, "lm2", *columns))[0]
-    assert one["records"][-1]["eval_perplexity"] < one["records"][EPOCH - 1]["eval_perplexity"] < 300
+    assert one["records"][-1]["eval_perplexity"] < one["records"][EPOCH_STEPS - 1]["eval_perplexity"] < 300
     assert one["best"]["metric"] == "perplexity"
     for ours, theirs in zip(two["records"], one["records"], strict=True):
         for key in {"loss", "grad_norm", "eval_loss"} & theirs.keys():
@@ -112,7 +113,7 @@ def test_completions_alone_are_learnt_and_every_token_weighs_the_same(folder):
 
 
 @pytest.mark.parametrize("rank", [4, 8])
-def test_numbers_of_pairs_are_regressed_by_an_encoder_with_the_glue_settings(folder, rank):
+def test_regression_on_text_pairs_with_glue_settings(folder, rank):
     config = json.loads((ROOT / "ds_configs" / "glue" / f"galore_rank{rank}.json").read_text())
     columns = ("--text-column", "text", "other", "--label-column", "number")
     more = ("--model", str(folder / "roberta"), *columns, "--lr", "3e-2", "--schedule", "linear", "--warmup", "0")
@@ -162,7 +163,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(("method", "zero_stage"), [("adapter", 3), ("full", 2), ("ascent", 1)])
-def test_other_parametrisations_and_passes_need_no_word_of_their_own(folder, method, zero_stage):
+def test_finetune_with_adapters_full_weights_and_lorenza(folder, method, zero_stage):
     """The export is a plain model that computes what the trained one does."""
     config = deepspeed_config(zero_stage=zero_stage) | {"optimizer": METHODS[method]}
     result = run_ranks(2, finetune, command_line(folder, method, "--lr", "0.01", config=config))[0]
@@ -180,7 +181,7 @@ def test_the_script_leaves_what_a_run_leaves(folder):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [sys.executable, *launcher, str(ROOT / "launch" / "finetune.py"), *arguments]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": "/usr/bin:/bin"}
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=HANGS)
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
     assert run.returncode == 0, run.stderr
     assert {path.name for path in (folder / "script").iterdir()} == {
         *("best", "checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),

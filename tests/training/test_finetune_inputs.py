@@ -9,7 +9,7 @@ from ds_lowrank.data.errors import DataError
 from ds_lowrank.finetuning.arguments import parse
 from ds_lowrank.finetuning.labels import labels_of
 from tests.engines.pool import run_ranks
-from tests.training.finetuning import command_line, make_workspace, refused, rows, write
+from tests.training.finetuning import command_line, make_workspace, rows, set_up_error, write_jsonl
 from tests.training.runs import deepspeed_config
 
 
@@ -26,11 +26,13 @@ def folder(tmp_path_factory):
     shutil.copytree(folder / "roberta", folder / "mislabelled")
     config = json.loads((folder / "roberta" / "config.json").read_text())
     (folder / "mislabelled" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    write(folder / "one_class.jsonl", [row | {"label": "cold"} for row in rows(40)])
-    write(folder / "unlabelled.jsonl", [row | {"label": None if row["label"] == "hot" else "cold"} for row in rows(40)])
-    write(folder / "few.jsonl", rows(5))
-    write(folder / "others.jsonl", [row | {"label": "icy"} for row in rows(9)])
-    write(folder / "no_text.jsonl", [row | {"text": ""} for row in rows(40)])
+    write_jsonl(folder / "one_class.jsonl", [row | {"label": "cold"} for row in rows(40)])
+    write_jsonl(
+        folder / "unlabelled.jsonl", [row | {"label": None if row["label"] == "hot" else "cold"} for row in rows(40)]
+    )
+    write_jsonl(folder / "few.jsonl", rows(5))
+    write_jsonl(folder / "others.jsonl", [row | {"label": "icy"} for row in rows(9)])
+    write_jsonl(folder / "no_text.jsonl", [row | {"text": ""} for row in rows(40)])
     return folder
 
 
@@ -63,8 +65,8 @@ REFUSED = [
 ]
 
 
-def refuse_all(command_lines):
-    return [refused(arguments) for arguments in command_lines]
+def set_up_errors(command_lines):
+    return [set_up_error(arguments) for arguments in command_lines]
 
 
 def test_what_cannot_be_trained_is_refused_on_both_ranks(folder):
@@ -77,28 +79,28 @@ def test_what_cannot_be_trained_is_refused_on_both_ranks(folder):
     wide.add_tokens([f"word{number}" for number in range(143)])
     wide.save_pretrained(folder / "wide")
     starts = [command_line(folder, "refused", *(flag.format(folder) for flag in flags)) for flags, _ in REFUSED]
-    for messages in run_ranks(2, refuse_all, starts):
+    for messages in run_ranks(2, set_up_errors, starts):
         for (flags, expected), message in zip(REFUSED, messages, strict=True):
             assert expected in message, flags
     assert not (folder / "refused").exists()
 
 
-def refuse_by_rank(command_lines):
+def set_up_error_of_own_command(command_lines):
     from torch import distributed
 
-    return refused(command_lines[distributed.get_rank()])
+    return set_up_error(command_lines[distributed.get_rank()])
 
 
 def test_what_one_rank_finds_wrong_ends_both(folder):
     starts = [command_line(folder, "alone"), command_line(folder, "alone", "--model", str(folder / "empty"))]
-    for message in run_ranks(2, refuse_by_rank, starts):
+    for message in run_ranks(2, set_up_error_of_own_command, starts):
         assert "is not a checkpoint: the folder has no config.json" in message
 
 
 def test_two_kinds_of_adapters_are_refused(folder):
     config = deepspeed_config()
     config["optimizer"]["params"]["parametrization"] = "adapter"
-    (message,) = run_ranks(1, refused, command_line(folder, "twice", "--lora-rank", "4", config=config))
+    (message,) = run_ranks(1, set_up_error, command_line(folder, "twice", "--lora-rank", "4", config=config))
     assert "--lora-rank and parametrization 'adapter' are two kinds of adapters" in message
 
 

@@ -68,7 +68,7 @@ def test_a_finished_run_leaves_a_plot_a_summary_and_a_model(workspace, finished)
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(workspace, finished):
     checkpoint = workspace.path / "whole" / "checkpoints" / "global_step3"
     arguments = [*workspace.arguments("resumed"), "--eval-interval", "2", "--export", "--resume", str(checkpoint)]
-    run = workspace.run_warm(arguments)
+    run = workspace.run_forked(arguments)
     assert run.returncode == 0, run.stderr
     whole, resumed = workspace.metrics("whole"), workspace.metrics("resumed")
     assert list(resumed) == [4, 5, 6]
@@ -135,7 +135,7 @@ def test_ranks_that_follow_the_gradient_are_reported_and_resumed(workspace):
     assert metrics[1]["matrices"] != metrics[6]["matrices"], "no rank changed: the test tests nothing"
     checkpoint = workspace.path / "adaptive" / "checkpoints" / "global_step3"
     resumed = [*workspace.arguments("adaptive_resumed", config=config), "--resume", str(checkpoint)]
-    run = workspace.run_warm(resumed, ranks=2)
+    run = workspace.run_forked(resumed, ranks=2)
     assert run.returncode == 0, run.stderr
     for step, record in workspace.metrics("adaptive_resumed").items():
         assert record["matrices"] == metrics[step]["matrices"]
@@ -156,6 +156,6 @@ def test_asked_to_stop_a_run_saves_and_can_go_on(workspace):
     (checkpoint,) = (workspace.path / "stopped" / "checkpoints").glob("global_step*")
     stopped_at = int(checkpoint.name.removeprefix("global_step"))
     assert list(workspace.metrics("stopped")) == list(range(1, stopped_at + 1))
-    run = workspace.run_warm([*workspace.arguments("stopped", config=config, steps=stopped_at + 2), "--resume"])
+    run = workspace.run_forked([*workspace.arguments("stopped", config=config, steps=stopped_at + 2), "--resume"])
     assert run.returncode == 0, run.stderr
     assert list(workspace.metrics("stopped")) == list(range(1, stopped_at + 3))

@@ -19,7 +19,7 @@ def test_without_warmup_every_step_is_on_the_cosine():
     assert [factor(0), factor(1)] == pytest.approx([0.55, 0.1], abs=1e-15)
 
 
-def test_the_line_is_at_its_peak_after_the_warmup_and_at_zero_after_the_last_step():
+def test_the_linear_schedule_peaks_after_warmup_and_ends_at_zero():
     assert [warmup_linear(steps=6, warmup=2)(step) for step in range(8)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert [warmup_linear(steps=2, warmup=0)(step) for step in range(2)] == [1.0, 0.5]
 

@@ -11,7 +11,7 @@ import ds_lowrank
 from ds_lowrank.environment.apex import Apex, adamw_by, apex_adamw, check_apex, find_apex
 from ds_lowrank.linalg.moments import fused_adamw
 from ds_lowrank.optimizer.report import role_table, take_inventory
-from tests.unit.apexes import KERNEL, nvidias, pyramids, write
+from tests.unit.apex_packages import KERNEL, write_files, write_nvidia_apex, write_pypi_apex
 from tests.unit.pages import ROOT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -44,14 +44,14 @@ def test_where_there_is_none_torch_steps(folder, monkeypatch):
 
 
 def test_nvidias_is_used_on_cuda_only(folder):
-    nvidias(folder)
+    write_nvidia_apex(folder)
     assert find_apex() == Apex("usable", "0.1", str(folder / "apex"))
     assert (adamw_by(CUDA), adamw_by(CPU)) == ("apex", "torch")
     check_apex()
 
 
 def test_on_a_cpu_nothing_is_looked_for(folder):
-    nvidias(folder)
+    write_nvidia_apex(folder)
     adamw_by(CPU)
     assert "apex" not in sys.modules
 
@@ -64,20 +64,20 @@ def test_on_a_cpu_nothing_is_looked_for(folder):
     ],
 )
 def test_nvidias_without_its_kernels_says_why(folder, kernel, reason):
-    nvidias(folder, kernel)
+    write_nvidia_apex(folder, kernel)
     assert find_apex() == Apex("uncompiled", "0.1", str(folder / "apex"), reason)
     assert adamw_by(CUDA) == "torch"
     check_apex()
 
 
 def test_nvidias_built_for_python_only(folder, monkeypatch):
-    nvidias(folder)
+    write_nvidia_apex(folder)
     monkeypatch.setitem(sys.modules, "amp_C", None)
     assert find_apex().status == "uncompiled"
 
 
 def test_nvidias_that_does_not_import(folder):
-    nvidias(folder, init="import torch\ntorch._six_of_old.container_abcs")
+    write_nvidia_apex(folder, init="import torch\ntorch._six_of_old.container_abcs")
     assert find_apex().status == "broken"
     assert find_apex().reason.startswith("AttributeError: ")
     assert adamw_by(CUDA) == "torch"
@@ -85,10 +85,12 @@ def test_nvidias_that_does_not_import(folder):
 
 
 IMPOSTORS = {
-    "of PyPI": pyramids,
-    "a module": lambda folder: write(folder, {"apex.py": ""}),
-    "a folder without code": lambda folder: write(folder, {"apex/notes.txt": ""}),
-    "optimizers of another kind": lambda folder: write(folder, {"apex/__init__.py": "", "apex/optimizers/sgd.py": ""}),
+    "of PyPI": write_pypi_apex,
+    "a module": lambda folder: write_files(folder, {"apex.py": ""}),
+    "a folder without code": lambda folder: write_files(folder, {"apex/notes.txt": ""}),
+    "optimizers of another kind": lambda folder: write_files(
+        folder, {"apex/__init__.py": "", "apex/optimizers/sgd.py": ""}
+    ),
 }
 
 
@@ -103,12 +105,12 @@ def test_an_impostor_is_not_used_and_refused_in_one_line(folder, kind):
 
 
 def test_the_code_of_pypis_does_not_run(folder):
-    write(folder, {"apex/__init__.py": "raise SystemExit('ran')"})
+    write_files(folder, {"apex/__init__.py": "raise SystemExit('ran')"})
     assert find_apex().status == "impostor"
 
 
 def test_it_is_looked_for_once(folder):
-    pyramids(folder)
+    write_pypi_apex(folder)
     first = find_apex()
     (folder / "apex/optimizers").mkdir()
     assert find_apex() is first
@@ -143,13 +145,13 @@ def both(steps, *hyper):
 
 def test_the_arithmetic_is_torchs(folder):
     """With coefficients that fp32 holds exactly, each is one step of the same formula."""
-    nvidias(folder)
+    write_nvidia_apex(folder)
     for decay in (0.0, 2.0**-5):
         assert max(both([0, 3, 0, 7, 3], 2.0**-7, (0.875, 1 - 2.0**-10), 2.0**-27, decay)) < 1e-7
 
 
 def test_coefficients_that_fp32_rounds_move_the_weights_no_further(folder):
-    nvidias(folder)
+    write_nvidia_apex(folder)
     weights, _, first, second = both([0, 0, 0], 1e-3, (0.9, 0.999), 1e-8, 0.01)
     assert weights < 1e-7
     assert first < 4e-7  # 1 - 0.9 in fp32 is off by 2.4e-7 of itself
@@ -157,7 +159,7 @@ def test_coefficients_that_fp32_rounds_move_the_weights_no_further(folder):
 
 
 def test_one_launch_for_all_tensors_that_have_done_as_many_steps(folder):
-    nvidias(folder)
+    write_nvidia_apex(folder)
     steps = [4, 0, 4, 9, 0, 4]
     apex_adamw(*drawn(steps), steps, 1e-3, (0.9, 0.999), 1e-8, 0.0)
     assert sys.modules["amp_C"].launches == [(1, 2), (5, 3), (10, 1)]
@@ -179,7 +181,7 @@ def trained(**options):
 @pytest.fixture
 def pretend_cuda(folder, monkeypatch):
     """What is decided for CUDA is done on the CPU, by the stand-in."""
-    nvidias(folder)
+    write_nvidia_apex(folder)
     for module in ("optimizer.adamw", "optimizer.report"):
         monkeypatch.setattr(f"ds_lowrank.{module}.adamw_by", lambda device: adamw_by(CUDA))
 
@@ -209,7 +211,9 @@ def test_stored_moments_of_fewer_bits_are_not_for_apex(pretend_cuda, state_dtype
 
 def test_the_stand_in_knows_the_other_mode_too(folder):
     """Which a wrong mode in the call would take: then decay passes through the moments."""
-    nvidias(folder, KERNEL.replace("mode == 0", "mode == 1").replace("if mode == 1 else", "if mode == 0 else"))
+    write_nvidia_apex(
+        folder, KERNEL.replace("mode == 0", "mode == 1").replace("if mode == 1 else", "if mode == 0 else")
+    )
     assert max(both([0, 3], 2.0**-7, (0.875, 1 - 2.0**-10), 2.0**-27, 2.0**-5)) > 1e-3
 
 

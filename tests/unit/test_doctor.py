@@ -12,7 +12,7 @@ import torch
 from ds_lowrank.environment import doctor
 from ds_lowrank.environment.apex import Apex
 from ds_lowrank.environment.doctor import BUILD, PACKAGES, Line, Package, apex_line, machine_lines, package_line
-from tests.unit.apexes import pyramids
+from tests.unit.apex_packages import write_pypi_apex
 from tests.unit.pages import ROOT
 
 
@@ -136,7 +136,7 @@ def test_without_the_other_packages_it_still_reports():
 
 
 def test_pypis_apex_is_wrong(tmp_path):
-    pyramids(tmp_path)
+    write_pypi_apex(tmp_path)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(ROOT))])
     command = [sys.executable, "-m", "ds_lowrank", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})

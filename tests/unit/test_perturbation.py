@@ -1,4 +1,6 @@
-"""The ascent of LORENZA in one process: what the probes measure, where the weights go, and that they come back."""
+"""LORENZA's ascent in one process: the slopes that probes measure, the perturbed weights, and their restoration."""
+
+from __future__ import annotations
 
 import logging
 
@@ -10,9 +12,6 @@ from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.probe import RandomState
 from ds_lowrank.methods.blocks import ascent
 from ds_lowrank.reference.lorenza import DenseLorenza, climb
-from ds_lowrank.sharding.layout import Block, ContiguousPart
-from ds_lowrank.sharding.matrix import MatrixShard
-from tests.simulated.harness import ShardedMatrix, directions_on, even_parts
 
 FORMS = [
     {"rank": 3},
@@ -30,8 +29,8 @@ def quadratic(shape, seed=0):
     return (lambda w: (a @ w * w).sum() / 2 + (b * w).sum()), (lambda w: a @ w + b)
 
 
-def trained(shape=(12, 9), dtype=torch.float32, **options):
-    """An optimizer of one matrix that has taken a first step, and so has a subspace."""
+def optimizer_after_a_step(shape=(12, 9), dtype=torch.float32, **options):
+    """An optimizer of one matrix that has taken a first step, and therefore has a subspace."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(shape).to(dtype))
     optimizer = ds_lowrank.Lorenza([("w", weight)], **{"lr": 1e-2, "rank": 3, **options})
@@ -42,16 +41,16 @@ def trained(shape=(12, 9), dtype=torch.float32, **options):
     return optimizer, weight, loss
 
 
-def slopes_of(optimizer, loss, weight):
-    """What the perturbation measures, and where it leaves the weights."""
+def ascend_and_measure(optimizer, loss, weight):
+    """Move the weights along the perturbation, and return the slopes that it measured."""
     found, measured = [], ascent.slopes
 
-    def noted(*arguments):
+    def recorded(*arguments):
         found.extend(measured(*arguments))
         return found
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(ascent, "slopes", noted)
+        patch.setattr(ascent, "slopes", recorded)
         optimizer.perturbation.ascend(lambda: loss(weight.double()).item(), optimizer.options)
     return found
 
@@ -68,13 +67,15 @@ def dense_twin(optimizer, weight, **options):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("radius", [1e-2, 1.0, 30.0])
 def test_two_sided_slopes_are_exact_on_a_quadratic(form, radius):
-    """A quadratic's odd part is linear, so the radius does not matter. The weights are fp32: a step of 1e-2 on weights
-    of one keeps five digits."""
+    """A quadratic's odd part is linear, so the radius does not matter.
+
+    The weights are fp32: a step of 1e-2 on weights of about one keeps five digits.
+    """
     options = {"probes": 3, "probe_radius": radius, **form}
-    optimizer, weight, _ = trained(**options)
+    optimizer, weight, _ = optimizer_after_a_step(**options)
     start = weight.detach().clone()
     twin = dense_twin(optimizer, weight, **form)
-    slopes = slopes_of(optimizer, quadratic_in_double(), weight)
+    slopes = ascend_and_measure(optimizer, quadratic_in_double(), weight)
     gradient = quadratic(tuple(weight.shape))[1](start)
     expected = [(gradient * twin.direction(f"1 probe 0.{j}")).sum().item() for j in range(3)]
     assert slopes == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -89,13 +90,13 @@ def quadratic_in_double(shape=(12, 9)):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_one_sided_slopes_are_off_by_the_first_order_in_the_radius(form):
+def test_one_sided_slopes_err_in_the_first_order_of_the_radius(form):
     """By mu / 2 <A Pi, Pi>: ten times the radius, ten times the error."""
     errors = []
     for radius in (0.1, 1.0):
-        optimizer, weight, _ = trained(probe_radius=radius, two_sided=False, **form)
-        start, twin = weight.detach().clone(), dense_twin(None, trained(**form)[1], **form)
-        (slope,) = slopes_of(optimizer, quadratic_in_double(), weight)
+        optimizer, weight, _ = optimizer_after_a_step(probe_radius=radius, two_sided=False, **form)
+        start, twin = weight.detach().clone(), dense_twin(None, optimizer_after_a_step(**form)[1], **form)
+        (slope,) = ascend_and_measure(optimizer, quadratic_in_double(), weight)
         direction = twin.direction("1 probe 0.0")
         errors.append(slope - (quadratic((12, 9))[1](start) * direction).sum().item())
     assert errors[1] == pytest.approx(10 * errors[0], rel=1e-2)
@@ -103,7 +104,7 @@ def test_one_sided_slopes_are_off_by_the_first_order_in_the_radius(form):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("norm", ["global", "per_matrix"])
-def test_the_weights_go_where_the_dense_reference_goes(form, norm):
+def test_the_ascent_moves_the_weights_as_the_dense_reference(form, norm):
     options = {"probes": 2, "probe_radius": 0.1, "perturbation_radius": 0.7, "norm": norm, **form}
     shapes = {"a": (12, 9), "b": (9, 14)}
     torch.manual_seed(0)
@@ -129,10 +130,10 @@ def test_the_weights_go_where_the_dense_reference_goes(form, norm):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_perturbation_climbs(form):
-    """On every quadratic, for the two-sided slope is the gradient's component along the probe."""
+def test_the_ascent_raises_the_loss_of_a_quadratic(form):
+    """It does so on every quadratic, because the two-sided slope is the gradient's component along the probe."""
     for seed in range(10):
-        optimizer, weight, loss = trained(perturbation_radius=1e-2, seed=seed, **form)
+        optimizer, weight, loss = optimizer_after_a_step(perturbation_radius=1e-2, seed=seed, **form)
         before = loss(weight).item()
         with torch.no_grad():
             optimizer.perturbation.ascend(lambda loss=loss, weight=weight: loss(weight).item(), optimizer.options)
@@ -141,8 +142,8 @@ def test_the_perturbation_climbs(form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_with_a_learning_rate_of_zero_every_bit_comes_back(form, dtype):
-    optimizer, weight, loss = trained(dtype=dtype, lr=0.0, perturbation_radius=2.0, probes=2, **form)
+def test_a_learning_rate_of_zero_restores_every_bit(form, dtype):
+    optimizer, weight, loss = optimizer_after_a_step(dtype=dtype, lr=0.0, perturbation_radius=2.0, probes=2, **form)
     before, found = weight.detach().clone(), []
 
     def forward():
@@ -158,8 +159,8 @@ def test_with_a_learning_rate_of_zero_every_bit_comes_back(form, dtype):
     assert all(not torch.equal(other, before) for other in found)
 
 
-def test_the_gradient_is_that_of_the_moved_weights():
-    optimizer, weight, loss = trained(perturbation_radius=2.0)
+def test_the_gradient_is_taken_at_the_moved_weights():
+    optimizer, weight, loss = optimizer_after_a_step(perturbation_radius=2.0)
     found = []
     forward_backward(optimizer, lambda: found.append(weight.detach().clone()) or loss(weight))
     assert (weight.grad - quadratic((12, 9))[1](found[-1])).norm() < 1e-5 * weight.grad.norm()
@@ -167,9 +168,9 @@ def test_the_gradient_is_that_of_the_moved_weights():
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_the_weights_come_back_when_a_pass_raises(failing):
-    """The third is the one that would give the gradient."""
-    optimizer, weight, loss = trained(perturbation_radius=2.0)
+def test_a_forward_pass_that_raises_restores_the_weights(failing):
+    """The third pass is the one for the gradient."""
+    optimizer, weight, loss = optimizer_after_a_step(perturbation_radius=2.0)
     before, calls = weight.detach().clone(), []
 
     def forward():
@@ -197,8 +198,8 @@ def test_a_step_without_the_ascent_is_refused():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_where_no_slope_is_found_the_gradient_is_taken_at_the_weights_and_counted(bad):
-    optimizer, weight, loss = trained()
+def test_an_ascent_without_a_slope_keeps_the_weights_and_is_counted(bad):
+    optimizer, weight, loss = optimizer_after_a_step()
     found = []
 
     def forward():
@@ -229,7 +230,7 @@ def test_probes_run_without_grad_and_drop_the_same_elements():
     pairs = [masks[i : i + 2] for i in range(0, len(masks), 2)]
     assert all(torch.equal(a, b) for pair in pairs for a, b in zip(pair, pairs[0], strict=True))
     assert not torch.equal(*pairs[0])
-    # The random state has gone on as if the model had run once on each micro-batch.
+    # The random state has advanced as if the model had run once on each micro-batch.
     after = torch.rand(3)
     torch.set_rng_state(start)
     for _ in range(2):
@@ -237,8 +238,8 @@ def test_probes_run_without_grad_and_drop_the_same_elements():
     assert torch.equal(torch.rand(3), after)
 
 
-def test_micro_batches_with_a_perturbation_of_their_own():
-    optimizer, weight, loss = trained(accumulation="per_micro_batch", perturbation_radius=2.0)
+def test_each_micro_batch_can_have_its_own_perturbation():
+    optimizer, weight, loss = optimizer_after_a_step(accumulation="per_micro_batch", perturbation_radius=2.0)
     found = []
 
     def forward():
@@ -252,16 +253,16 @@ def test_micro_batches_with_a_perturbation_of_their_own():
     assert (weight.grad - sum(gradients) / 2).norm() < 1e-5 * weight.grad.norm()
 
 
-def test_bf16_weights_that_swallow_the_perturbation_are_told_of_once(caplog):
-    optimizer, weight, loss = trained(dtype=torch.bfloat16, probe_radius=1e-6, perturbation_radius=1e-4)
+def test_a_perturbation_lost_to_bf16_rounding_is_warned_of_once(caplog):
+    optimizer, weight, loss = optimizer_after_a_step(dtype=torch.bfloat16, probe_radius=1e-6, perturbation_radius=1e-4)
     with caplog.at_level(logging.WARNING, logger="ds_lowrank"):
         for _ in range(2):
             forward_backward(optimizer, lambda: loss(weight.float()))
             optimizer.step()
-    told = [record.getMessage() for record in caplog.records]
-    # A probe that moves nothing finds no slope, so there is no perturbation to speak of.
-    assert len(told) == 1
-    assert "Raise probe_radius" in told[0] and "lost to rounding" in told[0]
+    messages = [record.getMessage() for record in caplog.records]
+    # A probe that moves nothing finds no slope, so the weights are not perturbed.
+    assert len(messages) == 1
+    assert "Raise probe_radius" in messages[0] and "lost to rounding" in messages[0]
 
 
 def test_one_sided_probes_with_dropout_are_warned_of_once(caplog):
@@ -281,37 +282,12 @@ def test_groups_that_disagree_on_the_ascent_are_refused():
         ds_lowrank.Lorenza(groups, rank=2).bind()
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("shape", [(17, 9), (9, 17)])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_layout_makes_the_same_directions_on_parts_and_on_the_whole(ranks, shape, form):
-    torch.manual_seed(0)
-    gradient = torch.randn(shape)
-    twin = DenseLorenza(torch.zeros(shape), **form)
-    sharded = ShardedMatrix("Lorenza", torch.zeros(shape), even_parts(shape, ranks), lr=1e-2, **form)
-    twin.step(gradient)
-    sharded.step(gradient)
-    expected = twin.direction("1 probe 0.0")
-    everything = [
-        MatrixShard(
-            "w", shape, [ContiguousPart(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())], 0, s.side, 0
-        )
-        for s in sharded.shards
-    ]
-    for targets in (sharded.shards, everything):
-        for target, found in zip(targets, directions_on(sharded, targets), strict=True):
-            coordinates = found.draw("1 probe 0.0")
-            got = found.to_matrix(coordinates).dense(target)
-            assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
-            assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
-
-
-def test_megatron_cores_random_states_are_rewound_too():
-    """Its layers drop by them on a GPU; here they are any tensors."""
+def test_megatron_cores_random_states_are_rewound():
+    """On a GPU its dropout layers use them; here they are any tensors."""
     random = pytest.importorskip("megatron.core.tensor_parallel.random")
     tracker = random.get_cuda_rng_tracker()
     RandomState().rewind()
-    assert not tracker.is_initialized(), "nobody has seeded them"
+    assert not tracker.is_initialized(), "nothing has seeded them"
     tracker.set_states({"model-parallel-rng": torch.tensor([1])})
     try:
         state = RandomState()

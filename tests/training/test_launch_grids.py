@@ -16,34 +16,34 @@ from ds_lowrank.training.parallelism import GridShape
 from ds_lowrank.training.plan import make_plan
 from tests.training.runs import Workspace, deepspeed_config
 
-FOUR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
 GRID = ["--tensor-parallel", "2", "--pipeline-parallel", "2"]
-EVALUATED = ["--eval-sequences", "4", "--eval-interval", "3"]
+EVALUATE = ["--eval-sequences", "4", "--eval-interval", "3"]
 ZERO1 = deepspeed_config(zero_stage=1)
 AUTOTP = deepspeed_config(zero_stage=1, tensor_parallel={"autotp_size": 2})
 
 
 def run(workspace: Workspace, output: str, *more: str, config=ZERO1, ranks=4) -> dict[int, dict]:
-    finished = workspace.run_warm([*workspace.arguments(output, config=config), *EVALUATED, *more], ranks)
+    finished = workspace.run_forked([*workspace.arguments(output, config=config), *EVALUATE, *more], ranks)
     assert finished.returncode == 0, finished.stderr
     return workspace.metrics(output)
 
 
 @pytest.fixture(scope="module")
-def alone(workspace):
-    return run(workspace, "alone", ranks=1)
+def one_process(workspace):
+    return run(workspace, "one_process", ranks=1)
 
 
 @pytest.fixture(scope="module")
 def on_a_grid(workspace):
-    """By torchrun itself, which the other runs only resemble."""
-    arguments = [*workspace.arguments("grid", config=ZERO1), *EVALUATED, *GRID, "--save-interval", "3", "--export"]
-    finished = workspace.run(arguments, FOUR)
+    """A run under torchrun itself; the other runs are forked."""
+    arguments = [*workspace.arguments("grid", config=ZERO1), *EVALUATE, *GRID, "--save-interval", "3", "--export"]
+    finished = workspace.run(arguments, TORCHRUN)
     assert finished.returncode == 0, finished.stderr
     return workspace.metrics("grid")
 
 
-def close_to(records, expected):
+def assert_close(records, expected):
     assert list(records) == list(expected)
     for step, record in records.items():
         # Six steps of Adam carry rounding errors of 1e-7 to some 1e-5.
@@ -56,13 +56,13 @@ def close_to(records, expected):
     assert records[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-6)
 
 
-def test_a_grid_trains_like_one_process(alone, on_a_grid):
-    close_to(on_a_grid, alone)
+def test_a_grid_trains_like_one_process(one_process, on_a_grid):
+    assert_close(on_a_grid, one_process)
 
 
-def test_autotp_trains_like_one_process(workspace, alone):
+def test_autotp_trains_like_one_process(workspace, one_process):
     records = run(workspace, "autotp", "--export", config=AUTOTP)
-    close_to(records, alone)
+    assert_close(records, one_process)
     assert (workspace.path / "autotp" / "export" / "model.safetensors").is_file()
 
 
@@ -150,14 +150,14 @@ def not_installed(monkeypatch, _):
     monkeypatch.setitem(sys.modules, "megatron", None)
 
 
-def of_another_project(monkeypatch, path):
+def from_another_project(monkeypatch, path):
     """The folder of a namespace that others share."""
     (path / "megatron" / "energon").mkdir(parents=True)
     forget_megatron(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(path)])
 
 
-@pytest.mark.parametrize("hide", [not_installed, of_another_project])
+@pytest.mark.parametrize("hide", [not_installed, from_another_project])
 @pytest.mark.parametrize("flag", ["--tensor-parallel", "--pipeline-parallel"])
 def test_a_missing_megatron_core_is_named_with_what_to_install(workspace, monkeypatch, tmp_path, hide, flag):
     arguments = parse([*workspace.arguments("refused", config=ZERO1), flag, "2"])
@@ -185,7 +185,7 @@ BAD_STARTS = [
 
 @pytest.mark.parametrize(("ranks", "more", "message"), BAD_STARTS, ids=["ranks", "model"])
 def test_all_ranks_end_and_one_line_says_why(workspace, ranks, more, message):
-    finished = workspace.run_warm([*workspace.arguments("bad", config=ZERO1), *more], ranks)
+    finished = workspace.run_forked([*workspace.arguments("bad", config=ZERO1), *more], ranks)
     assert finished.returncode == 1
     (line,) = finished.stderr.splitlines()
     assert message in line

@@ -1,5 +1,7 @@
 """How moments are stored in eight and sixteen bits: the codes, their rounding, and what an average makes of them."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

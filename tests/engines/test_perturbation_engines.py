@@ -1,4 +1,6 @@
-"""The ascent of LORENZA under real engines: every bit comes back, and what it does to the gradient."""
+"""LORENZA's ascent under real engines: it restores every bit, and the gradient is that of the perturbed weights."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -12,15 +14,15 @@ from tests.engines.scenario import (
     full_weights,
     make_model,
     make_model_for,
+    max_relative_difference,
     run_engine,
     tokens,
-    worst,
 )
 
 STEPS = 4
 
 
-def lorenza(stage, world, dtype="fp32", gas=1, **changes):
+def lorenza_config(stage, world, dtype="fp32", gas=1, **changes):
     return config(stage, world, dtype, gas, method="Lorenza", **changes)
 
 
@@ -33,7 +35,7 @@ def forwards_of(engine, step):
 
 
 def model_weights(engine):
-    """What forward passes compute with, in the model's own dtype."""
+    """The weights that forward passes use, in the model's dtype."""
     import deepspeed
 
     found = {}
@@ -43,9 +45,12 @@ def model_weights(engine):
     return found
 
 
-def weights_around_a_step(settings, zero_init=False):
-    """Whether the ascent left the weights, and with a learning rate of zero the step, with the bits they had."""
+def restores_weights(settings, zero_init=False):
+    """Train at a learning rate of zero.
 
+    Returns:
+        For each step, whether ascent and step left every bit of the weights, and the perturbation's norm.
+    """
     import ds_lowrank
 
     model = make_model_for(settings, zero_init)
@@ -71,9 +76,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "dtype", "zero", "zero_init"), CASES, ids=str)
-def test_with_a_learning_rate_of_zero_every_bit_comes_back(stage, dtype, zero, zero_init):
-    settings = lorenza(stage, 2, dtype, gas=2, params={"lr": 0.0}, zero_optimization=zero)
-    for same, norms in run_ranks(2, weights_around_a_step, settings, zero_init):
+def test_a_learning_rate_of_zero_restores_every_bit_on_every_stage(stage, dtype, zero, zero_init):
+    settings = lorenza_config(stage, 2, dtype, gas=2, params={"lr": 0.0}, zero_optimization=zero)
+    for same, norms in run_ranks(2, restores_weights, settings, zero_init):
         assert all(same)
         assert norms[0] == 0, "there was no subspace before the first step"
         # bf16 keeps eight bits of a move that is a tenth of the weights.
@@ -82,27 +87,27 @@ def test_with_a_learning_rate_of_zero_every_bit_comes_back(stage, dtype, zero, z
 
 @pytest.mark.parametrize("params", [{"rank": None, "probe_form": "gaussian"}, {"probe_form": "gaussian"}], ids=str)
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_the_other_directions_take_the_steps_of_the_dense_oracle(stage, params):
+def test_full_rank_and_gaussian_directions_step_as_the_dense_oracle(stage, params):
     """A Gaussian direction is long, so the same distance needs a smaller radius.
 
-    A slope is a difference of losses, good to 1e-4, and where the gradient is taken follows it. Adam of full size at
-    its usual epsilon would make a sign of every element of that gradient, however small.
+    A slope is a difference of losses, accurate to 1e-4, and it decides where the gradient is taken. Full-rank Adam at
+    its usual epsilon would reduce every element of that gradient, however small, to its sign.
     """
     params = {**params, "probe_radius": 0.02, "norm": "per_matrix", "perturbation_radius": 0.1, "eps": 1e-2}
     zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    results = run_ranks(2, run_engine, lorenza(stage, 2, gas=2, params=params, zero_optimization=zero), STEPS)
+    results = run_ranks(2, run_engine, lorenza_config(stage, 2, gas=2, params=params, zero_optimization=zero), STEPS)
     oracle = Oracle(method="Lorenza", **params)
     oracle.step(0)
     first = oracle.weights()
     for step in range(1, STEPS):
         oracle.step(step)
     for result in results:
-        assert worst(result["first"], first) < 1e-5
-        assert worst(result["last"], oracle.weights()) < 1e-4
+        assert max_relative_difference(result["first"], first) < 1e-5
+        assert max_relative_difference(result["last"], oracle.weights()) < 1e-4
 
 
-class ByMicroBatch(Oracle):
-    """Every micro-batch of a step has a perturbation of its own."""
+class PerMicroBatchOracle(Oracle):
+    """The oracle that perturbs the weights anew for every micro-batch of a step."""
 
     def gradients(self, step, world=2, gas=2):
         micros = [part.chunk(gas) for part in tokens(step).chunk(world)]
@@ -123,31 +128,31 @@ class ByMicroBatch(Oracle):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_perturbation_for_every_micro_batch(stage):
-    settings = lorenza(stage, 2, gas=2, params={"accumulation": "per_micro_batch"})
+def test_a_perturbation_per_micro_batch_steps_as_the_dense_oracle(stage):
+    settings = lorenza_config(stage, 2, gas=2, params={"accumulation": "per_micro_batch"})
     results = run_ranks(2, run_engine, settings, STEPS)
-    oracle = ByMicroBatch(method="Lorenza")
+    oracle = PerMicroBatchOracle(method="Lorenza")
     for step in range(STEPS):
         oracle.step(step)
     for result in results:
-        assert worst(result["last"], oracle.weights()) < 1e-4
+        assert max_relative_difference(result["last"], oracle.weights()) < 1e-4
 
 
-def refusals(settings):
-    """Messages of what is not done right, and whether the weights are as they were."""
+def messages_of_bad_calls(settings):
+    """Make calls that must be refused, check that each leaves the weights alone, and return the messages."""
     import torch.distributed as dist
 
     import ds_lowrank
 
     engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
-    told = []
+    messages = []
 
     def attempt(forwards):
         before = full_weights(engine)
         try:
             ds_lowrank.forward_backward(engine, forwards)
         except Exception as error:
-            told.append(f"{type(error).__name__}: {error}")
+            messages.append(f"{type(error).__name__}: {error}")
         after = full_weights(engine)
         assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -163,12 +168,12 @@ def refusals(settings):
         return forwards_of(engine, 1)[0]()
 
     attempt([broken, broken])
-    return told
+    return messages
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_bad_calls_are_refused_on_every_rank_and_nothing_hangs(stage):
-    one, two = run_ranks(2, refusals, lorenza(stage, 2, gas=2))
+def test_every_rank_refuses_bad_calls_without_hanging(stage):
+    one, two = run_ranks(2, messages_of_bad_calls, lorenza_config(stage, 2, gas=2))
     assert one[0] == two[0] and "needs all 2 micro-batches of a step in one call" in one[0]
     for text, count in ((one[1], 4), (one[2], 0)):
         assert f"got {count} micro-batches, and this step has 2 left of gradient_accumulation_steps 2" in text
@@ -191,6 +196,6 @@ def step_without_the_ascent(settings):
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_step_without_the_ascent_is_refused(stage, dtype):
-    for text in run_ranks(2, step_without_the_ascent, lorenza(stage, 2, dtype)):
+def test_every_wrapper_refuses_a_step_without_the_ascent(stage, dtype):
+    for text in run_ranks(2, step_without_the_ascent, lorenza_config(stage, 2, dtype)):
         assert "call ds_lowrank.forward_backward" in text

@@ -1,4 +1,6 @@
-"""Real ranks under gloo, forked from the test process: nothing is imported twice."""
+"""Collectives on real gloo ranks, which are forked from the test process so that nothing is imported twice."""
+
+from __future__ import annotations
 
 import multiprocessing
 import os
@@ -23,11 +25,11 @@ from ds_lowrank.data.sources import open_source
 from ds_lowrank.data.tokenizer import load_tokenizer
 
 WORLD = 3
-SECONDS = 120
+TIMEOUT = 120
 
 
 def on_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """`work(rank)` on three ranks: what it returned, or the type's name and the text of what it raised."""
+    """Run ``work(rank)`` on three ranks; return its results, or the type's name and the message of an error."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
@@ -45,10 +47,10 @@ def on_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:
     for process in processes:
         process.start()
     try:
-        outcomes = dict(results.get(timeout=SECONDS) for _ in processes)
+        outcomes = dict(results.get(timeout=TIMEOUT) for _ in processes)
     finally:
         for process in processes:
-            process.join(SECONDS)
+            process.join(TIMEOUT)
             process.kill()
     return [outcomes[rank] for rank in range(WORLD)]
 
@@ -63,7 +65,7 @@ def test_one_ranks_error_is_raised_on_every_rank(tmp_path):
     assert on_ranks(tmp_path, work) == [remote, ("DataError", "no such file"), remote]
 
 
-def test_ranks_go_on_together_when_none_fails_and_share_the_first_ranks_value(tmp_path):
+def test_ranks_that_all_succeed_share_the_first_ranks_value(tmp_path):
     def work(rank: int) -> tuple[int, str]:
         with raise_on_all_ranks():
             pass
@@ -73,7 +75,7 @@ def test_ranks_go_on_together_when_none_fails_and_share_the_first_ranks_value(tm
     assert on_ranks(tmp_path, work) == [(10, "of rank 0")] * WORLD
 
 
-def test_failure_of_the_first_rank_is_everyones(tmp_path):
+def test_failure_of_the_first_rank_is_raised_on_every_rank(tmp_path):
     def work(rank: int) -> int:
         return broadcast_from_rank0(lambda: 1 // rank)
 
@@ -81,7 +83,7 @@ def test_failure_of_the_first_rank_is_everyones(tmp_path):
     assert on_ranks(tmp_path, work) == [("ZeroDivisionError", remote[1].rpartition(": ")[2]), remote, remote]
 
 
-def test_nodes_that_hold_different_data_are_refused_everywhere(tmp_path):
+def test_nodes_with_different_data_are_refused_on_every_rank(tmp_path):
     def work(rank: int) -> str:
         os.environ["LOCAL_RANK"] = "0" if rank != 1 else "1"  # ranks 0 and 1 on one node, rank 2 on another
         return once_per_node(lambda: "same" if rank != 2 else "other", "the data")
@@ -92,7 +94,7 @@ def test_nodes_that_hold_different_data_are_refused_everywhere(tmp_path):
     assert others == [first, first]
 
 
-def test_only_the_nodes_leader_builds_the_cache_and_all_read_the_same(tmp_path, jsonl, cache_dir):
+def test_local_rank_0_builds_the_cache_and_all_ranks_read_it(tmp_path, jsonl, cache_dir):
     def work(rank: int) -> tuple[list[int], str, bool]:
         encoded = []
         source = open_source(str(jsonl), "train")
@@ -111,7 +113,7 @@ def test_only_the_nodes_leader_builds_the_cache_and_all_read_the_same(tmp_path, 
     assert outcomes[0][0][: len(ids) + 1] == [*ids, tokenizer.eos_id]
 
 
-def test_processes_that_build_the_same_cache_at_once_do_not_disturb_each_other(tmp_path, jsonl, cache_dir):
+def test_processes_may_build_the_same_cache_concurrently(tmp_path, jsonl, cache_dir):
     def work(rank: int) -> tuple[str, list[int]]:
         os.environ["LOCAL_RANK"] = "0"  # as on three nodes that share a disk
         source = open_source(str(jsonl), "train")
@@ -124,7 +126,7 @@ def test_processes_that_build_the_same_cache_at_once_do_not_disturb_each_other(t
     assert sorted(path.name.partition("-")[0] for path in cache_dir.iterdir()) == ["bpe"] * 2 + ["tokens"] * 2
 
 
-def test_unusable_data_stop_every_rank(tmp_path, cache_dir):
+def test_unusable_data_stops_every_rank(tmp_path, cache_dir):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"txt": "b"}\n')
 
@@ -143,7 +145,7 @@ def test_unusable_data_stop_every_rank(tmp_path, cache_dir):
         assert others == [("RemoteError", f"another rank failed; rank 0: DataError: {own[1]}")] * 2
 
 
-def test_without_a_process_group_everything_is_local():
+def test_collectives_are_local_without_a_process_group():
     with pytest.raises(ZeroDivisionError), raise_on_all_ranks():
         raise ZeroDivisionError
     assert broadcast_from_rank0(lambda: 3) == 3 and once_per_node(lambda: 4, "the value") == 4

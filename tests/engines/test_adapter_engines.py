@@ -9,35 +9,35 @@ import torch
 
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import (
-    COMMON,
     broadcast_dense_init,
     config,
     full_weights,
     make_model_for,
+    max_relative_difference,
     tokens,
     train_step,
-    worst,
 )
+from tests.methods import UNDER_ENGINES
 
 STEPS = 3
-ADAMW = {**COMMON, "betas": [0.9, 0.999], "weight_decay": 0.0}
-# Whatever is gathered is released at once, and no parameter stays whole for being small.
-STINGY = {
+ADAMW = {**UNDER_ENGINES, "betas": [0.9, 0.999], "weight_decay": 0.0}
+NO_CACHING = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
+"""ZeRO 3 releases every gathered parameter at once, small ones too."""
 
 
 def settings_of(stage, dtype="fp32"):
-    settings = config(stage, 2, dtype, zero_optimization=STINGY if stage == 3 else {})
+    settings = config(stage, 2, dtype, zero_optimization=NO_CACHING if stage == 3 else {})
     settings["optimizer"] = {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}}
     return settings
 
 
-def converted(settings=None, zero_init=False, **options):
-    """The scenario's model with adapters: rank 3, those of layer 1's MLP left out."""
+def model_with_adapters(settings=None, zero_init=False, **options):
+    """The scenario's model with adapters of rank 3 on all layers except layer 1's MLP."""
     from ds_lowrank.adapters.model import add_adapters
 
     model = make_model_for(settings, zero_init)
@@ -49,13 +49,13 @@ def converted(settings=None, zero_init=False, **options):
 
 
 def train(settings, zero_init, options, steps, folder=None):
-    """What the engine's weights are in the end, and how far the logits of its export are from its own."""
+    """Train; return the final weights, and the distance between the logits of the export and the engine's."""
     import deepspeed
     from transformers import LlamaForCausalLM
 
     from ds_lowrank.checkpoint.export import export
 
-    model = converted(settings, zero_init, **options)
+    model = model_with_adapters(settings, zero_init, **options)
     engine, *_ = deepspeed.initialize(
         model=model, config=settings, model_parameters=[p for p in model.parameters() if p.requires_grad]
     )
@@ -75,9 +75,9 @@ def train(settings, zero_init, options, steps, folder=None):
 
 
 @functools.cache
-def dense(norm_axis):
-    """The weights of one fp32 process, before and after."""
-    model = converted(norm_axis=norm_axis)
+def one_process(norm_axis):
+    """The weights of one fp32 process before and after training, and the names of the trained ones."""
+    model = model_with_adapters(norm_axis=norm_axis)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
     for step in range(STEPS):
@@ -97,8 +97,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "zero_init", "norm_axis"), CASES)
-def test_every_stage_trains_and_exports_what_one_process_does(stage, zero_init, norm_axis, tmp_path):
-    before, after, trainable = dense(norm_axis)
+def test_every_stage_trains_and_exports_adapters_as_one_process(stage, zero_init, norm_axis, tmp_path):
+    before, after, trainable = one_process(norm_axis)
     assert len(trainable) == 33
     options = {"norm_axis": norm_axis}
     for answer in run_ranks(2, train, settings_of(stage), zero_init, options, STEPS, tmp_path):
@@ -106,20 +106,20 @@ def test_every_stage_trains_and_exports_what_one_process_does(stage, zero_init, 
         assert weights.keys() == before.keys()
         for name in weights.keys() - trainable:
             assert torch.equal(weights[name], before[name]), name
-        learnt = {name: weights[name] for name in trainable}
-        assert worst(learnt, {name: after[name] for name in trainable}) < 1e-5
-        assert min((learnt[name] - before[name]).norm() for name in trainable) > 1e-3
+        trained = {name: weights[name] for name in trainable}
+        assert max_relative_difference(trained, {name: after[name] for name in trainable}) < 1e-5
+        assert min((trained[name] - before[name]).norm() for name in trainable) > 1e-3
         assert answer["distance"] < 1e-5
         assert answer["loading"] == {}
 
 
-def resume(settings, folder):
-    """How far a run is that another base was loaded for, which has computed with its own weights before."""
+def distance_after_resuming(settings, folder):
+    """The distance of a run from one resumed from its checkpoint, whose model had other base weights and stepped."""
     import deepspeed
 
     engines = []
     for scale in (1.0, 1.5):
-        model = converted()
+        model = model_with_adapters()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale)
@@ -131,17 +131,17 @@ def resume(settings, folder):
     second.load_checkpoint(folder)
     for engine in engines:
         train_step(engine, 1)
-    return worst(full_weights(second), full_weights(first))
+    return max_relative_difference(full_weights(second), full_weights(first))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_brings_its_own_frozen_weights_and_their_norms(stage, tmp_path):
-    assert run_ranks(2, resume, settings_of(stage), str(tmp_path)) == [0, 0]
+def test_a_checkpoint_restores_frozen_weights_and_their_norms(stage, tmp_path):
+    assert run_ranks(2, distance_after_resuming, settings_of(stage), str(tmp_path)) == [0, 0]
 
 
 @pytest.mark.parametrize(("stage", "zero_init"), [(0, False), (2, False), (3, True)])
-def test_bf16_trains_what_fp32_does(stage, zero_init):
-    before, after, trainable = dense("output")
+def test_bf16_trains_adapters_in_the_direction_of_fp32(stage, zero_init):
+    before, after, trainable = one_process("output")
     first, second = run_ranks(2, train, settings_of(stage, "bf16"), zero_init, {"norm_axis": "output"}, STEPS)
     for name in trainable:
         assert torch.equal(first["weights"][name], second["weights"][name]), name

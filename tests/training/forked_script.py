@@ -1,6 +1,6 @@
-"""A script on some ranks forked from the engine tests' warm server: as torchrun starts it, but for the imports.
+"""Run a script as torchrun does, on ranks that are forked from the engine tests' warm server.
 
-Importing takes a process some five seconds, and a script of launch/ steps the tests' models in milliseconds.
+Imports take five seconds per process, while a script of ``launch/`` steps the tests' models in milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from tests.engines.pool import warm_context
 def run_script(
     script: Path, arguments: list[str], ranks: int, folder: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """The largest exit code of the ranks, and what they all wrote. The current folder is ``folder``."""
+    """Run a script on some ranks in ``folder``.
+
+    Returns:
+        The largest exit code of the ranks, and the output of all ranks together.
+
+    Raises:
+        AssertionError: A rank did not end within ``timeout`` seconds.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

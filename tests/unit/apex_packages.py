@@ -1,4 +1,6 @@
-"""What may go by the name of apex, as files: NVIDIA's package with a stand-in for its kernels, and impostors."""
+"""Packages named apex, written as files: NVIDIA's with a stand-in for its kernels, and the one on PyPI."""
+
+from __future__ import annotations
 
 KERNEL = '''
 """multi_tensor_adam as csrc/multi_tensor_adam.cu of NVIDIA/apex has it: scalars and arithmetic in fp32."""
@@ -41,15 +43,16 @@ multi_tensor_applier = MultiTensorApply(2048 * 32)
 """
 
 
-def write(folder, files):
+def write_files(folder, files):
+    """Write texts to files, given by their paths below ``folder``."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
-def nvidias(folder, kernel=KERNEL, init="from . import optimizers"):
-    """NVIDIA's package, with the text of its compiled module."""
-    write(
+def write_nvidia_apex(folder, kernel=KERNEL, init="from . import optimizers"):
+    """Write NVIDIA's package; ``kernel`` is the text in place of its compiled module."""
+    write_files(
         folder,
         {
             "apex/__init__.py": init,
@@ -61,9 +64,9 @@ def nvidias(folder, kernel=KERNEL, init="from . import optimizers"):
     )
 
 
-def pyramids(folder):
-    """PyPI's, which imports what is not here either."""
-    write(
+def write_pypi_apex(folder):
+    """Write the package of that name on PyPI, which belongs to the framework Pyramid and needs modules of it."""
+    write_files(
         folder,
         {
             "apex/__init__.py": "import pyramid_mailer",

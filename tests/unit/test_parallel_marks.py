@@ -1,0 +1,95 @@
+"""The layout of logical matrices, read off the marks that tensor parallelism leaves on parameters."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.placement.tensor_parallel import logical_matrices
+from ds_lowrank.sharding.layout import Block, ContiguousPart
+from tests.simulated.tensor_parallel import FakeGrid, autotp_parameter, megatron_parameter
+
+MARKED = {
+    "column-parallel": ((12, 6), 0, (4, 4, 4), lambda shape, own: megatron_parameter(shape, 0)),
+    "row-parallel": ((6, 12), 1, (4, 4, 4), lambda shape, own: megatron_parameter(shape, 1)),
+    "AutoTP rows": ((12, 6), 0, (4, 4, 4), lambda shape, own: autotp_parameter(shape, 0, (4, 4, 4))),
+    "AutoTP uneven rows": ((11, 6), 0, (5, 4, 2), lambda shape, own: autotp_parameter(shape, 0, (5, 4, 2))),
+    "AutoTP uneven columns": ((6, 11), 1, (2, 5, 4), lambda shape, own: autotp_parameter(shape, 1, (2, 5, 4))),
+}
+
+
+@pytest.mark.parametrize("own", range(3))
+@pytest.mark.parametrize("marks", MARKED)
+def test_marks_give_the_blocks_of_a_split_written_by_hand(marks, own):
+    shape, dim, sizes, parameter = MARKED[marks]
+    ends = [sum(sizes[:t]) for t in range(4)]
+    blocks = [Block(span, (0, shape[1])) if dim == 0 else Block((0, shape[0]), span) for span in pairwise(ends)]
+    local = tuple(sizes[own] if axis == dim else size for axis, size in enumerate(shape))
+    (logical,) = logical_matrices(parameter(local, own), local, "w", FakeGrid(own, 3))
+    assert (logical.name, logical.shape, logical.own, logical.placement) == ("w", shape, own, "sharded")
+    for t, block in enumerate(blocks):
+        for start in range(block.numel):
+            for end in range(start + 1, block.numel + 1):
+                assert logical.part(t, start, end) == ContiguousPart(block, start, end)
+                if t == own:
+                    assert logical.spans(start, end) == ((0, end - start),)
+        assert logical.part(t, 3, 3).numel == 0
+
+
+@pytest.mark.parametrize("own", range(2))
+def test_a_stride_gives_each_rank_a_share_of_every_matrix_in_the_weight(own):
+    """The gate and up projections of a gated layer, stacked on every rank."""
+    whole = {"w.0": torch.arange(40.0).view(8, 5), "w.1": torch.arange(40.0, 80.0).view(8, 5)}
+    halves = [torch.cat([matrix[4 * t : 4 * t + 4] for matrix in whole.values()]).view(-1) for t in range(2)]
+    found = logical_matrices(megatron_parameter((8, 5), 0, stride=2), (8, 5), "w", FakeGrid(own, 2))
+    assert [(logical.name, logical.shape, logical.placement) for logical in found] == [
+        ("w.0", (8, 5), "sharded"),
+        ("w.1", (8, 5), "sharded"),
+    ]
+    for start in range(0, 40, 3):
+        for end in range(start, 41, 3):
+            for logical in found:
+                held = elements(whole[logical.name], logical.part(own, start, end))
+                stored = [halves[own][start:end][slice(*span)] for span in logical.spans(start, end)]
+                assert torch.equal(held, torch.cat([held[:0], *stored]))
+            assert sum(logical.part(own, start, end).numel for logical in found) == end - start
+
+
+def elements(whole, held):
+    """The elements of a matrix that a part stores, in storage order."""
+    pieces = [whole[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1) for r in held.rectangles]
+    return torch.cat([whole.new_empty(0), *pieces])
+
+
+def test_a_split_vector_is_one_row_and_unmarked_parameters_are_replicated():
+    for parameter in (megatron_parameter((4,), 0), autotp_parameter((4,), 0, (4, 4))):
+        (bias,) = logical_matrices(parameter, (4,), "b", FakeGrid(1, 2))
+        assert (bias.shape, bias.placement, bias.part(1, 1, 3)) == (
+            (8,),
+            "sharded",
+            ContiguousPart(Block((0, 1), (4, 8)), 1, 3),
+        )
+    unmarked = torch.nn.Parameter(torch.empty(4, 6))
+    for parameter in (unmarked, megatron_parameter((4, 6), None), autotp_parameter((4, 6), replicated=True)):
+        (replicated,) = logical_matrices(parameter, (4, 6), "w", FakeGrid(1, 2))
+        assert (replicated.shape, replicated.placement) == ((4, 6), "replicated")
+        assert replicated.part(0, 5, 20) == replicated.part(1, 5, 20) == ContiguousPart(Block((0, 4), (0, 6)), 5, 20)
+        assert replicated.as_local() is replicated
+        (alone,) = logical_matrices(parameter, (4, 6), "w", FakeGrid(0, 1))
+        assert (alone.shape, alone.placement) == ((4, 6), "sharded")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (lambda: megatron_parameter((4, 6), 2), "partition_dim does not say how it is split"),
+        (lambda: autotp_parameter((4, 6), 0, (4, 4), sub_param_sizes=(2, 2)), "exclude it from AutoTP"),
+        (lambda: autotp_parameter((4, 6), 0, None), "exclude it from AutoTP"),
+    ],
+)
+def test_marks_without_a_usable_split_are_refused(parameter, message):
+    with pytest.raises(ConfigError, match=message):
+        logical_matrices(parameter(), (4, 6), "w", FakeGrid(0, 2))
