@@ -22,7 +22,6 @@ from ds_lowrank.models.llama import WeightSource, check_split, drawn
 from ds_lowrank.models.llama_layers import DecoderLayer, Embedding, Head, LayerConfig, Norm, causal_loss, tied_head
 from ds_lowrank.placement.grid import Grid, grid_of
 from ds_lowrank.placement.tensor_parallel import logical_matrices
-from ds_lowrank.sharding.logical import shard_of
 
 
 class LlamaTensorParallel(nn.Module):
@@ -154,7 +153,7 @@ def _fill(model: ParallelLlama, weight: WeightSource) -> None:
     grid, names = _grid(model), model.logical_names()
     for name, parameter in model.named_parameters():
         (logical,) = logical_matrices(parameter, tuple(parameter.shape), names[name], grid)
-        parameter.copy_(shard_of(weight(logical.name, logical.shape), logical).view(parameter.shape))
+        parameter.copy_(logical.shard_of(weight(logical.name, logical.shape)).view(parameter.shape))
 
 
 def _grid(model: ParallelLlama) -> Grid:

@@ -25,7 +25,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_megatron_shard, megatron_stride
 from ds_lowrank.sharding.layout import Block, Range
-from ds_lowrank.sharding.logical import Logical, Strip, _concatenated_row
+from ds_lowrank.sharding.logical import Logical, Strip, concatenated_row
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 FUSION = "ds_lowrank_fusion"
@@ -63,8 +63,8 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     full = tuple(sum(sizes) if axis == dim else size for axis, size in enumerate(shape))
     if len(shape) != 2:
         rest = math.prod(size for axis, size in enumerate(shape) if axis != dim)
-        row = _concatenated_row([size * rest for size in sizes])
-        return [Logical(name, full, row["strips"], grid.tensor_rank, "sharded")]
+        strips = concatenated_row([size * rest for size in sizes])
+        return [Logical(name, full, strips, grid.tensor_rank, "sharded")]
     ends = [0, *accumulate(sizes)]
     blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
     return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "sharded")]
