@@ -201,12 +201,12 @@ def test_a_piece_with_a_dot_in_its_name_brings_the_whole_name():
 
 
 @pytest.mark.parametrize(("rows", "tensor"), [(10, 1), (5, 2)])
-def test_rows_that_are_no_whole_number_of_periods_are_refused(rows, tensor):
+def test_rows_that_are_not_a_multiple_of_the_period_are_refused(rows, tensor):
     weight = marked(torch.zeros(rows, 3))
     ds_lowrank.tag_fused(weight, {"q": 2, "k": 1, "v": 1})
-    with pytest.raises(ds_lowrank.ConfigError, match=r"layers\.0\.weight: 10 rows are no whole number of the 4"):
+    with pytest.raises(ds_lowrank.ConfigError, match=r"layers\.0\.weight: 10 rows are not a multiple of the 4"):
         logical_matrices(weight, tuple(weight.shape), NAME, grid(tensor))
-    with pytest.raises(ds_lowrank.ConfigError, match="no whole number"):
+    with pytest.raises(ds_lowrank.ConfigError, match="not a multiple"):
         ds_lowrank.GaLore([(NAME, torch.nn.Parameter(torch.zeros(1, 3))), ("fused", weight)], rank=1)
 
 
