@@ -55,12 +55,21 @@ class Tag:
     within: str | None = None
 
     def matches(self, pattern: str) -> bool:
-        """Whether a pattern matches the name, or the name of the fused weight that the matrix is in."""
+        """Whether a pattern matches the name, or the name of the fused weight that the matrix is in.
+
+        Args:
+            pattern: the glob, as in :func:`matches`.
+        """
         return any(matches(name, pattern) for name in (self.name, self.within) if name is not None)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a glob matches a parameter's name, the name of its module, or one dotted component of it."""
+    """Whether a glob matches a parameter's name, the name of its module, or one of the components between dots.
+
+    Args:
+        name: the parameter's full name.
+        pattern: the glob; case-sensitive.
+    """
     module = name.rpartition(".")[0]
     return any(fnmatchcase(candidate, pattern) for candidate in (name, module, *name.split(".")))
 
@@ -94,7 +103,11 @@ def tag_of(parameter: torch.Tensor) -> Tag | None:
 
 
 def tag_from_name(name: str) -> Tag:
-    """Make a tag from a parameter's name alone, for an optimizer that is built from named parameters."""
+    """Make a tag from a parameter's name alone, for an optimizer that is built from named parameters.
+
+    Args:
+        name: the parameter's full name; it decides the kind too.
+    """
     return Tag(name, _kind_of(name))
 
 
@@ -124,7 +137,14 @@ def logical_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def output_layers(model: torch.nn.Module) -> list[Any]:
-    """The module that ``get_output_embeddings`` of a Hugging Face model returns, in a list; empty if there is none."""
+    """The output head of a Hugging Face model.
+
+    Args:
+        model: the model; ``get_output_embeddings`` is called if it has one.
+
+    Returns:
+        The head, as a list; empty if there is none or it has no weight.
+    """
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return [head] if head is not None and getattr(head, "weight", None) is not None else []

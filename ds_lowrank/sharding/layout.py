@@ -141,7 +141,7 @@ class ContiguousPart(Part):
         return tuple(found)
 
     def flat_interval(self, columns: int) -> Range | None:
-        """Shift the interval to the whole matrix, if the block has all its columns or is within one row."""
+        """Shift ``[start, end)`` to the whole matrix, if the block has all its columns or is within one row."""
         (row, last), cols = self.block.rows, self.block.cols
         if not self.numel:
             return (0, 0)
@@ -242,7 +242,11 @@ def deal(held: Sequence[Range], counts: Sequence[int], block_rows: int = 1) -> t
 
 
 def length(spans: Spans) -> int:
-    """Total number of rows in some spans."""
+    """Total length of some spans.
+
+    Args:
+        spans: the spans, of rows or of elements.
+    """
     return sum(hi - lo for lo, hi in spans)
 
 

@@ -136,11 +136,20 @@ class MatrixShard:
         return self.or_zeros((yield axis.all_gather(own)), value.shape[0])
 
     def local_contribution(self, value: torch.Tensor) -> torch.Tensor:
-        """A small tensor as this rank contributes it to a sum: without rows if the rank has no part of the matrix."""
+        """What this rank contributes to the sum of a small tensor: no rows if it has no part of the matrix.
+
+        Args:
+            value: rows x columns.
+        """
         return value if self.part.numel else value[:0]
 
     def or_zeros(self, value: torch.Tensor, rows: int) -> torch.Tensor:
-        """A small tensor, or ``rows`` rows of zeros if the rank has no part of the matrix and was sent nothing."""
+        """A small tensor that was gathered, or zeros if this rank has no part of the matrix and was sent no rows.
+
+        Args:
+            value: rows x columns, or 0 x columns.
+            rows: number of rows of the result.
+        """
         return value if self.part.numel else value.new_zeros(rows, value.shape[1])
 
     def all_reduce(self, value: torch.Tensor) -> Request:
@@ -158,7 +167,12 @@ class MatrixShard:
         return Request(self.derived[key], value)
 
     def attach(self, flat_gradient: torch.Tensor, weights: torch.Tensor) -> None:
-        """Attach this step's gradient and weights: flat, ``part.numel`` elements each, any floating dtype."""
+        """Attach this rank's elements of the gradient and the weights for one step.
+
+        Args:
+            flat_gradient: ``part.numel`` elements in storage order, flat, any floating dtype.
+            weights: as many, any floating dtype; updated in place.
+        """
         self._flat, self.weights = flat_gradient, weights
 
     def detach(self) -> None:
@@ -193,7 +207,11 @@ class MatrixShard:
         return self.views(self.flat_gradient)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """View this rank's elements of a matrix, ``flat``, as one 2-D tensor per rectangle."""
+        """View this rank's elements of a matrix as one 2-D tensor per rectangle.
+
+        Args:
+            flat: ``part.numel`` elements in storage order, any dtype.
+        """
         return [flat[r.offset : r.offset + r.height * r.width].view(r.height, r.width) for r in self.part.rectangles]
 
     def times(self, basis: torch.Tensor) -> torch.Tensor:
@@ -276,7 +294,11 @@ class MatrixShard:
         return result
 
     def elements_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """Select this rank's elements of a whole m x n matrix: flat, same dtype."""
+        """Select this rank's elements of a whole matrix: flat, same dtype.
+
+        Args:
+            whole: m x n.
+        """
         pieces = [whole[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1) for r in self.part.rectangles]
         return torch.cat([whole.new_empty(0), *pieces])
 
