@@ -18,6 +18,7 @@ from tests.engines.scenario import METHODS, Oracle, config, max_relative_differe
 from tests.engines.test_wrappers import CASES
 from tests.engines.test_wrappers import settings_of as untyped_settings_of
 from tests.engines.trace import trace_engine, worst_against_references
+from tests.methods import of
 from tests.simulated import harness
 
 STEPS = 10

@@ -25,7 +25,8 @@ from benchmarks.grid_layout import Degrees, Stage, stage_on
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.optimizer.step import StepReport, step_matrices
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Executor, Request, Rounds, Route
+from ds_lowrank.sharding.reduce import Executor, Request, Rounds
+from ds_lowrank.sharding.route import Route
 from ds_lowrank.sharding.world import SimulatedWorld
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"

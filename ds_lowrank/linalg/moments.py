@@ -1,4 +1,4 @@
-"""Adam's two moments, and what a change of basis does to them."""
+"""Adam's two moments: a step, and a change of basis."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ def adam(
     eps: float,
     step: int,
 ) -> torch.Tensor:
-    """One step of textbook Adam (Kingma and Ba, Algorithm 1: epsilon outside the root of the corrected moment).
+    """One step of Adam as in Kingma and Ba, Algorithm 1, with epsilon outside the root of the corrected moment.
+
+    ``M <- beta1 M + (1 - beta1) G``, ``V <- beta2 V + (1 - beta2) G^2``, and the direction is
+    ``M / (1 - beta1^t) / (sqrt(V / (1 - beta2^t)) + eps)``.
 
     Args:
-        exp_avg, exp_avg_sq: the moments, fp32, updated in place.
-        gradient: same shape, fp32.
-        betas, eps: Adam's.
-        step: 1 for the first step.
+        exp_avg: the first moment ``M``, fp32, updated in place.
+        exp_avg_sq: the second moment ``V``, same shape, fp32, updated in place.
+        gradient: ``G``, same shape, fp32.
+        betas: ``(beta1, beta2)``.
+        eps: added to the root.
+        step: ``t``, 1 for the first step.
 
     Returns:
-        The direction to descend along, fp32, same shape.
+        The direction to descend along, same shape, fp32.
     """
-    # torch's fused AdamW, at rate -1 on a zero weight without decay, leaves the direction: one pass over memory.
+    # With learning rate -1 on zero weights, torch's fused AdamW leaves the direction there: one pass over memory.
     direction = torch.zeros_like(exp_avg)
     fused_adamw([direction], [gradient], [exp_avg], [exp_avg_sq], [step - 1], -1.0, betas, eps, weight_decay=0.0)
     return direction
@@ -42,10 +47,18 @@ def fused_adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """torch's fused AdamW kernel on tensors that are all fp32; weights and moments are changed in place.
+    """One AdamW step of many tensors with torch's fused kernel; weights and moments are updated in place.
 
     Args:
-        steps: how many each tensor has done before.
+        weights: the weights, fp32.
+        gradients: one per weight, same shapes, fp32.
+        exp_avgs: first moments, same shapes, fp32.
+        exp_avg_sqs: second moments, same shapes, fp32.
+        steps: for each weight, the number of steps it has done before.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the corrected second moment.
+        weight_decay: decoupled weight decay; multiplied by ``lr``.
     """
     adamw(
         weights,
@@ -66,18 +79,22 @@ def fused_adamw(
 
 
 def rotate_first(moment: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Carry a first moment from one basis into another, in place: it is linear, ``M <- M rotation``.
+    """Carry a first moment from one basis into another, in place: ``M <- M rotation``, because it is linear.
 
     Args:
         moment: p x r, fp32.
-        rotation: r x r, old basis transposed times new basis, fp32.
+        rotation: r x r, fp32: the old basis transposed times the new basis.
     """
     moment.copy_(moment @ rotation)
 
 
 def rotate_second(moment: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Carry a second moment: the variance of independent coordinates, ``V <- V (rotation * rotation)``, in place.
+    """Carry a second moment from one basis into another, in place: ``V <- V (rotation * rotation)``.
 
-    The linear rule of the first moment would make it negative.
+    That is how variances of independent coordinates change. The linear rule of the first moment could make it negative.
+
+    Args:
+        moment: p x r, fp32.
+        rotation: r x r, fp32: the old basis transposed times the new basis.
     """
     moment.copy_(moment @ rotation.square())

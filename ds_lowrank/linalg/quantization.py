@@ -1,10 +1,11 @@
-"""How a moment is stored in fewer bits: codes of eight and sixteen bits, rounded so that the mean is exact.
+"""How a moment is stored in 8 or 16 bits per element, rounded stochastically so that the mean is exact.
 
-The average of a second moment moves by a thousandth in a step, far less than eight or sixteen bits resolve, so rounding
-to the nearest code would stop it for ever. Here a number between two codes goes to the upper one exactly as often as
-its position between them says. What decides is evenly spread over the elements of a tensor, and moved as a whole by a
-random amount in every step: two additions an element, the same on every layout, device and resume. All of it is integer
-arithmetic on the bits of fp32: adding to the bits that are to go carries into those that stay.
+The average of a second moment moves by a thousandth in a step, far less than 8 or 16 bits resolve, so rounding to the
+nearest code would freeze it. With stochastic rounding, a number between two codes is rounded up with a probability
+equal to its position between them. What decides is a dither: numbers that are spread evenly over the elements of a
+tensor and shifted together by a random offset in every step. That takes two additions per element and gives the same
+result on every layout and device, and after a resume. All of it is integer arithmetic on the bits of fp32: adding to
+the bits that will be dropped carries into those that stay.
 """
 
 from __future__ import annotations
@@ -20,132 +21,140 @@ import torch
 BLOCK = 64
 """Rows that share a scale, in each column."""
 DITHER_BITS = 24
-SPREAD = (12664746, 9560334)
-"""Powers of the inverse of the root of x^3 = x + 1, times 2^24: their multiples fill a square evenly."""
+"""Bits of a dither: its values are below ``2**24``."""
+DITHER_STRIDES = (12664746, 9560334)
+"""Increments of the dither along rows and columns: ``2**24 / g`` and ``2**24 / g**2`` with g the root of x^3 = x + 1.
+Their multiples fill a square evenly."""
 MANTISSA_BITS = 23
+"""Explicit bits of an fp32 mantissa."""
 MAGNITUDE = 2**31 - 1
+"""Mask of all bits of an fp32 number except its sign."""
 CPU_CHUNK_ELEMENTS = 2**16
-"""Numbers that a CPU codes at a time."""
-
-
-def dither(first: int, rows: int, columns: int, offset: int, device: torch.device) -> torch.Tensor:
-    """Whole numbers below 2^24, evenly spread over rows and columns.
-
-    Args:
-        first: which row of the whole tensor the first one is.
-        offset: added to all; a random one makes each of them random.
-
-    Returns:
-        rows x columns, int32.
-    """
-    modulus = 1 << DITHER_BITS
-    start = (first * SPREAD[0] + offset) % modulus
-    by_row = _multiples(SPREAD[0], rows, device).add(start).unsqueeze(1)
-    whole: torch.Tensor = (by_row + _multiples(SPREAD[1], columns, device)).bitwise_and_(modulus - 1)
-    return whole
-
-
-def _multiples(factor: int, count: int, device: torch.device) -> torch.Tensor:
-    """The first of them, modulo 2^24, int32."""
-    return _table(factor, 1 << max(0, count - 1).bit_length(), device)[:count]
-
-
-@lru_cache(maxsize=8)
-def _table(factor: int, count: int, device: torch.device) -> torch.Tensor:
-    return (torch.arange(count, device=device) * factor % (1 << DITHER_BITS)).int()
-
-
-def chunks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, in multiples of BLOCK, that are coded at a time."""
-    numbers = CPU_CHUNK_ELEMENTS if device.type == "cpu" else 2**24
-    step = max(1, numbers // (BLOCK * max(1, columns))) * BLOCK
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+"""Elements that a CPU encodes or decodes at a time."""
 
 
 class Quantizer(ABC):
-    """One way to store an fp32 tensor of p rows and q columns.
+    """A format in which an fp32 matrix is stored.
 
     Attributes:
-        run: rows that must lie on one rank, counted from row 0 of the whole tensor.
+        block_rows: how many consecutive rows, counted from row 0 of the whole tensor, must be stored on one rank.
     """
 
     block_rows: ClassVar[int] = 1
 
     @abstractmethod
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of each tensor that is stored, under what is appended to the key."""
+        """Shape and dtype of each tensor that is stored for one matrix.
+
+        Args:
+            rows: number of rows of the matrix.
+            columns: number of columns of the matrix.
+
+        Returns:
+            For each tensor, under the suffix of its key in the state, the shape and the dtype.
+        """
 
     @abstractmethod
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """p x q, fp32."""
+        """Restore the matrix from what is stored.
+
+        Args:
+            stored: the tensors, under the suffixes of :meth:`tensors`.
+
+        Returns:
+            rows x columns, fp32.
+        """
 
     @abstractmethod
     def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
-        """The tensors to store.
+        """Convert a matrix to the tensors to store.
 
         Args:
-            values: p x q, fp32.
-            first: which row of the whole tensor the first one is; a multiple of ``run``.
-            offset: a random number below 2^24, which all that is rounded in a step has in common.
+            values: rows x columns, fp32.
+            first: index of the first row in the whole tensor; a multiple of ``block_rows``.
+            offset: the dither's random offset of this step, below 2^24, the same on all ranks.
+
+        Returns:
+            The tensors, under the suffixes of :meth:`tensors`.
         """
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of all that is stored."""
+        """Number of bytes that are stored for one matrix.
+
+        Args:
+            rows: number of rows of the matrix.
+            columns: number of columns of the matrix.
+        """
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors(rows, columns).values())
 
 
 class Exact(Quantizer):
-    """fp32 as it is; ``decode`` gives the stored tensor itself."""
+    """Stores fp32 unchanged: :meth:`decode` returns the stored tensor itself."""
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """One fp32 tensor."""
         return {"": ((rows, columns), torch.float32)}
 
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the stored tensor."""
         return stored[""]
 
     def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
+        """Return the matrix itself, which is not copied."""
         return {"": values}
 
 
 FP32 = Exact()
+"""The quantizer that changes nothing."""
 
 
 class BFloat16(Quantizer):
-    """The upper half of fp32."""
+    """Stores bf16, the upper half of the bits of fp32, rounded stochastically."""
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """One bf16 tensor."""
         return {"": ((rows, columns), torch.bfloat16)}
 
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Convert to fp32, which is exact."""
         return stored[""].float()
 
     def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
+        """Round to bf16: add a 16-bit dither to the bits of fp32 and drop the lower half."""
         rows, columns = values.shape
         stored = torch.empty(rows, columns, dtype=torch.bfloat16, device=values.device)
         for start, end in chunks(rows, columns, values.device):
-            by = dither(first + start, end - start, columns, offset, values.device) >> (DITHER_BITS - 16)
-            bits = values[start:end].view(torch.int32).add(by).bitwise_and_(-(2**16))
+            noise = dither(first + start, end - start, columns, offset, values.device) >> (DITHER_BITS - 16)
+            bits = values[start:end].view(torch.int32).add(noise).bitwise_and_(-(2**16))
             stored[start:end] = bits.view(torch.float32)
         return {"": stored}
 
 
 class Int8(Quantizer):
-    """Eight bits of each number: a sign if it has one, a few bits of its exponent, the first three of its mantissa.
+    """Stores an 8-bit code per element, with a scale per block, rounded stochastically.
 
-    A block is BLOCK rows of one column. Its scale is the power of two below its largest number, or above where rounding
-    up would reach that; exponents are counted down from there. Codes stand for the same numbers under every scale that
-    reaches them, so a number that does not change keeps its value when its neighbours grow, and what is rounded in a
-    step is what moved in it. Code 0 is zero.
+    A code is a sign and 4 bits of the exponent, or 5 bits of the exponent without a sign, and 3 bits of the mantissa.
+    Code 0 is zero.
+
+    A block is ``BLOCK`` rows of one column. Its largest magnitude is rounded up to 3 bits of mantissa, and its scale is
+    the power of two of the result; exponents count down from there. Codes stand for the same numbers under every scale
+    that reaches them. So a number that does not change keeps its value when its neighbors grow, and only what changed
+    in a step is rounded.
+
+    Args:
+        signed: whether one bit is a sign; otherwise all values must be non-negative.
 
     Attributes:
-        signed: whether the first bit is a sign.
-        octaves: powers of two that the exponent reaches over: 16 with a sign, 32 without.
+        signed: as given.
+        top: the largest code without its sign: 127 or 255.
+        octaves: number of powers of two that the exponent covers: 16 with a sign, 32 without.
     """
 
     block_rows: ClassVar[int] = BLOCK
     KEPT: ClassVar[int] = 3
-    """Bits of the mantissa: numbers are between 6 % and 12.5 % apart."""
+    """Bits of the mantissa that are stored: neighboring codes are between 6 % and 12.5 % apart."""
     DROPPED: ClassVar[int] = MANTISSA_BITS - KEPT
+    """Bits of the mantissa that are rounded off."""
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
@@ -153,10 +162,12 @@ class Int8(Quantizer):
         self.octaves = (self.top + 1) >> self.KEPT
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """The codes, and one scale per block and column."""
         scales = (-(-rows // BLOCK), columns)
         return {"": ((rows, columns), torch.uint8), "_scale": (scales, torch.float32)}
 
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Restore the numbers that the codes stand for, chunk by chunk."""
         codes, scales = stored[""], stored["_scale"]
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for start, end in chunks(codes.shape[0], codes.shape[1], codes.device):
@@ -165,61 +176,120 @@ class Int8(Quantizer):
         return values
 
     def encode(self, values: torch.Tensor, first: int, offset: int) -> dict[str, torch.Tensor]:
+        """Find the scale of each block and round its elements to codes, chunk by chunk."""
         rows, columns = values.shape
         stored = {
             suffix: torch.empty(shape, dtype=dtype, device=values.device)
             for suffix, (shape, dtype) in self.tensors(rows, columns).items()
         }
         for start, end in chunks(rows, columns, values.device):
-            by = dither(first + start, end - start, columns, offset, values.device)
-            codes, scales = self._encoded(_blocked(values[start:end]), _blocked(by))
+            noise = dither(first + start, end - start, columns, offset, values.device)
+            codes, scales = self._encoded(_blocked(values[start:end]), _blocked(noise))
             stored[""][start:end] = _unblocked(codes, end - start)
             stored["_scale"][start // BLOCK : -(-end // BLOCK)] = scales
         return stored
 
-    def _encoded(self, values: torch.Tensor, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of blocks: blocks x BLOCK x columns, and blocks x columns."""
+    def _encoded(self, values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes and scales of some blocks.
+
+        Args:
+            values: blocks x BLOCK x columns, fp32.
+            noise: the dither, same shape, int32.
+
+        Returns:
+            Codes, blocks x BLOCK x columns, uint8; scales, blocks x columns, fp32.
+        """
         bits = values.view(torch.int32).bitwise_and(MAGNITUDE)
         largest = bits.amax(1)
-        # The exponent that rounding up would give, and high enough for the lowest code not to be a subnormal number.
+        # The exponent of the largest magnitude rounded up, but high enough that the lowest code is not subnormal.
         scales = largest.add_(2**self.DROPPED - 1).bitwise_and_(-(2**MANTISSA_BITS))
         scales = scales.clamp_(min=self.octaves << MANTISSA_BITS)
         base = self._base(scales)
-        codes = bits.add(by >> (DITHER_BITS - self.DROPPED)).bitwise_right_shift_(self.DROPPED).sub_(base)
+        codes = bits.add(noise >> (DITHER_BITS - self.DROPPED)).bitwise_right_shift_(self.DROPPED).sub_(base)
         lowest = ((base + 1) << self.DROPPED).view(torch.float32)
-        # In the gap between zero and the lowest number. A second moment that became zero would be divided by.
+        # Between zero and the lowest code, round by the share of the lowest number. Without a sign always round up: a
+        # second moment that became zero would be divided by.
         share = bits.view(torch.float32).div(lowest).mul_(1 << DITHER_BITS)
         is_low = share < (1 << DITHER_BITS)
-        low = share.add_(by) >= (1 << DITHER_BITS) if self.signed else bits > 0
+        low = share.add_(noise) >= (1 << DITHER_BITS) if self.signed else bits > 0
         codes = torch.where(is_low, low.int(), codes).clamp_(max=self.top)
         if self.signed:
             codes |= (values.view(torch.int32) >> 24) & 128
         return codes.to(torch.uint8), scales.view(torch.float32)
 
     def _decoded(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        whole = codes.int()
-        level = whole & self.top
+        """The numbers of some blocks: blocks x BLOCK x columns, fp32."""
+        signed_codes = codes.int()
+        level = signed_codes & self.top
         base = self._base(scales.contiguous().view(torch.int32))
         values = ((level + base) << self.DROPPED).view(torch.float32).mul_(level > 0)
-        return torch.where(whole > self.top, -values, values) if self.signed else values
+        return torch.where(signed_codes > self.top, -values, values) if self.signed else values
 
     def _base(self, scales: torch.Tensor) -> torch.Tensor:
-        """What to add to a code for the bits of its number: blocks x 1 x columns.
+        """The number to add to the codes of a block to get the upper bits of fp32: blocks x 1 x columns, int32.
 
         Args:
-            scales: their bits, blocks x columns, int32.
+            scales: the bits of the scales, blocks x columns, int32.
         """
         return ((scales >> self.DROPPED) - ((self.octaves - 1) << self.KEPT)).unsqueeze(1)
 
 
+def dither(first: int, rows: int, columns: int, offset: int, device: torch.device) -> torch.Tensor:
+    """Integers below 2^24 that are spread evenly over rows and columns.
+
+    Args:
+        first: index of the first row in the whole tensor.
+        rows: number of rows.
+        columns: number of columns.
+        offset: added to all of them, modulo 2^24; with a random offset each of them is uniformly distributed.
+        device: where the result is needed.
+
+    Returns:
+        rows x columns, int32.
+    """
+    modulus = 1 << DITHER_BITS
+    start = (first * DITHER_STRIDES[0] + offset) % modulus
+    by_row = _multiples(DITHER_STRIDES[0], rows, device).add(start).unsqueeze(1)
+    result: torch.Tensor = (by_row + _multiples(DITHER_STRIDES[1], columns, device)).bitwise_and_(modulus - 1)
+    return result
+
+
+def _multiples(factor: int, count: int, device: torch.device) -> torch.Tensor:
+    """The first ``count`` multiples of a factor, from 0, modulo 2^24: int32."""
+    return _table(factor, 1 << max(0, count - 1).bit_length(), device)[:count]
+
+
+@lru_cache(maxsize=8)
+def _table(factor: int, count: int, device: torch.device) -> torch.Tensor:
+    """The multiples themselves, for powers of two as counts so that few tables are kept."""
+    return (torch.arange(count, device=device) * factor % (1 << DITHER_BITS)).int()
+
+
+def chunks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Cut the rows of a tensor into ranges that are encoded or decoded at a time.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        device: where the tensor is.
+
+    Returns:
+        ``(start, end)`` of each range; each starts at a multiple of ``BLOCK``.
+    """
+    elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else 2**24
+    step = max(1, elements // (BLOCK * max(1, columns))) * BLOCK
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 def _blocked(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows x columns as blocks x BLOCK x columns, zeros at the end."""
+    """View rows x columns as blocks x BLOCK x columns, padded with zeros at the end."""
     rows, columns = tensor.shape
-    missing = -rows % BLOCK
-    if missing:
-        tensor = torch.cat([tensor, tensor.new_zeros(missing, columns)])
+    padding = -rows % BLOCK
+    if padding:
+        tensor = torch.cat([tensor, tensor.new_zeros(padding, columns)])
     return tensor.reshape(-1, BLOCK, columns)
 
 
 def _unblocked(blocks: torch.Tensor, rows: int) -> torch.Tensor:
+    """View blocks x BLOCK x columns as rows x columns, without the padding."""
     return blocks.view(-1, blocks.shape[2])[:rows]

@@ -1,7 +1,7 @@
-"""What DeepSpeed and megatron-core mark on a parameter, as predicates: nothing outside this folder reads the marks.
+"""What DeepSpeed and megatron-core mark on a parameter, as predicates.
 
-ZeRO's partitions are read in :mod:`ds_lowrank.placement.zero`, tensor-parallel splits in
-:mod:`ds_lowrank.placement.tensor_parallel`.
+The marks are read in this folder only: ZeRO's partitions in :mod:`ds_lowrank.placement.zero`, tensor-parallel splits in
+:mod:`ds_lowrank.placement.tensor_parallel`, the other marks here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def is_tied_between_stages(parameter: Any) -> bool:
-    """Whether this is the copy of a tied weight that another stage of the pipeline owns."""
+    """Whether the parameter is a copy of a tied weight that another pipeline stage owns."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
@@ -30,5 +30,5 @@ def is_megatron_shard(parameter: Any) -> bool:
 
 
 def megatron_stride(parameter: Any) -> int:
-    """How many matrices megatron-core has stacked in the parameter, each of them split on its own; 1 for one."""
+    """Number of matrices that megatron-core has stacked in the parameter, each split on its own; 1 for a plain one."""
     return int(getattr(parameter, "partition_stride", 1))

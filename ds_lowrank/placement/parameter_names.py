@@ -1,3 +1,9 @@
+"""Where a parameter gets its name and kind: a tag on the parameter, which DeepSpeed does not lose.
+
+The tag is written from the model before DeepSpeed takes its parameters. Declared fused weights are marked here too,
+because their matrices have names of their own.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -13,10 +19,8 @@ from ds_lowrank.placement.zero import unpartitioned_shape
 
 Kind = Literal["weight", "embedding", "head"]
 
-
 EMBEDDING_NAMES = ("*embed*", "*wte*", "*wpe*")
-
-
+"""Globs of names that are taken for embeddings where the model does not say so."""
 HEAD_NAMES = (
     "*lm_head*",
     "*embed_out*",
@@ -33,6 +37,7 @@ HEAD_NAMES = (
     "qa_outputs.*",
     "*.qa_outputs.*",
 )
+"""Globs of names that are taken for output heads where the model does not say so."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Tag:
     """What a parameter is in its model.
 
     Attributes:
-        within: for one of the matrices in a fused weight, the name of that weight.
+        name: its name in the model.
+        kind: whether it is an embedding, an output head or any other weight.
+        within: for one of the matrices in a fused weight, the name of that weight; otherwise None.
     """
 
     name: str
@@ -48,14 +55,33 @@ class Tag:
     within: str | None = None
 
     def matches(self, pattern: str) -> bool:
-        """Whether a glob matches its name, or that of the weight it is in."""
+        """Whether a pattern matches the name, or the name of the fused weight that the matrix is in.
+
+        Args:
+            pattern: the glob, as in :func:`matches`.
+        """
         return any(matches(name, pattern) for name in (self.name, self.within) if name is not None)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches a parameter's name, the name of its module, or one of the components between dots.
+
+    Args:
+        name: the parameter's full name.
+        pattern: the glob; case-sensitive.
+    """
+    module = name.rpartition(".")[0]
+    return any(fnmatchcase(candidate, pattern) for candidate in (name, module, *name.split(".")))
 
 
 def tag_parameters(model: torch.nn.Module) -> None:
     """Write each parameter's name and kind on it, where DeepSpeed does not lose them.
 
-    Needed before stock ``deepspeed.initialize`` when only :func:`ds_lowrank.register` was called.
+    ``ds_lowrank.initialize`` calls this. Call it before stock ``deepspeed.initialize``, after
+    :func:`ds_lowrank.register`.
+
+    Args:
+        model: the model, before DeepSpeed wraps it.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     heads = {id(module.weight) for module in output_layers(model)}
@@ -70,26 +96,62 @@ def tag_parameters(model: torch.nn.Module) -> None:
         parameter.ds_lowrank_tag = Tag(name, kind)  # type: ignore[attr-defined]
 
 
-def logical_names(model: torch.nn.Module) -> dict[str, str]:
-    """Other names for parameters, where a model says what they are called in the model that it is a layout of."""
-    names: Callable[[], dict[str, str]] = getattr(model, "logical_names", dict)
-    return names()
+def tag_of(parameter: torch.Tensor) -> Tag | None:
+    """The tag that :func:`tag_parameters` wrote on a parameter; None if it has none."""
+    tag: Tag | None = getattr(parameter, "ds_lowrank_tag", None)
+    return tag
+
+
+def tag_from_name(name: str) -> Tag:
+    """Make a tag from a parameter's name alone, for an optimizer that is built from named parameters.
+
+    Args:
+        name: the parameter's full name; it decides the kind too.
+    """
+    return Tag(name, _kind_of(name))
 
 
 def tag_fused(parameter: torch.Tensor, heights: Mapping[str, int]) -> None:
-    """Declare a weight to be several matrices one below the other: each is then projected on its own.
+    """Declare that a weight is several matrices stacked along rows; each is then projected on its own.
 
     Args:
         parameter: ``rows x n``; on a tensor-parallel rank, that rank's rows.
-        heights: for each matrix its rows, in order, as often as it takes to fill the weight: ``{"q": 128, "k": 64,
-            "v": 64}`` for groups of heads. A name with a dot in it is a whole name, of the weight that it is in an
-            unfused model: the two then find the same subspaces.
+        heights: the number of rows of each matrix, in order; the sequence repeats until the weight is filled:
+            ``{"q": 128, "k": 64, "v": 64}`` for groups of heads. A name with a dot in it is a full name: that of the
+            weight in a model that is not fused. Both models then find the same subspaces.
     """
     setattr(parameter, FUSION, Fusion(tuple(heights), tuple(heights.values())))
 
 
+def logical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Map parameter names to the names of the model without pipeline or tensor parallelism.
+
+    Args:
+        model: may have a ``logical_names`` method that returns this mapping.
+
+    Returns:
+        The mapping; empty if the model's own names are used.
+    """
+    names: Callable[[], dict[str, str]] = getattr(model, "logical_names", dict)
+    return names()
+
+
+def output_layers(model: torch.nn.Module) -> list[Any]:
+    """The output head of a Hugging Face model.
+
+    Args:
+        model: the model; ``get_output_embeddings`` is called if it has one.
+
+    Returns:
+        The head, as a list; empty if there is none or it has no weight.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return [head] if head is not None and getattr(head, "weight", None) is not None else []
+
+
 def _mark_fused(module: Any) -> None:
-    """megatron-core's attention and SwiGLU layers."""
+    """Declare the fused weights of megatron-core's attention and SwiGLU layers."""
     qkv = getattr(getattr(module, "linear_qkv", None), "weight", None)
     if qkv is not None and hasattr(module, "num_query_groups_per_partition") and not hasattr(qkv, FUSION):
         head = module.hidden_size_per_attention_head
@@ -103,33 +165,10 @@ def _mark_fused(module: Any) -> None:
         tag_fused(fc1, {"gate": half, "up": half})
 
 
-def output_layers(model: torch.nn.Module) -> list[Any]:
-    """The output head as Hugging Face models name it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return [head] if head is not None and getattr(head, "weight", None) is not None else []
-
-
-def tag_of(parameter: torch.Tensor) -> Tag | None:
-    """The tag that :func:`tag_parameters` wrote, if it did."""
-    tag: Tag | None = getattr(parameter, "ds_lowrank_tag", None)
-    return tag
-
-
-def tag_from_name(name: str) -> Tag:
-    """The tag of a parameter of which only the name is known."""
-    return Tag(name, _kind_of(name))
-
-
 def _kind_of(name: str) -> Kind:
+    """Guess the kind of a parameter from its name."""
     if any(fnmatchcase(name, pattern) for pattern in EMBEDDING_NAMES):
         return "embedding"
     if any(fnmatchcase(name, pattern) for pattern in HEAD_NAMES):
         return "head"
     return "weight"
-
-
-def matches(name: str, pattern: str) -> bool:
-    """A glob matches a parameter's name, its module's name, or one component of it."""
-    module = name.rpartition(".")[0]
-    return any(fnmatchcase(candidate, pattern) for candidate in (name, module, *name.split(".")))

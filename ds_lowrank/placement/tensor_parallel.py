@@ -1,14 +1,14 @@
-"""Which part of which logical matrix a tensor-parallel rank's parameter is: read off the layers' own marks.
+"""Which logical matrices a tensor-parallel rank's parameter is part of, read from the marks of its layer.
 
-=================  ==========================================================================
+=================  ============================================================================
 layers             marks on a parameter
-=================  ==========================================================================
+=================  ============================================================================
 megatron-core      ``tensor_model_parallel``, ``partition_dim``, ``partition_stride``
-DeepSpeed AutoTP   ``ds_autotp_universal_checkpoint_meta``: its dimension and everybody's size
-none               the parameter is whole on every tensor-parallel rank
-=================  ==========================================================================
+DeepSpeed AutoTP   ``ds_autotp_universal_checkpoint_meta``: its dimension and every rank's size
+other              none: the parameter is whole on every tensor-parallel rank
+=================  ============================================================================
 
-A fused weight holds several logical matrices, one below the other, once or periodically (``q q k v`` for every group of
+A fused weight holds several logical matrices stacked along rows, once or periodically (``q q k v`` for every group of
 heads). It is projected as these matrices, so that a fused and an unfused model take the same steps.
 """
 
@@ -25,56 +25,71 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_megatron_shard, megatron_stride
 from ds_lowrank.sharding.layout import Block, Range
-from ds_lowrank.sharding.logical import Logical, Strip, _concatenated_row
+from ds_lowrank.sharding.logical import Logical, Strip, concatenated_row
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
+"""The attribute of a parameter in which AutoTP describes its split."""
 FUSION = "ds_lowrank_fusion"
+"""The attribute of a parameter in which ``tag_fused`` stores a :class:`Fusion`."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """The matrices in a fused weight: ``heights`` rows of each, again and again down to the last row of every rank."""
+    """The matrices in a fused weight, stacked along rows; the sequence repeats until the weight is filled.
+
+    Attributes:
+        names: the name of each matrix.
+        heights: the number of rows of each matrix in one period.
+    """
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
 
 
 def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
-    """What a parameter is: one logical matrix, or those of a fused weight.
+    """The logical matrices that a parameter is part of: one, or those of a fused weight.
 
     Args:
-        shape: of the parameter on this tensor-parallel rank.
+        parameter: the parameter, for its marks; it may be emptied by ZeRO 3.
+        shape: shape of the parameter on this tensor-parallel rank.
+        name: the parameter's name in the model.
+        grid: this rank's tensor-parallel group.
 
     Raises:
-        ConfigError: it is marked as split, and not how; or fused in a way that does not fit its rows.
+        ConfigError: if the marks say that the parameter is split but not how, or if it is declared fused and its rows
+            or its split do not fit.
     """
     dim, sizes = _split(parameter, shape, name, grid)
     fusion = _fusion(parameter, shape)
     if fusion is not None:
         if dim == 1:
             raise ConfigError(
-                f"{name} is declared to be {fusion.names} one below the other, and tensor parallelism splits its "
+                f"{name} is declared to hold {fusion.names} stacked along rows, but tensor parallelism splits its "
                 "columns: leave it whole, or split its rows"
             )
         return _fused(fusion, shape, sizes, name, grid)
     if dim is None:
-        strips = (_whole(shape),) * grid.tensor_size
-        return [Logical(name, shape, strips, grid.tensor_rank, "sharded" if grid.tensor_size == 1 else "replicated")]
+        copies = (_whole(shape),) * grid.tensor_size
+        return [Logical(name, shape, copies, grid.tensor_rank, "sharded" if grid.tensor_size == 1 else "replicated")]
     full = tuple(sum(sizes) if axis == dim else size for axis, size in enumerate(shape))
     if len(shape) != 2:
         rest = math.prod(size for axis, size in enumerate(shape) if axis != dim)
-        row = _concatenated_row([size * rest for size in sizes])
-        return [Logical(name, full, row["strips"], grid.tensor_rank, "sharded")]
+        strips = concatenated_row([size * rest for size in sizes])
+        return [Logical(name, full, strips, grid.tensor_rank, "sharded")]
     ends = [0, *accumulate(sizes)]
     blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
     return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "sharded")]
 
 
 def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
-    """AutoTP can leave a rank without any of a weight, where there are fewer heads than ranks.
+    """Refuse a weight of which AutoTP leaves a rank without any elements, as it does with fewer heads than ranks.
+
+    Args:
+        parameter: the parameter, for its marks.
+        name: the parameter's name in the model.
 
     Raises:
-        ConfigError: on every rank, those too that have some.
+        ConfigError: if a rank has none; on every rank, including those that have some.
     """
     meta = getattr(parameter, AUTOTP, None)
     if meta and 0 in (meta["partition_sizes"] or ()):
@@ -85,13 +100,22 @@ def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
 
 
 def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> list[str]:
-    """The names of the matrices in a fused weight; none where a parameter is not fused."""
+    """The names of the matrices in a fused weight.
+
+    Args:
+        parameter: the parameter, for its marks.
+        shape: shape of the parameter on this tensor-parallel rank.
+        name: the parameter's name in the model.
+
+    Returns:
+        The names in order; none if the parameter is not fused.
+    """
     fusion = _fusion(parameter, shape)
     return [] if fusion is None else [_piece_name(name, piece) for piece in fusion.names]
 
 
 def _split(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tuple[int | None, tuple[int, ...]]:
-    """Along which dimension a parameter is split, and every rank's size along it; None where it is not."""
+    """The dimension along which a parameter is split and every rank's size along it; ``(None, ())`` if it is whole."""
     meta = getattr(parameter, AUTOTP, None)
     if grid.tensor_size == 1 or not (meta or is_megatron_shard(parameter)):
         return None, ()
@@ -101,20 +125,21 @@ def _split(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tup
         sizes = meta["partition_sizes"]
         if sizes is None or meta["sub_param_sizes"] is not None or len(sizes) != grid.tensor_size:
             raise ConfigError(
-                f"{name}: AutoTP splits this weight in pieces that ds_lowrank cannot read; exclude it from AutoTP by a "
+                f"{name}: AutoTP splits this weight into pieces that ds_lowrank cannot read; exclude it from AutoTP by "
                 "tensor_parallel.partition_config, or use a model whose projections are not fused"
             )
         return int(meta["partition_dim"]), tuple(sizes)
     dim = getattr(parameter, "partition_dim", -1)
     if not 0 <= dim < len(shape):
         raise ConfigError(
-            f"{name} is marked tensor_model_parallel, and partition_dim does not say how it is split: use "
+            f"{name} is marked tensor_model_parallel, but partition_dim does not say how it is split: use "
             "megatron-core's layers, or set partition_dim on the parameter"
         )
     return dim, (shape[dim],) * grid.tensor_size
 
 
 def _fusion(parameter: Any, shape: tuple[int, ...]) -> Fusion | None:
+    """How a parameter is fused, as declared or as megatron-core's stride implies; None if it is not."""
     if len(shape) != 2:
         return None
     declared: Fusion | None = getattr(parameter, FUSION, None)
@@ -125,13 +150,13 @@ def _fusion(parameter: Any, shape: tuple[int, ...]) -> Fusion | None:
 
 
 def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
-    """The whole weight repeats its period; a rank has the rows that follow those of the rank before."""
+    """The matrices of a fused weight: the whole weight repeats its period, and the ranks' rows follow rank by rank."""
     period, width = sum(fusion.heights), shape[1]
     ends = [0, *accumulate(sizes or shape[:1])]
     if ends[-1] % period:
         raise ConfigError(
-            f"{name}: {ends[-1]} rows are no whole number of the {period} of {fusion.names}: correct the heights that "
-            "tag_fused was given"
+            f"{name}: {ends[-1]} rows are not a multiple of the {period} rows of {fusion.names}: correct the heights "
+            "given to tag_fused"
         )
     periods = ends[-1] // period
     own = list(pairwise(ends)) if sizes else [(0, shape[0])] * grid.tensor_size
@@ -141,18 +166,26 @@ def _fused(fusion: Fusion, shape: tuple[int, ...], sizes: tuple[int, ...], name:
         strips = tuple(_strips(rows, height, span, width) for span in own)
         placement: Literal["sharded", "replicated"] = "sharded" if sizes or grid.tensor_size == 1 else "replicated"
         found.append(
-            Logical(_piece_name(name, piece), (periods * height, width), strips, grid.tensor_rank, placement, piece)
+            Logical(
+                name=_piece_name(name, piece),
+                shape=(periods * height, width),
+                strips=strips,
+                own=grid.tensor_rank,
+                placement=placement,
+                piece=piece,
+            )
         )
     return found
 
 
 def _strips(rows: list[tuple[int, int]], height: int, own: Range, width: int) -> tuple[Strip, ...]:
-    """What a rank's rows of a fused weight have of one of its matrices.
+    """The strips of one matrix in one rank's rows of a fused weight.
 
     Args:
-        rows: for every period where the matrix begins in the weight, and which of its rows that is.
-        height: so many rows.
-        own: the rank's rows of the weight.
+        rows: for every period, the row of the weight at which the matrix begins, and which of its own rows that is.
+        height: number of rows of the matrix in one period.
+        own: the rank's range of rows of the weight.
+        width: number of columns.
     """
     found = []
     for first, row in rows:
@@ -163,10 +196,11 @@ def _strips(rows: list[tuple[int, int]], height: int, own: Range, width: int) ->
 
 
 def _piece_name(name: str, piece: str) -> str:
-    """A piece with a dot in its name brings a whole name along: that of the weight in an unfused model."""
+    """The full name of a matrix in a fused weight. With a dot in it, its name is a full name already."""
     return piece if "." in piece else f"{name}.{piece}"
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[Strip, ...]:
+    """The only strip of a parameter that is not split; as one row if it is not a matrix."""
     rows, width = shape if len(shape) == 2 else (1, math.prod(shape))
     return (Strip(0, Block((0, rows), (0, width))),)

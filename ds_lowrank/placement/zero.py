@@ -1,13 +1,13 @@
-"""Where DeepSpeed put the elements of each parameter: read off its wrappers, never computed anew.
+"""Where DeepSpeed stores the elements of each parameter, read from its wrappers and not derived a second time.
 
 =======================  =================================================================================
 wrapper                  what it did to the optimizer's parameters
 =======================  =================================================================================
 none (fp32, stage 0)     nothing
 FP16_UnfusedOptimizer    replaced each group's trainable parameters by fp32 clones, in order
-DeepSpeedZeroOptimizer,  one flat fp32 partition a group: this rank's share of the flat buffer of which the model's
-BF16_Optimizer           parameters are views
-Stage 3                  one flat fp32 partition a sub-group; ``param._z3_optimizer.grad_position`` says where
+DeepSpeedZeroOptimizer,  one flat fp32 partition per group: this rank's share of the flat buffer of which the
+BF16_Optimizer           model's parameters are views
+Stage 3                  one flat fp32 partition per sub-group; ``param._z3_optimizer.grad_position`` says where
 =======================  =================================================================================
 """
 
@@ -28,11 +28,30 @@ NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offlo
 
 
 @dataclass
-class Interval:
-    """This rank's elements ``[start, end)`` of one parameter, ``offset`` elements into ``store``.
+class Placement:
+    """Where DeepSpeed stores the parameters of an optimizer.
 
-    ``store`` is what DeepSpeed updates in one ``step()``: the parameter itself, its fp32 clone, or a flat partition. A
-    rank that holds nothing of the parameter still knows the store that the others update with it.
+    Attributes:
+        wrapper: name of the wrapper that stores them.
+        intervals: for each group, one interval per parameter, in order.
+        process_group: the ranks over which the parameters are split; None if every rank holds them whole.
+    """
+
+    wrapper: str
+    intervals: list[list[Interval]]
+    process_group: dist.ProcessGroup | None
+
+
+@dataclass
+class Interval:
+    """This rank's elements of one parameter, and where they are stored.
+
+    Attributes:
+        store: the tensor that DeepSpeed updates in one ``step()``: the parameter itself, its fp32 clone, or a flat
+            partition. A rank without elements of the parameter still has the store that is updated with it.
+        start: first element of the parameter on this rank.
+        end: one past the last element.
+        offset: where the elements begin in the flat store.
     """
 
     store: torch.Tensor
@@ -41,37 +60,51 @@ class Interval:
     offset: int
 
     def fragment(self, logical: Logical) -> Fragment:
-        """Those of them that are of one logical matrix."""
+        """Select the elements that belong to one logical matrix.
+
+        Args:
+            logical: a logical matrix of the parameter.
+        """
         spans = logical.spans(self.start, self.end)
         return Fragment(self.store, tuple((self.offset + lo, self.offset + hi) for lo, hi in spans))
 
 
 @dataclass
 class Fragment:
-    """The elements of one logical matrix that lie in a store: one span of it, or of a fused weight several."""
+    """The elements of one logical matrix in a store.
+
+    Attributes:
+        store: as in :class:`Interval`.
+        spans: ranges of the flat store; one, or several if the weight is fused.
+    """
 
     store: torch.Tensor
     spans: Spans
 
     @property
     def weights(self) -> torch.Tensor:
-        """The elements, flat: a view of the store where they are one span, else a copy, to be put back."""
+        """The elements, flat: a view of the store if they are one span, otherwise a copy for :meth:`put`."""
         return self._of(self.store.data.view(-1))
 
     @property
     def gradient(self) -> torch.Tensor:
-        """Their gradient, flat. Only while the store has one."""
+        """The gradient of these elements, flat; only while the store has a gradient."""
         gradient = self.store.grad
         assert gradient is not None
         return self._of(gradient.reshape(-1))
 
     def _of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Select the spans from a tensor of the store's elements: a view of one span, a copy of several."""
         if len(self.spans) == 1:
             return flat[slice(*self.spans[0])]
         return torch.cat([flat[:0], *(flat[lo:hi] for lo, hi in self.spans)])
 
     def put(self, weights: torch.Tensor) -> None:
-        """Write what was done to :attr:`weights` into the store."""
+        """Write changed :attr:`weights` back into the store; nothing to do if they are a view of it.
+
+        Args:
+            weights: the elements, flat.
+        """
         if len(self.spans) == 1:
             return
         flat = self.store.data.view(-1)
@@ -79,38 +112,18 @@ class Fragment:
             flat[lo:hi] = piece
 
 
-@dataclass
-class Placement:
-    """Where all parameters of an optimizer lie.
-
-    Attributes:
-        wrapper: for the log.
-        intervals: one a parameter, group by group, in the order given.
-        process_group: the ranks over which they are split; None where every rank holds them whole.
-    """
-
-    wrapper: str
-    intervals: list[list[Interval]]
-    process_group: dist.ProcessGroup | None
-
-
-def unpartitioned_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the parameter as its layer has it, also where ZeRO 3 has emptied it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
-    """Find every parameter's elements.
+    """Find where the elements of every parameter are stored.
 
     Args:
-        parameters: the trainable parameters each group was built with.
-        groups: the optimizer's param groups as they are now, in the same order.
+        parameters: for each group, the trainable parameters that it was built with.
+        groups: the optimizer's current ``param_groups``, in the same order.
 
     Raises:
-        RuntimeError: a wrapper that this package does not know rearranged the groups.
-        ConfigError: the optimizer's states are offloaded, or a parameter is not contiguous.
+        RuntimeError: if an unknown wrapper rearranged the groups.
+        ConfigError: if the optimizer's states are offloaded, or a parameter is not contiguous.
     """
-    # Decided by what the groups hold now: a parameter may still carry marks of an engine that is gone.
+    # The groups decide, not the parameters' marks, because those may be left over from an engine that is gone.
     both = list(zip(parameters, groups, strict=True))
     if all(_is_untouched(own, group) for own, group in both):
         return Placement("none", [[_whole_parameter(p, p) for p in own] for own in parameters], None)
@@ -125,21 +138,90 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
         return _flat_partitions(parameters, groups)
     raise RuntimeError(
         "the optimizer's parameters were rearranged by a wrapper that ds_lowrank does not know: it cannot tell which "
-        "matrix an element belongs to. Supported: no wrapper, and DeepSpeed 0.19's ZeRO 0 to 3, fp32, bf16 and fp16."
+        "matrix an element belongs to. Use no wrapper, or DeepSpeed 0.19 at ZeRO 0 to 3 in fp32, bf16 or fp16."
     )
 
 
+def read_intervals(
+    intervals: Sequence[Interval], tensor_rank: int, process_group: dist.ProcessGroup | None
+) -> tuple[list[int], list[list[Range]]]:
+    """Exchange what every rank of a group holds of each parameter, by one all-gather.
+
+    Args:
+        intervals: what this rank holds, one interval per parameter; the same parameters on all ranks.
+        tensor_rank: this rank's index among the tensor-parallel ranks.
+        process_group: the ranks that hold the parameters together; None for this rank alone.
+
+    Returns:
+        For each rank, its tensor-parallel rank; and for each rank, the ``(start, end)`` of each parameter.
+
+    Raises:
+        ConfigError: if ranks would step a parameter in different calls of ``step``; on all ranks.
+    """
+    numbers = {store: number for number, store in enumerate(dict.fromkeys(id(i.store) for i in intervals))}
+    own = [(tensor_rank, 0, 0), *((i.start, i.end, numbers[id(i.store)]) for i in intervals)]
+    if process_group is None or not intervals:
+        return [tensor_rank], [[(start, end) for start, end, _ in own[1:]]]
+    local = torch.tensor(own, dtype=torch.int64, device=intervals[0].store.device)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(gathered, local, group=process_group)
+    if any(not torch.equal(rows[1:, 2], local[1:, 2]) for rows in gathered):
+        raise ConfigError(
+            "ZeRO 3 puts parameters into different sub-groups on tensor-parallel ranks whose shards differ in size: "
+            "leave zero_optimization.sub_group_size at its default, or choose a degree that divides all widths"
+        )
+    found = [[(start, end) for start, end, _ in rows.tolist()] for rows in gathered]
+    return [rows[0][0] for rows in found], [rows[1:] for rows in found]
+
+
+def forward_weights(parameter: torch.nn.Parameter) -> tuple[Interval, bool]:
+    """Find the weights that a forward pass on this rank reads.
+
+    At ZeRO 3 a forward pass gathers the partitions, but not those of a parameter that is gathered already. Call
+    :func:`release_gathered` before changing them, or the change is not seen.
+
+    Args:
+        parameter: a parameter of the model.
+
+    Returns:
+        The elements, and whether they are only this rank's partition of the parameter (ZeRO 3).
+    """
+    tensor: Any = parameter
+    if getattr(tensor, "ds_tensor", None) is None:
+        return Interval(parameter, start=0, end=parameter.numel(), offset=0), False
+    start, end = _own_share(tensor)
+    return Interval(tensor.ds_tensor, start=start, end=end, offset=0), True
+
+
+def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Release every gathered parameter of the model at ZeRO 3; the next forward pass gathers them again.
+
+    Args:
+        parameters: some parameters of the model; nothing is done for those that ZeRO 3 does not manage.
+    """
+    wrappers = {id(p._z3_optimizer): p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")}
+    for wrapper in wrappers.values():
+        wrapper.parameter_offload.partition_all_parameters()
+
+
+def unpartitioned_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter on this tensor-parallel rank, even if ZeRO 3 has emptied it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _is_untouched(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool:
+    """Whether the group still has the parameters themselves."""
     return len(own) == len(group["params"]) and all(a is b for a, b in zip(own, group["params"], strict=True))
 
 
 def _are_clones(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool:
+    """Whether the group has one tensor of the same shape for each parameter."""
     clones = group["params"]
     return len(own) == len(clones) and all(a.shape == b.shape for a, b in zip(own, clones, strict=True))
 
 
 def _is_stage3(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool:
-    """Stage 3 empties the groups, and puts one partition in while it steps a sub-group."""
+    """Whether ZeRO 3 manages the group: empty, or with one flat partition while its sub-group is stepped."""
     partitions = {
         id(p) for q in own if hasattr(q, "_z3_optimizer") for p in q._z3_optimizer.fp32_partitioned_groups_flat
     }
@@ -147,15 +229,17 @@ def _is_stage3(own: Sequence[torch.nn.Parameter], group: dict[str, Any]) -> bool
 
 
 def _whole_parameter(parameter: torch.nn.Parameter, store: torch.Tensor) -> Interval:
+    """All elements of a parameter that is stored in a tensor of its own."""
     if not store.is_contiguous():
         raise ConfigError(
-            f"a parameter of shape {tuple(parameter.shape)} is not contiguous in memory (a transposed view?), and its "
-            "elements are updated in place in their order: make it contiguous before building the optimizer"
+            f"a parameter of shape {tuple(parameter.shape)} is not contiguous in memory (a transposed view?), but its "
+            "elements are updated in storage order: make it contiguous before building the optimizer"
         )
-    return Interval(store, 0, parameter.numel(), 0)
+    return Interval(store, start=0, end=parameter.numel(), offset=0)
 
 
 def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:
+    """The placement at ZeRO 1 and 2 and under BF16_Optimizer."""
     process_group = next(parameter._dp_group for own in parameters for parameter in own)  # type: ignore[attr-defined]
     intervals = [
         [_by_storage(parameter, group["params"][0], process_group) for parameter in own]
@@ -167,9 +251,9 @@ def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups:
 def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_group: dist.ProcessGroup) -> Interval:
     """The overlap of a parameter with this rank's partition of its group.
 
-    The model's parameters are views of one flat buffer a group, of which every rank updates an equal share: a
-    parameter's storage offset is its place in it. DeepSpeed's own ``_hp_mapping`` says the same, except under
-    ``round_robin_gradients``, where 0.19.8 forgets the changed order.
+    The model's parameters are views of one flat buffer per group, and every rank updates an equal share of it. So a
+    parameter's storage offset is its position in the buffer. DeepSpeed's own ``_hp_mapping`` says the same, except
+    under ``round_robin_gradients``: DeepSpeed 0.19.8 reorders the parameters and records the old order.
     """
     mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is not None and mapping.use_offload:
@@ -178,18 +262,19 @@ def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_
     buffer = parameter.untyped_storage().nbytes() // parameter.element_size()
     if parameter.numel() and buffer != size * world:
         raise RuntimeError(
-            f"a parameter lies in a buffer of {buffer} elements, {world} partitions of {size} were expected: this "
-            "version of DeepSpeed lays ZeRO 1 and 2 out otherwise; use deepspeed 0.19.8"
+            f"a parameter is a view of a buffer of {buffer} elements, but {world} partitions of {size} were expected: "
+            "this version of DeepSpeed has another layout at ZeRO 1 and 2; use deepspeed 0.19.8"
         )
-    low = dist.get_rank(process_group) * size
-    offset = int(parameter.storage_offset())
-    start, end = max(low, offset), min(low + size, offset + parameter.numel())
-    if start >= end:
-        return Interval(partition, 0, 0, 0)
-    return Interval(partition, start - offset, end - offset, start - low)
+    first = dist.get_rank(process_group) * size
+    position = int(parameter.storage_offset())
+    lo, hi = max(first, position), min(first + size, position + parameter.numel())
+    if lo >= hi:
+        return Interval(partition, start=0, end=0, offset=0)
+    return Interval(partition, start=lo - position, end=hi - position, offset=lo - first)
 
 
 def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
+    """The placement at ZeRO 3."""
     intervals, process_group = [], None
     for own in parameters:
         found = []
@@ -200,59 +285,15 @@ def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
                 raise ConfigError(NO_OFFLOAD)
             sub_group, offset, _ = zero.grad_position[zero.get_param_id(tensor)]
             process_group = tensor.ds_process_group
-            found.append(Interval(zero.fp32_partitioned_groups_flat[sub_group], *_own_share(tensor), offset))
+            start, end = _own_share(tensor)
+            partition = zero.fp32_partitioned_groups_flat[sub_group]
+            found.append(Interval(partition, start=start, end=end, offset=offset))
         intervals.append(found)
     return Placement("ZeRO stage 3 partitions", intervals, process_group)
 
 
 def _own_share(tensor: Any) -> Range:
-    """Of a parameter that stage 3 has cut evenly, the elements on this rank."""
+    """This rank's ``[start, end)`` of a parameter that ZeRO 3 partitions evenly."""
     size = tensor.partition_numel()
     start = min(size * dist.get_rank(tensor.ds_process_group), tensor.ds_numel)
     return start, min(start + size, tensor.ds_numel)
-
-
-def forward_weights(parameter: torch.nn.Parameter) -> tuple[Interval, bool]:
-    """What a forward pass on this rank computes with, and whether it is this rank's partition only.
-
-    At stage 3 a forward pass gathers the partitions. It does not see a change of a partition whose parameter is
-    gathered already: :func:`release_gathered` comes first.
-    """
-    tensor: Any = parameter
-    if getattr(tensor, "ds_tensor", None) is None:
-        return Interval(parameter, 0, parameter.numel(), 0), False
-    return Interval(tensor.ds_tensor, *_own_share(tensor), 0), True
-
-
-def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """At stage 3, let go of every parameter of the model that is gathered; the next forward pass gathers it again."""
-    wrappers = {id(p._z3_optimizer): p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")}
-    for wrapper in wrappers.values():
-        wrapper.parameter_offload.partition_all_parameters()
-
-
-def read_intervals(
-    intervals: Sequence[Interval], tensor_rank: int, process_group: dist.ProcessGroup | None
-) -> tuple[list[int], list[list[Range]]]:
-    """What every rank of the group holds of each parameter, by one all-gather.
-
-    Returns:
-        Every rank's tensor-parallel rank, and for every rank the ``[start, end)`` of each parameter.
-
-    Raises:
-        ConfigError: on all ranks, where they would step a parameter in different calls of ``step``.
-    """
-    numbers = {store: number for number, store in enumerate(dict.fromkeys(id(i.store) for i in intervals))}
-    own = [(tensor_rank, 0, 0), *((i.start, i.end, numbers[id(i.store)]) for i in intervals)]
-    if process_group is None or not intervals:
-        return [tensor_rank], [[(start, end) for start, end, _ in own[1:]]]
-    mine = torch.tensor(own, dtype=torch.int64, device=intervals[0].store.device)
-    world = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(world, mine, group=process_group)
-    if any(not torch.equal(rows[1:, 2], mine[1:, 2]) for rows in world):
-        raise ConfigError(
-            "ZeRO 3 cuts the parameters into other sub-groups on tensor-parallel ranks whose shards differ in size: "
-            "leave zero_optimization.sub_group_size at its default, or choose a degree that divides all widths"
-        )
-    found = [[(start, end) for start, end, _ in rows.tolist()] for rows in world]
-    return [rows[0][0] for rows in found], [rows[1:] for rows in found]

@@ -7,20 +7,28 @@ from collections.abc import Sequence
 import torch
 
 from ds_lowrank.sharding.layout import Range, Spans, deal, length
-from ds_lowrank.sharding.reduce import Request, Route
+from ds_lowrank.sharding.reduce import Request
+from ds_lowrank.sharding.route import Route
 
 
 class Axis:
     """The rows of a tall tensor (a basis, a projection) along one dimension of a matrix, and how they travel.
 
+    A rank *holds* the rows that its elements of the matrix touch; it computes with those. It *owns* some of the rows it
+    holds and stores state for those. Every row has one owner.
+
     Args:
-        size: the length of the dimension.
-        held: for each rank the range its elements touch.
-        counts: for each rank how many elements it holds.
-        root: the rank that runs this matrix's factorisations.
+        size: length of the dimension.
+        held: for each rank, the range of rows that its elements touch; ``(0, 0)`` for none.
+        counts: for each rank, how many elements of the matrix it holds.
+        root: the rank that runs this matrix's factorizations.
         rank: this rank.
-        block_rows: so many rows have one owner together.
+        block_rows: how many consecutive rows, counted from row 0, have one owner.
         peers: the ranks that share the tensor; None for all.
+
+    Attributes:
+        held: the range of rows that this rank holds.
+        owned: the spans of rows that this rank owns.
     """
 
     def __init__(
@@ -42,8 +50,8 @@ class Axis:
         self._reduce_scatter = Route(touched, owned)
         self._all_gather = Route(owned, touched)
         sharing = range(len(held)) if peers is None else peers
-        everything: tuple[Spans, ...] = tuple(((0, size),) if i in sharing else () for i in range(len(held)))
-        self._all_gather_full = Route(owned, everything)
+        at_peers: tuple[Spans, ...] = tuple(((0, size),) if i in sharing else () for i in range(len(held)))
+        self._all_gather_full = Route(owned, at_peers)
         self._gather_to_root = Route(owned, at_root)
         self._reduce_to_root = Route(touched, at_root)
         self._scatter_from_root = Route(at_root, owned)
@@ -51,36 +59,93 @@ class Axis:
 
     @property
     def owned_rows(self) -> int:
+        """Number of rows that this rank owns."""
         return length(self.owned)
 
-    def own(self, everything: torch.Tensor) -> torch.Tensor:
-        """The rows that this rank owns of a tensor that it has whole."""
-        return torch.cat([everything[:0], *(everything[lo:hi] for lo, hi in self.owned)])
+    def own(self, all_rows: torch.Tensor) -> torch.Tensor:
+        """Select the rows that this rank owns from a tensor of all rows.
+
+        Args:
+            all_rows: size x k, any dtype.
+
+        Returns:
+            owned rows x k, same dtype.
+        """
+        return torch.cat([all_rows[:0], *(all_rows[lo:hi] for lo, hi in self.owned)])
 
     def reduce_scatter(self, held: torch.Tensor) -> Request:
-        """Sum what every rank computed for the rows it holds; the answer is the rows this rank owns."""
+        """Sum over ranks what each computed for the rows it holds.
+
+        Args:
+            held: held rows x k: this rank's contribution.
+
+        Returns:
+            A request whose answer is the sum of this rank's rows: owned rows x k, fp32.
+        """
         return Request(self._reduce_scatter, held)
 
     def all_gather(self, owned: torch.Tensor) -> Request:
-        """The rows this rank holds, each from its owner."""
+        """Fetch the rows that this rank holds, each from its owner.
+
+        Args:
+            owned: owned rows x k.
+
+        Returns:
+            A request whose answer is held rows x k, fp32.
+        """
         return Request(self._all_gather, owned)
 
     def all_gather_full(self, owned: torch.Tensor) -> Request:
-        """All rows, on every peer."""
+        """Fetch all rows, on every peer.
+
+        Args:
+            owned: owned rows x k.
+
+        Returns:
+            A request whose answer is size x k, fp32.
+        """
         return Request(self._all_gather_full, owned)
 
     def gather_to_root(self, owned: torch.Tensor) -> Request:
-        """All rows on the root, none elsewhere."""
+        """Collect all rows on the root.
+
+        Args:
+            owned: owned rows x k.
+
+        Returns:
+            A request whose answer is size x k, fp32, on the root and no rows elsewhere.
+        """
         return Request(self._gather_to_root, owned)
 
     def reduce_to_root(self, held: torch.Tensor) -> Request:
-        """All rows on the root, summed over the ranks that hold parts of them; none elsewhere."""
+        """Sum on the root what every rank computed for the rows it holds.
+
+        Args:
+            held: held rows x k: this rank's contribution.
+
+        Returns:
+            A request whose answer is size x k, fp32, on the root and no rows elsewhere.
+        """
         return Request(self._reduce_to_root, held)
 
-    def scatter_from_root(self, everything: torch.Tensor) -> Request:
-        """The rows this rank owns, from the root (the others pass a tensor of no rows)."""
-        return Request(self._scatter_from_root, everything)
+    def scatter_from_root(self, all_rows: torch.Tensor) -> Request:
+        """Send each row from the root to its owner.
 
-    def broadcast_from_root(self, everything: torch.Tensor) -> Request:
-        """The rows this rank holds, from the root (the others pass a tensor of no rows)."""
-        return Request(self._broadcast_from_root, everything)
+        Args:
+            all_rows: size x k on the root; a tensor of no rows elsewhere.
+
+        Returns:
+            A request whose answer is owned rows x k, fp32.
+        """
+        return Request(self._scatter_from_root, all_rows)
+
+    def broadcast_from_root(self, all_rows: torch.Tensor) -> Request:
+        """Send each row from the root to every rank that holds it.
+
+        Args:
+            all_rows: size x k on the root; a tensor of no rows elsewhere.
+
+        Returns:
+            A request whose answer is held rows x k, fp32.
+        """
+        return Request(self._broadcast_from_root, all_rows)

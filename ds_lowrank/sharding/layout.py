@@ -2,10 +2,10 @@
 
 A rank holds a flat interval ``[start, end)`` of a block of a logical ``m x n`` matrix. The block is the whole matrix,
 or the rows ``r0..r1`` by columns ``c0..c1`` that tensor parallelism gave the rank. Such an interval is at most three
-rectangles: a first partial row, full rows, a last partial row. Everything else in the package is said in rectangles.
+rectangles: a partial first row, full rows, a partial last row. The rest of the package works in rectangles.
 
-The rows of a state tensor (of a basis, of the moments) are dealt over the ranks that hold the matrix, so that every row
-has one owner: among the ranks whose elements touch it, in proportion to how many elements of the matrix they hold.
+The rows of a state tensor (a basis, the moments) are dealt over the ranks that hold the matrix. Every row has one owner
+among the ranks whose elements touch it; each gets a share in proportion to how many elements of the matrix it holds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ from functools import cached_property
 from itertools import pairwise
 
 Range = tuple[int, int]
+"""A half-open range of rows, columns or elements: ``(start, end)``."""
 Spans = tuple[Range, ...]
+"""Disjoint ranges in ascending order."""
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Rows ``row..row+height`` by columns ``col..col+width`` of the logical matrix.
+    """Rows ``row..row+height`` by columns ``col..col+width`` of a logical matrix, as stored on one rank.
 
-    On its rank the elements are contiguous and row-major, ``offset`` elements into the rank's interval.
+    Attributes:
+        row: first row.
+        col: first column.
+        height: number of rows.
+        width: number of columns.
+        offset: where the rectangle starts among the elements that the rank holds of the matrix. From there on its
+            elements are contiguous and row-major.
     """
 
     row: int
@@ -36,26 +44,29 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows ``rows`` by columns ``cols`` of a logical matrix: what tensor parallelism leaves on one rank."""
+    """The rows and columns of a logical matrix that tensor parallelism leaves on one rank.
+
+    Attributes:
+        rows: ``[first, last)`` rows of the logical matrix.
+        cols: ``[first, last)`` columns of the logical matrix.
+    """
 
     rows: Range
     cols: Range
 
     @property
     def numel(self) -> int:
+        """Number of elements in the block."""
         return (self.rows[1] - self.rows[0]) * (self.cols[1] - self.cols[0])
 
 
 class Part(ABC):
-    """What one rank holds of one logical matrix: some rectangles of it.
-
-    Attributes:
-        numel: how many elements these are.
-    """
+    """What one rank holds of one logical matrix: some rectangles of it."""
 
     @property
     @abstractmethod
-    def numel(self) -> int: ...
+    def numel(self) -> int:
+        """Number of elements that the rank holds of the matrix."""
 
     @property
     @abstractmethod
@@ -64,26 +75,38 @@ class Part(ABC):
 
     @abstractmethod
     def flat_interval(self, columns: int) -> Range | None:
-        """The ``[start, end)`` of the row-major logical matrix that these elements are, or None if they are not one.
+        """Express these elements as one interval of the row-major logical matrix.
 
         Args:
-            columns: of the logical matrix.
+            columns: number of columns of the logical matrix.
+
+        Returns:
+            ``(start, end)``; ``(0, 0)`` for no elements; None if the elements are not one interval.
         """
 
     @cached_property
     def rows(self) -> Range:
-        """The rows of the logical matrix that contain one of these elements; ``(0, 0)`` if there are none."""
+        """The range of rows of the logical matrix that these elements touch; ``(0, 0)`` for no elements."""
         return _covered((r.row, r.row + r.height) for r in self.rectangles)
 
     @cached_property
     def cols(self) -> Range:
-        """The smallest range of columns that covers these elements; ``(0, 0)`` if there are none."""
+        """The smallest range of columns that covers these elements; ``(0, 0)`` for no elements."""
         return _covered((r.col, r.col + r.width) for r in self.rectangles)
 
 
 @dataclass(frozen=True)
 class ContiguousPart(Part):
-    """The elements ``[start, end)`` of a row-major block."""
+    """The elements ``[start, end)`` of a row-major block.
+
+    Attributes:
+        block: the rows and columns that are stored on the rank.
+        start: first element, counted within the block.
+        end: one past the last element.
+
+    Raises:
+        ValueError: if the interval is not within the block.
+    """
 
     block: Block
     start: int
@@ -97,6 +120,7 @@ class ContiguousPart(Part):
 
     @property
     def numel(self) -> int:
+        """Length of the interval."""
         return self.end - self.start
 
     @cached_property
@@ -117,6 +141,7 @@ class ContiguousPart(Part):
         return tuple(found)
 
     def flat_interval(self, columns: int) -> Range | None:
+        """Shift ``[start, end)`` to the whole matrix, if the block has all its columns or is within one row."""
         (row, last), cols = self.block.rows, self.block.cols
         if not self.numel:
             return (0, 0)
@@ -128,16 +153,22 @@ class ContiguousPart(Part):
 
 @dataclass(frozen=True)
 class FusedPart(Part):
-    """Several parts, consecutive in storage: what a rank holds of one of the matrices in a fused weight."""
+    """What a rank holds of one of the matrices in a fused weight: several parts, stored consecutively.
+
+    Attributes:
+        parts: in storage order.
+    """
 
     parts: tuple[ContiguousPart, ...]
 
     @property
     def numel(self) -> int:
+        """Number of elements in all parts together."""
         return sum(part.numel for part in self.parts)
 
     @cached_property
     def rectangles(self) -> tuple[Rectangle, ...]:
+        """Rectangles of all parts, in storage order."""
         found, before = [], 0
         for part in self.parts:
             found += [replace(rectangle, offset=before + rectangle.offset) for rectangle in part.rectangles]
@@ -145,6 +176,7 @@ class FusedPart(Part):
         return tuple(found)
 
     def flat_interval(self, columns: int) -> Range | None:
+        """Join the intervals of the parts, if each begins where the one before ends."""
         intervals = [part.flat_interval(columns) for part in self.parts if part.numel]
         if not intervals:
             return (0, 0)
@@ -155,38 +187,44 @@ class FusedPart(Part):
 
 
 EMPTY = ContiguousPart(Block((0, 0), (0, 0)), 0, 0)
-
-
-def _covered(ranges: Iterable[Range]) -> Range:
-    edges = list(ranges)
-    return (min(lo for lo, _ in edges), max(hi for _, hi in edges)) if edges else (0, 0)
+"""The part of a rank that holds nothing of the matrix."""
 
 
 def whole(shape: Sequence[int], start: int = 0, end: int | None = None) -> ContiguousPart:
-    """The elements ``[start, end)`` of a matrix that tensor parallelism does not split."""
+    """The elements ``[start, end)`` of a matrix that tensor parallelism does not split.
+
+    Args:
+        shape: ``(m, n)`` of the matrix.
+        start: first element in row-major order.
+        end: one past the last element; None for ``m * n``.
+
+    Raises:
+        ValueError: if the interval is not within the matrix.
+    """
     m, n = shape
     return ContiguousPart(Block((0, m), (0, n)), start, m * n if end is None else end)
 
 
 def deal(held: Sequence[Range], counts: Sequence[int], block_rows: int = 1) -> tuple[Spans, ...]:
-    """One owner for every row that anybody holds.
+    """Assign one owner to every row that any rank holds.
 
     Args:
         held: for each rank, the range of rows that its elements touch. Ranges may overlap.
         counts: for each rank, how many elements it holds.
-        block_rows: so many rows, counted from row 0, stay together.
+        block_rows: how many consecutive rows, counted from row 0, have one owner.
 
     Returns:
-        For each rank the spans of rows that it owns, disjoint. Rows that several ranks hold are shared out in
-        proportion to the counts. Each span lies within what the rank holds, or within the blocks of rows that it
+        For each rank, the spans of rows that it owns; no row is in two of them. Rows that several ranks hold are dealt
+        in proportion to the counts. A rank owns only rows that it holds or, with ``block_rows``, rows of blocks that it
         touches.
     """
     if block_rows > 1:
         last = max((hi for _, hi in held), default=0)
         blocks = deal([(lo // block_rows, -(-hi // block_rows)) if lo < hi else (0, 0) for lo, hi in held], counts)
         return tuple(tuple((lo * block_rows, min(hi * block_rows, last)) for lo, hi in spans) for spans in blocks)
-    taken = sorted(span for span in held if span[0] < span[1])
-    if all(before[1] <= after[0] for before, after in pairwise(taken)):  # nothing is shared, as with single elements
+    occupied = sorted(span for span in held if span[0] < span[1])
+    if all(before[1] <= after[0] for before, after in pairwise(occupied)):
+        # No row has two holders, as along single elements: every holder owns what it holds.
         return tuple((span,) if span[0] < span[1] else () for span in held)
     bounds = sorted({edge for lo, hi in held if lo < hi for edge in (lo, hi)})
     owned: list[list[Range]] = [[] for _ in held]
@@ -196,20 +234,31 @@ def deal(held: Sequence[Range], counts: Sequence[int], block_rows: int = 1) -> t
         done, position = 0, lo
         for i in holders:
             done += counts[i]
-            until = lo + round((hi - lo) * done / total)
-            if until > position:
-                _append(owned[i], (position, until))
-                position = until
+            end = lo + round((hi - lo) * done / total)
+            if end > position:
+                _append(owned[i], (position, end))
+                position = end
     return tuple(tuple(spans) for spans in owned)
 
 
+def length(spans: Spans) -> int:
+    """Total length of some spans.
+
+    Args:
+        spans: the spans, of rows or of elements.
+    """
+    return sum(hi - lo for lo, hi in spans)
+
+
+def _covered(ranges: Iterable[Range]) -> Range:
+    """The smallest range that covers all of some ranges; ``(0, 0)`` for no ranges."""
+    edges = list(ranges)
+    return (min(lo for lo, _ in edges), max(hi for _, hi in edges)) if edges else (0, 0)
+
+
 def _append(spans: list[Range], new: Range) -> None:
+    """Add a range to some spans, merging it with the last one if they are adjacent."""
     if spans and spans[-1][1] == new[0]:
         spans[-1] = (spans[-1][0], new[1])
     else:
         spans.append(new)
-
-
-def length(spans: Spans) -> int:
-    """How many rows the spans hold together."""
-    return sum(hi - lo for lo, hi in spans)

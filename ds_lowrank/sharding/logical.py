@@ -1,9 +1,16 @@
+"""A logical matrix: what a model without tensor parallelism would have, and where each rank stores its elements.
+
+Seeds, state and steps belong to logical matrices, so they do not depend on how a model is split. One parameter is one
+logical matrix, or several where a weight is fused. This file is geometry: how DeepSpeed's and megatron-core's marks
+become logical matrices is in :mod:`ds_lowrank.placement.tensor_parallel`.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +20,12 @@ from ds_lowrank.sharding.layout import EMPTY, Block, ContiguousPart, FusedPart, 
 
 @dataclass(frozen=True)
 class Strip:
-    """The elements from ``start`` on of a parameter as it lies on one rank are ``block`` of a logical matrix."""
+    """Consecutive elements of a parameter on one tensor-parallel rank that are a block of a logical matrix.
+
+    Attributes:
+        start: where they begin among the rank's elements of the parameter.
+        block: the rows and columns of the logical matrix that they are, row-major.
+    """
 
     start: int
     block: Block
@@ -21,16 +33,16 @@ class Strip:
 
 @dataclass(frozen=True)
 class Logical:
-    """One logical matrix, and where it lies in a parameter on every tensor-parallel rank.
+    """One logical matrix (or vector), and where every tensor-parallel rank stores its elements.
 
     Attributes:
-        name: seeds and state belong to it.
-        shape: of the whole of it. Strips of anything but a matrix are of its elements as one row.
-        strips: for each tensor-parallel rank.
-        own: this rank's number among them.
-        placement: whether these ranks share the matrix (``sharded``), each have a copy (``replicated``), or, with a
-            local projection, each treat their shard as a matrix of its own (``local``).
-        piece: which of a fused weight's matrices this is; None where the parameter is not fused.
+        name: the key of its state and the seed of its random numbers.
+        shape: shape of the whole matrix. The strips of anything that is not a matrix describe its elements as one row.
+        strips: for each tensor-parallel rank, its strips in storage order.
+        own: this rank's index among the tensor-parallel ranks.
+        placement: ``sharded`` if the ranks share the matrix; ``replicated`` if each has a copy; ``local`` if each
+            projects its shard as a matrix of its own (``tensor_parallel_projection``).
+        piece: which of the matrices in a fused weight this is; None for a parameter that is not fused.
     """
 
     name: str
@@ -41,46 +53,66 @@ class Logical:
     piece: str | None = None
 
     def part(self, tensor_rank: int, start: int, end: int) -> Part:
-        """What the elements ``[start, end)`` of the parameter on some tensor-parallel rank are of this matrix."""
+        """Find the part of this matrix in an interval of the parameter.
+
+        Args:
+            tensor_rank: the tensor-parallel rank whose parameter it is.
+            start: first element of the interval, counted within that rank's parameter.
+            end: one past the last element.
+        """
         parts = [part for _, part in self._cuts(tensor_rank, start, end)]
         if len(parts) == 1:
             return parts[0]
         return FusedPart(tuple(parts)) if parts else EMPTY
 
     def spans(self, start: int, end: int) -> Spans:
-        """Where those elements lie on this rank, counted from ``start``."""
+        """Find where this matrix's elements are in an interval of this rank's parameter.
+
+        Args:
+            start: first element of the interval, counted within the parameter.
+            end: one past the last element.
+
+        Returns:
+            Spans of elements counted from ``start``.
+        """
         return tuple((first, first + part.numel) for first, part in self._cuts(self.own, start, end))
 
     def _cuts(self, tensor_rank: int, start: int, end: int) -> Iterator[tuple[int, ContiguousPart]]:
+        """Cut an interval of a rank's parameter by its strips: the position from ``start`` and the part of each."""
         for strip in self.strips[tensor_rank]:
             lo, hi = max(start, strip.start), min(end, strip.start + strip.block.numel)
             if lo < hi:
                 yield lo - start, ContiguousPart(strip.block, lo - strip.start, hi - strip.start)
 
     def shard_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This tensor-parallel rank's elements of a whole tensor, flat; for a parameter that is not fused."""
+        """This tensor-parallel rank's elements of a whole tensor, for a parameter that is not fused.
+
+        Args:
+            whole: the whole tensor, of :attr:`shape`, any dtype.
+
+        Returns:
+            The elements in storage order: flat, same dtype.
+        """
         matrix = whole if whole.ndim == 2 else whole.reshape(1, -1)
         (strip,) = self.strips[self.own]
         return matrix[slice(*strip.block.rows), slice(*strip.block.cols)].reshape(-1)
 
     def as_row(self) -> Logical:
-        """The same elements as one row, for what is stepped element by element."""
+        """The same elements as one row, for parameters that are stepped element by element."""
         if len(self.shape) != 2:
             return self
         rows, width = self.shape
         if all(strip.block.cols == (0, width) for strips in self.strips for strip in strips):
-            return replace(
-                self,
-                shape=(1, rows * width),
-                strips=tuple(tuple(Strip(s.start, _row(s.block, width)) for s in strips) for strips in self.strips),
-            )
-        return replace(self, **_concatenated_row([sum(s.block.numel for s in strips) for strips in self.strips]))
+            flat = tuple(tuple(Strip(s.start, _row(s.block, width)) for s in strips) for strips in self.strips)
+        else:
+            flat = concatenated_row([sum(strip.block.numel for strip in strips) for strips in self.strips])
+        return replace(self, shape=(1, rows * width), strips=flat)
 
     def as_local(self) -> Logical:
-        """This rank's shard as a matrix of its own.
+        """This rank's shard as a matrix of its own; a replicated or unsplit matrix is returned as it is.
 
         Raises:
-            ConfigError: one of the ranks has nothing of it.
+            ConfigError: if one of the ranks has no rows of the matrix.
         """
         if self.placement == "replicated" or len(self.strips) == 1:
             return self
@@ -93,15 +125,24 @@ class Logical:
         ends = [0, *accumulate(strip.block.rows[1] - strip.block.rows[0] for strip in own)]
         width = max((strip.block.cols[1] - strip.block.cols[0] for strip in own), default=0)
         strips = tuple(Strip(s.start, Block(rows, (0, width))) for s, rows in zip(own, pairwise(ends), strict=True))
-        name, everybody = f"{self.name}@tensor{self.own}", (strips,) * len(self.strips)
-        return replace(self, name=name, shape=(ends[-1], width), strips=everybody, placement="local")
+        return replace(
+            self,
+            name=f"{self.name}@tensor{self.own}",
+            shape=(ends[-1], width),
+            strips=(strips,) * len(self.strips),
+            placement="local",
+        )
+
+
+def concatenated_row(numels: Sequence[int]) -> tuple[tuple[Strip, ...], ...]:
+    """Strips of one row that consists of every rank's elements, rank by rank.
+
+    Args:
+        numels: for each tensor-parallel rank, how many elements it has.
+    """
+    return tuple((Strip(0, Block((0, 1), span)),) for span in pairwise([0, *accumulate(numels)]))
 
 
 def _row(block: Block, width: int) -> Block:
+    """A block of full rows as a range of the row-major matrix, whose rows have ``width`` elements."""
     return Block((0, 1), (block.rows[0] * width, block.rows[1] * width))
-
-
-def _concatenated_row(numels: list[int]) -> dict[str, Any]:
-    """Shape and strips of one row in which every rank's elements follow those of the rank before."""
-    ends = [0, *accumulate(numels)]
-    return {"shape": (1, ends[-1]), "strips": tuple((Strip(0, Block((0, 1), span)),) for span in pairwise(ends))}

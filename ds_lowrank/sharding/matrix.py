@@ -1,4 +1,4 @@
-"""What a method sees of one matrix: its shape, two local products, and the sums it may ask for.
+"""What a method sees of one matrix: its axes, products with its gradient, and the sums over ranks it may request.
 
 A method compresses one dimension of the gradient and keeps the other. Let ``H`` be the gradient oriented so that the
 kept dimension comes first (``G`` itself on the right side, its transpose on the left side), ``Q`` the basis and ``N`` a
@@ -35,17 +35,17 @@ class MatrixShard:
         name: the parameter's name; seeds derive from it.
         shape: the logical ``(m, n)``.
         parts: what each rank of the group holds.
-        rank: this rank's position in the group.
+        rank: this rank's index in the group.
         side: ``right`` compresses the columns, ``left`` the rows.
-        root: the rank that runs this matrix's factorisations.
-        block_rows: rows of the state that one rank owns together.
+        root: the rank that runs this matrix's factorizations.
+        block_rows: how many consecutive rows of the state have one owner.
         peers: the ranks of the group that share this copy of the matrix; None for all of them. Tensor-parallel ranks
             that each have a copy form several such sets.
 
     Attributes:
         part: what this rank holds.
         weights: the weights of this rank's elements, flat; empty between steps.
-        derived: what is computed once from the geometry alone, by any key.
+        derived: a cache of what depends on the geometry alone, under any key.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class MatrixShard:
         self.derived: dict[Hashable, Any] = {}
 
     def axis(self, size: int, held: Sequence[Range]) -> Axis:
-        """An axis along which rows are dealt over the ranks by how much of the matrix each holds.
+        """Make an axis whose rows are dealt over the ranks by how many elements of the matrix each holds.
 
         Args:
-            size: the length of the axis.
-            held: for each rank the range of rows that its elements touch.
+            size: length of the axis.
+            held: for each rank, the range of rows that its elements touch.
         """
         return Axis(size, held, self._counts, self.root, self.rank, self.block_rows, self.peers)
 
     @cached_property
     def rows(self) -> Axis:
-        """The matrix's first dimension."""
+        """The rows of the matrix, as an axis."""
         return self.axis(self.shape[0], [part.rows for part in self.parts])
 
     @cached_property
     def columns(self) -> Axis:
-        """The matrix's second dimension."""
+        """The columns of the matrix, as an axis."""
         return self.axis(self.shape[1], [part.cols for part in self.parts])
 
     @cached_property
     def elements(self) -> Axis:
-        """The elements themselves, one row each: every rank owns those it holds.
+        """The elements of the matrix, as an axis of one row each: every rank owns those it holds.
 
-        They are numbered as in the row-major matrix, or, if a rank's elements are not an interval of it, rank by rank.
+        They are numbered as in the row-major matrix or, if a rank's elements are not an interval of it, rank by rank.
         """
         intervals = [part.flat_interval(self.shape[1]) for part in self.parts]
         if None in intervals:
@@ -102,16 +102,20 @@ class MatrixShard:
 
     @property
     def kept(self) -> Axis:
-        """The dimension along which the moments are stored."""
+        """The dimension that is not compressed: the rows of ``H`` and of the moments."""
         return self.rows if self.side == "right" else self.columns
 
     @property
     def compressed(self) -> Axis:
-        """The dimension that the basis compresses."""
+        """The dimension that is compressed: the columns of ``H``, the rows of the basis."""
         return self.columns if self.side == "right" else self.rows
 
     def replicated_axis(self, rows: int) -> Axis:
-        """The axis of a small tensor that every rank with a part of the matrix has whole."""
+        """The axis of a small tensor that every rank with a part of the matrix holds whole.
+
+        Args:
+            rows: number of rows of the tensor.
+        """
         key = ("replicated_axis", rows)
         if key not in self.derived:
             self.derived[key] = self.axis(rows, [(0, rows) if count else (0, 0) for count in self._counts])
@@ -122,53 +126,74 @@ class MatrixShard:
         """Sum a small tensor over the ranks that hold the matrix: a reduce_scatter and an all_gather.
 
         Args:
-            value: rows x columns, fp32; what this rank contributes.
+            value: rows x columns, fp32: what this rank contributes.
 
         Returns:
-            The sum, rows x columns, fp32; zeros on a rank without a part of the matrix.
+            A program whose result is the sum: rows x columns, fp32; zeros on a rank without a part of the matrix.
         """
         axis = self.replicated_axis(value.shape[0])
         own = yield axis.reduce_scatter(self.local_contribution(value))
         return self.or_zeros((yield axis.all_gather(own)), value.shape[0])
 
     def local_contribution(self, value: torch.Tensor) -> torch.Tensor:
-        """A small tensor as this rank contributes it: no rows if the rank has no part of the matrix."""
+        """What this rank contributes to the sum of a small tensor: no rows if it has no part of the matrix.
+
+        Args:
+            value: rows x columns.
+        """
         return value if self.part.numel else value[:0]
 
     def or_zeros(self, value: torch.Tensor, rows: int) -> torch.Tensor:
-        """A small tensor to compute with: zeros if the rank has no part of the matrix and was sent nothing."""
+        """A small tensor that was gathered, or zeros if this rank has no part of the matrix and was sent no rows.
+
+        Args:
+            value: rows x columns, or 0 x columns.
+            rows: number of rows of the result.
+        """
         return value if self.part.numel else value.new_zeros(rows, value.shape[1])
 
     def all_reduce(self, value: torch.Tensor) -> Request:
-        """Sum a few numbers, one per row, over all peers. Each gets the same bits, so that all decide alike."""
+        """Sum a few numbers over all peers. Each gets the same bits, so that all reach the same decision.
+
+        Args:
+            value: one number per row: count x k, any floating dtype.
+
+        Returns:
+            A request whose answer is count x k, fp32.
+        """
         key = ("all_reduce", value.shape[0])
         if key not in self.derived:
             self.derived[key] = all_reduce_route(len(self.parts), value.shape[0], self.peers)
         return Request(self.derived[key], value)
 
     def attach(self, flat_gradient: torch.Tensor, weights: torch.Tensor) -> None:
-        """Take this step's gradient and weights: flat, ``part.numel`` elements each, any floating dtype."""
+        """Attach this rank's elements of the gradient and the weights for one step.
+
+        Args:
+            flat_gradient: ``part.numel`` elements in storage order, flat, any floating dtype.
+            weights: as many, any floating dtype; updated in place.
+        """
         self._flat, self.weights = flat_gradient, weights
 
     def detach(self) -> None:
-        """Let go of the gradient and the weights."""
+        """Release the gradient and the weights at the end of a step."""
         self._flat, self.weights = self._flat.new_empty(0), self.weights.new_empty(0)
 
     def with_gradient(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MatrixShard:
-        """The same part of the same matrix, with another gradient; this shard is not changed.
+        """Copy this shard, with another gradient; this one is not changed.
 
         Args:
-            change: from the flat gradient to another one, fp32. It is called for each product, so that only one
-                matrix at a time is in memory twice.
+            change: maps the flat gradient to another one, fp32. It is called for each product, so that only one
+                changed gradient at a time is in memory.
         """
-        _ = self.rows, self.columns  # both shards share them
+        _ = self.rows, self.columns  # computed before the copy, so that both shards have the same axes
         shard = copy.copy(self)
         shard._change = change
         return shard
 
     @property
     def device(self) -> torch.device:
-        """Where the gradient is."""
+        """The device of the gradient."""
         return self._flat.device
 
     @property
@@ -182,26 +207,37 @@ class MatrixShard:
         return self.views(self.flat_gradient)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The rectangles of this rank's part as views of its elements ``flat``."""
+        """View this rank's elements of a matrix as one 2-D tensor per rectangle.
+
+        Args:
+            flat: ``part.numel`` elements in storage order, any dtype.
+        """
         return [flat[r.offset : r.offset + r.height * r.width].view(r.height, r.width) for r in self.part.rectangles]
 
     def times(self, basis: torch.Tensor) -> torch.Tensor:
-        """This rank's part of ``H @ basis``.
+        """This rank's contribution to ``H @ basis``.
 
         Args:
-            basis: held compressed rows x k.
+            basis: held compressed rows x k, fp32.
 
         Returns:
-            held kept rows x k, fp32: what this rank's elements contribute.
+            held kept rows x k, fp32.
         """
         return self._product(basis, from_columns=self.side == "right")
 
     def transposed_times(self, tall: torch.Tensor) -> torch.Tensor:
-        """This rank's part of ``H^T @ tall``: held kept rows x k in, held compressed rows x k out."""
+        """This rank's contribution to ``H^T @ tall``.
+
+        Args:
+            tall: held kept rows x k, fp32.
+
+        Returns:
+            held compressed rows x k, fp32.
+        """
         return self._product(tall, from_columns=self.side == "left")
 
     def _product(self, factor: torch.Tensor, from_columns: bool) -> torch.Tensor:
-        """``G @ factor`` (from columns to rows) or ``G^T @ factor``, over this rank's rectangles."""
+        """Compute ``G @ factor`` (from columns to rows) or ``G^T @ factor`` over this rank's rectangles."""
         gradient = self.gradient
         if len(gradient) == 1:
             only = gradient[0].float()
@@ -217,12 +253,12 @@ class MatrixShard:
         return result
 
     def held_rows(self, rectangle: Rectangle) -> slice:
-        """Where a rectangle's rows are among the rows that this rank holds."""
+        """The rows of a rectangle, counted from the first row that this rank holds."""
         first = rectangle.row - self.part.rows[0]
         return slice(first, first + rectangle.height)
 
     def held_columns(self, rectangle: Rectangle) -> slice:
-        """Where a rectangle's columns are among the columns that this rank holds."""
+        """The columns of a rectangle, counted from the first column that this rank holds."""
         first = rectangle.col - self.part.cols[0]
         return slice(first, first + rectangle.width)
 
@@ -231,7 +267,7 @@ class MatrixShard:
 
         Args:
             axis: :attr:`rows` or :attr:`columns`.
-            factors: held rows of that axis x 1, fp32.
+            factors: held rows of the axis x 1, fp32.
             flat: this rank's elements of the matrix, any floating dtype.
 
         Returns:
@@ -243,14 +279,14 @@ class MatrixShard:
         return result
 
     def outer(self, by_row: torch.Tensor, by_column: torch.Tensor) -> torch.Tensor:
-        """The outer product of a vector along the rows and one along the columns, on this rank's elements.
+        """This rank's elements of the outer product of two vectors, one along the rows and one along the columns.
 
         Args:
             by_row: held rows x 1, fp32.
             by_column: held columns x 1, fp32.
 
         Returns:
-            flat, fp32.
+            The elements: flat, fp32.
         """
         result = torch.empty(self.part.numel, device=by_row.device)
         for rectangle, out in zip(self.part.rectangles, self.views(result), strict=True):
@@ -258,17 +294,21 @@ class MatrixShard:
         return result
 
     def elements_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's elements of a whole m x n matrix, flat."""
+        """Select this rank's elements of a whole matrix: flat, same dtype.
+
+        Args:
+            whole: m x n.
+        """
         pieces = [whole[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1) for r in self.part.rectangles]
         return torch.cat([whole.new_empty(0), *pieces])
 
     def squared_norms(self, axis: Axis, flat: torch.Tensor, safe_scale: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """This rank's part of the squared norms of a matrix's rows (or columns).
+        """This rank's contribution to the squared norms of a matrix's rows (or columns).
 
         Args:
             axis: :attr:`rows` or :attr:`columns`.
             flat: this rank's elements of the matrix, any floating dtype.
-            safe_scale: the norms are divided by it before they are squared, so that no square leaves the range of fp32.
+            safe_scale: divides the norms before they are squared, so that no square leaves the range of fp32.
 
         Returns:
             held rows of the axis x 1, fp32.
@@ -280,11 +320,15 @@ class MatrixShard:
         return sums
 
     def dots(self, axis: Axis, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the inner products of two matrices' rows (or columns): held rows of the axis x 1, fp32.
+        """This rank's contribution to the inner products of two matrices' rows (or columns).
 
         Args:
             axis: :attr:`rows` or :attr:`columns`.
-            a, b: this rank's elements of the matrices, flat, any floating dtype.
+            a: this rank's elements of one matrix, flat, any floating dtype.
+            b: this rank's elements of the other matrix, flat, any floating dtype.
+
+        Returns:
+            held rows of the axis x 1, fp32.
         """
         sums = torch.zeros(axis.held[1] - axis.held[0], 1, device=a.device)
         for rectangle, one, other in zip(self.part.rectangles, self.views(a), self.views(b), strict=True):
@@ -293,15 +337,16 @@ class MatrixShard:
         return sums
 
     def _held(self, axis: Axis, rectangle: Rectangle) -> slice:
+        """The rows (or columns) of a rectangle, counted from the first one that this rank holds."""
         return self.held_rows(rectangle) if axis is self.rows else self.held_columns(rectangle)
 
     def _along(self, axis: Axis, rectangle: Rectangle, held: torch.Tensor) -> torch.Tensor:
-        """The entries of a held x 1 tensor that belong to a rectangle, shaped to multiply it."""
+        """The entries of a held rows x 1 tensor that belong to a rectangle, shaped to multiply it."""
         piece = held[self._held(axis, rectangle)]
         return piece if axis is self.rows else piece.T
 
     def block(self) -> torch.Tensor:
-        """This rank's elements of the gradient in the rows it holds, zeros elsewhere: held rows x n, fp32."""
+        """The rows of the gradient that this rank holds, with zeros for other ranks' elements: held rows x n, fp32."""
         row0, row1 = self.part.rows
         block = torch.zeros(row1 - row0, self.shape[1], device=self.device)
         for rectangle, piece in zip(self.part.rectangles, self.gradient, strict=True):

@@ -1,9 +1,9 @@
-"""How the quantities that methods ask for become collectives.
+"""How the sums that methods request become collectives.
 
-There is one kind of request: every rank has some rows of a tall tensor, every rank wants some, and rows that several
-ranks have are summed. A reduce-scatter, an all-gather, a collection on one rank and the exchange of edge rows are all
-of this kind. All requests of a round travel together in one all-to-all, so the number of collectives does not depend on
-the number of matrices. Contributions are added in rank order, so two ranks that want the same row get the same bits.
+There is one kind of request: every rank has some rows of a tall tensor and wants some, and rows that several ranks have
+are summed. Reduce-scatter, all-gather, gather to one rank and the exchange of edge rows are all of this kind. All
+requests of a round travel together in one all-to-all, so the number of collectives does not depend on the number of
+matrices. Contributions are added in rank order, so two ranks that want the same row get the same bits.
 """
 
 from __future__ import annotations
@@ -17,123 +17,81 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from ds_lowrank.sharding.layout import Spans, length
+from ds_lowrank.sharding.layout import Spans
+from ds_lowrank.sharding.route import Route
 
 T = TypeVar("T")
 P = ParamSpec("P")
 Program = Generator["Request | tuple[Request, ...]", Any, T]
-"""One matrix: yields a request and is sent the answer, or several at once and is sent a tuple of answers."""
+"""What one matrix does: yields a request and is sent the answer, or yields a tuple of requests and is sent a tuple."""
 Rounds = Generator[list["Request"], list[torch.Tensor], T]
-"""Many matrices in lockstep: yields the requests of a round, is sent their answers."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """``count`` rows from position ``source`` of what the sender has to position ``target`` at the receiver."""
-
-    source: int
-    target: int
-    count: int
-
-
-class Route:
-    """Which rows each rank has (``have[rank]``) and which it wants (``want[rank]``).
-
-    A spans entry lists global row ranges; a rank's tensor holds those rows one after the other.
-    """
-
-    def __init__(self, have: Sequence[Spans], want: Sequence[Spans]) -> None:
-        if len(have) != len(want):
-            raise ValueError(f"a route needs as many wants as haves, got {len(want)} and {len(have)}")
-        self.have, self.want = tuple(have), tuple(want)
-        self._plans: dict[int, RankRoute] = {}
-
-    def plan(self, rank: int) -> RankRoute:
-        """What ``rank`` sends, receives and keeps. Computed once."""
-        if rank not in self._plans:
-            self._plans[rank] = RankRoute(self, rank)
-        return self._plans[rank]
-
-
-class RankRoute:
-    """One rank's side of a route.
-
-    Attributes:
-        rows: how many rows the rank wants.
-        sends: for each other rank that wants some of this rank's rows, where they are.
-        receives: for each rank that has wanted rows, in rank order and the own rank included, where they go.
-        received_rows: how many those are.
-    """
-
-    def __init__(self, route: Route, rank: int) -> None:
-        own, wanted = route.have[rank], route.want[rank]
-        self.rows = length(wanted)
-        self.sends = {
-            peer: moves for peer, want in enumerate(route.want) if peer != rank and (moves := _moves(own, want))
-        }
-        self.receives = {peer: moves for peer, have in enumerate(route.have) if (moves := _moves(have, wanted))}
-        self.received_rows = {peer: sum(move.count for move in moves) for peer, moves in self.receives.items()}
-        self.is_identity = own == wanted and all(peer == rank for peer in self.receives)
-        """True where the rank keeps exactly what it has and nobody adds to it."""
-
-
-def _moves(have: Spans, want: Spans) -> list[Move]:
-    moves, source = [], 0
-    for a, b in have:
-        target = 0
-        for c, d in want:
-            lo, hi = max(a, c), min(b, d)
-            if lo < hi:
-                moves.append(Move(source + lo - a, target + lo - c, hi - lo))
-            target += d - c
-        source += b - a
-    return moves
+"""What many matrices do in lockstep: yields the requests of a round and is sent their answers."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """``value``: the rows ``route.have[rank]`` of a tensor of ``value.shape[1]`` columns. The answer is fp32."""
+    """Rows of a tall tensor to be exchanged and summed; the answer is the rows that this rank wants.
+
+    Attributes:
+        route: who has and who wants which rows.
+        value: the rows ``route.have[rank]`` x k, any floating dtype. The answer is ``route.want[rank]`` x k, fp32.
+    """
 
     route: Route
     value: torch.Tensor
 
 
 def all_reduce_route(ranks: int, rows: int, among: Sequence[int] | None = None) -> Route:
-    """Every rank has all rows and wants their sum. For small tensors: each rank sends all of it to every other.
+    """A route on which every rank has all rows and wants their sum.
+
+    For small tensors: each rank sends the whole tensor to every other one.
 
     Args:
+        ranks: number of ranks in the group.
+        rows: number of rows of the tensor.
         among: the ranks that take part; None for all.
     """
-    taking_part = set(range(ranks) if among is None else among)
-    spans: tuple[Spans, ...] = tuple(((0, rows),) if rank in taking_part else () for rank in range(ranks))
+    participants = set(range(ranks) if among is None else among)
+    spans: tuple[Spans, ...] = tuple(((0, rows),) if rank in participants else () for rank in range(ranks))
     return Route(spans, spans)
 
 
 def lockstep(programs: Iterable[Program[T]]) -> Rounds[list[T]]:
-    """Run many programs side by side: all that they ask for in one round is asked for together."""
+    """Run the programs of many matrices side by side, with all their requests of a round in one list.
+
+    Args:
+        programs: one per matrix; in the same order on all ranks.
+
+    Returns:
+        The result of each program, in order.
+    """
     running = dict(enumerate(programs))
     results: dict[int, T] = {}
     answers: dict[int, Any] = dict.fromkeys(running)
     while True:
-        asked: dict[int, Request | tuple[Request, ...]] = {}
+        yielded: dict[int, Request | tuple[Request, ...]] = {}
         for index, program in list(running.items()):
             try:
-                asked[index] = program.send(answers[index])
+                yielded[index] = program.send(answers[index])
             except StopIteration as stop:
                 results[index] = stop.value
                 del running[index]
         if not running:
             return [results[index] for index in sorted(results)]
-        flat = [request for one in asked.values() for request in (one if isinstance(one, tuple) else (one,))]
-        received = iter((yield flat))
+        requests = [request for one in yielded.values() for request in (one if isinstance(one, tuple) else (one,))]
+        received = iter((yield requests))
         answers = {
             index: tuple(next(received) for _ in one) if isinstance(one, tuple) else next(received)
-            for index, one in asked.items()
+            for index, one in yielded.items()
         }
 
 
 def without_rounds(compute: Callable[P, T]) -> Callable[P, Program[T]]:
-    """Make a function that asks for no sums into a program, for use where a program is expected."""
+    """Decorate a function that requests no sums, to use it where a program is expected.
+
+    Args:
+        compute: returns the result of the program.
+    """
 
     @functools.wraps(compute)
     def program(*args: P.args, **kwargs: P.kwargs) -> Program[T]:
@@ -144,7 +102,14 @@ def without_rounds(compute: Callable[P, T]) -> Callable[P, Program[T]]:
 
 
 def concurrently(*programs: Program[Any]) -> Program[tuple[Any, ...]]:
-    """Run programs of one matrix side by side, in the rounds of the longest."""
+    """Run programs of one matrix side by side, in as many rounds as the longest takes.
+
+    Args:
+        *programs: in the same order on all ranks.
+
+    Returns:
+        The result of each program, in order.
+    """
     rounds = lockstep(programs)
     answers: list[torch.Tensor] | None = None
     while True:
@@ -156,17 +121,22 @@ def concurrently(*programs: Program[Any]) -> Program[tuple[Any, ...]]:
 
 
 class Executor(ABC):
-    """Drives a program's rounds.
+    """Runs programs on some ranks: answers their requests round by round.
 
     Attributes:
-        rank, size: this rank, and how many there are.
+        rank: this rank.
+        size: number of ranks.
     """
 
     rank: int
     size: int
 
     def run(self, rounds: Rounds[T]) -> T:
-        """Run the program to its end and return its result."""
+        """Run many matrices to the end and return their result.
+
+        Args:
+            rounds: the programs of all matrices, as made by :func:`lockstep`.
+        """
         answers: list[torch.Tensor] | None = None
         try:
             while True:
@@ -178,23 +148,28 @@ class Executor(ABC):
 
     @abstractmethod
     def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
-        """Answer one round."""
+        """Answer the requests of one round, in their order.
+
+        Args:
+            requests: what this rank requests; the other ranks request the matching rows at the same time.
+        """
 
 
 class SingleProcess(Executor):
-    """One process that holds everything: every sum is the value itself."""
+    """A process that holds all elements: nothing travels, and every sum is the value itself."""
 
     rank, size = 0, 1
 
     def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
+        """Answer each request from its own value."""
         return [receive(request, 0, {}) for request in requests]
 
 
 class Distributed(Executor):
-    """The ranks of one process group. Each round is one ``all_to_all_single``.
+    """The ranks of one process group; each round is one ``all_to_all_single``.
 
     Args:
-        group: the ranks that hold the matrices once between them.
+        group: ranks that together hold each matrix. Pipeline stages are in different groups.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -202,6 +177,7 @@ class Distributed(Executor):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
+        """Answer the requests of one round by one all-to-all over the group."""
         send, send_sizes = packed(requests, self.rank, self.size)
         sizes = incoming_sizes(requests, self.rank, self.size)
         received = send.new_empty(sum(sizes))
@@ -210,22 +186,37 @@ class Distributed(Executor):
 
 
 def packed(requests: list[Request], rank: int, ranks: int) -> tuple[torch.Tensor, list[int]]:
-    """All that ``rank`` sends in one round, flat fp32, in the order of the receivers; and how much goes to each."""
-    pieces: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
+    """Pack the rows that one rank sends in a round into one buffer.
+
+    Args:
+        requests: the rank's requests of the round.
+        rank: the rank.
+        ranks: number of ranks.
+
+    Returns:
+        A flat fp32 buffer in the order of the receivers, and the number of elements for each of them.
+    """
+    by_peer: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
     sizes = [0] * ranks
     for request in requests:
         value = request.value.float()
         for peer, moves in request.route.plan(rank).sends.items():
             for move in moves:
                 piece = value[move.source : move.source + move.count].reshape(-1)
-                pieces[peer].append(piece)
+                by_peer[peer].append(piece)
                 sizes[peer] += piece.numel()
-    flat = [piece for of_peer in pieces for piece in of_peer]
-    return torch.cat(flat) if flat else requests[0].value.new_empty(0, dtype=torch.float32), sizes
+    pieces = [piece for to_peer in by_peer for piece in to_peer]
+    return torch.cat(pieces) if pieces else requests[0].value.new_empty(0, dtype=torch.float32), sizes
 
 
 def incoming_sizes(requests: list[Request], rank: int, ranks: int) -> list[int]:
-    """How many elements each rank sends to ``rank`` in this round."""
+    """Number of elements that each rank sends to one rank in a round.
+
+    Args:
+        requests: the receiver's requests of the round.
+        rank: the receiver.
+        ranks: number of ranks.
+    """
     sizes = [0] * ranks
     for request in requests:
         columns = request.value.shape[1]
@@ -236,7 +227,13 @@ def incoming_sizes(requests: list[Request], rank: int, ranks: int) -> list[int]:
 
 
 def unpacked(requests: list[Request], rank: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The answers to a round's requests, from the flat buffer that each rank sent."""
+    """Unpack the answers to a round's requests.
+
+    Args:
+        requests: the receiver's requests of the round.
+        rank: the receiver.
+        buffers: for each rank, the flat fp32 buffer that it sent.
+    """
     positions = [0] * len(buffers)
     answers = []
     for request in requests:
@@ -252,7 +249,16 @@ def unpacked(requests: list[Request], rank: int, buffers: Sequence[torch.Tensor]
 
 
 def receive(request: Request, rank: int, pieces: dict[int, torch.Tensor]) -> torch.Tensor:
-    """One request's answer: the contributions of all ranks, the own one included, added in rank order."""
+    """Add up the answer to one request, in rank order.
+
+    Args:
+        request: the receiver's request.
+        rank: the receiver.
+        pieces: for each other rank that has wanted rows, its rows x k, fp32.
+
+    Returns:
+        wanted rows x k, fp32.
+    """
     plan = request.route.plan(rank)
     if plan.is_identity:
         return request.value.float()

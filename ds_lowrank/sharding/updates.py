@@ -16,16 +16,16 @@ from ds_lowrank.sharding.matrix import MatrixShard
 
 
 class Update(ABC):
-    """A direction to descend along, or the new weights themselves."""
+    """What a method returns for one matrix: a direction to descend along, or the new weights."""
 
     @abstractmethod
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
-        """Change ``shard.weights`` in place.
+        """Step ``shard.weights`` in place.
 
         Args:
-            shard: its attached weights have any floating dtype; the arithmetic is fp32, rounded once.
+            shard: the matrix. Its weights have any floating dtype; the arithmetic is fp32, rounded once.
             lr: the effective learning rate of this step.
-            decay: decoupled weight decay of this step, ``lr * weight_decay``.
+            decay: the decoupled weight decay of this step, ``lr * weight_decay``.
         """
 
 
@@ -36,7 +36,7 @@ class Factors(Update):
     Attributes:
         kept: held kept rows x k, fp32.
         compressed: held compressed rows x k, fp32.
-        scale: multiplies the product.
+        scale: factor on the product.
     """
 
     kept: torch.Tensor
@@ -44,16 +44,16 @@ class Factors(Update):
     scale: float
 
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
-        """Add the product to each rectangle of the weights by one ``addmm``."""
+        """Decay each rectangle of the weights and subtract the product from it, in one ``addmm``."""
         for rectangle, weight in zip(shard.part.rectangles, shard.views(shard.weights), strict=True):
             by_row, by_column = self._of(shard, rectangle)
-            exact = weight.float()
-            torch.addmm(exact, by_row, by_column.T, beta=1 - decay, alpha=-lr * self.scale, out=exact)
-            if exact is not weight:
-                weight.copy_(exact)
+            fp32 = weight.float()
+            torch.addmm(fp32, by_row, by_column.T, beta=1 - decay, alpha=-lr * self.scale, out=fp32)
+            if fp32 is not weight:
+                weight.copy_(fp32)
 
     def lifted(self, shard: MatrixShard) -> torch.Tensor:
-        """``kept @ compressed^T`` without its scale, on the elements this rank holds: flat, fp32."""
+        """The product ``kept @ compressed^T`` without its scale, on the elements this rank holds: flat, fp32."""
         flat = torch.empty(shard.part.numel, device=self.kept.device)
         for rectangle, piece in zip(shard.part.rectangles, shard.views(flat), strict=True):
             by_row, by_column = self._of(shard, rectangle)
@@ -65,6 +65,7 @@ class Factors(Update):
         return self.lifted(shard) * self.scale
 
     def _of(self, shard: MatrixShard, rectangle: Rectangle) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of both factors that belong to a rectangle: that of its rows, then that of its columns."""
         by_row, by_column = self.kept, self.compressed
         if shard.side == "left":
             by_row, by_column = by_column, by_row
@@ -73,25 +74,25 @@ class Factors(Update):
 
 @dataclass(frozen=True)
 class Dense(Update):
-    """The update ``scale * make()``, for what is not a product of two factors.
+    """The update ``scale * make()``, for an update that is not a product of two thin factors.
 
     Attributes:
-        make: computes it on the elements this rank holds: flat, fp32. It is called once, when the update is written,
-            so that only one matrix at a time is dense.
-        scale: multiplies it.
+        make: computes the update on the elements this rank holds: flat, fp32. It is called once, when the update is
+            written, so that only one matrix at a time is dense.
+        scale: factor on the update.
     """
 
     make: Callable[[], torch.Tensor]
     scale: float
 
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
-        """Compute the elements and subtract them from the weights."""
+        """Compute the update, decay the weights and subtract it from them."""
         if not shard.part.numel:
             return
-        exact = shard.weights.float()
-        exact.mul_(1 - decay).sub_(self.make(), alpha=lr * self.scale)
-        if exact is not shard.weights:
-            shard.weights.copy_(exact)
+        fp32 = shard.weights.float()
+        fp32.mul_(1 - decay).sub_(self.make(), alpha=lr * self.scale)
+        if fp32 is not shard.weights:
+            shard.weights.copy_(fp32)
 
     def dense(self, shard: MatrixShard) -> torch.Tensor:
         """The update, scale included, on the elements this rank holds: flat, fp32."""
@@ -100,17 +101,18 @@ class Dense(Update):
 
 @dataclass(frozen=True)
 class NewWeights(Update):
-    """The new weights, for a method whose step is not a sum of the old ones and a direction.
+    """The new weights, for a method whose step is not the old weights plus a direction.
 
-    The method has applied the learning rate and the decay itself.
+    The method applies the learning rate and the weight decay itself.
 
     Attributes:
-        make: computes them on the elements this rank holds: flat, fp32. It is called once, when they are written.
+        make: computes the new weights on the elements this rank holds: flat, fp32. It is called once, when they are
+            written.
     """
 
     make: Callable[[], torch.Tensor]
 
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
-        """Replace the weights."""
+        """Replace the weights; ``lr`` and ``decay`` are not used."""
         if shard.part.numel:
             shard.weights.copy_(self.make())

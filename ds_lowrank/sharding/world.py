@@ -1,7 +1,7 @@
-"""An in-process world of simulated ranks: the same programs, the same packing, no processes.
+"""An in-process world of simulated ranks: the same programs and the same packing as on real ranks, without processes.
 
-Every method meets every layout here in milliseconds, and a run on many ranks is costed on one machine: ``rounds`` and
-``bytes_sent`` count what a real world of that size would do.
+Tests run every method on every layout here in milliseconds, and one machine finds the communication of many ranks:
+``rounds`` and ``bytes_sent`` count what a real world of that size would do.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ T = TypeVar("T")
 
 
 class SimulatedWorld:
-    """``size`` ranks in one process.
+    """Simulated ranks in one process.
+
+    Args:
+        size: number of ranks.
 
     Attributes:
-        rounds: collectives so far (each is one all-to-all of all ranks).
-        bytes_sent: for each rank, the bytes it sent to others so far.
+        rounds: number of collectives so far; each is one all-to-all of all ranks.
+        bytes_sent: for each rank, the bytes it has sent to other ranks so far.
     """
 
     def __init__(self, size: int) -> None:
@@ -30,37 +33,45 @@ class SimulatedWorld:
         self.bytes_sent = [0] * size
 
     def run(self, programs: Sequence[Rounds[T]]) -> list[T]:
-        """Run one program a rank to the end, in lockstep.
+        """Run one program per rank to its end, in lockstep.
+
+        Args:
+            programs: one for each rank, in rank order.
+
+        Returns:
+            The result of each program, in rank order.
 
         Raises:
-            RuntimeError: the ranks asked for different things, which in a real world would hang.
+            ValueError: if there is not one program per rank.
+            RuntimeError: if the requests of the ranks do not match. Real ranks would hang.
         """
         if len(programs) != self.size:
-            raise ValueError(f"a world of {self.size} ranks runs {self.size} programs, got {len(programs)}")
+            raise ValueError(f"a world of {self.size} ranks needs {self.size} programs, got {len(programs)}")
         results: list[T | None] = [None] * self.size
         answers: list[list[object]] | list[None] = [None] * self.size
         while True:
-            asked: list[list[Request]] = []
+            requests: list[list[Request]] = []
             for rank, program in enumerate(programs):
                 try:
-                    asked.append(program.send(answers[rank]))  # type: ignore[arg-type]
+                    requests.append(program.send(answers[rank]))  # type: ignore[arg-type]
                 except StopIteration as stop:
                     results[rank] = stop.value
-            if not asked:
+            if not requests:
                 return results  # type: ignore[return-value]
-            if len(asked) != self.size:
-                raise RuntimeError(f"the ranks disagree on the round: {len(asked)} of {self.size} ask for anything")
-            answers = self._exchange(asked)
+            if len(requests) != self.size:
+                raise RuntimeError(f"the ranks disagree on the round: {len(requests)} of {self.size} make requests")
+            answers = self._exchange(requests)
 
-    def _exchange(self, asked: list[list[Request]]) -> list[list[object]]:
+    def _exchange(self, requests: list[list[Request]]) -> list[list[object]]:
+        """Answer one round of all ranks."""
         ranks = range(self.size)
         sent = []
         for rank in ranks:
-            buffer, sizes = packed(asked[rank], rank, self.size)
+            buffer, sizes = packed(requests[rank], rank, self.size)
             self.bytes_sent[rank] += buffer.numel() * buffer.element_size()
             sent.append(torch.split(buffer, sizes))
         self.rounds += 1
         for rank in ranks:
-            if [to[rank].numel() for to in sent] != incoming_sizes(asked[rank], rank, self.size):
-                raise RuntimeError(f"the ranks disagree on the round: rank {rank} is not sent what it waits for")
-        return [list(unpacked(asked[rank], rank, [to[rank] for to in sent])) for rank in ranks]
+            if [to[rank].numel() for to in sent] != incoming_sizes(requests[rank], rank, self.size):
+                raise RuntimeError(f"the ranks disagree on the round: rank {rank} waits for other rows than it is sent")
+        return [list(unpacked(requests[rank], rank, [to[rank] for to in sent])) for rank in ranks]

@@ -207,9 +207,9 @@ def test_a_piece_with_a_dot_in_its_name_replaces_the_whole_name():
 def test_a_fraction_of_a_period_of_rows_is_refused(rows, tensor):
     weight = column_parallel(torch.zeros(rows, 3))
     ds_lowrank.tag_fused(weight, {"q": 2, "k": 1, "v": 1})
-    with pytest.raises(ds_lowrank.ConfigError, match=r"layers\.0\.weight: 10 rows are no whole number of the 4"):
+    with pytest.raises(ds_lowrank.ConfigError, match=r"layers\.0\.weight: 10 rows are not a multiple of the 4"):
         logical_matrices(weight, tuple(weight.shape), NAME, fake_grid(tensor))
-    with pytest.raises(ds_lowrank.ConfigError, match="no whole number"):
+    with pytest.raises(ds_lowrank.ConfigError, match="not a multiple"):
         ds_lowrank.GaLore([(NAME, torch.nn.Parameter(torch.zeros(1, 3))), ("fused", weight)], rank=1)
 
 
