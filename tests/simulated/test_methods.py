@@ -245,6 +245,7 @@ def step_keeping_basis(reference, gradient):
 # For tests/simulated/test_tensor_parallel.py and benchmarks/equality.py.
 CASES = {name: row.cases for name, row in ROWS.items()}
 SHAPES = {name: row.shapes for name, row in ROWS.items()}
+GALORE = CASES["GaLore"][0]
 stairs = paired_spectrum_gradients
 
 
