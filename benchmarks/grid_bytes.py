@@ -65,6 +65,7 @@ class Ledger(Executor):
         self.bytes_sent = np.zeros(size, dtype=np.int64)
 
     def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
+        """Count what is sent, and answer with tensors of the right shapes."""
         self.rounds += 1
         for request in requests:
             self.bytes_sent += 4 * request.value.shape[1] * rows_sent(request.route)
@@ -160,6 +161,7 @@ def measure(
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = options(__doc__)
     parser.add_argument("--size", default="7b", help="a model of ds_configs/models")
     parser.add_argument("--rank", type=int, default=RANK)
@@ -168,6 +170,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Count, print and record."""
     arguments = parse()
     model = json.loads((MODELS / f"llama_{arguments.size}.json").read_text())
     chosen = GaLoreOptions(rank=arguments.rank, seed=arguments.seed)

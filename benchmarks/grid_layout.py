@@ -48,10 +48,12 @@ class Pretended(Grid):
 
     @property
     def tensor_rank(self) -> int:
+        """This rank's number among the tensor-parallel ranks."""
         return self.number
 
     @property
     def tensor_size(self) -> int:
+        """How many tensor-parallel ranks there are."""
         return self.size
 
 
@@ -73,6 +75,8 @@ def parameters_of(model: Mapping[str, int], degrees: Degrees, stage: int) -> lis
 
     Args:
         model: sizes, under the keys of Hugging Face's configurations.
+        degrees: of parallelism.
+        stage: of the pipeline.
     """
     hidden, inner, vocabulary = model["hidden_size"], model["intermediate_size"], model["vocab_size"]
     layers = model["num_hidden_layers"] // degrees.pipeline

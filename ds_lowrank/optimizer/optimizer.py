@@ -17,7 +17,6 @@ import torch.distributed as dist
 from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import MISSES_SHARDS, ConfigError
 from ds_lowrank.methods.base import Method, Options, PerturbingMethod
-from ds_lowrank.methods.blocks.ascent import Ascent
 from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import build_slots
 from ds_lowrank.optimizer.options import parse_options
@@ -130,7 +129,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         if self._slots is not None:
             return
-        self.grid, ascent = self._current_grid(), self._ascent()
+        self.grid, ascent = self._current_grid(), self._groups.ascent
         if ascent is not None and ascent.per_micro_batch and self.grid.pipeline is not None:
             raise ConfigError(
                 "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on "
@@ -139,7 +138,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         placement = read_placement(self._groups.parameters, self._groups.param_groups)
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
-        self._is_local = self._projects_locally()
+        self._is_local = self.grid.tensor is not None and self._groups.project_locally
         # Tensor-parallel ranks that project their own shards have nothing to exchange, and may do so in other rounds.
         group = placement.process_group if self._is_local else joined(placement.process_group, self.grid.tensor)
         if group is not None and dist.get_world_size(group) > 1:
@@ -253,13 +252,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
         return bool(found)
 
-    def _projects_locally(self) -> bool:
-        """Whether tensor-parallel ranks project their own shards."""
-        chosen = {options.tensor_parallel_projection for options in self.options.values()}
-        if len(chosen) > 1:
-            raise ConfigError("tensor_parallel_projection must be the same in all parameter groups")
-        return self.grid.tensor is not None and "local" in chosen
-
     @property
     def options(self) -> dict[int, Options]:
         """The validated options of every parameter group, by the group's ``id``."""
@@ -269,7 +261,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def perturbation(self) -> Perturbation | None:
         """Moves the weights before the gradient is taken; None if the method takes its gradient at the weights."""
         self.bind()
-        ascent = self._ascent()
+        ascent = self._groups.ascent
         if self._perturbation is None and ascent is not None and issubclass(self.method, PerturbingMethod):
             slots = [slot for slot in self.slots if slot.is_projected]
             like = self.slots[0].parameter
@@ -277,16 +269,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self.method, slots, ascent, self._executor, self.grid, self._is_local, like
             )
         return self._perturbation
-
-    def _ascent(self) -> Ascent | None:
-        """The one ascent of all groups: their matrices are moved together."""
-        ascents = {options.ascent for options in self.options.values()}
-        if len(ascents) > 1:
-            raise ConfigError(
-                f"{self.method.name}: all parameter groups are perturbed together, and must agree on probes, "
-                "probe_radius, perturbation_radius, two_sided, norm and accumulation"
-            )
-        return next(iter(ascents), None)
 
     @property
     def skipped_updates(self) -> int:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.methods.blocks.ascent import Ascent
 from ds_lowrank.optimizer.logical_parameters import (
     LogicalParameter,
     check_shapes,
@@ -181,6 +182,33 @@ class ParameterGroups:
     def options(self) -> dict[int, Options]:
         """The validated options of every parameter group, by the group's ``id``."""
         return {id(group): self.options_of(group) for group in self.param_groups}
+
+    @property
+    def project_locally(self) -> bool:
+        """Whether tensor-parallel ranks project their own shards.
+
+        Raises:
+            ConfigError: the groups disagree.
+        """
+        chosen = {options.tensor_parallel_projection for options in self.options.values()}
+        if len(chosen) > 1:
+            raise ConfigError("tensor_parallel_projection must be the same in all parameter groups")
+        return "local" in chosen
+
+    @property
+    def ascent(self) -> Ascent | None:
+        """How higher loss is looked for; None if it is not. All groups' matrices are moved together.
+
+        Raises:
+            ConfigError: the groups disagree.
+        """
+        ascents = {options.ascent for options in self.options.values()}
+        if len(ascents) > 1:
+            raise ConfigError(
+                f"{self._method.name}: all parameter groups are perturbed together, and must agree on probes, "
+                "probe_radius, perturbation_radius, two_sided, norm and accumulation"
+            )
+        return next(iter(ascents), None)
 
     def logical_parameters(self, state: Mapping[torch.Tensor, Any]) -> list[LogicalParameter]:
         """Every logical matrix or vector of every group, in order.
