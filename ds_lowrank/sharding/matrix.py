@@ -14,12 +14,12 @@ touch (*held* rows) and stores the rows that it owns (*owned* rows).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.layout import Part, Rectangle
+from ds_lowrank.sharding.layout import Rectangle
 from ds_lowrank.sharding.matrix_axes import MatrixAxes, Side
 
 __all__ = ["MatrixShard", "Side"]
@@ -34,20 +34,9 @@ class MatrixShard(MatrixAxes):
         weights: the weights of this rank's elements, flat; empty between steps.
     """
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        parts: Sequence[Part],
-        rank: int,
-        side: Side,
-        root: int,
-        block_rows: int = 1,
-        peers: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(name, shape, parts, rank, side, root, block_rows, peers)
-        self._flat, self.weights = torch.empty(0), torch.empty(0)
-        self._change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    weights: torch.Tensor = torch.empty(0)
+    _flat: torch.Tensor = torch.empty(0)
+    _change: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def attach(self, flat_gradient: torch.Tensor, weights: torch.Tensor) -> None:
         """Attach this rank's elements of the gradient and the weights for one step.
