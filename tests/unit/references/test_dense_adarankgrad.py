@@ -124,6 +124,6 @@ def test_subspace_lasts_until_its_gradient_is_small_or_it_is_old():
         (2, 2, True),
         (3, 1, False),  # the last gradient was small
         (3, 2, True),
-        (3, 3, True),  # due, but no subspace can be read off a zero gradient
+        (3, 3, True),  # due, but a zero gradient has no subspace
         (4, 1, False),
     ]

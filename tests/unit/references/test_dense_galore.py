@@ -13,8 +13,7 @@ from tests.unit.references.common import SIDES, close, gaussian, zeros
 @pytest.mark.parametrize("moments", ["keep", "rotate"])
 @pytest.mark.parametrize("shape", SIDES.values(), ids=SIDES)
 def test_full_rank_with_momentum_is_plain_momentum(shape, moments):
-    """An orthonormal basis of everything is a change of coordinates, to which a linear rule is blind. A kept moment
-    needs the kept basis."""
+    """A complete orthonormal basis only changes coordinates; momentum is linear. Kept moments need the old basis."""
     gap = 2 if moments == "rotate" else 100
     plain = torch.nn.Parameter(gaussian(*shape, seed=3))
     weight = plain.detach().clone()
