@@ -34,7 +34,7 @@ class Optimizers(Mapping[str, type[LowRankOptimizer]]):
             return written
         if name not in self._made or self._made[name].method is not method:
             text = f"{name} on the matrices, AdamW on everything else; see :class:`{method.Options.__qualname__}`."
-            members = {"method": method, "__doc__": text, "__module__": method.__module__}
+            members = {"method": method, "__doc__": text, "__module__": "ds_lowrank"}  # where pickle finds it again
             self._made[name] = type(name, (LowRankOptimizer,), members)
         return self._made[name]
 

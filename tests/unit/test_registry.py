@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def test_method_from_outside_has_an_optimizer_that_trains(random_momentum):
     assert len(RANDOM_MOMENTUM.splitlines()) < 50
     assert OPTIMIZERS["RandomMomentum"].method is random_momentum
     assert ds_lowrank.RandomMomentum is OPTIMIZERS["RandomMomentum"]
+    assert pickle.loads(pickle.dumps(ds_lowrank.RandomMomentum)) is ds_lowrank.RandomMomentum
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(7, 5))
     optimizer = ds_lowrank.RandomMomentum([("w", weight)], lr=0.1, rank=2)
