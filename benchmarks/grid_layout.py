@@ -21,7 +21,7 @@ from ds_lowrank.placement.parameter_names import tag_from_name
 from ds_lowrank.sharding.layout import Range
 
 ALIGNMENT = 2
-"""DeepSpeed pads a flat buffer to a multiple of so many elements a data-parallel rank."""
+"""DeepSpeed pads a flat buffer to a multiple of this many elements per data-parallel rank."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ds_lowrank.placement.marks import is_megatron_shard, is_tied_between_stages
 def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch.Tensor:
     """The 2-norm of the whole model's gradient, before clipping. Collective over the grid.
 
-    A parameter of which several ranks have copies counts once.
+    A parameter that several ranks have copies of counts once.
 
     Args:
         parameters: all parameters on this rank; their ``.grad`` is already averaged over the data-parallel ranks.

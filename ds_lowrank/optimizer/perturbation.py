@@ -255,7 +255,7 @@ class Perturbation:
 
     def _sum_over_matrices(self, *lists: list[float]) -> list[float]:
         """Sum each list over the whole model. A list has one number for every matrix that is moved on this rank."""
-        # A matrix of which each tensor-parallel rank has a copy counts once.
+        # A matrix that is replicated on the tensor-parallel ranks counts once.
         shares = [1.0 / slot.copies if self._local_group else 1.0 for slot in self._moving]
         return self._sum_over_groups(*(sum(n * s for n, s in zip(numbers, shares, strict=True)) for numbers in lists))
 

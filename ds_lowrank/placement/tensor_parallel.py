@@ -82,7 +82,7 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
 
 
 def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
-    """Refuse a weight of which AutoTP leaves a rank without any elements, as it does with fewer heads than ranks.
+    """Refuse a weight if AutoTP leaves a rank without any of it, as it does with fewer heads than ranks.
 
     Args:
         parameter: the parameter, for its marks.
