@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid, grid_of
 
@@ -37,7 +37,7 @@ def with_whole_activations(model: torch.nn.Module, settings: dict[str, Any], gri
     if grid is None or grid.pipeline is None:
         return settings
     on_this_stage = any(getattr(module, "sequence_parallel", False) for module in model.modules())
-    if not any(_of_all_stages(on_this_stage, grid.pipeline)):
+    if not any(all_gather_object(on_this_stage, grid.pipeline)):
         return settings
     pipeline = dict(settings.get("pipeline", {}))
     partitioned = [key for key in PARTITIONED if pipeline.get(key)]
@@ -63,16 +63,10 @@ def check_groups(engine: DeepSpeedEngine) -> None:
     pipeline = grid_of(engine.mpu).pipeline
     if pipeline is None or not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         return
-    counts = _of_all_stages(len(engine.optimizer.bit16_groups), pipeline)
+    counts = all_gather_object(len(engine.optimizer.bit16_groups), pipeline)
     if len(set(counts)) > 1:
         raise ConfigError(
             f"the stages of the pipeline have {counts} parameter groups that are not empty, and at ZeRO 1 DeepSpeed "
             "0.19.8 would wait for the missing ones: build groups that have parameters on every stage, or set "
             "zero_optimization.stage to 0"
         )
-
-
-def _of_all_stages(value: Any, pipeline: dist.ProcessGroup) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(pipeline)
-    dist.all_gather_object(values, value, group=pipeline)
-    return values

@@ -145,8 +145,8 @@ class GradNormLoRPMethod(Method):
         if options.parametrization == "adapter":
             return spec
         axis = magnitude_axis(shard, options)
-        magnitudes = {"magnitude": TensorSpec(axis, 1), "direction_norm": TensorSpec(axis, 1)}
-        return {**spec, **magnitudes, **options.magnitude_optimizer.state(shard, axis, 1)}
+        lengths = {"magnitude": TensorSpec(axis, 1), "direction_norm": TensorSpec(axis, 1)}
+        return {**spec, **lengths, **options.magnitude_optimizer.state(shard, axis, 1)}
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GradNormLoRPOptions) -> Program[Projection]:
