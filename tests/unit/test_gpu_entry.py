@@ -46,6 +46,7 @@ def record(tmp_path_factory):
     return json.loads((output / "gpu.json").read_text()) | {"screen": done.stdout}
 
 
+@pytest.mark.slow
 def test_every_method_agrees_with_the_cpu(record):
     rows = {(row["method"], row["state_dtype"]): row for row in record["agreement"]}
     assert rows.keys() == {(method, state_dtype) for method in METHODS for state_dtype in STATE_DTYPES}
@@ -55,6 +56,7 @@ def test_every_method_agrees_with_the_cpu(record):
         assert 0 < row["rounding"] < row["bound"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["steps", "whole_steps"])
 def test_every_method_and_peer_is_timed(record, section):
     for state_dtype in ("fp32", "int8"):
@@ -72,6 +74,7 @@ def test_every_method_and_peer_is_timed(record, section):
         assert row["error"] if record["peers"][row["optimizer"]].startswith("missing") else row["ordinary ms"] > 0
 
 
+@pytest.mark.slow
 def test_the_skipped_gpu_tests_are_not_reported_as_passed(record):
     tests = record["tests"]
     assert tests["outcome"] == "skipped"
@@ -81,6 +84,7 @@ def test_the_skipped_gpu_tests_are_not_reported_as_passed(record):
     assert "Tests marked gpu: skipped" in record["screen"]
 
 
+@pytest.mark.slow
 def test_the_record_says_where_it_comes_from(record):
     assert record["command"].startswith("python -m benchmarks.gpu --device cpu --quick")
     assert record["hardware"]["device"] == "cpu"
