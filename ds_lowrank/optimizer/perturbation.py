@@ -122,7 +122,7 @@ class Perturbation:
         self._moving: list[Slot] = []
         self._moved: list[PerturbedMatrix] = []
         self._warned: set[str] = set()
-        self._measured: set[str] = set()
+        self._probe_measured = False
         self.norm = 0.0
         self.failed_ascents = 0
 
@@ -182,7 +182,8 @@ class Perturbation:
         for matrix in self._moved:
             matrix.move(matrix.coordinates([name], [1.0]), distance)
         self._release()
-        if "probe_radius" not in self._measured:
+        if self._dtype != torch.float32 and not self._probe_measured:  # fp32 keeps every move
+            self._probe_measured = True
             squares = [matrix.directions.square(matrix.coordinates([name], [1.0])) for matrix in self._moved]
             (square,) = self._sum_over_matrices(squares)
             self._realised("probe_radius", distance * math.sqrt(square))
@@ -236,7 +237,6 @@ class Perturbation:
         realised = self._distance()
         if realised < MIN_REALISED_SHARE * intended:
             self.warn_once(key, LOST_TO_ROUNDING, key, self._dtype, intended, realised, key)
-        self._measured.add(key)
         return realised
 
     def _distance(self) -> float:
