@@ -80,6 +80,15 @@ def test_a_room_imports_only_what_lies_below(path):
             assert other == own or other in ALLOWED[own], f"{own} must not import {other}"
 
 
+def test_the_rooms_are_few_and_every_arrow_points_down():
+    """A room may import only rooms that are listed before it: there are no circles, and no arrow runs upwards."""
+    rooms = list(ALLOWED)
+    assert all(rooms.index(below) < rooms.index(room) for room in rooms for below in ALLOWED[room])
+    assert set(rooms) == {room_of_file(path) for path in FILES}
+    assert len(rooms) <= 20 and sum(map(len, ALLOWED.values())) <= 70
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
 @pytest.mark.parametrize("layer", ["linalg", "methods"])
 def test_the_mathematics_does_not_know_about_distribution(layer):
     for path in (PACKAGE / layer).rglob("*.py"):
