@@ -1,0 +1,158 @@
+"""The programs of ``launch/``, on ranks forked from a process that has imported everything.
+
+Imports take five seconds a process; a forked rank starts in some tenths of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.trial import Outcome
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+PRELOAD = ["benchmarks.faults.preload"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended.
+
+    Attributes:
+        codes: the exit code of every rank, negative for a signal.
+        out: standard output of all ranks together.
+        err: standard error of all ranks together.
+        hung: whether ranks had to be killed because they did not end in time.
+    """
+
+    codes: tuple[int, ...]
+    out: str
+    err: str
+    hung: bool
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every rank ended with 0."""
+        return not any(self.codes)
+
+    def refusal(self) -> Outcome:
+        """Judge a program that should have refused to start or to go on."""
+        last = self.err.strip().splitlines()[-1:] or [""]
+        if self.hung:
+            return Outcome("hang", last[0])
+        if "Traceback" in self.err + self.out:
+            return Outcome("traceback", last[0])
+        if self.succeeded:
+            return Outcome("accepted")
+        return Outcome("refused" if "error: " in self.err else "no message", last[0])
+
+
+class Running:
+    """A program of ``launch/`` on some ranks.
+
+    Args:
+        program: ``pretrain`` or ``finetune``.
+        arguments: its command line.
+        ranks: how many.
+        folder: the working directory; the output of the ranks is written beside it.
+    """
+
+    def __init__(self, program: str, arguments: Sequence[str], ranks: int, folder: Path) -> None:
+        number = len(list(folder.parent.glob(f"{folder.name}.*.out")))
+        self.out, self.err = (folder.parent / f"{folder.name}.{number}.{stream}" for stream in ("out", "err"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.processes: list[BaseProcess] = [
+            context.Process(
+                target=_rank, args=(program, list(arguments), rank, ranks, port, folder, self.out, self.err)
+            )
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def send(self, signal_number: int, rank: int) -> None:
+        """Send a signal to one rank, if it is still alive.
+
+        Args:
+            signal_number: for example ``signal.SIGKILL``.
+            rank: which one.
+        """
+        process = self.processes[rank]
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal_number)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 60.0) -> bool:
+        """Wait until something is so, or the program has ended.
+
+        Args:
+            condition: asked every few milliseconds.
+            timeout: in seconds.
+
+        Returns:
+            Whether it is so.
+        """
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if condition():
+                return True
+            if not any(process.is_alive() for process in self.processes):
+                return condition()
+            time.sleep(0.002)
+        return False
+
+    def finish(self, timeout: float = 120.0) -> Finished:
+        """Wait for the end of all ranks; those that have not ended by then are killed.
+
+        Args:
+            timeout: in seconds.
+        """
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+            process.join()
+        texts = [path.read_text(errors="replace") if path.exists() else "" for path in (self.out, self.err)]
+        codes = tuple(-signal.SIGKILL if p.exitcode is None else p.exitcode for p in self.processes)
+        return Finished(codes, texts[0], texts[1], bool(hung))
+
+
+def run(program: str, arguments: Sequence[str], ranks: int, folder: Path, timeout: float = 120.0) -> Finished:
+    """Run a program of ``launch/`` to its end.
+
+    Args:
+        program: ``pretrain`` or ``finetune``.
+        arguments: its command line.
+        ranks: how many.
+        folder: the working directory.
+        timeout: in seconds; ranks that have not ended by then are killed.
+    """
+    return Running(program, arguments, ranks, folder).finish(timeout)
+
+
+def _rank(*found: Any) -> None:
+    program, arguments, rank, ranks, port, folder, out, err = found
+    for descriptor, path in ((1, out), (2, err)):
+        with path.open("a") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.chdir(folder)
+    script = LAUNCH / f"{program}.py"
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
