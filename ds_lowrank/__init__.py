@@ -24,6 +24,7 @@ from ds_lowrank.optimizer.optimizers import (
 )
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.placement.parameter_names import tag_fused, tag_parameters
+from ds_lowrank.placement.stacks import tag_stack
 
 if TYPE_CHECKING:
     from ds_lowrank.checkpoint.gather import whole_weights
@@ -49,6 +50,7 @@ __all__ = [
     "register",
     "tag_fused",
     "tag_parameters",
+    "tag_stack",
     "train_batch",
     "whole_weights",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import deepspeed
@@ -14,7 +15,7 @@ from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.placement.grid import Grid, grid_of
 from ds_lowrank.placement.marks import megatron_stride
 from ds_lowrank.placement.parameter_names import logical_names
-from ds_lowrank.placement.tensor_parallel import logical_matrices
+from ds_lowrank.placement.tensor_parallel import split_of
 
 
 def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -47,29 +48,23 @@ def _ranks(group: dist.ProcessGroup) -> list[int]:
 
 def _over_tensor_ranks(parameter: Any, name: str, grid: Grid) -> Tensor:
     local: Tensor = parameter.detach()
-    matrices = logical_matrices(parameter, tuple(local.shape), name, grid)
-    logical = matrices[0]
-    if grid.tensor is None or logical.placement == "replicated":
+    dim, sizes = split_of(parameter, tuple(local.shape), name, grid)
+    if dim is None:
         return local
-    sizes = [sum(s.block.numel for m in matrices for s in m.strips[rank]) for rank in range(grid.tensor_size)]
-    padded = local.new_zeros(max(sizes))
+    shapes = [[size if axis == dim else n for axis, n in enumerate(local.shape)] for size in sizes]
+    numels = [math.prod(shape) for shape in shapes]
+    padded = local.new_zeros(max(numels))
     padded[: local.numel()] = local.reshape(-1)
-    shards = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(shards, padded, group=grid.tensor)
-    if logical.piece is not None:
-        return _joined_rows([s[:n].view(-1, local.shape[1]) for s, n in zip(shards, sizes, strict=True)], parameter)
-    whole: Tensor = local.new_empty(logical.shape)
-    matrix = whole if whole.ndim == 2 else whole.view(1, -1)
-    for shard, size, (strip,) in zip(shards, sizes, logical.strips, strict=True):
-        part = matrix[slice(*strip.block.rows), slice(*strip.block.cols)]
-        part.copy_(shard[:size].view(part.shape))
-    return whole
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=grid.tensor)
+    shards = [flat[:n].view(shape) for flat, n, shape in zip(gathered, numels, shapes, strict=True)]
+    return _joined(shards, dim, megatron_stride(parameter))
 
 
-def _joined_rows(shards: list[Tensor], parameter: Any) -> Tensor:
-    """Join the shards of a fused weight. megatron-core splits each of the matrices in it separately."""
-    parts = [shard.chunk(megatron_stride(parameter)) for shard in shards]
-    return torch.cat([part for same in zip(*parts, strict=True) for part in same])
+def _joined(shards: list[Tensor], dim: int, stride: int) -> Tensor:
+    """Join the shards of a weight, in which megatron-core splits each of ``stride`` stacked matrices separately."""
+    parts = [shard.chunk(stride, dim) for shard in shards]
+    return torch.cat([part for same in zip(*parts, strict=True) for part in same], dim)
 
 
 def _over_stages(weights: dict[str, Tensor], group: dist.ProcessGroup, device: torch.device) -> dict[str, Tensor]:

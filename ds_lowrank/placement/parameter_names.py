@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 
 from ds_lowrank.placement.marks import megatron_stride
+from ds_lowrank.placement.stacks import holds_vectors, mark_stacks
 from ds_lowrank.placement.tensor_parallel import FUSION, Fusion
 from ds_lowrank.placement.zero import unpartitioned_shape
 
-Kind = Literal["weight", "embedding", "head"]
+Kind = Literal["weight", "embedding", "head", "vectors"]
 
 EMBEDDING_NAMES = ("*embed*", "*wte*", "*wpe*")
 """Globs of names that are taken for embeddings where the model does not say so."""
@@ -87,12 +88,15 @@ def tag_parameters(model: torch.nn.Module) -> None:
     heads = {id(module.weight) for module in output_layers(model)}
     for module in model.modules():
         _mark_fused(module)
+        mark_stacks(module)
     names = logical_names(model)
     for name, parameter in model.named_parameters():
         name = names.get(name, name)
         kind: Kind = (
             "embedding" if id(parameter) in embeddings else "head" if id(parameter) in heads else _kind_of(name)
         )
+        if kind == "weight" and holds_vectors(name, unpartitioned_shape(parameter)):
+            kind = "vectors"
         parameter.ds_lowrank_tag = Tag(name, kind)  # type: ignore[attr-defined]
 
 

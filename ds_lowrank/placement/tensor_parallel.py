@@ -9,13 +9,14 @@ other              none: the parameter is whole on every tensor-parallel rank
 =================  ============================================================================
 
 A fused weight holds several logical matrices stacked along rows, once or periodically (``q q k v`` for every group of
-heads). It is projected as these matrices, so that a fused and an unfused model take the same steps.
+heads). It is projected as these matrices, so that a fused and an unfused model take the same steps. A stack
+(:mod:`ds_lowrank.placement.stacks`) holds the same matrix of several experts, each of which may be fused.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ import torch
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_megatron_shard, megatron_stride
+from ds_lowrank.placement.stacks import Stack, stack_of
 from ds_lowrank.sharding.layout import Block, Range
 from ds_lowrank.sharding.logical import Logical, Strip, concatenated_row
 
@@ -47,7 +49,7 @@ class Fusion:
 
 
 def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str, grid: Grid) -> list[Logical]:
-    """The logical matrices that a parameter is part of: one, or those of a fused weight.
+    """The logical matrices that a parameter is part of: one, those of a fused weight, or those of a stack.
 
     Args:
         parameter: the parameter, for its marks; it may be emptied by ZeRO 3.
@@ -59,8 +61,17 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
         ConfigError: if the marks say that the parameter is split but not how, or if it is declared fused and its rows
             or its split do not fit.
     """
-    dim, sizes = _split(parameter, shape, name, grid)
-    fusion = _fusion(parameter, shape)
+    dim, sizes = split_of(parameter, shape, name, grid)
+    stack = stack_of(parameter, shape)
+    if stack is None:
+        return _matrices(_fusion(parameter, shape), shape, dim, sizes, name, grid)
+    return _stacked(stack, getattr(parameter, FUSION, None), shape, dim, sizes, name, grid)
+
+
+def _matrices(
+    fusion: Fusion | None, shape: tuple[int, ...], dim: int | None, sizes: tuple[int, ...], name: str, grid: Grid
+) -> list[Logical]:
+    """The logical matrices of a parameter that is not a stack, or of one matrix in a stack."""
     if fusion is not None:
         if dim == 1:
             raise ConfigError(
@@ -79,6 +90,52 @@ def logical_matrices(parameter: torch.Tensor, shape: tuple[int, ...], name: str,
     ends = [0, *accumulate(sizes)]
     blocks = [Block(span, (0, full[1])) if dim == 0 else Block((0, full[0]), span) for span in pairwise(ends)]
     return [Logical(name, full, tuple((Strip(0, block),) for block in blocks), grid.tensor_rank, "sharded")]
+
+
+def _stacked(
+    stack: Stack,
+    fusion: Fusion | None,
+    shape: tuple[int, ...],
+    dim: int | None,
+    sizes: tuple[int, ...],
+    name: str,
+    grid: Grid,
+) -> list[Logical]:
+    """The logical matrices of a stack. The ranks share each of them, have copies of all, or each have some of them."""
+    matrix = stack.matrix(shape)
+    if dim == 0 and len(shape) == 3:
+        return _dealt(_matrices(fusion, matrix, None, (), name, grid), sizes, name)
+    inner, numels = None, [math.prod(matrix)] * grid.tensor_size
+    if dim is not None:
+        inner = dim - 1 if len(shape) == 3 else dim
+        sizes = tuple(size * matrix[inner] // shape[dim] for size in sizes)  # of each matrix, not of all together
+        numels = [math.prod(matrix) // matrix[inner] * size for size in sizes]
+    return [
+        _numbered(one, number, name, tuple(_moved(own, number * n) for own, n in zip(one.strips, numels, strict=True)))
+        for number in range(stack.count)
+        for one in _matrices(fusion, matrix, inner, sizes, name, grid)
+    ]
+
+
+def _dealt(alone: list[Logical], counts: tuple[int, ...], name: str) -> list[Logical]:
+    """The matrices of a stack that is split between matrices, from those of one of them: rank t has ``counts[t]``."""
+    numel, found = sum(math.prod(one.shape) for one in alone), []
+    for number, (owner, nth) in enumerate((t, nth) for t, count in enumerate(counts) for nth in range(count)):
+        for one in alone:
+            strips = tuple(_moved(own, nth * numel) if t == owner else () for t, own in enumerate(one.strips))
+            found.append(replace(_numbered(one, number, name, strips), placement="sharded"))
+    return found
+
+
+def _numbered(one: Logical, number: int, name: str, strips: tuple[tuple[Strip, ...], ...]) -> Logical:
+    """A matrix of a stack, from how it would be named and placed without the others."""
+    piece = str(number) if one.piece is None else f"{number}.{one.piece}"
+    return replace(one, name=f"{name}.{piece}", piece=piece, strips=strips)
+
+
+def _moved(strips: tuple[Strip, ...], by: int) -> tuple[Strip, ...]:
+    """The same strips, some elements further back in the parameter."""
+    return tuple(replace(strip, start=strip.start + by) for strip in strips)
 
 
 def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
@@ -100,7 +157,7 @@ def refuse_empty_shards(parameter: torch.Tensor, name: str) -> None:
 
 
 def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> list[str]:
-    """The names of the matrices in a fused weight.
+    """The names of the matrices in a fused weight or a stack, which patterns may match.
 
     Args:
         parameter: the parameter, for its marks.
@@ -108,14 +165,30 @@ def piece_names(parameter: torch.Tensor, shape: tuple[int, ...], name: str) -> l
         name: the parameter's name in the model.
 
     Returns:
-        The names in order; none if the parameter is not fused.
+        The names in order; none if the parameter is neither. Those of a stack number this rank's matrices from 0.
     """
+    stack = stack_of(parameter, shape)
+    if stack is not None:
+        return [f"{name}.{number}" for number in range(stack.count)]
     fusion = _fusion(parameter, shape)
     return [] if fusion is None else [_piece_name(name, piece) for piece in fusion.names]
 
 
-def _split(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tuple[int | None, tuple[int, ...]]:
-    """The dimension along which a parameter is split and every rank's size along it; ``(None, ())`` if it is whole."""
+def split_of(parameter: Any, shape: tuple[int, ...], name: str, grid: Grid) -> tuple[int | None, tuple[int, ...]]:
+    """The dimension along which a parameter is split over tensor-parallel ranks, and every rank's size along it.
+
+    Args:
+        parameter: the parameter, for its marks.
+        shape: shape of the parameter on this tensor-parallel rank.
+        name: the parameter's name in the model.
+        grid: this rank's tensor-parallel group.
+
+    Returns:
+        The dimension and the sizes; ``(None, ())`` if the parameter is whole on every rank.
+
+    Raises:
+        ConfigError: if the marks say that the parameter is split but not how.
+    """
     meta = getattr(parameter, AUTOTP, None)
     if grid.tensor_size == 1 or not (meta or is_megatron_shard(parameter)):
         return None, ()

@@ -109,12 +109,12 @@ class Logical:
         return replace(self, shape=(1, rows * width), strips=flat)
 
     def as_local(self) -> Logical:
-        """This rank's shard as a matrix of its own; a replicated or unsplit matrix is returned as it is.
+        """This rank's shard as a matrix of its own; a matrix that no rank has a part of is returned as it is.
 
         Raises:
             ConfigError: if one of the ranks has no rows of the matrix.
         """
-        if self.placement == "replicated" or len(self.strips) == 1:
+        if self.placement == "replicated" or sum(map(bool, self.strips)) == 1:
             return self
         if not all(self.strips):
             raise ConfigError(
