@@ -82,7 +82,7 @@ def matchable_names(parameter: torch.nn.Parameter, tag: Tag) -> list[str]:
 def logical_parameters_of(
     parameter: torch.nn.Parameter, tag: Tag, group: dict[str, Any], options: Options, state: State, grid: Grid
 ) -> list[LogicalParameter]:
-    """Every logical matrix or vector in a parameter.
+    """Every logical matrix or vector in a parameter; with local projection, none that is on another tensor rank.
 
     Args:
         parameter: of the model, on this tensor-parallel rank.
@@ -92,6 +92,9 @@ def logical_parameters_of(
         state: the parameter's, an empty dict; each matrix of a fused weight gets a dict of its own in it.
         grid: tensor and pipeline parallelism.
     """
+    found = logical_matrices(parameter, unpartitioned_shape(parameter), tag.name, grid)
+    if options.tensor_parallel_projection == "local":
+        found = [logical for logical in found if logical.owner in (None, logical.own)]
     return [
         LogicalParameter(
             parameter=parameter,
@@ -101,7 +104,7 @@ def logical_parameters_of(
             options=options,
             state=state if logical.piece is None else state.setdefault(logical.piece, {}),
         )
-        for logical in logical_matrices(parameter, unpartitioned_shape(parameter), tag.name, grid)
+        for logical in found
     ]
 
 

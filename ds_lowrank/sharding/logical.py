@@ -97,6 +97,12 @@ class Logical:
         (strip,) = self.strips[self.own]
         return matrix[slice(*strip.block.rows), slice(*strip.block.cols)].reshape(-1)
 
+    @property
+    def owner(self) -> int | None:
+        """The only tensor-parallel rank that has elements of the matrix; None if several have."""
+        ranks = [rank for rank, strips in enumerate(self.strips) if strips]
+        return ranks[0] if len(ranks) == 1 else None
+
     def as_row(self) -> Logical:
         """The same elements as one row, for parameters that are stepped element by element."""
         if len(self.shape) != 2:
@@ -109,13 +115,17 @@ class Logical:
         return replace(self, shape=(1, rows * width), strips=flat)
 
     def as_local(self) -> Logical:
-        """This rank's shard as a matrix of its own; a matrix that no rank has a part of is returned as it is.
+        """This rank's shard as a matrix of its own; a replicated or unsplit matrix is returned as it is.
+
+        A matrix that is whole on one rank, such as an expert, is a matrix of that rank's.
 
         Raises:
             ConfigError: if one of the ranks has no rows of the matrix.
         """
-        if self.placement == "replicated" or sum(map(bool, self.strips)) == 1:
+        if self.placement == "replicated" or len(self.strips) == 1:
             return self
+        if self.owner is not None:
+            return replace(self, strips=(self.strips[self.owner],) * len(self.strips), placement="local")
         if not all(self.strips):
             raise ConfigError(
                 f"tensor-parallel rank {self.strips.index(())} has no rows of {self.name}, so that not every rank can "

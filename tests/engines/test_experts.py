@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from tests.engines import grids
+from tests.engines.grids import VOCAB
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, Oracle, config, full_weights, max_relative_difference, train_step
+from tests.methods import dense
 
 STEPS = 6
 AFTER_ONE, AFTER_ALL = 1e-5, 1e-4
@@ -36,12 +41,12 @@ def make_mixtral():
 class ExpertOracle(Oracle):
     """The oracle, with a rule of its own for every matrix of a stack."""
 
-    def __init__(self, router, **options):
+    def __init__(self, router, model=None, **options):
         kinds = ("embed", "lm_head") if router else ("embed", "lm_head", "mlp.gate.")
         super().__init__(
-            model=make_mixtral(), projected=lambda name: not any(kind in name for kind in kinds), **options
+            model=model or make_mixtral(), projected=lambda name: not any(kind in name for kind in kinds), **options
         )
-        matrix = type(self.rules["model.layers.0.self_attn.q_proj.weight"])
+        matrix = dense(options.get("method", "GaLore"))
         for name, parameter in self.model.named_parameters():
             if parameter.ndim == 3:
                 del self.rules[name]
@@ -89,3 +94,72 @@ def test_every_expert_steps_as_a_matrix_of_its_own(method, stage):
         experts = [f"mlp.experts.{stack}.{number}" for stack in ("gate_up_proj", "down_proj") for number in range(3)]
         others = [*(["mlp.gate.weight"] if router else []), *(f"self_attn.{one}_proj.weight" for one in "qkvo")]
         assert projected == sorted(layer + name for layer in layers for name in (*experts, *others))
+
+
+class CutExperts(torch.nn.Module):
+    """Four experts of which every rank of a tensor-parallel group has some, mixed with fixed weights."""
+
+    COUNT = 4
+
+    def __init__(self, tensor, rank):
+        super().__init__()
+        self.tensor = tensor
+        own = slice(rank * self.COUNT // tensor, (rank + 1) * self.COUNT // tensor)
+        generator = torch.Generator().manual_seed(5)
+        self.w = torch.nn.Parameter(torch.randn(self.COUNT, 24, 40, generator=generator)[own].clone() / 6)
+        self.mixing = torch.rand(self.COUNT, generator=generator)[own]
+        if tensor > 1:
+            self.w.tensor_model_parallel, self.w.partition_dim, self.w.partition_stride = True, 0, 1
+
+    def forward(self, x):
+        from megatron.core.tensor_parallel import (
+            copy_to_tensor_model_parallel_region,
+            reduce_from_tensor_model_parallel_region,
+        )
+
+        x = copy_to_tensor_model_parallel_region(x) if self.tensor > 1 else x
+        partial = sum(share * (x @ w.T).tanh() for share, w in zip(self.mixing, self.w, strict=True))
+        return reduce_from_tensor_model_parallel_region(partial) if self.tensor > 1 else partial
+
+
+class CutModel(torch.nn.Module):
+    """An embedding, cut experts and a head."""
+
+    def __init__(self, tensor=1, rank=0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed, self.lm_head = torch.nn.Embedding(VOCAB, 40), torch.nn.Linear(24, VOCAB, bias=False)
+        self.experts = CutExperts(tensor, rank)
+
+    def forward(self, input_ids, labels):
+        logits = self.lm_head(self.experts(self.embed(input_ids)))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(loss=loss)
+
+
+def train_cut(settings, steps):
+    import torch.distributed as dist
+
+    import ds_lowrank
+    from ds_lowrank.integration.mpu import make_grid
+
+    mpu = make_grid(2, 1)
+    model = CutModel(2, dist.get_rank(mpu.get_tensor_model_parallel_group()))
+    engine = ds_lowrank.initialize(model=model, config=settings, mpu=mpu)[0]
+    return grids.train_and_gather(engine, range(steps))
+
+
+class CutOracle(ExpertOracle):
+    batch = staticmethod(grids.tokens)
+
+
+@pytest.mark.parametrize("projection", ["logical", "local"])
+@pytest.mark.parametrize("stage", range(4))
+def test_experts_that_are_cut_over_tensor_parallel_ranks_step_as_whole_ones(stage, projection):
+    """Each is whole on one rank, so that local projection is the same."""
+    oracle = CutOracle(True, model=CutModel())
+    for step in range(STEPS):
+        oracle.step(step)
+    settings = config(stage, 2, params={"tensor_parallel_projection": projection})
+    weights = run_ranks(4, train_cut, settings, STEPS)[0]
+    assert max_relative_difference(weights, oracle.weights()) < AFTER_ALL

@@ -77,12 +77,14 @@ def test_every_element_of_a_stack_is_where_its_rank_says(data):
         assert torch.equal(found[piece], matrix)
 
 
-def test_a_stack_cut_between_experts_is_projected_locally_as_the_whole_matrices_are():
+def test_an_expert_that_is_whole_on_one_rank_is_projected_locally_under_its_own_name():
     shard = megatron_parameter((2, 3, 4), 0)
     ds_lowrank.tag_stack(shard)
-    for one in logical_matrices(shard, (2, 3, 4), NAME, FakeGrid(1, 2)):
-        assert one.placement == "sharded"
-        assert one.as_local() is one
+    found = logical_matrices(shard, (2, 3, 4), NAME, FakeGrid(1, 2))
+    assert [one.owner for one in found] == [0, 0, 1, 1]
+    local = found[3].as_local()
+    assert (local.name, local.shape, local.placement) == (f"{NAME}.3", (3, 4), "local")
+    assert local.strips == (found[3].strips[1],) * 2
 
 
 def test_a_matrix_that_is_viewed_as_a_stack_has_the_layout_of_the_view():
