@@ -31,7 +31,7 @@ def make_mixtral():
             num_key_value_heads=2,
             num_local_experts=3,
             num_experts_per_tok=2,
-            vocab_size=131,
+            vocab_size=VOCAB,
             max_position_embeddings=64,
             use_cache=False,
         )
@@ -149,7 +149,7 @@ def train_cut(settings, steps):
     return grids.train_and_gather(engine, range(steps))
 
 
-class CutOracle(ExpertOracle):
+class GridOracle(ExpertOracle):
     batch = staticmethod(grids.tokens)
 
 
@@ -157,9 +157,32 @@ class CutOracle(ExpertOracle):
 @pytest.mark.parametrize("stage", range(4))
 def test_experts_that_are_cut_over_tensor_parallel_ranks_step_as_whole_ones(stage, projection):
     """Each is whole on one rank, so that local projection is the same."""
-    oracle = CutOracle(True, model=CutModel())
+    oracle = GridOracle(True, model=CutModel())
     for step in range(STEPS):
         oracle.step(step)
     settings = config(stage, 2, params={"tensor_parallel_projection": projection})
     weights = run_ranks(4, train_cut, settings, STEPS)[0]
+    assert max_relative_difference(weights, oracle.weights()) < AFTER_ALL
+
+
+def train_autotp(settings, steps):
+    import ds_lowrank
+
+    specs = [
+        {"patterns": [rf".*\.self_attn\.{names}_proj\.weight$"], "partition_type": kind}
+        for names, kind in (("[qkv]", "column"), ("o", "row"))
+    ]  # DeepSpeed refuses the model's own plan, which would split the experts
+    tensor_parallel = {"autotp_size": 2, "partition_config": {"layer_specs": specs}}
+    settings = {**settings, "tensor_parallel": tensor_parallel}
+    del settings["train_batch_size"]  # DeepSpeed takes every rank for a data-parallel one when it checks it
+    engine = ds_lowrank.initialize(model=make_mixtral(), config=settings)[0]
+    return grids.train_and_gather(engine, range(steps))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_experts_that_are_whole_on_every_rank_of_autotp_step_as_on_one(stage):
+    oracle = GridOracle(True)
+    for step in range(STEPS):
+        oracle.step(step)
+    weights = run_ranks(4, train_autotp, config(stage, 2), STEPS)[0]
     assert max_relative_difference(weights, oracle.weights()) < AFTER_ALL
