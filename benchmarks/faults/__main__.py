@@ -1,8 +1,7 @@
-"""``python -m benchmarks.faults``: try every fault, and print how each ended.
+"""Try every fault, and print how each ended: ``python -m benchmarks.faults``.
 
-python -m benchmarks.faults                          # all, about an hour on two cores
-python -m benchmarks.faults --subjects damage kills  # some
-python -m benchmarks.faults --compact                # the selection that ``make test`` runs
+All take about an hour on two cores; ``--subjects damage kills`` tries some, and ``--compact`` the selection that
+``make test`` runs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SUBJECTS = {
 
 def main() -> int:
     """Run the trials that the command line names; the exit code says whether all faults were handled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--compact", action="store_true", help="only the trials that the tests run")
     parser.add_argument("--output", type=Path, help="a JSON file for all outcomes")
