@@ -67,7 +67,7 @@ class AdapterLinear(torch.nn.Module):
         self.register_parameter("bias", linear.bias)
         self.requires_grad_(False)
         self.lora_A = self._parameter(_uniform(seed, name, rank, self.in_features))
-        self.lora_B = self._parameter(torch.zeros(self.out_features, rank))
+        self.lora_B = self._parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device="cpu"))
         self.magnitude = self._parameter(squared_norms(self.weight.detach(), self._dim).sqrt())
         self.dropout = torch.nn.Dropout(dropout)
         self.train(linear.training)
@@ -234,6 +234,6 @@ def _uniform(seed: int, name: str, rank: int, columns: int) -> Tensor:
 
     It depends only on seed and name, and comes from a random stream that no sketch uses.
     """
-    generator = torch.Generator().manual_seed(name_hash(seed, name, "adapter"))
+    generator = torch.Generator("cpu").manual_seed(name_hash(seed, name, "adapter"))
     limit = 1 / float(columns) ** 0.5
-    return torch.empty(rank, columns).uniform_(-limit, limit, generator=generator)
+    return torch.empty(rank, columns, dtype=torch.float32, device="cpu").uniform_(-limit, limit, generator=generator)

@@ -69,7 +69,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
     if isinstance(examples[0].labels, np.ndarray):
         batch["labels"] = padded([e.labels for e in examples if isinstance(e.labels, np.ndarray)], UNLABELLED)
     else:
-        batch["labels"] = torch.tensor([example.labels for example in examples])
+        labels = [example.labels for example in examples]
+        dtype = torch.float32 if any(isinstance(label, float) for label in labels) else torch.int64
+        batch["labels"] = torch.tensor(labels, dtype=dtype, device="cpu")
     return batch
 
 
@@ -145,7 +147,8 @@ class ExampleStream:
         if isinstance(chosen[0].labels, np.ndarray):
             # The model divides each sum by this number; the mean over micro-batches and ranks then weighs all targets
             # of the step equally.
-            targets = torch.tensor(sum(example.targets for example in chosen) / self._micro_batches)
+            share = sum(example.targets for example in chosen) / self._micro_batches
+            targets = torch.tensor(share, dtype=torch.float32, device="cpu")
             batches = [{**batch, "num_items_in_batch": targets} for batch in batches]
         return Step(batches, sum(len(example.input_ids) for example in chosen))
 

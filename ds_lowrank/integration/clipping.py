@@ -35,8 +35,8 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch
     counted = [p.grad for p in parameters if p.grad is not None and _counts_here(p, grid)]
     device = next((p.device for p in parameters), None)
     norms = torch._foreach_norm(counted) if counted else []
-    square = torch.stack([n.double().square() for n in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
-    square = square.to(device) if device is not None else square
+    zero = torch.zeros((), dtype=torch.float64, device=device or "cpu")
+    square = torch.stack([n.double().square() for n in norms]).sum() if norms else zero
     for group in (grid.tensor, grid.pipeline):
         if group is not None:
             dist.all_reduce(square, group=group)

@@ -34,7 +34,8 @@ def gaussian(seed: int, name: str, counter: int | str, rows: int, columns: int, 
     Returns:
         rows x columns, fp32, on ``device``.
     """
-    return torch.randn(rows, columns, generator=_generator(seed, name, counter)).to(device)
+    generator = _generator(seed, name, counter)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def rademacher(seed: int, name: str, counter: int | str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -51,9 +52,10 @@ def rademacher(seed: int, name: str, counter: int | str, rows: int, columns: int
     Returns:
         rows x columns, fp32, on ``device``.
     """
-    return (torch.randint(0, 2, (rows, columns), generator=_generator(seed, name, counter)) * 2 - 1).float().to(device)
+    generator = _generator(seed, name, counter)
+    return (torch.randint(0, 2, (rows, columns), generator=generator, device="cpu") * 2 - 1).float().to(device)
 
 
 def _generator(seed: int, name: str, counter: int | str) -> torch.Generator:
     """A CPU generator seeded from a hash of the arguments."""
-    return torch.Generator().manual_seed(name_hash(seed, name, counter))
+    return torch.Generator("cpu").manual_seed(name_hash(seed, name, counter))

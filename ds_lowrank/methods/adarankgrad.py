@@ -161,7 +161,8 @@ def new_subspace(
         shard.kept.reduce_scatter(squared_norms),
     )
     whole, squared_norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(squared_norms)
-    within, rank = torch.zeros(0, most, device=shard.device), torch.zeros(1, 1, device=shard.device)
+    within = torch.zeros(0, most, dtype=torch.float32, device=shard.device)
+    rank = torch.zeros(1, 1, dtype=torch.float32, device=shard.device)
     if shard.rank == shard.root:
         within, chosen = fitting_subspace(whole / safe_scale, squared_norms, options, present)  # IASS
         rank.fill_(chosen)
@@ -188,13 +189,13 @@ def fitting_subspace(
     most = projected.shape[1]
     values, vectors = spectrum(projected)
     if not values.isfinite().all():
-        return torch.full((most, most), torch.nan, device=projected.device), most
+        return projected.new_full((most, most), torch.nan), most
     rank = max(smallest_rank(values, norms.double().sum(), options.residual_tol), options.rank_min)
     rank = -(-rank // options.rank_multiple) * options.rank_multiple
     if options.never_grow:
         rank = min(rank, max(present, options.rank_min))
     rank = max(1, min(rank, most, numerical_rank(values)))
-    within = torch.zeros(most, most, device=projected.device)
+    within = projected.new_zeros(most, most)
     within[:, :rank] = leading_coordinates(vectors, rank)
     return within, rank
 

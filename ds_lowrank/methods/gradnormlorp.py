@@ -160,7 +160,7 @@ class GradNormLoRPMethod(Method):
         )
         norms = squares.sqrt()
         g, v = magnitudes(state, norms)
-        sign = torch.where(g < 0, -1.0, 1.0)
+        sign = torch.where(g < 0, -1.0, torch.ones_like(g))
         frame = yield from gather_frame(
             axis,
             torch.where(norms == 0, 1.0, g / v),

@@ -160,7 +160,7 @@ def pca_gradient(
         small.all_gather(squares),
     )
     rtr, qtq, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1])
-    identity = torch.eye(rank, device=basis.device)
+    identity = torch.eye(rank, dtype=basis.dtype, device=basis.device)
     reconstruction = basis @ rtr + back @ (qtq - 2 * identity)  # Q (R^T R) + (H^T R) (Q^T Q) - 2 H^T R
     gradient: torch.Tensor = 2 / norm_square * reconstruction
     if pca_lambda:

@@ -260,6 +260,6 @@ def draw(units: Units, options: VLoRPOptions, counter: int) -> torch.Tensor:
     rank = min(options.rank, units.length)
     shard = units.shard
     if not shard.part.numel:
-        return torch.empty(units.length, rank, device=shard.device)
+        return torch.empty(units.length, rank, dtype=torch.float32, device=shard.device)
     sample = gaussian if options.distribution == "gaussian" else rademacher
     return sample(options.seed, shard.name, counter, units.length, rank, shard.device) / math.sqrt(rank)

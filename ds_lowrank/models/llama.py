@@ -154,12 +154,12 @@ def draw_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> tor
         An fp32 tensor on the CPU.
     """
     if name.endswith("bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.ones(shape, dtype=torch.float32, device="cpu")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
 
 def check_split(config: LlamaConfig, tensor: int, pipeline: int) -> None:

@@ -88,7 +88,7 @@ def take_inventory(slots: Sequence[Slot], groups: Sequence[dist.ProcessGroup]) -
         row = _row(slot)
         rows[row] = rows.get(row, 0) + 1
     copied = sum(_bytes([slot]) * (slot.copies - 1) / slot.copies for slot in slots)
-    totals = torch.tensor([*state_bytes(slots), copied], dtype=torch.float64)
+    totals = torch.tensor([*state_bytes(slots), copied], dtype=torch.float64, device="cpu")
     for group in groups if slots else ():
         totals = totals.to(slots[0].fragment.store.device)
         dist.all_reduce(totals, group=group)

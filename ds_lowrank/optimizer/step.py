@@ -189,7 +189,7 @@ def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
         tensor: of any shape and floating dtype.
     """
     if tensor.numel() == 0:
-        return torch.zeros((), device=tensor.device)
+        return torch.zeros((), dtype=torch.float32, device=tensor.device)
     low, high = torch.aminmax(tensor)  # one pass, no copy; the inf-norm is forty times slower on a CPU
     return torch.maximum(-low, high).float()
 

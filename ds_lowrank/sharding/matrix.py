@@ -34,8 +34,8 @@ class MatrixShard(MatrixAxes):
         weights: the weights of this rank's elements, flat; empty between steps.
     """
 
-    weights: torch.Tensor = torch.empty(0)
-    _flat: torch.Tensor = torch.empty(0)
+    weights: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
+    _flat: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
     _change: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def attach(self, flat_gradient: torch.Tensor, weights: torch.Tensor) -> None:
@@ -145,7 +145,7 @@ class MatrixShard(MatrixAxes):
         Returns:
             This rank's elements of the product: flat, fp32.
         """
-        result = torch.empty(self.part.numel, device=flat.device)
+        result = torch.empty(self.part.numel, dtype=torch.float32, device=flat.device)
         for rectangle, piece, out in zip(self.part.rectangles, self.views(flat), self.views(result), strict=True):
             torch.mul(piece, self._along(axis, rectangle, factors), out=out)
         return result
@@ -160,7 +160,7 @@ class MatrixShard(MatrixAxes):
         Returns:
             The elements: flat, fp32.
         """
-        result = torch.empty(self.part.numel, device=by_row.device)
+        result = torch.empty(self.part.numel, dtype=torch.float32, device=by_row.device)
         for rectangle, out in zip(self.part.rectangles, self.views(result), strict=True):
             torch.mul(by_row[self.held_rows(rectangle)], by_column[self.held_columns(rectangle)].T, out=out)
         return result
@@ -185,7 +185,7 @@ class MatrixShard(MatrixAxes):
         Returns:
             held rows of the axis x 1, fp32.
         """
-        sums = torch.zeros(axis.held[1] - axis.held[0], 1, device=flat.device)
+        sums = torch.zeros(axis.held[1] - axis.held[0], 1, dtype=torch.float32, device=flat.device)
         for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
             norms = torch.linalg.vector_norm(piece, dim=1 if axis is self.rows else 0, dtype=torch.float64)
             sums[self._held(axis, rectangle)] += (norms / safe_scale).square().float().view(-1, 1)
@@ -202,7 +202,7 @@ class MatrixShard(MatrixAxes):
         Returns:
             held rows of the axis x 1, fp32.
         """
-        sums = torch.zeros(axis.held[1] - axis.held[0], 1, device=a.device)
+        sums = torch.zeros(axis.held[1] - axis.held[0], 1, dtype=torch.float32, device=a.device)
         for rectangle, one, other in zip(self.part.rectangles, self.views(a), self.views(b), strict=True):
             product = one.float() * other.float()
             sums[self._held(axis, rectangle)] += product.sum(1 if axis is self.rows else 0).unsqueeze(1)
@@ -220,7 +220,7 @@ class MatrixShard(MatrixAxes):
     def block(self) -> torch.Tensor:
         """The rows of the gradient that this rank holds, with zeros for other ranks' elements: held rows x n, fp32."""
         row0, row1 = self.part.rows
-        block = torch.zeros(row1 - row0, self.shape[1], device=self.device)
+        block = torch.zeros(row1 - row0, self.shape[1], dtype=torch.float32, device=self.device)
         for rectangle, piece in zip(self.part.rectangles, self.gradient, strict=True):
             block[self.held_rows(rectangle), rectangle.col : rectangle.col + rectangle.width] = piece
         return block

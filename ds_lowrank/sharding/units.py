@@ -70,7 +70,7 @@ class Units:
         Returns:
             This rank's elements of the lifted matrix: flat, fp32.
         """
-        flat = torch.empty(self.shard.part.numel, device=projected.device)
+        flat = torch.empty(self.shard.part.numel, dtype=torch.float32, device=projected.device)
         stacked = projected.view(projected.shape[0], self.per_group, projection.shape[1])
         for rectangle, view in zip(self.shard.part.rectangles, self.shard.views(flat), strict=True):
             oriented = self._oriented(view)

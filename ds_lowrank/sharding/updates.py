@@ -54,7 +54,7 @@ class Factors(Update):
 
     def lifted(self, shard: MatrixShard) -> torch.Tensor:
         """The product ``kept @ compressed^T`` without its scale, on the elements this rank holds: flat, fp32."""
-        flat = torch.empty(shard.part.numel, device=self.kept.device)
+        flat = torch.empty(shard.part.numel, dtype=torch.float32, device=self.kept.device)
         for rectangle, piece in zip(shard.part.rectangles, shard.views(flat), strict=True):
             by_row, by_column = self._of(shard, rectangle)
             torch.mm(by_row, by_column.T, out=piece)

@@ -187,6 +187,41 @@ def test_what_is_changed_on_foreign_objects_is_listed_in_one_place():
     assert savers == ["deferred.py"] and "checkpoint_engine.save" in listed
 
 
+# What makes a tensor in torch's default dtype or on its default device where a call names neither. Both belong to the
+# user's script. The dtype of integers is never the default one.
+INTEGERS = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
+FLOATS = {
+    *("tensor", "as_tensor", "asarray", "scalar_tensor", "empty", "empty_strided", "zeros", "ones", "full", "eye"),
+    *("rand", "randn", "normal", "linspace", "logspace"),
+}
+
+
+def follows_torchs_defaults(call):
+    function, _, name = ast.unparse(call.func).rpartition(".")
+    given = {keyword.arg for keyword in call.keywords}
+    if function != "torch":
+        return False
+    if name == "where":  # of two numbers
+        return all(isinstance(value, ast.Constant | ast.UnaryOp) for value in call.args[1:])
+    if name == "Generator":
+        return not call.args and "device" not in given
+    if name in INTEGERS:
+        return "device" not in given
+    return name in FLOATS and not {"dtype", "device"} <= given
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_new_tensor_names_its_dtype_and_device(path):
+    """References are exempt: they are the paper's words, run under torch's own defaults."""
+    if room_of_file(path) == "reference":
+        return
+    tree = ast.parse(path.read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and follows_torchs_defaults(node)]
+    assert not calls, [f"line {call.lineno}: {ast.unparse(call)}" for call in calls]
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "torch" for a in n.names}
+    assert not imported & (INTEGERS | FLOATS), "call it as torch.zeros, for example, so that this test sees it"
+
+
 def test_importing_the_package_imports_neither_deepspeed_nor_transformers_and_patches_nothing():
     code = (
         "import sys, torch; before = set(dir(torch.optim)); import ds_lowrank;"

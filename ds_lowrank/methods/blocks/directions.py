@@ -67,7 +67,7 @@ class Directions(ABC):
         Returns:
             Coordinates as :meth:`draw` returns them, fp32.
         """
-        total = torch.zeros((), device=self.shard.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.shard.device)
         for counter, weight in zip(counters, weights, strict=True):
             total = weight * self.draw(counter) + total
         return total

@@ -58,7 +58,8 @@ def safe_scale_of(shard: MatrixShard) -> Program[torch.Tensor]:
     Returns:
         1 x 1, fp32, the same bits on all ranks.
     """
-    largest = shard.flat_gradient.abs().max() if shard.part.numel else torch.zeros((), device=shard.device)
+    gradient = shard.flat_gradient
+    largest = gradient.abs().max() if shard.part.numel else gradient.new_zeros(())
     total: torch.Tensor = yield shard.all_reduce(largest.float().view(1, 1))
     return total.clamp_min(torch.finfo(torch.float32).tiny)
 

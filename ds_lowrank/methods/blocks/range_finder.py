@@ -65,5 +65,5 @@ def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch
     """
     start, end = shard.compressed.held
     if start == end:
-        return torch.empty(0, rank, device=shard.device)
+        return torch.empty(0, rank, dtype=torch.float32, device=shard.device)
     return gaussian(seed, shard.name, counter, shard.compressed.size, rank, shard.device)[start:end].clone()
