@@ -133,7 +133,8 @@ class AdapterLinear(torch.nn.Module):
             W, m x n, in the dtype of ``weight``; computed in fp32 (or in fp64 for an fp64 weight).
         """
         dtype = _norm_dtype(weight)
-        direction = weight.to(dtype) + self.scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
+        with torch.autocast(weight.device.type, enabled=False):
+            direction = weight.to(dtype) + self.scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
         norms = torch.linalg.vector_norm(direction, dim=self._dim)
         alive = norms > 0
         factor = torch.where(alive, magnitude.to(dtype) / torch.where(alive, norms, 1.0), 1.0)
@@ -189,9 +190,10 @@ class DirectionNorms(torch.autograd.Function):
         weight, lora_a, lora_b = ctx.saved_tensors
         w, own, other = _by_rows(weight, lora_a, lora_b, ctx.norm_axis)
         d = 2 * s * grad.unsqueeze(1)
-        grad_own = d * (_times(other, w.T).T + s * (own @ (other @ other.T)))
         weighted = (d * own).T
-        grad_other = _times(weighted, w) + s * (weighted @ own) @ other
+        with torch.autocast(weight.device.type, enabled=False):
+            grad_own = d * (_times(other, w.T).T + s * (own @ (other @ other.T)))
+            grad_other = _times(weighted, w) + s * (weighted @ own) @ other
         grad_a, grad_b = (grad_other, grad_own) if ctx.norm_axis == "output" else (grad_own.T, grad_other.T)
         return None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), None, None, None
 

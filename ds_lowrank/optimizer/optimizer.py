@@ -119,6 +119,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The current grid. AutoTP may create its groups after a client optimizer is built."""
         return grid_of(None) if self._given_grid is None else self._given_grid
 
+    @torch.inference_mode(False)  # state that is made in inference mode cannot be changed outside
     def bind(self) -> None:
         """Read where DeepSpeed put the elements, and create all state.
 
@@ -164,6 +165,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         assert self._slots is not None
         return [slot for slots in self._slots.values() for slot in slots]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient.
@@ -309,6 +311,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads."""
         return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned on the same layout. Nothing is changed unless all of it fits.
 

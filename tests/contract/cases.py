@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 
+from ds_lowrank.integration.probe import perturbed_weights
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -59,3 +60,34 @@ def copy_of(model: torch.nn.Module) -> list[torch.Tensor]:
 def assert_equal(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> None:
     """Compare tensors bit for bit."""
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+PROBES: list[dict[str, Any]] = [
+    {},
+    {"probe_form": "gaussian", "two_sided": False},
+    {"rank": None, "norm": "per_matrix"},
+]
+
+
+def perturbed(context: Callable[[], Any], options: dict[str, Any]) -> list[torch.Tensor]:
+    """Train with Lorenza's ascent; the weights at which each gradient was taken, and those in the end."""
+    model = small_model()
+    inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+    visited: list[torch.Tensor] = []
+
+    def loss() -> torch.Tensor:
+        visited.extend(copy_of(model))
+        with torch.autocast("cpu", enabled=False):  # the passes are the caller's own
+            return model(inputs).square().mean()
+
+    with context():
+        optimizer = OPTIMIZERS["Lorenza"](model.named_parameters(), lr=1e-2, **{"rank": 3, **options})
+    for _ in range(4):
+        model.zero_grad()
+        with context(), perturbed_weights(optimizer, lambda: [loss()], torch.device("cpu"), None) as perturbation:
+            with torch.autocast("cpu", enabled=False):
+                loss().backward()
+            perturbation.mark_gradients()
+        with context():
+            optimizer.step()
+    return [*visited, *copy_of(model)]

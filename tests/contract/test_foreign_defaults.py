@@ -10,7 +10,7 @@ import torch
 import ds_lowrank
 from ds_lowrank.adapters.model import add_adapters, merge_adapters
 from ds_lowrank.integration.forward_backward import forward_backward
-from tests.contract.cases import EVERY, assert_equal, build, copy_of, run, small_model, take_gradients
+from tests.contract.cases import EVERY, PROBES, assert_equal, build, copy_of, perturbed, small_model, take_gradients
 from tests.foreign import DEFAULTS, defaults, under_foreign_defaults
 from tests.methods import cases, of
 from tests.simulated.harness import ShardedMatrix, even_parts
@@ -92,30 +92,6 @@ def test_nothing_follows_the_defaults_in_quantized_moments(name, state_dtype):
     assert_equal(simulated(name, options, under_foreign_defaults), simulated(name, options, lambda compute: compute()))
 
 
-PROBES = [{}, {"probe_form": "gaussian", "two_sided": False}, {"rank": None, "norm": "per_matrix"}]
-
-
-def perturbed(context, options):
-    """Train with Lorenza's ascent; the weights at which each gradient was taken, and those in the end."""
-    model = small_model()
-    inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
-    visited = []
-
-    def loss():
-        visited.extend(copy_of(model))
-        with torch.autocast("cpu", enabled=False):  # the loss is the caller's own
-            return model(inputs).square().mean()
-
-    with context():
-        optimizer = ds_lowrank.Lorenza(model.named_parameters(), lr=1e-2, **{"rank": 3, **options})
-    for _ in range(STEPS):
-        model.zero_grad()
-        with context():
-            forward_backward(optimizer, loss)
-            optimizer.step()
-    return [*visited, *copy_of(model)]
-
-
 @FOREIGN
 @pytest.mark.parametrize("options", PROBES, ids=str)
 def test_defaults_change_no_bit_of_a_perturbation(options, foreign):
@@ -146,34 +122,3 @@ def adapted(context, axis, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_defaults_change_no_bit_of_adapters(axis, dtype, foreign):
     assert_equal(adapted(lambda: defaults(**DEFAULTS[foreign]), axis, dtype), adapted(defaults, axis, dtype))
-
-
-def test_a_package_imported_under_foreign_defaults_steps_the_same():
-    """Nothing that is made at import is kept."""
-    import subprocess
-    import sys
-
-    code = (
-        "import torch, sys; torch.set_default_dtype(torch.bfloat16); torch.set_default_device('meta');"
-        "import ds_lowrank; torch.set_default_dtype(torch.float32); torch.set_default_device('cpu');"
-        "w = torch.nn.Parameter(torch.ones(4, 4)); w.grad = torch.eye(4);"
-        "o = ds_lowrank.GaLore([('w', w)], rank=2, lr=0.5); o.step(); o.step();"
-        "from ds_lowrank.sharding.matrix import MatrixShard as S;"
-        "assert S.weights.dtype == torch.float32 and S.weights.device.type == 'cpu'; print(w.tolist())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    weight = torch.nn.Parameter(torch.ones(4, 4))
-    weight.grad = torch.eye(4)
-    optimizer = ds_lowrank.GaLore([("w", weight)], rank=2, lr=0.5)
-    optimizer.step()
-    optimizer.step()
-    assert done.stdout.strip() == str(weight.tolist())
-
-
-@EVERY
-def test_a_run_under_the_defaults_is_not_changed_by_the_test_itself(name):
-    """``run`` is what the other tests of the contract use."""
-    model, twin = small_model(), small_model()
-    run(build(name, model), model, range(2))
-    run(build(name, twin), twin, range(2))
-    assert_equal(model.parameters(), twin.parameters())

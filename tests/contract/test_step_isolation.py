@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import pickle
 
 import pytest
 import torch
 
 import ds_lowrank
+from ds_lowrank.adapters.model import AdapterLinear, add_adapters, merge_adapters, merged_weights
 from ds_lowrank.optimizer.registry import OPTIMIZERS
-from tests.contract.cases import EVERY, assert_equal, build, copy_of, run, small_model, take_gradients
+from tests.contract.cases import (
+    EVERY,
+    PROBES,
+    assert_equal,
+    build,
+    copy_of,
+    perturbed,
+    run,
+    small_model,
+    take_gradients,
+)
 
 
 @EVERY
@@ -47,16 +60,21 @@ def test_learning_rate_zero_changes_nothing(name):
 
 
 @EVERY
-def test_step_neither_reads_nor_changes_the_global_random_state(name):
+def test_no_call_reads_or_changes_the_global_random_state(name):
     results = []
     for seed in (1, 2):
         model = small_model()
+        torch.manual_seed(seed)
+        expected = torch.get_rng_state()
         optimizer = build(name, model)
+        optimizer.bind()
+        assert torch.equal(torch.get_rng_state(), expected)
         for step in range(4):
             take_gradients(model, step)
             torch.manual_seed(seed)
-            expected = torch.get_rng_state()
             optimizer.step()
+            optimizer.metrics()
+            optimizer.load_state_dict(optimizer.state_dict())
             assert torch.equal(torch.get_rng_state(), expected)
         results.append(copy_of(model))
     assert_equal(*results)
@@ -89,14 +107,115 @@ def test_result_does_not_depend_on_buckets(name, monkeypatch):
     assert_equal(*results)
 
 
+@contextlib.contextmanager
+def deterministic():
+    """Uninitialized memory is then filled with NaN, so that whoever reads it is found."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES = {
+    "bf16 autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "fp16 autocast": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "deterministic algorithms": deterministic,
+}
+AROUND = pytest.mark.parametrize("mode", list(MODES))
+
+
+def trained(name, context, steps=4):
+    """Train with the step alone in a context."""
+    model = small_model()
+    optimizer = build(name, model)
+    for step in range(steps):
+        take_gradients(model, step)
+        with context():
+            optimizer.step()
+    states = [slot.state for slot in optimizer.slots]
+    return [*copy_of(model), *(value.clone() for state in states for value in state.values() if torch.is_tensor(value))]
+
+
 @EVERY
-def test_autocast_around_a_step_changes_nothing(name):
+@AROUND
+def test_a_mode_around_a_step_changes_nothing(name, mode):
+    assert_equal(trained(name, MODES[mode]), trained(name, contextlib.nullcontext))
+
+
+@EVERY
+@AROUND
+def test_a_mode_around_the_start_or_a_resume_changes_nothing(name, mode):
+    """State that is made in inference mode could otherwise not be changed outside."""
+    results = []
+    for context in (contextlib.nullcontext, MODES[mode]):
+        model, twin = small_model(), small_model()
+        with context():
+            optimizer, resumed = build(name, model), build(name, twin)
+            optimizer.bind()
+        run(optimizer, model, range(2))
+        with context():
+            optimizer.metrics()
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        twin.load_state_dict(model.state_dict())
+        for own, of_own in ((optimizer, model), (resumed, twin)):
+            run(own, of_own, range(2, 4))
+        results.append([*copy_of(model), *copy_of(twin)])
+    assert_equal(*results)
+    assert_equal(results[1][:4], results[1][4:])
+
+
+@AROUND
+@pytest.mark.parametrize("options", PROBES, ids=str)
+def test_a_mode_around_a_perturbation_changes_nothing(options, mode):
+    if mode in ("no gradients", "inference"):
+        pytest.skip("a gradient cannot be taken in it")
+    assert_equal(perturbed(MODES[mode], options), perturbed(contextlib.nullcontext, options))
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_around_adding_and_merging_adapters_changes_nothing(axis, dtype):
     results = []
     for enabled in (False, True):
         model = small_model()
-        optimizer = build(name, model)
-        take_gradients(model, 0)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            optimizer.step()
-        results.append(copy_of(model))
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            add_adapters(model, adapter_rank=3, norm_axis=axis, target_modules=["0"])
+        with torch.no_grad():
+            model[0].lora_B.normal_(generator=torch.Generator().manual_seed(1))
+        weights = {key: value.detach() for key, value in model.named_parameters()}
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            whole = merged_weights(model, weights)
+            merge_adapters(model)
+        results.append([*whole.values(), *copy_of(model)])
     assert_equal(*results)
+
+
+def test_adding_and_merging_adapters_neither_reads_nor_changes_the_global_random_state():
+    results = []
+    for seed in (1, 2):
+        model = small_model()
+        torch.manual_seed(seed)
+        expected = torch.get_rng_state()
+        add_adapters(model, adapter_rank=3, target_modules=["0"])
+        results.append(copy_of(model))
+        merge_adapters(model)
+        assert torch.equal(torch.get_rng_state(), expected)
+    assert_equal(*results)
+
+
+def test_autocast_around_a_backward_pass_leaves_the_norms_of_adapters_in_fp32():
+    """Only the products of the layer itself may be rounded."""
+    gradients = []
+    for enabled in (False, True):
+        layer = AdapterLinear(torch.nn.Linear(12, 20), "w", 3, 6.0)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            layer._factor().square().sum().backward()
+        gradients.append([layer.lora_A.grad, layer.lora_B.grad, layer.magnitude.grad])
+    assert_equal(*gradients)

@@ -218,7 +218,9 @@ def test_every_new_tensor_names_its_dtype_and_device(path):
     tree = ast.parse(path.read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and follows_torchs_defaults(node)]
     assert not calls, [f"line {call.lineno}: {ast.unparse(call)}" for call in calls]
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "torch" for a in n.names}
+    imported = {
+        a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "torch" for a in n.names
+    }
     assert not imported & (INTEGERS | FLOATS), "call it as torch.zeros, for example, so that this test sees it"
 
 
