@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.unsupported_settings import autotp_size, check_stage
@@ -32,6 +34,11 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     in_pipeline = isinstance(model, PipelineModule)
     if in_pipeline and mpu is not None:
         raise ConfigError("a PipelineModule has its own grid: omit mpu, and pass the topology to the module")
+    if in_pipeline and torch.get_default_dtype() != torch.float32:
+        raise ConfigError(
+            "DeepSpeed's PipelineEngine sends losses in fp32 and receives them in torch's default dtype, which is "
+            f"{torch.get_default_dtype()}: call torch.set_default_dtype(torch.float32) before ds_lowrank.initialize"
+        )
     unit, autotp = model_parallel_unit(model, mpu), autotp_size(config)
     if unit is not None and autotp > 1:
         raise ConfigError(

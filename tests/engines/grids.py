@@ -9,6 +9,7 @@ import functools
 import io
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def dense_model(**changes: Any) -> torch.nn.Module:
 
 def tokens(step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
+    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator, device="cpu")
 
 
 class GridOracle(Oracle):
@@ -106,9 +107,14 @@ def oracle(method: str, clip: float, steps: int, **changes: Any) -> tuple[list[d
 
 
 def start(
-    grid: Grid, settings: dict[str, Any], recompute: bool = False, sequence_parallel: bool = False, **changes: Any
+    grid: Grid,
+    settings: dict[str, Any],
+    recompute: bool = False,
+    sequence_parallel: bool = False,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    **changes: Any,
 ) -> Any:
-    """Start an engine of the grid; ``changes`` are to the model."""
+    """Start an engine of the grid in the context ``around``; ``changes`` are to the model, which is made outside."""
     import ds_lowrank
     from ds_lowrank.integration.mpu import make_grid
     from ds_lowrank.models import llama_parallel
@@ -116,7 +122,9 @@ def start(
     if grid.layers == "autotp":
         settings = {**settings, "tensor_parallel": {"autotp_size": grid.tensor}}
         del settings["train_batch_size"]  # DeepSpeed takes every rank for a data-parallel one when it checks it
-        return ds_lowrank.initialize(model=dense_model(**changes), config=settings)[0]
+        dense = dense_model(**changes)
+        with around():
+            return ds_lowrank.initialize(model=dense, config=settings)[0]
     mpu = make_grid(grid.tensor, grid.pipeline)
     model = llama_parallel.build(
         llama_config(**changes),
@@ -124,7 +132,8 @@ def start(
         recompute=recompute,
         sequence_parallel=sequence_parallel,
     )
-    return ds_lowrank.initialize(model=model, config=settings, mpu=None if grid.pipeline > 1 else mpu)[0]
+    with around():
+        return ds_lowrank.initialize(model=model, config=settings, mpu=None if grid.pipeline > 1 else mpu)[0]
 
 
 def settings_of(grid: Grid, **changes: Any) -> dict[str, Any]:

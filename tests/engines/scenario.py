@@ -45,7 +45,7 @@ def make_model_for(settings: dict[str, Any], zero_init: bool, **options: Any) ->
 
 def tokens(step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
+    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator, device="cpu")
 
 
 def config(
