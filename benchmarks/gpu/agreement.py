@@ -130,7 +130,7 @@ def gradient(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor
     if len(shape) == 1:
         return drawn
     u, s, vh = torch.linalg.svd(drawn, full_matrices=False)
-    decaying: torch.Tensor = (u * (s * 0.8 ** torch.arange(len(s), device=s.device))) @ vh
+    decaying: torch.Tensor = (u * (s * 0.8 ** torch.arange(len(s), dtype=s.dtype, device=s.device))) @ vh
     return decaying
 
 

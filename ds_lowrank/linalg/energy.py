@@ -44,7 +44,8 @@ def smallest_rank(values: torch.Tensor, whole: torch.Tensor, residual_tol: float
     Returns:
         A rank from 1 to ``len(values) + 1``; the latter means that all of the directions are not enough.
     """
-    residual = whole - values.square().cumsum(0)
+    whole = whole.cpu()
+    residual = whole - values.cpu().square().cumsum(0)  # on CUDA not every torch has a deterministic one
     return int((residual > max(residual_tol, RESOLUTION) * whole).sum()) + 1
 
 
