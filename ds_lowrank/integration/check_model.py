@@ -10,8 +10,9 @@ import torch
 from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.unsupported_settings import autotp_size, check_stage
-from ds_lowrank.placement.grid import grid_of
-from ds_lowrank.placement.marks import is_expert, is_megatron_shard
+from ds_lowrank.placement.averaging import check_leftovers, check_unit
+from ds_lowrank.placement.grid import grid_of, initialized_tensor_group, sequence_size
+from ds_lowrank.placement.marks import is_expert, is_megatron_shard, is_split
 
 SIZES_OF_SHARDS = ("output_size_per_partition", "input_size_per_partition", "num_embeddings_per_partition")
 """Attributes by which megatron-core's parallel layers, and only they, tell the size of their shard."""
@@ -49,13 +50,12 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
             "context parallelism is not supported: DeepSpeed would average gradients without its ranks. Set "
             "context_parallel_size to 1"
         )
+    if unit is not None:
+        check_unit(unit)
+    _check_sequence_size(config, unit)
+    if unit is None and autotp == 1:
+        _check_no_unit(model)
     tensor = autotp if unit is None else grid_of(unit).tensor_size
-    if unit is None and autotp == 1 and grid_of(None).tensor_size > 1:
-        raise ConfigError(
-            "tensor-parallel groups are initialised (by megatron-core, or by an earlier engine with AutoTP), but "
-            "DeepSpeed does not know of them and would average the gradients of different shards. Pass "
-            "mpu=megatron.core.parallel_state to ds_lowrank.initialize"
-        )
     check_stage(config, tensor, in_pipeline)
     _check_parameters(model, tensor, in_pipeline, method)
 
@@ -70,6 +70,35 @@ def model_parallel_unit(model: Any, mpu: Any) -> Any:
     from deepspeed.runtime.pipe import PipelineModule
 
     return model.mpu() if isinstance(model, PipelineModule) else mpu
+
+
+def _check_no_unit(model: Any) -> None:
+    """Refuse an engine without ``mpu`` for which DeepSpeed would average gradients over the wrong ranks."""
+    check_leftovers()
+    if initialized_tensor_group() is not None and _has_shards(model):
+        raise ConfigError(
+            "tensor-parallel groups are initialised (by megatron-core, or by an earlier engine with AutoTP), but "
+            "DeepSpeed does not know of them and would average the gradients of different shards. Pass "
+            "mpu=megatron.core.parallel_state to ds_lowrank.initialize"
+        )
+
+
+def _has_shards(model: Any) -> bool:
+    """Whether any layer of the model is split, marked as such or not."""
+    return any(is_split(parameter) for parameter in model.parameters()) or any(
+        hasattr(module, size) for module in model.modules() for size in SIZES_OF_SHARDS
+    )
+
+
+def _check_sequence_size(config: Mapping[str, Any], unit: Any) -> None:
+    """Refuse a size of sequence groups that the groups do not have: DeepSpeed counts batches by it."""
+    size = config.get("sequence_parallel_size")
+    if size is not None and size != sequence_size(unit):
+        raise ConfigError(
+            f"sequence_parallel_size is {size}, but the mpu has sequence groups of {sequence_size(unit)}: remove it or "
+            f"call initialize_sequence_parallel({size}) of deepspeed.runtime.sequence_parallel.parallel_state_sp and "
+            "pass that module as mpu"
+        )
 
 
 def _check_parameters(model: Any, tensor: int, in_pipeline: bool, method: str) -> None:

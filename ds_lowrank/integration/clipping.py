@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-from ds_lowrank.placement.grid import Grid, grid_of
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.placement.grid import Grid, grid_of, sequence_size
 from ds_lowrank.placement.marks import is_megatron_shard, is_tied_between_stages
 
 
@@ -47,6 +49,23 @@ def _counts_here(parameter: Any, grid: Grid) -> bool:
     if is_tied_between_stages(parameter):
         return False
     return grid.tensor_rank == 0 or is_megatron_shard(parameter)
+
+
+def check_norm(engine: DeepSpeedEngine) -> None:
+    """Refuse a wrapper that fails in its first step on the norm of sequence-parallel ranks.
+
+    Args:
+        engine: DeepSpeed's.
+
+    Raises:
+        ConfigError: it is such a wrapper.
+    """
+    if isinstance(engine.optimizer, BF16_Optimizer) and sequence_size(engine.mpu) > 1:
+        raise ConfigError(
+            "data_types.grad_accum_dtype fp32 with bf16 at ZeRO 1 and an mpu with sequence groups: DeepSpeed 0.19.8 "
+            "takes all ranks of a sequence group but the first for tensor-parallel ones and finds nothing to take "
+            "the gradient norm of. Remove data_types, or set zero_optimization.stage to 2"
+        )
 
 
 def keeps_no_norm(engine: DeepSpeedEngine) -> bool:

@@ -21,6 +21,7 @@ from ds_lowrank.integration.unsupported_settings import autotp_size, check_suppo
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
+from ds_lowrank.placement.averaging import check_mesh
 from ds_lowrank.placement.grid import Grid, grid_of
 from ds_lowrank.placement.parameter_names import tag_parameters
 
@@ -58,11 +59,12 @@ def initialize(
         training_data: as in DeepSpeed.
         lr_scheduler: as in DeepSpeed.
         distributed_port: as in DeepSpeed.
-        mpu: tensor and pipeline parallelism: megatron-core's ``parallel_state`` or any other model-parallel unit.
+        mpu: tensor and pipeline parallelism: megatron-core's ``parallel_state`` or any other model-parallel unit; or
+            sequence parallelism: DeepSpeed's ``parallel_state_sp``.
         dist_init_required: as in DeepSpeed.
         collate_fn: as in DeepSpeed.
         config: the DeepSpeed configuration, a dict or the path of a JSON file.
-        mesh_param: as in DeepSpeed.
+        mesh_param: as in DeepSpeed, without a sequence dimension.
         config_params: an older name for ``config``.
 
     Returns:
@@ -75,7 +77,7 @@ def initialize(
     """
     import deepspeed
 
-    from ds_lowrank.integration.clipping import repair_clipping
+    from ds_lowrank.integration.clipping import check_norm, repair_clipping
     from ds_lowrank.integration.stages import check_groups
 
     settings = settings_of(args, config if config is not None else config_params)
@@ -86,6 +88,7 @@ def initialize(
     mpu = as_mpu(mpu)
     if low_rank:
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
+        check_mesh(mesh_param)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=without_path(args),
         model=model,
@@ -103,6 +106,7 @@ def initialize(
     if low_rank:
         engine.basic_optimizer.bind()
         check_groups(engine)
+        check_norm(engine)
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
 

@@ -83,6 +83,18 @@ UNSUPPORTED_SETTINGS = (
     UnsupportedSetting("bfloat16", lambda c: "bfloat16" in c, "rename it to bf16"),
     UnsupportedSetting("amp", _enabled("amp"), "use bf16 or fp16"),
     UnsupportedSetting("torch_autocast", _enabled("torch_autocast"), "use bf16 or fp16"),
+    UnsupportedSetting(
+        "data_parallel_size",
+        lambda c: "data_parallel_size" in c and _above_one("sequence_parallel_size")(c),
+        "with sequence_parallel_size it makes a device mesh, and DeepSpeed 0.19.8 averages gradients over its data "
+        "dimension only, so that copies of the weights drift apart. Remove both, and pass "
+        "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp after its initialize_sequence_parallel",
+    ),
+    UnsupportedSetting(
+        "expert_parallel",
+        _enabled("expert_parallel"),
+        "remove it: matrices that are split over expert ranks are not read",
+    ),
     UnsupportedSetting("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
 )
 """Every refused setting, in the order of ``docs/configuration.md``."""

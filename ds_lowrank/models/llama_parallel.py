@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
@@ -157,4 +158,4 @@ def _fill(model: ParallelLlama, weight: WeightSource) -> None:
 
 
 def _grid(model: ParallelLlama) -> Grid:
-    return grid_of(model.mpu() if isinstance(model, PipelineModule) else None)
+    return grid_of(model.mpu() if isinstance(model, PipelineModule) else parallel_state)

@@ -26,7 +26,8 @@ from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
 from ds_lowrank.optimizer.step import all_finite, step_matrices
-from ds_lowrank.placement.grid import Grid, grid_of, joined
+from ds_lowrank.placement.averaging import check_averaging
+from ds_lowrank.placement.grid import Grid, initialized_grid, joined
 from ds_lowrank.placement.zero import read_placement
 from ds_lowrank.sharding.reduce import Distributed, Executor, Rounds, SingleProcess
 
@@ -73,7 +74,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], *, grid: Grid | None = None, **options: Any) -> None:
         self._given_grid = grid
-        self._groups = ParameterGroups(self.method, options, self._current_grid)
+        self._groups = ParameterGroups(self.method, options, self._grid_of)
         self._slots: dict[int, list[Slot]] | None = None
         self._executor: Executor = SingleProcess()
         self.wrapper, self.grid, self._is_local = "none", Grid(), False
@@ -115,9 +116,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         self._given_grid = self._given_grid if grid is None else grid
 
-    def _current_grid(self) -> Grid:
-        """The current grid. AutoTP may create its groups after a client optimizer is built."""
-        return grid_of(None) if self._given_grid is None else self._given_grid
+    def _grid_of(self, parameters: Iterable[torch.nn.Parameter]) -> Grid:
+        """The grid of some of the parameters. AutoTP may create its groups after a client optimizer is built."""
+        return initialized_grid(parameters) if self._given_grid is None else self._given_grid
 
     @torch.inference_mode(False)  # state that is made in inference mode cannot be changed outside
     def bind(self) -> None:
@@ -130,13 +131,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         if self._slots is not None:
             return
-        self.grid, ascent = self._current_grid(), self._groups.ascent
+        self.grid, ascent = self._groups.grid, self._groups.ascent
         if ascent is not None and ascent.per_micro_batch and self.grid.pipeline is not None:
             raise ConfigError(
                 "accumulation 'per_micro_batch' moves the weights for each micro-batch, and a pipeline works on "
                 "several at a time: set accumulation to 'per_step'"
             )
         placement = read_placement(self._groups.parameters, self._groups.param_groups)
+        check_averaging(self.grid, placement.process_group)
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
         self._is_local = self.grid.tensor is not None and self._groups.project_locally

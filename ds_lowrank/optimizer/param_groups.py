@@ -33,6 +33,7 @@ from ds_lowrank.placement.zero import unpartitioned_shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("target_modules", "exclude_modules")
+GridOf = Callable[[Iterable[torch.nn.Parameter]], Grid]
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 
@@ -42,15 +43,15 @@ class ParameterGroups:
     Args:
         method: of the optimizer.
         given: the options it was built with, which a group may override.
-        grid: returns the current grid: AutoTP may create its groups after the optimizer.
+        grid: returns the current grid of some parameters: AutoTP may create its groups after the optimizer.
 
     Attributes:
         param_groups: the optimizer's groups that have something to train.
         parameters: for each of them, the trainable parameters it was built with.
     """
 
-    def __init__(self, method: type[Method], given: Mapping[str, Any], grid: Callable[[], Grid]) -> None:
-        self._method, self._given, self._grid = method, given, grid
+    def __init__(self, method: type[Method], given: Mapping[str, Any], grid: GridOf) -> None:
+        self._method, self._given, self._grid_of = method, given, grid
         self._keys = tuple(method.Options.model_fields)
         self._tags: dict[torch.Tensor, Tag] = {}
         self._names: list[str] = []
@@ -89,7 +90,7 @@ class ParameterGroups:
             if parameter.dtype not in DTYPES:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
-        grid = self._grid()
+        grid = self._grid_of(trained)
         found = [logical_parameters_of(p, self._tags[p], group, options, {}, grid) for p in trained]
         check_shapes(self._method, [one for of_parameter in found for one in of_parameter])
         return {**group, **{key: getattr(options, key) for key in self._keys}, "params": trained}, options
@@ -184,6 +185,11 @@ class ParameterGroups:
         return {id(group): self.options_of(group) for group in self.param_groups}
 
     @property
+    def grid(self) -> Grid:
+        """The current grid of all parameters."""
+        return self._grid_of(parameter for own in self.parameters for parameter in own)
+
+    @property
     def project_locally(self) -> bool:
         """Whether tensor-parallel ranks project their own shards.
 
@@ -216,7 +222,7 @@ class ParameterGroups:
         Args:
             state: the optimizer's: an empty dict for each parameter.
         """
-        grid = self._grid()
+        grid = self.grid
         return [
             one
             for own, group, options in zip(self.parameters, self.param_groups, self.options.values(), strict=True)

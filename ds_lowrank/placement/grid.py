@@ -1,22 +1,30 @@
 """The grid of ranks: which process groups split a layer, and which hold the stages of one pipeline.
 
 DeepSpeed and megatron-core both arrange the ranks as (pipeline, data, tensor), with tensor-parallel ranks next to each
-other. Data parallelism is read from ZeRO; the other two axes are read here.
+other. Data parallelism is read from ZeRO; the other two axes are read here. The ranks of a sequence group (DeepSpeed's
+Ulysses) hold whole weights, and ZeRO treats them like data-parallel ranks, so they are no axis of the grid.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-TENSOR = ("get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group")
+from ds_lowrank.placement.marks import is_split
+
+TENSOR = ("get_tensor_model_parallel_group", "get_slice_parallel_group")
 """Methods of an ``mpu`` that return the tensor-parallel group, in the order in which they are tried."""
+MODEL = ("get_model_parallel_group",)
+"""An older name for the tensor-parallel group, which newer units give to other groups too."""
 PIPELINE = ("get_pipeline_model_parallel_group", "get_pipe_parallel_group")
 """Methods of an ``mpu`` that return the pipeline group, in the order in which they are tried."""
+SEQUENCE = ("get_sequence_parallel_group",)
+"""Methods of an ``mpu`` that return the group over which each sequence is split (Ulysses)."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +64,56 @@ def grid_of(mpu: Any) -> Grid:
     """Read the grid that a model-parallel unit describes.
 
     Args:
-        mpu: megatron-core's ``parallel_state``, DeepSpeed's pipeline grid, or any object with their getters. None for
-            whatever is initialized in this process: DeepSpeed's AutoTP or megatron-core.
+        mpu: megatron-core's ``parallel_state``, DeepSpeed's pipeline grid or ``parallel_state_sp``, or any object with
+            their getters. None for data parallelism only.
     """
     if mpu is None:
-        mpu = _initialized()
-    if mpu is None:
         return Grid()
-    # DeepSpeed's pipeline grid answers get_model_parallel_group with the ranks of all stages, so it is tried last.
-    return Grid(tensor=_group(mpu, TENSOR), pipeline=_group(mpu, PIPELINE))
+    pipeline = _group(mpu, PIPELINE)
+    if any(hasattr(mpu, name) for name in TENSOR):
+        return Grid(_group(mpu, TENSOR), pipeline)
+    # Megatron's first units had no other axis. DeepSpeed's parallel_state_sp returns its sequence group here.
+    named = _group(mpu, MODEL)
+    others = [group for group in (pipeline, _group(mpu, SEQUENCE)) if group is not None]
+    is_other = named is not None and any(ranks_of(named) == ranks_of(other) for other in others)
+    return Grid(None if is_other else named, pipeline)
+
+
+def sequence_size(mpu: Any) -> int:
+    """The number of ranks over which each sequence is split by Ulysses; 1 without.
+
+    Args:
+        mpu: the model-parallel unit, or None.
+    """
+    group = None if mpu is None else _group(mpu, SEQUENCE)
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def initialized_grid(parameters: Iterable[torch.Tensor]) -> Grid:
+    """The grid of parameters whose engine nobody has named: the tensor-parallel group that exists in this process.
+
+    Groups stay behind when their engine is gone. They are the grid only of parameters that are marked as split.
+
+    Args:
+        parameters: those that are trained.
+    """
+    return Grid(initialized_tensor_group()) if any(is_split(parameter) for parameter in parameters) else Grid()
+
+
+def initialized_tensor_group() -> dist.ProcessGroup | None:
+    """The tensor-parallel group that exists in this process, whoever made it; None without."""
+    tensors = (grid_of(mpu).tensor for mpu in _initialized())
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def ranks_of(group: dist.ProcessGroup) -> list[int]:
+    """The global ranks of a process group, in its order.
+
+    Args:
+        group: this rank is in it.
+    """
+    ranks: list[int] = dist.get_process_group_ranks(group)
+    return ranks
 
 
 def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -82,7 +131,7 @@ def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     given = [group for group in groups if group is not None and dist.get_world_size(group) > 1]
     if len(given) < 2:
         return given[0] if given else None
-    own = [dist.get_process_group_ranks(group) for group in given]
+    own = [ranks_of(group) for group in given]
     of_all_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all_ranks, own)
     found: dist.ProcessGroup | None = None
@@ -93,15 +142,18 @@ def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return found
 
 
-def _initialized() -> Any:
-    """Whichever module has made tensor-parallel groups in this process; imports neither DeepSpeed nor megatron-core."""
+def _initialized() -> list[Any]:
+    """What may have made tensor-parallel groups in this process; imports neither DeepSpeed nor megatron-core."""
+    found = []
     groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None and groups.mpu is not None:  # the unit of the engine that was built last
+        found.append(groups.mpu)
     if groups is not None and groups._TENSOR_MODEL_PARALLEL_GROUP is not None:
-        return groups
+        found.append(groups)
     state = sys.modules.get("megatron.core.parallel_state")
     if state is not None and state.model_parallel_is_initialized():
-        return state
-    return None
+        found.append(state)
+    return found
 
 
 def _group(mpu: Any, getters: Sequence[str]) -> dist.ProcessGroup | None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+AUTOTP = "ds_autotp_universal_checkpoint_meta"
+"""The attribute of a parameter in which AutoTP describes its split."""
+
 
 def is_partitioned(parameter: Any) -> bool:
     """Whether ZeRO 3 (``zero.Init`` included) has partitioned the parameter, so that the tensor itself is empty."""
@@ -27,6 +30,11 @@ def is_expert(parameter: Any) -> bool:
 def is_megatron_shard(parameter: Any) -> bool:
     """Whether megatron-core marks the parameter as split over tensor-parallel ranks."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def is_split(parameter: Any) -> bool:
+    """Whether megatron-core or AutoTP marks the parameter as part of a tensor-parallel layer."""
+    return is_megatron_shard(parameter) or getattr(parameter, AUTOTP, None) is not None
 
 
 def megatron_stride(parameter: Any) -> int:

@@ -24,13 +24,11 @@ import torch
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.grid import Grid
-from ds_lowrank.placement.marks import is_megatron_shard, megatron_stride
+from ds_lowrank.placement.marks import AUTOTP, is_megatron_shard, megatron_stride
 from ds_lowrank.placement.stacks import Stack, stack_of
 from ds_lowrank.sharding.layout import Block, Range
 from ds_lowrank.sharding.logical import Logical, Strip, concatenated_row
 
-AUTOTP = "ds_autotp_universal_checkpoint_meta"
-"""The attribute of a parameter in which AutoTP describes its split."""
 FUSION = "ds_lowrank_fusion"
 """The attribute of a parameter in which ``tag_fused`` stores a :class:`Fusion`."""
 

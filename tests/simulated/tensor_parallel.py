@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.placement.tensor_parallel import AUTOTP
+from ds_lowrank.placement.marks import AUTOTP
 from tests.methods import of
 
 CASES = [(method, options) for method in METHODS for options in of(method).grid_options]
