@@ -27,6 +27,7 @@ from ds_lowrank.optimizer.logical_parameters import (
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.roles import check_patterns
 from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.marks import refuse_foreign_sharding
 from ds_lowrank.placement.parameter_names import Tag, tag_from_name, tag_of
 from ds_lowrank.placement.tensor_parallel import refuse_empty_shards
 from ds_lowrank.placement.zero import unpartitioned_shape
@@ -84,6 +85,7 @@ class ParameterGroups:
             self._must_match(names, key, given.get(key) or ())
         for (_, parameter), tag in zip(named, tags, strict=True):
             refuse_empty_shards(parameter, tag.name)
+            refuse_foreign_sharding(parameter, tag.name)
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
         trained = [p for _, p in named if p.requires_grad and 0 not in unpartitioned_shape(p)]
         for parameter in trained:
@@ -221,7 +223,12 @@ class ParameterGroups:
 
         Args:
             state: the optimizer's: an empty dict for each parameter.
+
+        Raises:
+            ConfigError: a parameter was given to FSDP after the optimizer was built.
         """
+        for parameter in (parameter for own in self.parameters for parameter in own):
+            refuse_foreign_sharding(parameter, self._tags[parameter].name)
         grid = self.grid
         return [
             one

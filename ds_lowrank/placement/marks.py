@@ -1,4 +1,4 @@
-"""What DeepSpeed and megatron-core mark on a parameter, as predicates.
+"""What DeepSpeed, megatron-core and PyTorch mark on a parameter, as predicates.
 
 The marks are read in this folder only: ZeRO's partitions in :mod:`ds_lowrank.placement.zero`, tensor-parallel splits in
 :mod:`ds_lowrank.placement.tensor_parallel`, the other marks here.
@@ -6,7 +6,12 @@ The marks are read in this folder only: ZeRO's partitions in :mod:`ds_lowrank.pl
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+import torch
+
+from ds_lowrank.errors import ConfigError
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 """The attribute of a parameter in which AutoTP describes its split."""
@@ -40,3 +45,40 @@ def is_split(parameter: Any) -> bool:
 def megatron_stride(parameter: Any) -> int:
     """Number of matrices that megatron-core has stacked in the parameter, each split on its own; 1 for a plain one."""
     return int(getattr(parameter, "partition_stride", 1))
+
+
+def foreign_sharding(parameter: Any) -> str | None:
+    """What a parameter is whose elements are stored in a way that is not read here; None if they are.
+
+    Args:
+        parameter: as the caller gave it.
+
+    Returns:
+        A noun with its article, for a message.
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is not None and isinstance(parameter, tensors.DTensor):
+        return "a DTensor, as fully_shard (FSDP2) and PyTorch's tensor parallelism make them"
+    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
+        return "a part of a flat parameter of FullyShardedDataParallel (FSDP1), which has no matrices"
+    if type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a {type(parameter).__name__}, a tensor subclass that stores its elements in its own way"
+    return None
+
+
+def refuse_foreign_sharding(parameter: torch.Tensor, name: str) -> None:
+    """Refuse a parameter that is trained and whose elements are stored in a way that is not read here.
+
+    Args:
+        parameter: as the caller gave it.
+        name: the parameter's name in the model.
+
+    Raises:
+        ConfigError: it is such a parameter.
+    """
+    found = foreign_sharding(parameter) if parameter.requires_grad else None
+    if found is not None:
+        raise ConfigError(
+            f"{name} is {found}: give ds_lowrank plain parameters. DeepSpeed's ZeRO, which it reads, splits a model "
+            "over ranks like FSDP"
+        )

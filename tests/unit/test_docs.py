@@ -26,6 +26,7 @@ from ds_lowrank.optimizer.registry import OPTIMIZERS
 from tests.engines.pool import run_ranks
 from tests.unit.pages import PAGES, ROOT, rows, weights
 from tests.unit.test_architecture import ALLOWED
+from tests.unit.test_parallel_marks import Wrapped
 
 
 class Fence(NamedTuple):
@@ -258,6 +259,9 @@ REFUSED = {
     "a parameter without a name or tag": lambda: ds_lowrank.GaLore([weights((4, 4))[0][1]]),
     "two parameters of one name, or one parameter twice": lambda: ds_lowrank.GaLore(weights((4, 4)) * 2),
     "an fp64 (or integer) parameter": lambda: ds_lowrank.GaLore(weights((4, 4), dtype=torch.float64)),
+    "a parameter of PyTorch's FSDP or tensor parallelism, or of another tensor subclass": lambda: ds_lowrank.GaLore(
+        [("w", torch.nn.Parameter(Wrapped(torch.ones(4, 4))))]
+    ),
     "a parameter that is not contiguous": lambda: ds_lowrank.GaLore(
         [("w", torch.nn.Parameter(torch.ones(4, 6).T))]
     ).bind(),

@@ -7,9 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+import ds_lowrank
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.placement.tensor_parallel import logical_matrices
 from ds_lowrank.sharding.layout import Block, ContiguousPart
+from tests.engines.pool import run_ranks
 from tests.simulated.tensor_parallel import FakeGrid, autotp_parameter, megatron_parameter
 
 MARKED = {
@@ -93,3 +95,94 @@ def test_a_split_vector_is_one_row_and_unmarked_parameters_are_replicated():
 def test_marks_without_a_usable_split_are_refused(parameter, message):
     with pytest.raises(ConfigError, match=message):
         logical_matrices(parameter(), (4, 6), "w", FakeGrid(0, 2))
+
+
+def sharded_by_fsdp2(model):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def sharded_by_fsdp1(model, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+
+def split_by_torch(model):
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    return parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+
+
+def quantized(model):
+    """As torchao stores a weight: another tensor inside a tensor."""
+    model[0].weight = torch.nn.Parameter(Wrapped(model[0].weight.data))
+    return model
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass without elements of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=False)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+FOREIGN = {
+    "FSDP2": (sharded_by_fsdp2, "a DTensor, as fully_shard (FSDP2)"),
+    "FSDP1, flat": (lambda model: sharded_by_fsdp1(model, False), "a part of a flat parameter"),
+    "FSDP1, original parameters": (lambda model: sharded_by_fsdp1(model, True), "a part of a flat parameter"),
+    "tensor parallelism of PyTorch": (split_by_torch, "a DTensor"),
+    "a quantized weight": (quantized, "a Wrapped, a tensor subclass"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_parameters_that_another_library_stores_in_its_own_way_are_refused(kind):
+    for message in run_ranks(1, refusal_of, kind):
+        assert FOREIGN[kind][1] in message
+        assert "DeepSpeed's ZeRO, which it reads, splits a model over ranks like FSDP" in message
+
+
+def refusal_of(kind):
+    model = FOREIGN[kind][0](torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)))
+    try:
+        ds_lowrank.GaLore(model.named_parameters(), rank=2)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_an_optimizer_whose_parameters_were_given_to_fsdp_later_is_refused_in_its_first_step():
+    assert "a part of a flat parameter" in run_ranks(1, wrapped_later)[0]
+
+
+def wrapped_later():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2)
+    wrapped = sharded_by_fsdp1(model, use_orig_params=True)
+    wrapped(torch.ones(2, 6)).sum().backward()
+    try:
+        optimizer.step()
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_frozen_parameter_may_be_stored_in_any_way():
+    model = quantized(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)))
+    model[0].weight.requires_grad_(False)
+    optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2)
+    assert [slot.tag.name for slot in optimizer.slots] == ["0.bias", "1.weight", "1.bias"]
