@@ -45,11 +45,6 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
         raise ConfigError(
             "tensor_parallel.autotp_size creates its own grid: remove it, or pass a plain model without mpu"
         )
-    if getattr(unit, "get_context_parallel_world_size", lambda: 1)() > 1:
-        raise ConfigError(
-            "context parallelism is not supported: DeepSpeed would average gradients without its ranks. Set "
-            "context_parallel_size to 1"
-        )
     if unit is not None:
         check_unit(unit)
     _check_sequence_size(config, unit)

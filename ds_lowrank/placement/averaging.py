@@ -31,9 +31,22 @@ def check_unit(mpu: Any) -> None:
         mpu: the caller's, or a pipeline's.
 
     Raises:
-        ConfigError: it combines sequence groups with other axes, or its groups overlap or leave out ranks.
+        ConfigError: it has context parallelism, combines sequence groups with other axes, or its groups do not exist
+            yet, overlap or leave out ranks.
     """
-    grid = grid_of(mpu)
+    try:
+        grid = grid_of(mpu)
+        context = getattr(mpu, "get_context_parallel_world_size", lambda: 1)()
+    except AssertionError as error:
+        raise ConfigError(
+            f"the groups of the mpu do not exist yet ({error}): call its function that makes them, such as "
+            "initialize_model_parallel or initialize_sequence_parallel, before ds_lowrank.initialize"
+        ) from error
+    if context > 1:
+        raise ConfigError(
+            "context parallelism is not supported: DeepSpeed would average gradients without its ranks. Set "
+            "context_parallel_size to 1"
+        )
     if sequence_size(mpu) > 1 and not grid.is_flat:
         raise ConfigError(
             "the mpu has sequence groups (Ulysses), and tensor or pipeline parallelism too, which was never tested: "

@@ -57,15 +57,14 @@ def logits_and_loss(tensor, changes):
 def whole_logits(own):
     """Join the tensor-parallel ranks' shares of the vocabulary."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
-    from ds_lowrank.placement.grid import grid_of
+    from ds_lowrank.placement.grid import initialized_tensor_group
 
     if own.shape[-1] == VOCAB:
         return own
-    grid = grid_of(parallel_state)
-    shares = [torch.empty_like(own) for _ in range(grid.tensor_size)]
-    dist.all_gather(shares, own, group=grid.tensor)
+    group = initialized_tensor_group()
+    shares = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shares, own, group=group)
     return torch.cat(shares, dim=-1)
 
 

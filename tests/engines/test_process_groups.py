@@ -138,6 +138,20 @@ def with_an_unknown_axis(stage):
     return stock_error(settings_of(stage, 2), mpu=unit)
 
 
+@pytest.mark.parametrize("unit", ["parallel_state_sp", "megatron-core"])
+def test_a_unit_without_groups_is_refused(unit):
+    for error in run_ranks(2, with_a_unit_without_groups, unit):
+        assert "the groups of the mpu do not exist yet" in error
+
+
+def with_a_unit_without_groups(unit):
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from megatron.core import parallel_state
+
+    mpu = parallel_state_sp if unit == "parallel_state_sp" else parallel_state
+    return own_initialize_error(make_model(), settings_of(1, 2), mpu=mpu)
+
+
 NAMES = {
     "Megatron's first": ({"model_parallel": (2, 1), "data_parallel": (2, 2)}, (2, 1)),
     "DeepSpeed's sequence": ({"model_parallel": (2, 1), "sequence_parallel": (2, 1)}, (1, 1)),
