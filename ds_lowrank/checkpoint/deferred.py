@@ -6,6 +6,7 @@ reaches the barrier and leaves the other ranks waiting.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,12 +19,16 @@ class DeferredErrors:
 
     Args:
         engine: the engine whose ``save_checkpoint`` is called inside the context.
+
+    Attributes:
+        written: the files that this rank has written.
     """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._write = engine.checkpoint_engine.save
         self._errors: list[Exception] = []
+        self.written: list[Path] = []
 
     def __enter__(self) -> DeferredErrors:
         self._engine.checkpoint_engine.save = self._save
@@ -46,6 +51,7 @@ class DeferredErrors:
     def _save(self, state_dict: dict[str, Any], path: str) -> None:
         try:
             self._write(state_dict, path)
+            self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             self._errors.append(error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +12,9 @@ from transformers import LlamaForCausalLM
 
 from ds_lowrank.adapters import lora
 from ds_lowrank.adapters.model import merged_weights
+from ds_lowrank.checkpoint.disk import flush_folder
 from ds_lowrank.checkpoint.gather import whole_weights
+from ds_lowrank.checkpoint.owned import delete_owned, make_owned, replace_owned
 from ds_lowrank.collectives import global_rank, raise_on_all_ranks
 
 
@@ -40,7 +41,7 @@ def export(
         notes: further files to write: their text, keyed by file name.
 
     Raises:
-        OSError: on rank 0, the folder cannot be written.
+        OSError: on rank 0, the folder cannot be written, or there is one that this package did not write.
         RemoteError: on the other ranks, if rank 0 failed.
     """
     model, weights = engine.module, whole_weights(engine)
@@ -52,12 +53,12 @@ def export(
     with raise_on_all_ranks():
         if global_rank() == 0:
             aside = directory.with_name(f".{directory.name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)
+            delete_owned(aside)
+            make_owned(aside)
             model.save_pretrained(aside, state_dict=merged_weights(model, weights))
             if tokenizer is not None:
                 tokenizer.save(aside)
             for name, text in (notes or {}).items():
                 (aside / name).write_text(text)
-            if directory.exists():
-                shutil.rmtree(directory)
-            aside.rename(directory)
+            flush_folder(aside)
+            replace_owned(aside, directory)

@@ -1,20 +1,43 @@
-"""manifest.json: which files a checkpoint consists of, and which run it belongs to.
+"""manifest.json: which files a checkpoint consists of, their checksums, and which run it belongs to.
 
-It is written last, so that only a complete checkpoint has one.
+It is written last, so that only a complete checkpoint has one, and has a checksum of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ds_lowrank.checkpoint.disk import flush, sha256
 from ds_lowrank.errors import CheckpointError
 
 FILE = "manifest.json"
-FORMAT = 3
+FORMAT = 4
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is incomplete, or its files are not those that were saved."""
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: tokens trained on, on all ranks together.
+        seconds: time spent on training steps.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,66 +92,174 @@ REMEDIES = {
 }
 
 
-def write_manifest(directory: Path, identity: Identity, progress: Mapping[str, float]) -> None:
-    """Write manifest.json: every file in ``directory`` with its size in bytes, the run's identity and its progress.
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError("is not the name of a file in the checkpoint")
+    return name
+
+
+class Sealed(BaseModel):
+    """A file of a checkpoint, as it was when it was saved.
+
+    Attributes:
+        bytes: its size.
+        sha256: the SHA-256 of its bytes, in hexadecimal.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Progress(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    progress: _Progress
+    run: dict[str, Any]
+    files: dict[Annotated[str, AfterValidator(_inside)], Sealed]
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest.json says.
+
+    Attributes:
+        progress: how far the run was.
+        run: the run's identity, as JSON has it.
+        files: the files of the checkpoint, by their names in its folder.
+    """
+
+    progress: Progress
+    run: dict[str, Any]
+    files: dict[str, Sealed]
+
+
+def seal(path: Path) -> Sealed:
+    """Flush a file to the disk, and compute what the manifest says about it.
+
+    Raises:
+        OSError: it cannot be written or read.
+    """
+    flush(path)
+    return Sealed(bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def write_manifest(directory: Path, identity: Identity, progress: Progress, files: Mapping[str, Sealed]) -> None:
+    """Write manifest.json and flush it to the disk.
 
     Args:
         directory: the folder of the checkpoint, complete except for the manifest.
         identity: identifies the run.
-        progress: how far the run is, for readers of the file.
+        progress: how far the run is.
+        files: the files in ``directory``, by name.
     """
-    files = {
-        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
+    content = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "run": asdict(identity),
+        "files": {name: sealed.model_dump() for name, sealed in sorted(files.items())},
     }
-    manifest = {"format": FORMAT, "progress": dict(progress), "run": asdict(identity), "files": files}
-    (directory / FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    content["checksum"] = _checksum(content)
+    (directory / FILE).write_text(json.dumps(content, indent=2) + "\n")
+    flush(directory / FILE)
 
 
-def check_manifest(directory: Path, identity: Identity) -> None:
-    """Check that a checkpoint is complete and belongs to a run with this identity.
+def read_manifest(directory: Path) -> Manifest:
+    """Read manifest.json and check it against its own checksum.
 
     Raises:
-        CheckpointError: files are missing or damaged, or settings differ; the message lists all differences and how to
-            remove them.
+        DamagedError: there is none, or it is not what was saved.
+        CheckpointError: another version of the package wrote it.
     """
-    manifest = _read(directory)
-    for name, size in manifest["files"].items():
+    path = directory / FILE
+    if not path.is_file():
+        raise DamagedError(f"{directory} is not a complete checkpoint: it has no {FILE}")
+    try:
+        content = json.loads(path.read_text())
+        format_number = content["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedError(f"{directory} is damaged: {FILE} is not a manifest") from None
+    if format_number != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {str(format_number)[:20]}, but this version reads format {FORMAT}: use the version "
+            "that saved it"
+        )
+    try:
+        found = _Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])[:60]
+        raise DamagedError(f"{directory} is damaged: {where} of {FILE}: {first['msg']}") from None
+    if found.checksum != _checksum({key: value for key, value in content.items() if key != "checksum"}):
+        raise DamagedError(f"{directory} is damaged: {FILE} is not as it was saved")
+    return Manifest(Progress(**found.progress.model_dump()), found.run, found.files)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(directory: Path, manifest: Manifest, share: slice = slice(None)) -> None:
+    """Check that the files of a checkpoint are those that were saved.
+
+    Args:
+        directory: the folder of the checkpoint.
+        manifest: its manifest.
+        share: which of the files to read; the sizes of all are checked.
+
+    Raises:
+        DamagedError: a file is missing, damaged or not in the manifest.
+        OSError: a file cannot be read.
+    """
+    for name, sealed in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{directory} is damaged: {name} is missing; resume from another checkpoint")
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"{directory} is damaged: {name} has {path.stat().st_size} bytes instead of {size}; "
-                "resume from another checkpoint"
+            raise DamagedError(f"{directory} is damaged: {name} is missing")
+        if path.stat().st_size != sealed.bytes:
+            raise DamagedError(
+                f"{directory} is damaged: {name} has {path.stat().st_size} bytes instead of {sealed.bytes}"
             )
+    for path in directory.glob("*.pt"):  # DeepSpeed would load it, as it finds files by their names
+        if path.name not in manifest.files:
+            raise DamagedError(f"{directory} is damaged: {path.name} was not saved with it; remove that file")
+    for name in sorted(manifest.files)[share]:
+        if sha256(directory / name) != manifest.files[name].sha256:
+            raise DamagedError(f"{directory} is damaged: {name} is not as it was saved")
+
+
+def check_identity(directory: Path, manifest: Manifest, identity: Identity) -> None:
+    """Check that a checkpoint belongs to a run with this identity.
+
+    Args:
+        directory: the folder of the checkpoint.
+        manifest: its manifest.
+        identity: identifies this run.
+
+    Raises:
+        CheckpointError: settings differ; the message lists all differences and how to remove them.
+    """
     # Through JSON, so that a tuple equals the list that it was saved as.
     wanted = json.loads(json.dumps(asdict(identity)))
     different = [
-        f"{key}: the checkpoint has {_brief(manifest['run'].get(key), wanted[key])}, this run "
-        f"{_brief(wanted[key], manifest['run'].get(key))} ({remedy})"
+        f"{key}: the checkpoint has {_brief(manifest.run.get(key), wanted[key])}, this run "
+        f"{_brief(wanted[key], manifest.run.get(key))} ({remedy})"
         for key, remedy in REMEDIES.items()
-        if manifest["run"].get(key) != wanted[key]
+        if manifest.run.get(key) != wanted[key]
     ]
     if different:
         raise CheckpointError(f"{directory} belongs to a different run; nothing was changed. " + "; ".join(different))
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a complete checkpoint: it has no {FILE}; resume from another checkpoint"
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        format_number = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is damaged; resume from another checkpoint") from None
-    if format_number != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {format_number}, but this version reads format {FORMAT}: use the version that saved it"
-        )
-    return manifest
 
 
 def _brief(value: Any, other: Any) -> str:

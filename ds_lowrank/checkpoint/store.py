@@ -4,7 +4,7 @@
     SAVE/zero_to_fp32.py                 DeepSpeed's script that turns a checkpoint into fp32 weights
     SAVE/global_step200/                 DeepSpeed's files
     SAVE/global_step200/rank_0.pt        rank 0's position in the data and its random state; one file per rank
-    SAVE/global_step200/manifest.json    the files of the checkpoint, and the run it belongs to
+    SAVE/global_step200/manifest.json    the files of the checkpoint, their checksums, and the run they belong to
 
 A checkpoint is written to SAVE/.global_step200.partial and renamed once every rank has finished. A kill or a full disk
 therefore never damages the previous checkpoint. SAVE must be the same directory for all ranks.
@@ -12,87 +12,24 @@ therefore never damages the previous checkpoint. SAVE must be the same directory
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from ds_lowrank.checkpoint.choose import leftovers, list_tags
 from ds_lowrank.checkpoint.deferred import DeferredErrors
-from ds_lowrank.checkpoint.manifest import FILE, Identity, write_manifest
-from ds_lowrank.collectives import global_rank, raise_on_all_ranks
+from ds_lowrank.checkpoint.disk import flush
+from ds_lowrank.checkpoint.manifest import FILE, Identity, Progress, Sealed, read_manifest, seal, write_manifest
+from ds_lowrank.checkpoint.owned import MARK, delete_owned, is_owned, make_owned, mark
+from ds_lowrank.checkpoint.restricted_load import read_data, restricted
+from ds_lowrank.collectives import all_gather_object, global_rank, is_distributed, raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
-
-TAG = re.compile(r"global_step(\d+)")
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps taken.
-        tokens: tokens trained on, on all ranks together.
-        seconds: time spent on training steps.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved, taken from its name.
-
-    Raises:
-        CheckpointError: the name is not that of a checkpoint.
-    """
-    match = TAG.fullmatch(checkpoint.name)
-    if match is None:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint: its name is not global_step followed by a number")
-    return int(match[1])
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in ``directory``, oldest first."""
-    if not directory.is_dir():
-        return []
-    complete = [path for path in directory.iterdir() if TAG.fullmatch(path.name) and (path / FILE).is_file()]
-    return sorted(complete, key=step_of)
-
-
-def find_checkpoint(directory: Path, choice: str) -> Path:
-    """Find the checkpoint to resume from.
-
-    Args:
-        directory: where the run saves its checkpoints.
-        choice: a tag in ``directory``, the path of a checkpoint, or '' for the newest one in ``directory``.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or ``directory`` has newer ones, which the run would have to
-            overwrite.
-    """
-    complete = list_checkpoints(directory)
-    if not choice:
-        if not complete:
-            raise CheckpointError(
-                f"nothing to resume: {directory} has no complete checkpoint; leave --resume out to start"
-            )
-        return complete[-1]
-    chosen = directory / choice if (directory / choice).is_dir() else Path(choice)
-    if not chosen.is_dir():
-        raise CheckpointError(f"no checkpoint {choice!r}: it is neither a tag in {directory} nor a path")
-    newer = [path.name for path in complete if step_of(path) > step_of(chosen)]
-    if newer:
-        raise CheckpointError(
-            f"{directory} has checkpoints newer than {chosen.name} ({', '.join(newer)}); to branch off there, "
-            "give another --save and --output"
-        )
-    return chosen
 
 
 def save_checkpoint(
@@ -129,34 +66,82 @@ def save_checkpoint(
             )
         with raise_on_all_ranks():
             deferred.raise_first()
-            torch.save(rank_state, partial / tag / _rank_file(global_rank()))
-        _on_first_rank(lambda: _complete(directory, tag, partial, identity, progress))
+            own = partial / tag / _rank_file(global_rank())
+            torch.save({"rank": global_rank(), "progress": asdict(progress), "state": rank_state}, own)
+            written = {path.relative_to(partial / tag).as_posix(): seal(path) for path in [*deferred.written, own]}
+        files = _merged(all_gather_object(written))
+        _on_first_rank(lambda: _complete(directory, tag, partial, identity, progress, files))
     except (OSError, RuntimeError, CheckpointError) as error:
-        if global_rank() == 0:
+        if global_rank() == 0 and is_owned(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{directory / tag} was not saved: {error}; is the disk full? Earlier checkpoints are intact"
         ) from error
-    _on_first_rank(lambda: _prune(directory, keep))
+    try:
+        _on_first_rank(lambda: _prune(directory, keep))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory / tag} was saved, but an older checkpoint was not deleted: {error}"
+        ) from error
     return directory / tag
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
     """Load a checkpoint of ``save_checkpoint`` into a newly built engine. Collective.
 
+    Its files must have been checked with ``check_whole``. Nothing in them is run, even so.
+
     Returns:
         The progress of the run, and this rank's own state.
 
     Raises:
-        CheckpointError: DeepSpeed found nothing to load.
+        CheckpointError: a file is not what ``save_checkpoint`` writes, or does not fit the engine.
         RemoteError: another rank failed.
     """
-    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with raise_on_all_ranks():
+        manifest = read_manifest(checkpoint)
+        for name in sorted(manifest.files)[share_of_files()]:
+            if name.endswith(".pt"):
+                read_data(checkpoint / name, "meta")  # before the engine, whose collectives a refusal would leave
+        own = _own_state(checkpoint, manifest.progress)
+    try:
+        with restricted(engine):
+            loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # DeepSpeed raises whatever its reading of a dict leads to, maybe on this rank only
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{checkpoint} does not fit this run: {type(error).__name__}: {first}") from error
     with raise_on_all_ranks():
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}")
-        rank_state = torch.load(checkpoint / _rank_file(global_rank()), weights_only=True)
-    return Progress(**client_state["progress"]), rank_state
+        _check_progress(checkpoint, "DeepSpeed's files", client_state.get("progress"), manifest.progress)
+    return manifest.progress, own
+
+
+def share_of_files() -> slice:
+    """The share of a checkpoint's files that this rank checks. All ranks together check all of them."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if is_distributed() else slice(None)
+
+
+def _own_state(checkpoint: Path, progress: Progress) -> dict[str, Any]:
+    """This rank's own state, from a file that must be this rank's and of the checkpoint's step."""
+    name = _rank_file(global_rank())
+    found = read_data(checkpoint / name)
+    if not isinstance(found, dict) or found.get("rank") != global_rank() or not isinstance(found.get("state"), dict):
+        raise CheckpointError(f"{checkpoint} is damaged: {name} is not of rank {global_rank()}")
+    _check_progress(checkpoint, name, found.get("progress"), progress)
+    state: dict[str, Any] = found["state"]
+    return state
+
+
+def _check_progress(checkpoint: Path, name: str, found: Any, progress: Progress) -> None:
+    values = (found.get("step"), found.get("tokens")) if isinstance(found, dict) else (None, None)
+    if values != (progress.step, progress.tokens):  # each rank measures its own seconds
+        raise CheckpointError(
+            f"{checkpoint} mixes files of several checkpoints: {name} is of step {values[0]}, the manifest of step "
+            f"{progress.step}; resume from another checkpoint"
+        )
 
 
 def _rank_file(rank: int) -> str:
@@ -171,29 +156,69 @@ def _on_first_rank(act: Callable[[], None]) -> None:
 
 def _prepare(directory: Path, tag: str, partial: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in (*directory.glob(".*.partial"), *directory.glob(".*.removed")):
-        shutil.rmtree(leftover)
+    for leftover in leftovers(directory):
+        delete_owned(leftover)
     if (directory / tag).exists():
         raise CheckpointError(f"{directory / tag} already exists and is not overwritten; give another --save")
-    (partial / tag).mkdir(parents=True)
+    make_owned(partial)
+    (partial / tag).mkdir()
 
 
-def _complete(directory: Path, tag: str, partial: Path, identity: Identity, progress: Progress) -> None:
-    missing = [rank for rank in range(identity.ranks) if not (partial / tag / _rank_file(rank)).is_file()]
+def _merged(parts: Iterable[Mapping[str, Sealed]]) -> dict[str, Sealed | None]:
+    """What the ranks wrote together; None for a file that several of them wrote."""
+    files: dict[str, Sealed | None] = {}
+    for part in parts:
+        for name, sealed in part.items():
+            files[name] = None if name in files else sealed
+    return files
+
+
+def _complete(
+    directory: Path,
+    tag: str,
+    partial: Path,
+    identity: Identity,
+    progress: Progress,
+    written: Mapping[str, Sealed | None],
+) -> None:
+    """Write the manifest and give the checkpoint its name. Everything is on the disk before it has one."""
+    checkpoint = partial / tag
+    missing = [rank for rank in range(identity.ranks) if not (checkpoint / _rank_file(rank)).is_file()]
     if missing:
         raise CheckpointError(
             f"rank {missing[0]} wrote elsewhere: --save {directory} must be one directory for all ranks"
         )
-    write_manifest(partial / tag, identity, asdict(progress))
+    files = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        files[name] = written.get(name) or seal(path)
+    write_manifest(checkpoint, identity, progress, files)
+    flush(checkpoint)
     for script in partial.glob("*.py"):
         script.replace(directory / script.name)
     (partial / "latest").write_text(tag)
-    (partial / tag).rename(directory / tag)
+    flush(partial / "latest")
+    checkpoint.rename(directory / tag)
     (partial / "latest").replace(directory / "latest")
-    partial.rmdir()
+    flush(directory)
+    delete_owned(partial)
 
 
 def _prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest whole checkpoints, except those to which somebody else has added a file."""
     for old in list_checkpoints(directory)[:-keep]:
+        try:
+            known = read_manifest(old).files.keys() | {FILE, MARK}
+        except CheckpointError:
+            continue
+        present = {path.relative_to(old).as_posix() for path in old.rglob("*") if not path.is_dir()}
+        if old.is_symlink() or present - known:
+            continue
+        mark(old)
         removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill never leaves half a checkpoint
-        shutil.rmtree(removed)
+        delete_owned(removed)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in ``directory``, oldest first; their files are not read."""
+    return [path for path in list_tags(directory) if (path / FILE).is_file()]

@@ -18,7 +18,7 @@ from ds_lowrank.checkpoint.random_state import seed_everything
 from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.finetuning.best import Best
+from ds_lowrank.finetuning.best import FOLDER, Best
 from ds_lowrank.finetuning.inputs import Inputs, open_inputs
 from ds_lowrank.finetuning.model import Source, build_model, find_model
 from ds_lowrank.finetuning.tasks import Task
@@ -52,7 +52,8 @@ def set_up(arguments: Namespace) -> Run:
             raise ConfigError("fine-tuning is data-parallel only: remove the tensor_parallel block")
         _check_lora(arguments, config)
         _check_packages()
-        check_output(arguments.output, resuming=arguments.resume is not None)
+        replaces = [FOLDER, "export"] if arguments.export else [FOLDER]
+        check_output(arguments.output, resuming=arguments.resume is not None, replaces=replaces)
         source = find_model(arguments.model, arguments.task)
         if arguments.lora_rank is not None and source.random:
             raise ValueError("--lora-rank adapts trained weights: give a checkpoint as --model, not a JSON")

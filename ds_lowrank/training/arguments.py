@@ -106,15 +106,22 @@ def add_run(group: argparse._ArgumentGroup) -> None:
 
 def add_outputs(group: argparse._ArgumentGroup) -> None:
     """Add the arguments for what a run writes."""
-    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="metrics, plot, summary, export")
+    group.add_argument("--output", type=folder, required=True, metavar="DIR", help="metrics, plot, summary, export")
     group.add_argument("--log-interval", type=positive, default=10, help="in steps")
-    group.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
+    group.add_argument("--save", type=folder, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
     group.add_argument("--save-interval", type=count, default=1000, help="in steps; 0 saves only when asked to stop")
     group.add_argument("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
     group.add_argument(
         "--resume", nargs="?", const="", metavar="TAG_OR_PATH", help="continue from the newest checkpoint, or this one"
     )
     group.add_argument("--export", action="store_true", help="write a Hugging Face folder, OUTPUT/export, at the end")
+
+
+def folder(text: str) -> Path:
+    """Argument type: a folder that need not exist."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -1,12 +1,24 @@
-"""Replacing a text file in one step, so that a crash leaves either the old file or the new one."""
+"""Replacing a text file in one step, so that a crash or a power cut leaves either the old file or the new one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ds_lowrank.checkpoint.disk import flush
+
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name in the same folder, then rename it to ``path``."""
+    """Write a text file under a temporary name in the same folder, then rename it to ``path``.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is unchanged, and nothing is left of the temporary file.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        flush(partial)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)

@@ -1,38 +1,110 @@
-"""The output folder of a run: checking it at the start, and writing its results at the end."""
+"""The output folder of a run: checking it at the start, and writing its results at the end.
+
+OUTPUT/metrics.jsonl     the records of the run
+OUTPUT/.checkpoints      where the run saved its first checkpoint; until then it may be started again
+OUTPUT/summary.json      written at the end, with loss.png
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_lowrank.checkpoint.owned import check_owned
 from ds_lowrank.training.atomic_write import write_atomically
 from ds_lowrank.training.metrics import FILE, read_metrics
 from ds_lowrank.training.plot import plot_loss
 
+logger = logging.getLogger("ds_lowrank")
+
 SUMMARY = "summary.json"
 PLOT = "loss.png"
+SAVED = ".checkpoints"
 
 
-def check_output(output: Path, resuming: bool) -> None:
+class AlreadyFinishedError(Exception):
+    """There is nothing left to do; the message says why."""
+
+
+def check_output(output: Path, resuming: bool, replaces: Iterable[str] = ()) -> None:
     """Check that a run may write to its output folder.
+
+    A run that was interrupted before its first checkpoint counts as none, as it can only be started again.
 
     Args:
         output: the output folder; it need not exist.
         resuming: whether this run continues an earlier one.
+        replaces: the names of the folders in it that this run replaces.
 
     Raises:
         ValueError: the folder contains another run, which would be overwritten, or metrics that cannot be read.
+        FileExistsError: it contains a folder that this run would replace and that no run has written.
     """
-    metrics = output / FILE
-    if not metrics.exists():
+    for name in replaces:
+        check_owned(output / name)
+    if resuming:
+        if (output / FILE).exists():
+            read_metrics(output / FILE)
         return
-    if not resuming:
+    for name in (SAVED, SUMMARY, PLOT):
+        if (output / name).exists():
+            shown = FILE if (output / FILE).exists() else name
+            raise ValueError(
+                f"{output} already contains a run ({shown}); give another --output, or --resume to continue that run"
+            )
+
+
+def check_restart(output: Path, save: Path, steps: int) -> None:
+    """Check that a run with ``--resume`` that finds no checkpoint may start from the beginning.
+
+    Args:
+        output: the output folder.
+        save: the folder in which there is no checkpoint.
+        steps: the run's total number of steps.
+
+    Raises:
+        AlreadyFinishedError: the run has finished, without checkpoints.
+        ValueError: the run has saved checkpoints, or has ended without any.
+    """
+    if (output / SAVED).exists():
         raise ValueError(
-            f"{output} already contains a run ({FILE}); give another --output, or --resume to continue that run"
+            f"nothing to resume: {save} has no checkpoint. The run in {output} saved its checkpoints in "
+            f"{(output / SAVED).read_text().strip()}: give that as --save, or another --output to start again"
         )
-    read_metrics(metrics)
+    if not (output / SUMMARY).exists():
+        return
+    try:
+        summary = json.loads((output / SUMMARY).read_text())
+        done = summary["finished"] is True and summary["step"] == steps
+    except (ValueError, KeyError, TypeError):
+        done = False
+    if done:
+        raise AlreadyFinishedError(f"the run in {output} has finished: it is at --steps {steps}")
+    raise ValueError(
+        f"nothing to resume: {output} contains the results of a run that saved no checkpoint; give another --output"
+    )
+
+
+def begin_output(output: Path) -> None:
+    """Make room for a new run: rename the metrics of one that was interrupted before its first checkpoint."""
+    metrics = output / FILE
+    if not metrics.exists() or not metrics.stat().st_size:
+        return
+    number = 1
+    while (aside := output / f"metrics.{number}.jsonl").exists():
+        number += 1
+    metrics.rename(aside)
+    logger.info("%s is of a run without checkpoints that was interrupted: renamed to %s", metrics, aside.name)
+
+
+def record_save(output: Path, save: Path) -> None:
+    """Note that the run has a checkpoint: from now on it is continued, not started again."""
+    text = f"{save.resolve()}\n"
+    if not (output / SAVED).exists() or (output / SAVED).read_text() != text:
+        write_atomically(output / SAVED, text)
 
 
 def write_results(output: Path, steps: int, facts: Mapping[str, Any] | None = None) -> None:
@@ -44,6 +116,9 @@ def write_results(output: Path, steps: int, facts: Mapping[str, Any] | None = No
         facts: further entries of the summary.
     """
     records = read_metrics(output / FILE)
+    if not records:
+        print(f"{output / FILE} has no record: there is nothing to plot or to sum up")
+        return
     plot_loss(records, output / PLOT)
     last = records[-1]
     evaluated = [record for record in records if "eval_loss" in record]

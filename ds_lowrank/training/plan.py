@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from ds_lowrank.checkpoint.manifest import Identity, check_manifest
-from ds_lowrank.checkpoint.store import find_checkpoint, step_of
+from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, step_of
+from ds_lowrank.checkpoint.manifest import Identity, check_identity
+from ds_lowrank.checkpoint.store import share_of_files
+from ds_lowrank.collectives import global_rank
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
-from ds_lowrank.training.output import check_output
+from ds_lowrank.training.output import check_output, check_restart
 from ds_lowrank.training.parallelism import GridShape, grid_shape, without_global_size
 from ds_lowrank.training.schedule import warmup_steps
+
+logger = logging.getLogger("ds_lowrank")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
             f"{model.max_position_embeddings} of {arguments.model}: lower it"
         )
     warmup = warmup_steps(arguments.warmup, arguments.steps)
-    check_output(arguments.output, resuming=arguments.resume is not None)
+    replaces = ["export"] if arguments.export else []
+    check_output(arguments.output, resuming=arguments.resume is not None, replaces=replaces)
     scale = arguments.matrix_lr_scale
     identity = identify(
         arguments,
@@ -164,17 +170,30 @@ def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -
         identity: identifies this run.
         steps: the run's total number of steps.
 
+    Each rank reads its share of the checkpoint's files, so that all are checked if no rank raises.
+
     Returns:
-        The folder of the checkpoint; None without ``--resume``.
+        The folder of the checkpoint; None to start from the beginning, without ``--resume`` or with a ``--resume`` that
+        names none and finds none: a run that was interrupted before its first checkpoint.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it belongs to another run.
-        ValueError: the run is already finished.
+        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another run.
+        AlreadyFinishedError: the run has finished, without checkpoints.
+        ValueError: the checkpoint is beyond the last step.
+        OSError: a file cannot be read, or something is in the way.
     """
+    save: Path = arguments.save
     if arguments.resume is None:
+        check_unused(save)
         return None
-    checkpoint = find_checkpoint(arguments.save, arguments.resume)
-    check_manifest(checkpoint, identity)
-    if step_of(checkpoint) >= steps:
-        raise ValueError(f"{checkpoint} is already at --steps {steps}: the run is finished; give more --steps")
+    checkpoint = find_checkpoint(save, arguments.resume)
+    if checkpoint is None:
+        check_restart(arguments.output, save, steps)
+        if global_rank() == 0:
+            logger.info("%s has no checkpoint to resume: starting from the beginning", save)
+        return None
+    manifest = check_whole(checkpoint, save, share_of_files())
+    check_identity(checkpoint, manifest, identity)
+    if step_of(checkpoint) > steps:
+        raise ValueError(f"{checkpoint} is beyond --steps {steps}: give more --steps, or an earlier checkpoint")
     return checkpoint

@@ -5,6 +5,7 @@ Each program makes a ``Run`` and passes it to ``run_script``.
 
 from __future__ import annotations
 
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -17,20 +18,24 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfigError
 
 import ds_lowrank.integration.initialize
+from ds_lowrank.checkpoint.choose import set_aside_newer
 from ds_lowrank.checkpoint.export import Savable, export
-from ds_lowrank.checkpoint.manifest import Identity
+from ds_lowrank.checkpoint.manifest import Identity, Progress
 from ds_lowrank.checkpoint.random_state import get_random_state, set_random_state
-from ds_lowrank.checkpoint.store import Progress, load_checkpoint, save_checkpoint
-from ds_lowrank.collectives import RemoteError
+from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
+from ds_lowrank.collectives import RemoteError, broadcast_from_rank0
 from ds_lowrank.data.batches import Step
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.training import distributed
+from ds_lowrank.training.folders import Folders
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.loop import train_step
 from ds_lowrank.training.metrics import Reporter
-from ds_lowrank.training.output import write_results
+from ds_lowrank.training.output import AlreadyFinishedError, begin_output, record_save, write_results
 from ds_lowrank.training.step_record import step_record
+
+logger = logging.getLogger("ds_lowrank")
 
 
 class Stateful(Protocol):
@@ -90,12 +95,17 @@ class Run:
             DataError: it belongs to other data.
             RemoteError: another rank failed.
         """
+        save, output = self.arguments.save, self.arguments.output
         if checkpoint is None:
+            broadcast_from_rank0(lambda: begin_output(output))
             return
         self.progress, own = load_checkpoint(self.engine, checkpoint)
         for name, part in self._stateful().items():
             part.load_state_dict(own[name])
         set_random_state(own["random"])
+        set_aside_newer(save, self.progress.step)
+        if self.progress.step >= self.steps and dist.get_rank() == 0:
+            logger.info("%s is at the last step: only the results are written again", checkpoint)
 
     def save(self) -> Path:
         """Save a checkpoint and return its folder. Collective.
@@ -106,7 +116,9 @@ class Run:
         own = {name: part.state_dict() for name, part in self._stateful().items()}
         own["random"] = get_random_state()
         directory, keep = self.arguments.save, self.arguments.keep_checkpoints
-        return save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
+        saved = save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
+        broadcast_from_rank0(lambda: record_save(self.arguments.output, directory))
+        return saved
 
     def _stateful(self) -> dict[str, Stateful]:
         return {"data": self.data, **self.parts}
@@ -190,16 +202,26 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
         set_up: makes the run. Its errors must be raised on every rank; they end the job before its first step.
     """
     distributed.join()
+    folders = Folders({"--output": arguments.output, "--save": arguments.save})
     try:
+        folders.claim()
         run = set_up(arguments)
+    except AlreadyFinishedError as finished:
+        folders.release()
+        if dist.get_rank() == 0:
+            print(finished)
+        distributed.leave()
     except (ValueError, OSError, RemoteError, DeepSpeedConfigError) as error:
+        folders.release()
         distributed.refuse(error)
     try:
         finished = train(run)
         if finished and arguments.export:
             export(run.engine, run.tokenizer, arguments.output / "export")
     except (CheckpointError, DataError, RemoteError) as error:
+        folders.release()
         distributed.refuse(error)
     if dist.get_rank() == 0:
         write_results(arguments.output, run.steps, run.facts())
+    folders.release()
     distributed.leave()

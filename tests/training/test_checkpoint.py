@@ -2,7 +2,10 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
+import math
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +14,11 @@ import numpy
 import pytest
 import torch
 
-from ds_lowrank.checkpoint import store
-from ds_lowrank.checkpoint.manifest import Identity, check_manifest
+from ds_lowrank.checkpoint import disk, manifest, store
+from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, set_aside_newer
+from ds_lowrank.checkpoint.manifest import FILE, Identity, Progress, check_identity, read_manifest, seal
 from ds_lowrank.checkpoint.random_state import get_random_state, seed_everything, set_random_state
-from ds_lowrank.checkpoint.store import Progress, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ds_lowrank.checkpoint.store import list_checkpoints, load_checkpoint, save_checkpoint
 from ds_lowrank.errors import CheckpointError
 from tests.engines.pool import run_ranks
 
@@ -46,6 +50,9 @@ class Files:
             raise OSError(errno.ENOSPC, "No space left on device")
         torch.save(state_dict, path)
 
+    def load(self, path, map_location=None):
+        return torch.load(path, weights_only=False)  # as DeepSpeed 0.19.8 does
+
 
 class Engine:
     def __init__(self):
@@ -58,7 +65,7 @@ class Engine:
         Path(directory, "zero_to_fp32.py").write_text("script")
 
     def load_checkpoint(self, directory, tag):
-        return directory, torch.load(f"{directory}/{tag}/model_states.pt", weights_only=True)
+        return directory, self.checkpoint_engine.load(f"{directory}/{tag}/model_states.pt")
 
 
 def save(directory, step, engine=None, keep=2):
@@ -72,7 +79,7 @@ def names(directory):
 
 def test_what_is_saved_is_loaded(tmp_path):
     checkpoint = save(tmp_path / "new" / "folder", 3)
-    check_manifest(checkpoint, IDENTITY)
+    check_identity(checkpoint, check_whole(checkpoint, checkpoint.parent), IDENTITY)
     assert load_checkpoint(Engine(), checkpoint) == (Progress(3, 300, 0.5), {"data": 3})
     assert names(checkpoint.parent) == ["global_step3", "latest", "zero_to_fp32.py"]
     assert (checkpoint.parent / "latest").read_text() == "global_step3"
@@ -96,7 +103,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path):
         save(tmp_path, 2, engine)
     assert names(tmp_path) == before
     assert (tmp_path / "latest").read_text() == "global_step1"
-    check_manifest(find_checkpoint(tmp_path, ""), IDENTITY)
+    check_whole(find_checkpoint(tmp_path, ""), tmp_path)
     engine.checkpoint_engine.full = False
     assert save(tmp_path, 2, engine).name == "global_step2"
 
@@ -134,11 +141,6 @@ def test_choices_that_cannot_be_resumed(tmp_path, choice, message):
         find_checkpoint(tmp_path, choice)
 
 
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match="nothing to resume"):
-        find_checkpoint(tmp_path / "absent", "")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -154,27 +156,172 @@ def test_nothing_to_resume(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path, change, message):
     checkpoint = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=message):
-        check_manifest(checkpoint, dataclasses.replace(IDENTITY, **change))
+        check_identity(checkpoint, read_manifest(checkpoint), dataclasses.replace(IDENTITY, **change))
 
 
-def test_damage_is_named(tmp_path):
+def flip(path, offset=-1):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(checkpoint, change):
+    """Change manifest.json, and its checksums with it."""
+    path = checkpoint / FILE
+    content = json.loads(path.read_text())
+    change(content)
+    for name in content["files"]:
+        if (checkpoint / name).is_file():
+            content["files"][name] = seal(checkpoint / name).model_dump()
+    content.pop("checksum", None)
+    content["checksum"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: flip(path / "optim_states.pt"), "optim_states.pt is not as it was saved"),
+        (lambda path: flip(path / "rank_0.pt", 100), "rank_0.pt is not as it was saved"),
+        (lambda path: (path / "optim_states.pt").write_bytes(b"short"), "has 5 bytes instead of [0-9]+"),
+        (lambda path: (path / "optim_states.pt").unlink(), "optim_states.pt is missing"),
+        (lambda path: (path / "extra_states.pt").write_bytes(b""), "extra_states.pt was not saved with it"),
+        (lambda path: (path / FILE).write_text("{"), "manifest.json is not a manifest"),
+        (lambda path: (path / FILE).unlink(), "not a complete checkpoint: it has no manifest.json"),
+        (
+            lambda path: (path / FILE).write_text((path / FILE).read_text().replace("300", "301")),
+            "manifest.json is not as it was saved",
+        ),
+        (lambda path: edit_manifest(path, lambda m: m["progress"].update(step="3")), "progress.step of manifest.json"),
+        (lambda path: edit_manifest(path, lambda m: m["progress"].update(seconds=math.nan)), "progress.seconds"),
+        (lambda path: edit_manifest(path, lambda m: m["progress"].update(step=4)), "it was saved after step 4"),
+        (lambda path: edit_manifest(path, lambda m: m["files"].update({"../x": {}})), "not the name of a file"),
+        (lambda path: edit_manifest(path, lambda m: m.pop("run")), "run of manifest.json: Field required"),
+    ],
+)
+def test_damage_is_named_with_the_checkpoint_to_use_instead(tmp_path, damage, message):
+    save(tmp_path, 1)
+    checkpoint = save(tmp_path, 3)
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=rf"{message}.*; --resume global_step1 continues from the newest whole"):
+        check_whole(checkpoint, tmp_path)
+    flip(tmp_path / "global_step1" / "rank_0.pt")
+    with pytest.raises(CheckpointError, match=rf"{message}.*; resume from another checkpoint, or start again"):
+        check_whole(checkpoint, tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_not_read(tmp_path):
     checkpoint = save(tmp_path, 1)
-    whole = (checkpoint / "optim_states.pt").read_bytes()
-    (checkpoint / "optim_states.pt").write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError, match=rf"optim_states.pt has {len(whole) - 1} bytes instead of {len(whole)}"):
-        check_manifest(checkpoint, IDENTITY)
-    (checkpoint / "optim_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"optim_states.pt is missing"):
-        check_manifest(checkpoint, IDENTITY)
-    (checkpoint / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest.json is damaged"):
-        check_manifest(checkpoint, IDENTITY)
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99"):
-        check_manifest(checkpoint, IDENTITY)
-    (checkpoint / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        check_manifest(checkpoint, IDENTITY)
+    (checkpoint / FILE).write_text(json.dumps({"format": 3}))
+    with pytest.raises(CheckpointError, match="has format 3, but this version reads format 4"):
+        check_whole(checkpoint, tmp_path)
+
+
+def test_past_a_damaged_checkpoint_the_run_goes_on_from_an_older_one(tmp_path):
+    save(tmp_path, 1)
+    flip(save(tmp_path, 2) / "rank_0.pt")
+    (tmp_path / "global_step3").mkdir()
+    assert find_checkpoint(tmp_path, "global_step1") == tmp_path / "global_step1"
+    set_aside_newer(tmp_path, 1)
+    aside = ["global_step2.damaged", "global_step3.damaged"]
+    assert names(tmp_path) == ["global_step1", *aside, "latest", "zero_to_fp32.py"]
+    assert save(tmp_path, 2).name == "global_step2"
+    flip(tmp_path / "global_step2" / "rank_0.pt")
+    set_aside_newer(tmp_path, 1)
+    assert "global_step2.damaged2" in names(tmp_path)
+
+
+def test_a_folder_of_checkpoints_is_of_one_run(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    check_unused(ours)
+    origin = save(theirs, 3)
+    with pytest.raises(CheckpointError, match=r"already has checkpoints \(global_step3\); give --resume"):
+        check_unused(theirs)
+    assert find_checkpoint(ours, "") is None
+    assert find_checkpoint(ours, str(origin)) == origin
+    save(ours, 5)
+    assert find_checkpoint(ours, str(origin)) == ours / "global_step5"  # the same command after a kill
+    save(ours, 2)
+    with pytest.raises(CheckpointError, match=r"did not start from .*global_step3 \(global_step2\); give another"):
+        find_checkpoint(ours, str(origin))
+
+
+def test_only_what_the_package_wrote_is_deleted(tmp_path):
+    foreign = tmp_path / ".global_step1.partial"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("draft")
+    with pytest.raises(FileExistsError, match=r"global_step1\.partial is in the way"):
+        check_unused(tmp_path)
+    with pytest.raises(CheckpointError, match="is in the way"):
+        save(tmp_path, 1)
+    assert (foreign / "thesis.tex").read_text() == "draft"
+    foreign.rename(tmp_path / ".notes.partial")  # not the name of anything of ours
+    (save(tmp_path, 1) / "notes.txt").write_text("the best run")
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    kept = [".notes.partial", "global_step1", "global_step3", "global_step4", "latest", "zero_to_fp32.py"]
+    assert names(tmp_path) == kept
+
+
+class Bomb:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("name", ["model_states.pt", "optim_states.pt", "rank_0.pt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_runs_no_code(tmp_path, name, zipped):
+    checkpoint = save(tmp_path, 1)
+    ran = tmp_path / "ran"
+    torch.save({"progress": Bomb(str(ran))}, checkpoint / name, _use_new_zipfile_serialization=zipped)
+    edit_manifest(checkpoint, lambda _: None)
+    check_whole(checkpoint, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name} does not contain the data of a checkpoint \(it names .*mkdir"):
+        load_checkpoint(Engine(), checkpoint)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rank": 1, "progress": {"step": 3, "tokens": 300}, "state": {}}, "rank_0.pt is not of rank 0"),
+        ({"rank": 0, "progress": {"step": 2, "tokens": 200}, "state": {}}, "rank_0.pt is of step 2, the manifest of"),
+        ({"progress": {"step": 2, "tokens": 200}}, "DeepSpeed's files is of step 2, the manifest of step 3"),
+    ],
+)
+def test_files_of_other_ranks_and_steps_are_refused(tmp_path, content, message):
+    checkpoint = save(tmp_path, 3)
+    torch.save(content, checkpoint / ("rank_0.pt" if "rank" in content else "model_states.pt"))
+    edit_manifest(checkpoint, lambda _: None)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(Engine(), checkpoint)
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Files and folders are flushed before the rename; the names in SAVE after it, and before an older one goes."""
+    save(tmp_path, 1)
+    events = []
+
+    def flushed(path):
+        events.append(Path(path).relative_to(tmp_path).as_posix())
+
+    rename = Path.rename
+
+    def renamed(path, target):
+        events.append(f"rename {path.name}")
+        return rename(path, target)
+
+    for module in (disk, manifest, store):
+        monkeypatch.setattr(module, "flush", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    save(tmp_path, 2, keep=1)
+    inside = ".global_step2.partial/global_step2"
+    files = [f"{inside}/{name}" for name in ("model_states.pt", "optim_states.pt", "rank_0.pt", FILE)]
+    assert events[:5] == [*files, inside]
+    assert events[5:] == [".global_step2.partial/latest", "rename global_step2", ".", "rename global_step1"]
 
 
 def test_every_random_generator_continues_where_it_was(tmp_path):

@@ -184,7 +184,7 @@ def test_the_script_leaves_what_a_run_leaves(folder):
     run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
     assert run.returncode == 0, run.stderr
     assert {path.name for path in (folder / "script").iterdir()} == {
-        *("best", "checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),
+        *(".checkpoints", "best", "checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),
     }
     summary = json.loads((folder / "script" / "summary.json").read_text())
     assert summary["finished"] and summary["best"]["metric"] == "accuracy" and summary["trainable_parameters"] > 10000

@@ -61,7 +61,7 @@ REFUSED = [
     (["--best-metric", "f1"], "--best-metric f1: this task measures accuracy, mcc, loss"),
     (["--lora-rank", "4", "--model", "{}/model.json"], "--lora-rank adapts trained weights"),
     (["--lora-rank", "4", "--lora-targets", "nothing"], "--lora-targets ['nothing']: No modules were targeted"),
-    (["--resume"], "nothing to resume"),
+    (["--resume", "global_step3"], "no checkpoint 'global_step3'"),
 ]
 
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib import image
 
 from ds_lowrank.training.metrics import Reporter, read_metrics
-from ds_lowrank.training.output import check_output, write_results
+from ds_lowrank.training.output import begin_output, check_output, write_results
 from ds_lowrank.training.plot import plot_loss
 
 
@@ -74,10 +74,28 @@ def test_damage_elsewhere_in_the_file_is_named(tmp_path):
 
 def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path):
     check_output(tmp_path, resuming=False)
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="already contains a run"):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record(1)) + "\n")
+    check_output(tmp_path, resuming=False)  # nothing was saved: it can only be started again
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"already contains a run \(metrics.jsonl\)"):
         check_output(tmp_path, resuming=False)
     check_output(tmp_path, resuming=True)
+
+
+def test_the_metrics_of_an_interrupted_start_are_kept_aside(tmp_path):
+    for text in ("first\n", "second\n", ""):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        begin_output(tmp_path)
+    assert (tmp_path / "metrics.1.jsonl").read_text() == "first\n"
+    assert (tmp_path / "metrics.2.jsonl").read_text() == "second\n"
+    assert not (tmp_path / "metrics.3.jsonl").exists()
+
+
+def test_results_of_no_record_say_so(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_results(tmp_path, steps=2)
+    assert "has no record: there is nothing to plot" in capsys.readouterr().out
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_the_summary_is_of_the_last_step(tmp_path, capsys):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from ds_lowrank.checkpoint.manifest import write_manifest
+from ds_lowrank.checkpoint.manifest import Progress, seal, write_manifest
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.training.arguments import parse
+from ds_lowrank.training.output import AlreadyFinishedError, record_save
 from ds_lowrank.training.plan import make_plan
 from tests.training.runs import Workspace, deepspeed_config
 
@@ -38,7 +39,7 @@ def test_a_seed_of_the_optimizer_itself_stands(workspace):
         (["--warmup", "7"], "longer than the run of 6 steps"),
         (["--model", "none.json"], "no model configuration at none.json"),
         (["--deepspeed_config", "none.json"], "no DeepSpeed configuration at none.json"),
-        (["--resume"], "nothing to resume"),
+        (["--resume", "global_step3"], "no checkpoint 'global_step3': it is neither a tag"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(workspace, more, message):
@@ -52,7 +53,8 @@ def saved(workspace, tmp_path):
     checkpoint = tmp_path / "global_step3"
     checkpoint.mkdir()
     (checkpoint / "rank_0.pt").write_bytes(b"state")
-    write_manifest(checkpoint, plan(workspace, "a").identity, {"step": 3})
+    files = {"rank_0.pt": seal(checkpoint / "rank_0.pt")}
+    write_manifest(checkpoint, plan(workspace, "a").identity, Progress(3, 300, 0.5), files)
     return checkpoint
 
 
@@ -78,9 +80,42 @@ def test_other_methods_and_layouts_are_refused(workspace, saved):
         plan(workspace, "b", *resume, "--model", str(other))
 
 
-def test_a_finished_run_is_not_resumed(workspace, saved):
-    with pytest.raises(ValueError, match="already at --steps 3: the run is finished"):
-        plan(workspace, "b", "--resume", str(saved), steps=3)
+def test_a_run_at_its_last_step_is_resumed_for_its_results_and_not_beyond(workspace, saved):
+    assert plan(workspace, "b", "--resume", str(saved), steps=3).checkpoint == saved
+    with pytest.raises(ValueError, match="global_step3 is beyond --steps 2: give more --steps"):
+        plan(workspace, "b", "--resume", str(saved), steps=2)
+
+
+def test_resume_starts_a_run_that_never_saved_and_no_other(workspace, saved):
+    """The same command line before the first checkpoint, after it, and when the run has finished without one."""
+    assert plan(workspace, "c", "--resume").checkpoint is None
+    output = workspace.path / "c"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 2}\n')
+    assert plan(workspace, "c").checkpoint is None and plan(workspace, "c", "--resume").checkpoint is None
+    (output / "summary.json").write_text('{"finished": true, "step": 6}')
+    with pytest.raises(AlreadyFinishedError, match="has finished: it is at --steps 6"):
+        plan(workspace, "c", "--resume")
+    with pytest.raises(ValueError, match="results of a run that saved no checkpoint"):
+        plan(workspace, "c", "--resume", steps=7)
+    (output / "summary.json").unlink()
+    record_save(output, saved.parent)
+    with pytest.raises(ValueError, match=r"already contains a run \(metrics.jsonl\); give another --output"):
+        plan(workspace, "c")
+    with pytest.raises(ValueError, match=f"nothing to resume.* saved its checkpoints in {saved.parent}: give that"):
+        plan(workspace, "c", "--resume")
+    assert plan(workspace, "c", "--resume", "--save", str(saved.parent)).checkpoint == saved
+
+
+def test_checkpoints_and_folders_of_others_are_not_touched(workspace, saved):
+    with pytest.raises(CheckpointError, match=r"already has checkpoints \(global_step3\)"):
+        plan(workspace, "d", "--save", str(saved.parent))
+    export = workspace.path / "d" / "export"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="d/export is in the way: this program did not write it"):
+        plan(workspace, "d", "--export")
+    assert plan(workspace, "d").checkpoint is None
 
 
 def test_a_missing_configuration_and_bad_numbers_end_in_usage(workspace: Workspace, capsys):

@@ -55,7 +55,7 @@ def test_the_metrics_hold_every_step(workspace, finished):
 def test_a_finished_run_leaves_a_plot_a_summary_and_a_model(workspace, finished):
     output = workspace.path / "whole"
     assert {path.name for path in output.iterdir()} == {
-        *("checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),
+        *(".checkpoints", "checkpoints", "export", "loss.png", "metrics.jsonl", "summary.json"),
     }
     summary = json.loads((output / "summary.json").read_text())
     assert summary["finished"] and summary["eval_loss"] == workspace.metrics("whole")[6]["eval_loss"]

@@ -1,0 +1,64 @@
+"""Reading DeepSpeed's files as data: a checkpoint cannot run code.
+
+``torch.save`` writes pickles, and a pickle may name any function to be called when it is read. DeepSpeed 0.19.8 reads
+its files without restriction. Within ``restricted`` they are read with ``weights_only=True``, which accepts tensors,
+plain values and the few classes below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from ds_lowrank.errors import CheckpointError
+
+CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+"""The classes that DeepSpeed's wrappers put into their files; none of them does anything when it is made."""
+
+UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)|class ([\w.]+)")
+
+
+def read_data(path: Path, map_location: Any = "cpu") -> Any:
+    """Read a file of ``torch.save``; nothing in it is run.
+
+    Args:
+        path: the file.
+        map_location: as for ``torch.load``.
+
+    Raises:
+        CheckpointError: the file is damaged, or contains something else than data.
+    """
+    try:
+        with torch.serialization.safe_globals(list(CLASSES)):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # whatever a damaged pickle leads to
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        named = UNSUPPORTED.search(str(error))
+        reason = f"it names {named[1] or named[2]}" if named else lines[0]
+        raise CheckpointError(
+            f"{path} does not contain the data of a checkpoint ({reason}); nothing in it was run. Resume from another "
+            "checkpoint"
+        ) from error
+
+
+@contextmanager
+def restricted(engine: DeepSpeedEngine) -> Iterator[None]:
+    """A context in which the engine reads the files of a checkpoint with ``read_data``.
+
+    Args:
+        engine: the engine whose ``load_checkpoint`` is called inside the context.
+    """
+    engine.checkpoint_engine.load = lambda path, map_location=None: read_data(Path(path), map_location)
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.load  # restores the method of the class
