@@ -78,6 +78,7 @@ def initialize(
     import deepspeed
 
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
+    from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
     settings = settings_of(args, config if config is not None else config_params)
@@ -107,6 +108,7 @@ def initialize(
         engine.basic_optimizer.bind()
         check_groups(engine)
         check_norm(engine)
+        check_before_loading(engine)
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
 

@@ -176,6 +176,41 @@ def save_only(settings, directory, model_options):
     engine.save_checkpoint(directory, tag="here")
 
 
+def save_layout(stage, dtype, directory):
+    save_only(config(stage, 2, dtype), directory, {})
+
+
+def load_layout(stage, ranks, dtype, directory):
+    return load_only(config(stage, ranks, dtype), directory)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        (
+            (3, "fp32"),
+            (3, 1, "fp32"),
+            "ZeRO 3 in fp32 or fp16, 2 data-parallel by 1 .*; this run has ZeRO 3 .*, 1 data",
+        ),
+        (
+            (2, "fp32"),
+            (2, 1, "fp32"),
+            "ZeRO 1 or 2 .*, 2 data-parallel by 1 .*; this run has ZeRO 1 or 2 .*, 1 data-par",
+        ),
+        ((2, "fp32"), (3, 2, "fp32"), "ZeRO 1 or 2 in .*; this run has ZeRO 3 in"),
+        ((3, "fp32"), (2, 2, "fp32"), "ZeRO 3 in .*; this run has ZeRO 1 or 2 in"),
+        ((0, "fp32"), (1, 2, "fp32"), "ZeRO 0, 1 model-parallel ranks; this run has ZeRO 1 or 2"),
+        ((1, "fp32"), (0, 2, "fp32"), "ZeRO 1 or 2 in fp32 or fp16, .*; this run has ZeRO 0"),
+        ((2, "bf16"), (2, 2, "fp32"), "ZeRO 1 or 2 in bf16, .*; this run has ZeRO 1 or 2 in fp32 or fp16"),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused_in_one_sentence(saved, loaded, message, tmp_path):
+    run_ranks(2, save_layout, *saved, str(tmp_path))
+    for found in run_ranks(loaded[1], load_layout, *loaded, str(tmp_path)):
+        assert re.search(rf"here was saved with {message}", found), found
+        assert "Resume with the ZeRO stage, precision and grid of ranks" in found
+
+
 def load_only(settings, directory):
     """Load a checkpoint that does not fit: the message, after checking that neither state nor groups changed."""
     import ds_lowrank
