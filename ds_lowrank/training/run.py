@@ -206,10 +206,10 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
     try:
         folders.claim()
         run = set_up(arguments)
-    except AlreadyFinishedError as finished:
+    except AlreadyFinishedError as reason:
         folders.release()
         if dist.get_rank() == 0:
-            print(finished)
+            print(reason)
         distributed.leave()
     except (ValueError, OSError, RemoteError, DeepSpeedConfigError) as error:
         folders.release()

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from ds_lowrank.checkpoint.store import Progress
+from ds_lowrank.checkpoint.manifest import Progress
 from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.training.loop import StepResult, mean_over_ranks, peak_memory_gib
