@@ -8,6 +8,7 @@ locked, watches it for a while, and takes it over if it stays untouched.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -101,10 +102,14 @@ class Lock:
     def _write(self, descriptor: int) -> None:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode()
-        os.ftruncate(descriptor, 0)
-        if os.pwrite(descriptor, text, 0) != len(text):
-            raise OSError(f"{self._path} could not be written")
-        os.fsync(descriptor)
+        try:
+            if os.pwrite(descriptor, text, 0) != len(text):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            os.ftruncate(descriptor, len(text))
+            os.fsync(descriptor)
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
