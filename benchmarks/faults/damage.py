@@ -6,34 +6,25 @@ have left, damages it, and resumes. It must be refused in one line or end as the
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.faults.programs import run
 from benchmarks.faults.trial import Outcome, Trial
+from benchmarks.faults.whole_run import Run, checkpoint, finished_run
 from ds_lowrank.checkpoint.manifest import seal
 
-RANKS = 2
-MODEL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
+Damage = Callable[[Path], object]
+"""Damages a file, or the folder of a checkpoint."""
+
 MANIFEST = "manifest.json"
 FILES = {
     0: {"model": "mp_rank_00_model_states.pt", "rank": "rank_1.pt"},
@@ -49,107 +40,6 @@ FILES = {
     },
 }
 """One file of each kind, by ZeRO stage."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run without a fault, which the trials copy and compare with.
-
-    Attributes:
-        program: ``pretrain`` or ``finetune``.
-        arguments: its command line, except for ``--output``.
-        output: its output folder.
-    """
-
-    program: str
-    arguments: tuple[str, ...]
-    output: Path
-
-    def copy(self, folder: Path, steps: tuple[int, ...] = (3,)) -> Path:
-        """Copy what a kill after the last of ``steps`` leaves, and return the output folder of the copy."""
-        output = folder / "output"
-        (output / "checkpoints").mkdir(parents=True)
-        for step in steps:
-            shutil.copytree(self.output / "checkpoints" / f"global_step{step}", checkpoint(output, step))
-        lines = (self.output / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (output / "metrics.jsonl").write_text("".join(lines[: max(steps)]))
-        shutil.copy(self.output / ".checkpoints", output)
-        if (self.output / "best").exists():
-            shutil.copytree(self.output / "best", output / "best")
-        return output
-
-    def resume(self, output: Path, choice: str = "") -> Outcome:
-        """Resume a copy; the run's own result is the only one that is right."""
-        resume = ["--resume", *([choice] if choice else [])]
-        finished = run(self.program, [*self.arguments, "--output", str(output), *resume], RANKS, output.parent)
-        if (output.parent / "ran").exists():
-            return Outcome("ran code")
-        if not finished.succeeded:
-            return finished.refusal()
-        different = [
-            name for name in ("metrics.jsonl", "export") if _result(output, name) != _result(self.output, name)
-        ]
-        return Outcome("other result", ", ".join(different)) if different else Outcome("same result")
-
-
-def checkpoint(output: Path, step: int) -> Path:
-    """The folder of a checkpoint."""
-    return output / "checkpoints" / f"global_step{step}"
-
-
-def _result(output: Path, name: str) -> Any:
-    if name == "export":
-        return (output / name / "model.safetensors").read_bytes()
-    records = [json.loads(line) for line in (output / name).read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "memory_gib")
-    return [{key: value for key, value in record.items() if not key.endswith(timed)} for record in records]
-
-
-@functools.cache
-def workspace() -> Path:
-    """A folder with a model's configuration and data for both programs, made once per process."""
-    folder = Path(tempfile.mkdtemp(prefix="faults-")) / "work"  # the outputs of the programs are written beside it
-    folder.mkdir()
-    (folder / "model.json").write_text(json.dumps(MODEL))
-    (folder / "text").mkdir()
-    for number in range(60):
-        (folder / "text" / f"{number}.txt").write_text(" ".join(str(number * step % 97) for step in range(100)))
-    rows = [{"text": f"{number} is {number % 3}", "label": "abc"[number % 3]} for number in range(60)]
-    for name, part in (("train", rows[:45]), ("validation", rows[45:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
-
-
-@functools.cache
-def finished_run(program: str, stage: int) -> Run:
-    """The run without a fault, made once per process.
-
-    Args:
-        program: ``pretrain`` or ``finetune``.
-        stage: its ZeRO stage.
-    """
-    folder = workspace()
-    output = folder / f"{program}{stage}"
-    config = {
-        "train_batch_size": 4,
-        "train_micro_batch_size_per_gpu": 2,
-        "optimizer": {"type": "GaLore", "params": {"lr": 1e-2, "rank": 8, "update_proj_gap": 2}},
-        "zero_optimization": {"stage": stage},
-    }
-    (folder / f"{stage}.json").write_text(json.dumps(config))
-    model = "model.json" if program == "pretrain" else "pretrain2/export"
-    data = ["--data", str(folder / "text"), "--sequence-length", "32", "--eval-sequences", "0", "--tokenizer", "bytes"]
-    if program == "finetune":
-        finished_run("pretrain", 2)
-        data = ["--data", str(folder / "train.jsonl"), "--validation", str(folder / "validation.jsonl")]
-        data += ["--max-length", "16", "--eval-interval", "2"]
-    arguments = ["--deepspeed_config", str(folder / f"{stage}.json"), "--model", str(folder / model), *data]
-    arguments += ["--cache", str(folder / "cache"), "--steps", "6", "--log-interval", "1", "--save-interval", "3"]
-    arguments.append("--export")
-    finished = run(program, [*arguments, "--output", str(output)], RANKS, folder)
-    if not finished.succeeded:
-        raise RuntimeError(f"the run without a fault failed: {finished.err}")
-    return Run(program, tuple(arguments), output)
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
@@ -196,6 +86,16 @@ def _arm(path: Path, zipped: bool) -> None:
     edit_manifest(path.parent)
 
 
+def _noise(path: Path) -> None:
+    path.write_bytes(hashlib.sha512(b"noise").digest() * 9)
+    edit_manifest(path.parent)
+
+
+def _instead(folder: Path, make: Damage) -> None:
+    shutil.rmtree(folder)
+    make(folder)
+
+
 def _from_step_6(path: Path, run: Run) -> None:
     shutil.copy(checkpoint(run.output, 6) / path.name, path)
 
@@ -210,7 +110,7 @@ def _from_other_rank(path: Path, believed: bool) -> None:
         edit_manifest(path.parent)
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Damage] = {
     "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "cut by one byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "one byte too long": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
@@ -221,13 +121,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a bit flipped at the end": lambda path: _flip(path, 1.0),
     "a folder": lambda path: _replace(path, Path.mkdir),
     "a link to itself": lambda path: _replace(path, lambda gone: gone.symlink_to(gone.name)),
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)) and None,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "code": partial(_arm, zipped=False),
     "code in a zip file": partial(_arm, zipped=True),
-    "noise that the manifest confirms": lambda path: (
-        path.write_bytes(hashlib.sha512(b"noise").digest() * 9),
-        edit_manifest(path.parent),
-    )[1],
+    "noise that the manifest confirms": _noise,
 }
 COMPACT_DAMAGE = ("cut in half", "a bit flipped in the middle", "code", "a link to itself")
 
@@ -265,7 +162,7 @@ SECTIONS: dict[tuple[str, ...], tuple[Any, ...]] = {
 TEXTS = {"empty": b"", "binary": bytes(range(256)), "a list": b"[1]", "a number": b"4", "deep": b"[" * 100000}
 
 
-def _on_file(run_of: tuple[str, int], name: str, damage: Callable[[Path], None], folder: Path) -> Outcome:
+def _on_file(run_of: tuple[str, int], name: str, damage: Damage, folder: Path) -> Outcome:
     found = finished_run(*run_of)
     output = found.copy(folder)
     damage(checkpoint(output, 3) / name)
@@ -279,7 +176,7 @@ def _step_6_into_3(run_of: tuple[str, int], name: str, folder: Path) -> Outcome:
     return found.resume(output)
 
 
-def _advice(damage: Callable[[Path], None], folder: Path) -> Outcome:
+def _advice(damage: Damage, folder: Path) -> Outcome:
     """The newest of two is damaged: the command that the refusal gives must lead to the right end."""
     found = finished_run("pretrain", 2)
     output = found.copy(folder, (3, 6))
@@ -336,12 +233,12 @@ def _edit(change: Callable[[dict[str, Any]], None], path: Path) -> None:
 
 
 def _advice_trials() -> list[Trial]:
-    damages: dict[str, Callable[[Path], None]] = {
+    damages: dict[str, Damage] = {
         "a file is cut": lambda folder: os.truncate(folder / "rank_0.pt", 100),
         "a bit is flipped": lambda folder: _flip(folder / FILES[2]["optimizer"], 0.5),
         "no manifest": lambda folder: (folder / MANIFEST).unlink(),
-        "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir())[1],
-        "a file instead": lambda folder: (shutil.rmtree(folder), folder.write_text("x"))[0],
+        "an empty folder": partial(_instead, make=Path.mkdir),
+        "a file instead": partial(_instead, make=Path.touch),
     }
     return [
         Trial(f"the newest of two, {what}: go on as told", partial(_advice, damage), what == "a bit is flipped")

@@ -109,7 +109,7 @@ def load_example_tokenizer(spec: str, texts: Iterator[str], vocab_size: int, cac
 
 def _published(spec: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(os.path.expanduser(spec))
+        return AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise DataError(
             f"no tokenizer in {spec!r} ({error}); put the checkpoint's own files there, or name it as --tokenizer"

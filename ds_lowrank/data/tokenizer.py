@@ -130,7 +130,7 @@ def _published(spec: str) -> TextTokenizer:
     if name.startswith((".", "/")) and not os.path.isdir(name):
         raise DataError(f"no tokenizer folder {spec!r}: use 'bpe', 'bytes', or a folder or hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise DataError(
             f"tokenizer {spec!r} cannot be loaded ({error}); use 'bpe', 'bytes', or a folder or hub name"

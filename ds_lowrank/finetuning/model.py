@@ -88,7 +88,7 @@ def find_model(name: str, task: str) -> Source:
     if not path.is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--model {name}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(os.path.expanduser(name))
+        config = AutoConfig.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
     except Exception as error:  # the hub's client and the validators raise unrelated classes
         raise ValueError(f"--model {name} cannot be read ({error}); give a Hugging Face folder or hub name") from error
     _check_architecture(name, config, task)
@@ -148,6 +148,7 @@ def _load(source: Source, task: str) -> Any:
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # safetensors, the hub's client and torch raise unrelated classes
         raise ValueError(f"--model {source.name}: the weights cannot be read ({error})") from error

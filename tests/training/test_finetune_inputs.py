@@ -145,3 +145,17 @@ def test_labels_are_classes_or_numbers(values, names, classes, numbers):
 def test_other_labels_are_refused(values, message):
     with pytest.raises(DataError, match=message):
         labels_of(values, None, "column 'label'")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    from ds_lowrank.data.example_tokenizer import _published as tokenizer_of
+    from ds_lowrank.finetuning.model import find_model
+
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    own = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tokenizer", "auto_map": own}))
+    for read in (lambda: find_model(str(tmp_path), "classification"), lambda: tokenizer_of(str(tmp_path))):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            read()
+    assert not (tmp_path / "ran").exists()

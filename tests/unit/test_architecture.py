@@ -174,8 +174,10 @@ def test_what_is_changed_on_foreign_objects_is_listed_in_one_place():
         for name in assigned_on_objects_of_others(path)
     }
     assert found == {
+        "checkpoint/restricted_load.py: engine.checkpoint_engine.load",
         "integration/clipping.py: engine.clip_fp32_gradients",
         "integration/clipping.py: engine.gradient_clipping",
+        "integration/saved_layout.py: engine.load_checkpoint",
         "training/distributed.py: deepspeed.ops.__compatible_ops__",
     }
     listed = ds_lowrank.integration.__doc__
