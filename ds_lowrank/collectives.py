@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -54,6 +55,19 @@ def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def any_rank(*flags: bool | torch.Tensor, device: torch.device) -> list[bool]:
+    """For each flag, whether it is true on any rank: one all-reduce and one wait, for use in every step. Collective.
+
+    Args:
+        flags: this rank's flags. Scalar tensors may still be computed on ``device``.
+        device: the device of the process group's tensors.
+    """
+    own = torch.stack([torch.as_tensor(flag, dtype=torch.int32, device=device) for flag in flags])
+    if is_distributed():
+        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in own.tolist()]
 
 
 def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch's import: a lost rank is reported in one line
+
 import torch
 
 if not torch.accelerator.is_available():
@@ -15,7 +17,7 @@ if not torch.accelerator.is_available():
 
 from ds_lowrank.finetuning.arguments import parse
 from ds_lowrank.finetuning.setup import set_up
-from ds_lowrank.training.run import run_script
+from ds_lowrank.training.script import run_script
 
 if __name__ == "__main__":
     run_script(parse(), set_up)

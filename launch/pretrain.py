@@ -10,6 +10,8 @@ import os
 from argparse import Namespace
 from typing import Any
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch's import: a lost rank is reported in one line
+
 import torch
 
 if not torch.accelerator.is_available():
@@ -28,8 +30,9 @@ from ds_lowrank.training.evaluation import evaluate
 from ds_lowrank.training.param_groups import matrix_groups
 from ds_lowrank.training.plan import Plan, make_plan
 from ds_lowrank.training.pretraining_data import TextSteps, open_text
-from ds_lowrank.training.run import Run, run_script, start_engine
+from ds_lowrank.training.run import Run, start_engine
 from ds_lowrank.training.schedule import scheduler_factory
+from ds_lowrank.training.script import run_script
 
 
 def set_up(arguments: Namespace) -> Run:

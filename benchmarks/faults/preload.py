@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the programs do
 
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.ops
@@ -18,7 +19,7 @@ import transformers
 import ds_lowrank.finetuning.setup
 import ds_lowrank.finetuning.tasks
 import ds_lowrank.models.llama_parallel
-import ds_lowrank.training.run
+import ds_lowrank.training.script
 
 torch.set_num_threads(1)
 _ = deepspeed.ops, scipy.stats, sklearn.metrics, transformers.LlamaForCausalLM, ds_lowrank

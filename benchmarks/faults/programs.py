@@ -65,9 +65,18 @@ class Running:
         arguments: its command line.
         ranks: how many.
         folder: the working directory; the output of the ranks is written beside it.
+        prepare: called with its rank in every rank before the program, to make something fail there; a function at the
+            top level of a module.
     """
 
-    def __init__(self, program: str, arguments: Sequence[str], ranks: int, folder: Path) -> None:
+    def __init__(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        ranks: int,
+        folder: Path,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
         number = len(list(folder.parent.glob(f"{folder.name}.*.out")))
         self.out, self.err = (folder.parent / f"{folder.name}.{number}.{stream}" for stream in ("out", "err"))
         with socket.socket() as probe:
@@ -77,7 +86,7 @@ class Running:
         context.set_forkserver_preload(PRELOAD)
         self.processes: list[BaseProcess] = [
             context.Process(
-                target=_rank, args=(program, list(arguments), rank, ranks, port, folder, self.out, self.err)
+                target=_rank, args=(program, list(arguments), rank, ranks, port, folder, self.out, self.err, prepare)
             )
             for rank in range(ranks)
         ]
@@ -146,13 +155,15 @@ def run(program: str, arguments: Sequence[str], ranks: int, folder: Path, timeou
 
 
 def _rank(*found: Any) -> None:
-    program, arguments, rank, ranks, port, folder, out, err = found
+    program, arguments, rank, ranks, port, folder, out, err, prepare = found
     for descriptor, path in ((1, out), (2, err)):
         with path.open("a") as file:
             os.dup2(file.fileno(), descriptor)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(folder)
+    if prepare is not None:
+        prepare(rank)
     script = LAUNCH / f"{program}.py"
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

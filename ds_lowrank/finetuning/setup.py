@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -122,7 +123,9 @@ def _evaluator(
             for prefix, batches in validation.items()
             for name, value in task.measure(engine, batches).items()
         }
-        best.consider(step, found[f"eval_{best.metric}"])
+        # Of a broken model, predictions and hence an accuracy are still numbers.
+        if all(math.isfinite(value) for name, value in found.items() if name.endswith("loss")):
+            best.consider(step, found[f"eval_{best.metric}"])
         return found
 
     return evaluate

@@ -102,6 +102,9 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute activations to save memory")
+    group.add_argument(
+        "--timeout", type=seconds, default=1800.0, metavar="SECONDS", help="how long to wait for a rank that is silent"
+    )
 
 
 def add_outputs(group: argparse._ArgumentGroup) -> None:
@@ -132,6 +135,14 @@ def positive(text: str) -> int:
 def count(text: str) -> int:
     """Argument type: a whole number of at least 0."""
     return _whole(text, 0)
+
+
+def seconds(text: str) -> float:
+    """Argument type: a time above 0."""
+    value = float(text) if text.replace(".", "", 1).isdigit() else 0.0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _whole(text: str, least: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import socket
 import sys
+import threading
 import warnings
+from datetime import timedelta
 from typing import NoReturn
 
 import deepspeed
@@ -15,11 +18,27 @@ import deepspeed.ops
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import set_log_level_from_string
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from transformers.utils.logging import disable_progress_bar
 
+from ds_lowrank.training.bulletin import Bulletin
+from ds_lowrank.training.failures import Failure, Kind, message, quoted
+from ds_lowrank.training.launcher import check_environment
 
-def join() -> None:
-    """Initialise ``torch.distributed`` from the launcher's environment or, without one, as a single process."""
+TIMEOUT = 1800.0
+"""Default time limit of a collective in seconds."""
+
+
+def join(timeout: float = TIMEOUT) -> None:
+    """Initialise ``torch.distributed`` from the launcher's environment or, without one, as a single process.
+
+    Args:
+        timeout: the time limit of a collective in seconds.
+
+    Raises:
+        ConfigError: the process is one of several that have no ranks.
+    """
+    check_environment(os.environ)
     set_log_level_from_string(os.environ.get("DS_LOG_LEVEL", "warning"))
     _show_roles()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.
@@ -39,7 +58,18 @@ def join() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    backend = accelerator.communication_backend_name()
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=timeout))
+
+
+def limit_collectives(timeout: float) -> None:
+    """Give every process group the time limit of :func:`join`; those made since then have torch's own.
+
+    Args:
+        timeout: in seconds.
+    """
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 def _show_roles() -> None:
@@ -57,24 +87,68 @@ def leave() -> NoReturn:
     ``atexit`` (such as a monitor's last upload) still run. The interpreter's own teardown is skipped: DeepSpeed keeps
     process groups alive until then, and gloo's threads occasionally abort it.
     """
+    sys.stdout.flush()  # where its disk is full, this raises
     dist.barrier()
     dist.destroy_process_group()
     atexit._run_exitfuncs()
     _end(0)
 
 
-def _end(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def refuse(error: Exception) -> NoReturn:
-    """End a job that cannot start or continue with exit code 1. Rank 0 prints the message.
+def watch_others(timeout: float = TIMEOUT) -> Bulletin:
+    """Open the board of errors, and from now on end this process a few seconds after another rank has failed.
 
     Args:
-        error: the error; every rank must call this function.
+        timeout: the time limit of collectives in seconds, for messages.
     """
-    if dist.get_rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    bulletin = Bulletin(rank, ranks)
+
+    def end(found: dict[int, Failure]) -> None:
+        failure = quoted(found) or Failure(Kind.GONE)
+        _print_and_end(message(failure, rank, ranks, found, timeout))
+
+    bulletin.watch(end)
+    return bulletin
+
+
+def fail(
+    error: Exception, expected: tuple[type[Exception], ...], bulletin: Bulletin | None, timeout: float = TIMEOUT
+) -> NoReturn:
+    """End a process that cannot start or continue with exit code 1, with one line that says why.
+
+    Args:
+        error: the error of this rank. The other ranks have it too, or have others, or lose their connection.
+        expected: kinds of errors whose messages say what to change; of others the traceback is printed.
+        bulletin: where the ranks post their errors; None if this process could not join the others.
+        timeout: the time limit of collectives in seconds, for messages.
+    """
+    failure = Failure.of(error, expected)
+    if bulletin is None:
+        _print_and_end(_before_joining(failure, error))
+    if not bulletin.claim():
+        threading.Event().wait()  # for the thread that is ending this process
+    found = bulletin.exchange(failure)
+    _print_and_end(message(failure, dist.get_rank(), dist.get_world_size(), found, timeout))
+
+
+def _before_joining(failure: Failure, error: Exception) -> str:
+    label = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    if failure.kind in (Kind.GONE, Kind.SILENT):
+        return (
+            f"{label}error: the ranks did not find each other: {str(error).splitlines()[0]}; check MASTER_ADDR, "
+            "MASTER_PORT and WORLD_SIZE, and that every rank was started within --timeout"
+        )
+    return f"{label}error: {failure.text}"
+
+
+def _print_and_end(text: str | None) -> NoReturn:
+    if text is not None:
+        os.write(2, f"{text.rstrip()}\n".encode())  # one call, so that lines of several ranks are not mixed
     _end(1)  # no teardown: with gloo, the last ranks would abort with messages of their own
+
+
+def _end(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

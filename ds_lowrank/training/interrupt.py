@@ -1,44 +1,84 @@
-"""Stopping on a signal, with every rank stopping after the same step."""
+"""Stopping when asked, with every rank stopping after the same step; and ending at once when asked again."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+from ds_lowrank.training.launcher import Launchers
 
 # A terminal, a scheduler and a launcher may each deliver the same request. Only a later signal is a second request.
 SAME_REQUEST_SECONDS = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """A request to stop: turns SIGTERM and SIGINT into a flag, on which the ranks agree between two steps.
+    """A request to stop: SIGTERM, Ctrl-C, or the end of the launcher that started this process.
 
-    A second Ctrl-C, more than a second after the first signal, ends the process immediately. A repeated SIGTERM does
-    not: launchers forward what the scheduler has already delivered, and both can still use SIGKILL.
+    The first signal only sets a flag; the ranks look at it between two steps. A second one, more than a second after
+    the first, ends the process immediately. It does so while the process waits in a collective for a rank that does
+    not answer, where Python runs no signal handlers: the interpreter writes each signal's number to a pipe the moment
+    it arrives, and a thread reads the pipe.
+
+    Args:
+        rank: this process's rank, for its messages.
+        launchers: the launchers above this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0, launchers: Launchers | None = None) -> None:
+        self._rank = rank
+        self._launchers = launchers or Launchers()
         self._first: float | None = None
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        for number in SIGNALS:
+            signal.signal(number, _wake)
+        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_restore)  # or a signal to a forked helper would count as one to this rank
+        threading.Thread(target=self._watch, args=(reads,), name="signals", daemon=True).start()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop, or has lost its launcher."""
+        return self._first is not None or self._launchers.lost() is not None
+
+    @property
+    def reason(self) -> str:
+        """Why :attr:`received` is true, for a message; empty if it is not."""
+        if self._first is not None:
+            return "asked to stop"
+        lost = self._launchers.lost()
+        return "" if lost is None else f"{lost} is gone"
+
+    def _watch(self, pipe: int) -> None:
+        while received := os.read(pipe, 1):
+            if received[0] in SIGNALS:
+                self._receive(received[0])
+
+    def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        elif number == signal.SIGINT and now - self._first > SAME_REQUEST_SECONDS:
+            if self._rank == 0:
+                _tell("asked to stop: saving after this step; another signal ends the run at once")
+        elif now - self._first > SAME_REQUEST_SECONDS:
+            _tell(f"rank {self._rank}: ended at once by a second signal; --resume continues from the last checkpoint")
             os._exit(128 + number)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop, as launchers signal one rank at a time. Collective.
 
-        Args:
-            device: the device of the process group's tensors.
-        """
-        flag = torch.tensor([self._first is not None], dtype=torch.int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+def _wake(number: int, frame: FrameType | None) -> None:
+    """Do nothing: a Python handler must be installed for the interpreter to write to the pipe."""
+
+
+def _restore() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _tell(text: str) -> None:
+    """Print a line in one system call, as the main thread may be holding the lock of ``sys.stderr``."""
+    os.write(2, f"{text}\n".encode())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,10 @@ from tqdm import tqdm
 from ds_lowrank.training.atomic_write import write_atomically
 
 FILE = "metrics.jsonl"
+
+
+class OutputError(RuntimeError):
+    """A file in the output folder cannot be written."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -53,11 +59,12 @@ class Reporter:
         self._steps = steps
         if not self._writes:
             return
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / FILE
-        if path.exists():
-            _keep_until(path, resumed_at)
-        self._file = path.open("a")
+        self._path = output / FILE
+        with self._explained():
+            output.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                _keep_until(self._path, resumed_at)
+            self._file = self._path.open("a")
         self._bar = tqdm(total=steps, initial=resumed_at, disable=not sys.stderr.isatty(), unit="step")
 
     def __enter__(self) -> Reporter:
@@ -67,8 +74,9 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._writes:
-            self._bar.close()
-            self._file.close()
+            with suppress(OSError):  # of what could not be written, which was raised then
+                self._bar.close()
+                self._file.close()
 
     def advance(self) -> None:
         """Move the progress bar forward by one step."""
@@ -76,11 +84,19 @@ class Reporter:
             self._bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
-        """Report one log step. Numbers that are not finite are written as null, as JSON cannot represent them."""
+        """Report one log step. Numbers that are not finite are written as null, as JSON cannot represent them.
+
+        Args:
+            record: the record.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         if not self._writes:
             return
-        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+            self._file.flush()
         self.say(console_line(record, self._steps))
         monitor = self._engine.monitor
         if monitor.enabled:
@@ -89,10 +105,27 @@ class Reporter:
             monitor.write_events([(f"Train/Samples/{key}", value, samples) for key, value in numbers.items()])
 
     def say(self, text: str) -> None:
-        """Print a line on the console, above the progress bar."""
+        """Print a line on the console, above the progress bar.
+
+        Args:
+            text: the line.
+
+        Raises:
+            OutputError: the console is a file on a full disk, or a pipe whose reader is gone.
+        """
         if self._writes:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with self._explained("the console output"):
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+
+    @contextmanager
+    def _explained(self, what: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{what or self._path} cannot be written: {error.strerror}; make room, and continue with --resume"
+            ) from error
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -1,39 +1,26 @@
-"""A run from its first step to its last: training, evaluation, metrics, checkpoints and requests to stop.
-
-Each program makes a ``Run`` and passes it to ``run_script``.
-"""
+"""A run that is ready for its first step, with all of its state. Each program of ``launch/`` makes one."""
 
 from __future__ import annotations
 
 import logging
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.config import DeepSpeedConfigError
 
 import ds_lowrank.integration.initialize
 from ds_lowrank.checkpoint.choose import set_aside_newer
-from ds_lowrank.checkpoint.export import Savable, export
+from ds_lowrank.checkpoint.export import Savable
 from ds_lowrank.checkpoint.manifest import Identity, Progress
 from ds_lowrank.checkpoint.random_state import get_random_state, set_random_state
 from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
-from ds_lowrank.collectives import RemoteError, broadcast_from_rank0
+from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
-from ds_lowrank.data.errors import DataError
-from ds_lowrank.errors import CheckpointError
-from ds_lowrank.training import distributed
-from ds_lowrank.training.folders import Folders
-from ds_lowrank.training.interrupt import StopRequest
-from ds_lowrank.training.loop import train_step
-from ds_lowrank.training.metrics import Reporter
-from ds_lowrank.training.output import AlreadyFinishedError, begin_output, record_save, write_results
-from ds_lowrank.training.step_record import step_record
+from ds_lowrank.training.output import begin_output, record_save
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -45,7 +32,7 @@ class Stateful(Protocol):
         """The state to save, loadable with ``torch.load(weights_only=True)``."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state. Of further parts, this is collective and raises on every rank or on none."""
 
 
 class Steps(Stateful, Protocol):
@@ -100,9 +87,13 @@ class Run:
             broadcast_from_rank0(lambda: begin_output(output))
             return
         self.progress, own = load_checkpoint(self.engine, checkpoint)
-        for name, part in self._stateful().items():
-            part.load_state_dict(own[name])
-        set_random_state(own["random"])
+        with raise_on_all_ranks():
+            states = {name: own[name] for name in self.parts}
+            self.data.load_state_dict(own["data"])
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])
+        with raise_on_all_ranks():
+            set_random_state(own["random"])
         set_aside_newer(save, self.progress.step)
         if self.progress.step >= self.steps and dist.get_rank() == 0:
             logger.info("%s is at the last step: only the results are written again", checkpoint)
@@ -113,8 +104,9 @@ class Run:
         Raises:
             CheckpointError: the checkpoint could not be written.
         """
-        own = {name: part.state_dict() for name, part in self._stateful().items()}
-        own["random"] = get_random_state()
+        with raise_on_all_ranks():
+            own = {name: part.state_dict() for name, part in self._stateful().items()}
+            own["random"] = get_random_state()
         directory, keep = self.arguments.save, self.arguments.keep_checkpoints
         saved = save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
         broadcast_from_rank0(lambda: record_save(self.arguments.output, directory))
@@ -145,83 +137,3 @@ def start_engine(
     )
     engine.train()
     return engine
-
-
-def train(run: Run) -> bool:
-    """Train until the last step, or until a rank is asked to stop. Collective.
-
-    Returns:
-        Whether the run is finished.
-
-    Raises:
-        CheckpointError: a checkpoint could not be written.
-        DataError: the data cannot be read any further.
-        RemoteError: another rank failed.
-    """
-    arguments, engine, progress = run.arguments, run.engine, run.progress
-    stop = StopRequest()
-    with Reporter(arguments.output, engine, run.steps, progress.step) as report:
-        last = replace(progress)
-        while progress.step < run.steps:
-            step = progress.step + 1
-            final = step == run.steps
-            evaluates = run.evaluate is not None and (final or due(step, arguments.eval_interval))
-            records = final or evaluates or step == 1 or due(step, arguments.log_interval)
-            lr = engine.get_lr()[0]
-            started = time.perf_counter()
-            batches, tokens = run.data.next_step()
-            result = train_step(engine, batches, measure=records)
-            progress.step, progress.tokens = step, progress.tokens + tokens
-            progress.seconds += time.perf_counter() - started
-            report.advance()
-            if records:
-                record = step_record(engine, result, lr, progress, since=last)
-                if evaluates and run.evaluate is not None:
-                    record |= run.evaluate(step)
-                report.record(record)
-                last = replace(progress)
-            stopping = not final and stop.agreed(engine.device)
-            if stopping or due(step, arguments.save_interval) or (final and arguments.save_interval):
-                report.say(f"saved {run.save()}")
-            if stopping:
-                report.say(f"asked to stop at step {step} of {run.steps}; --resume continues from here")
-                return False
-    return True
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something that happens every ``interval`` steps happens after this step; never if it is 0."""
-    return interval > 0 and step % interval == 0
-
-
-def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoReturn:
-    """Join the job, set up the run, train, export, write the results, and end the process.
-
-    Args:
-        arguments: the command line of the program.
-        set_up: makes the run. Its errors must be raised on every rank; they end the job before its first step.
-    """
-    distributed.join()
-    folders = Folders({"--output": arguments.output, "--save": arguments.save})
-    try:
-        folders.claim()
-        run = set_up(arguments)
-    except AlreadyFinishedError as reason:
-        folders.release()
-        if dist.get_rank() == 0:
-            print(reason)
-        distributed.leave()
-    except (ValueError, OSError, RemoteError, DeepSpeedConfigError) as error:
-        folders.release()
-        distributed.refuse(error)
-    try:
-        finished = train(run)
-        if finished and arguments.export:
-            export(run.engine, run.tokenizer, arguments.output / "export")
-    except (CheckpointError, DataError, RemoteError) as error:
-        folders.release()
-        distributed.refuse(error)
-    if dist.get_rank() == 0:
-        write_results(arguments.output, run.steps, run.facts())
-    folders.release()
-    distributed.leave()

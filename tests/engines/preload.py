@@ -7,6 +7,7 @@ import warnings
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the programs of launch/ do
 
 import deepspeed
 import deepspeed.module_inject.auto_ep_layer  # by every engine, as it is built, like the next but one

@@ -1,8 +1,5 @@
 """The parts of a step that differ by DeepSpeed's wrapper, on two ranks with real engines."""
 
-import os
-import signal
-import time
 from typing import Any
 
 import pytest
@@ -11,7 +8,6 @@ import torch
 from ds_lowrank.data.batches import ValidationBatch
 from ds_lowrank.models.llama import build
 from ds_lowrank.training.evaluation import evaluate
-from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.loop import mean_over_ranks, train_step
 from ds_lowrank.training.param_groups import matrix_groups
 from tests.engines.pool import run_ranks
@@ -91,31 +87,3 @@ def test_matrices_get_their_own_learning_rate():
     assert matrix_groups(model, {"type": "VLoRP", "params": {"lr": 0.01}}, 0.5)[1]["lr"] == 0.005
     with pytest.raises(ValueError, match=r"--matrix-lr-scale is not for GaLore: set optimizer.params.scale"):
         matrix_groups(model, OPTIMIZERS["GaLore"], 0.25)
-
-
-def _signalled(rank_asked: int | None) -> tuple[bool, bool]:
-    from torch import distributed
-
-    stop, device = StopRequest(), torch.device("cpu")
-    before = stop.agreed(device)
-    if distributed.get_rank() == rank_asked:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a launcher repeats it
-    return before, stop.agreed(device)
-
-
-@pytest.mark.parametrize("rank_asked", [None, 0, 1])
-def test_a_signal_to_one_rank_stops_both(rank_asked):
-    assert run_ranks(2, _signalled, rank_asked) == [(False, rank_asked is not None)] * 2
-
-
-def _impatient() -> None:
-    StopRequest()
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1.1)
-    os.kill(os.getpid(), signal.SIGINT)  # the handler has run when this returns
-
-
-def test_a_second_interrupt_ends_the_process_at_once():
-    with pytest.raises(AssertionError, match="died without an answer"):  # which a process that goes on gives
-        run_ranks(1, _impatient)

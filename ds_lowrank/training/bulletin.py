@@ -1,0 +1,108 @@
+"""A board on which ranks post their errors: the store of ``torch.distributed``.
+
+A collective would not do, as some ranks may be gone, stopped, or waiting in another collective. Those that wait learn
+from the board that they wait in vain, whatever they wait in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from ds_lowrank.training.failures import Failure, Kind
+
+SECONDS_FOR_OTHERS = 2.0
+"""How long a rank that fails waits for the errors of the others, which have the same one or lose their connection."""
+SECONDS_BETWEEN_LOOKS = 1.0
+
+ANY, READ = "any", "read"
+
+
+class Bulletin:
+    """The errors of the ranks of a job.
+
+    Args:
+        rank: this process's rank.
+        ranks: the number of ranks.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._rank, self._ranks = rank, ranks
+        store = PrefixStore("ds_lowrank/errors", _get_default_store())
+        # Connections of their own, as the first may be held by a thread that waits for a key; made now, as later the
+        # store may be gone.
+        self._store, self._watched = (self._connect(store) for _ in range(2))
+        self._claim = threading.Lock()
+
+    def _connect(self, store: Any) -> Any:
+        return store.clone() if self._ranks > 1 else store
+
+    def claim(self) -> bool:
+        """Whether the caller is the first of this process, and hence the one that ends it."""
+        return self._claim.acquire(blocking=False)
+
+    def watch(self, end: Callable[[dict[int, Failure]], None]) -> None:
+        """Call a function in a thread if another rank fails and this one has not ended some seconds later.
+
+        Args:
+            end: ends the process; gets the errors of the ranks that have posted one.
+        """
+        if self._ranks > 1:
+            threading.Thread(target=self._watch, args=(end,), name="errors of others", daemon=True).start()
+
+    def exchange(self, failure: Failure) -> dict[int, Failure]:
+        """Post this rank's error, wait a moment for those of the others, and return all.
+
+        Args:
+            failure: this rank's error.
+
+        Returns:
+            The errors by rank; empty if the store does not answer.
+        """
+        found: dict[int, Failure] = {}
+        if self._ranks > 1:  # in a thread, as a store whose process is stopped does not answer
+            thread = threading.Thread(target=self._exchange, args=(failure, found), daemon=True)
+            thread.start()
+            thread.join(3 * SECONDS_FOR_OTHERS)
+        return dict(found)
+
+    def _watch(self, end: Callable[[dict[int, Failure]], None]) -> None:
+        try:
+            store = self._watched
+            while not store.check([ANY]):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            found = self._read(store)
+        except RuntimeError:  # the store is gone: this rank learns of it in its next collective
+            return
+        time.sleep(SECONDS_FOR_OTHERS)
+        if self.claim():
+            end(found)
+
+    def _exchange(self, failure: Failure, found: dict[int, Failure]) -> None:
+        try:
+            store = self._store
+            store.set(str(self._rank), f"{failure.kind.value}\n{failure.text}")
+            store.set(ANY, "")
+            everyone = [str(rank) for rank in range(self._ranks)]
+            _wait(lambda: store.check(everyone))
+            found |= self._read(store)
+            store.add(READ, 1)
+            if self._rank == 0:  # with which the store may end
+                _wait(lambda: store.add(READ, 0) >= len(found))
+        except RuntimeError:
+            return
+
+    def _read(self, store: Any) -> dict[int, Failure]:
+        posted = [rank for rank in range(self._ranks) if store.check([str(rank)])]
+        entries = {rank: store.get(str(rank)).decode().partition("\n") for rank in posted}
+        return {rank: Failure(Kind(kind), text) for rank, (kind, _, text) in entries.items()}
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS_FOR_OTHERS
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)

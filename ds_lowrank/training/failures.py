@@ -1,0 +1,125 @@
+"""What the error of a rank says, in one line where a user can do something about it."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+
+from ds_lowrank.collectives import RemoteError
+
+
+class Kind(Enum):
+    """What an error says about its rank: it failed itself, repeats another's error, or lost or missed another rank."""
+
+    OWN = "own"
+    REMOTE = "remote"
+    GONE = "gone"
+    SILENT = "silent"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The error of a rank.
+
+    Attributes:
+        kind: what it says about the rank.
+        text: what to print, without the rank; empty where that depends on the other ranks.
+    """
+
+    kind: Kind
+    text: str = ""
+
+    @classmethod
+    def of(cls, error: Exception, expected: tuple[type[Exception], ...]) -> Failure:
+        """Classify an error.
+
+        Args:
+            error: the error.
+            expected: kinds of errors whose messages say what to change. Of others the traceback is printed.
+        """
+        lost = next((link for link in _chain(error) if _is_from_network(link)), None)
+        if lost is not None:
+            text = str(lost).lower()
+            return cls(Kind.SILENT if "timeout" in text or "timed out" in text else Kind.GONE)
+        if isinstance(error, RemoteError):
+            return cls(Kind.REMOTE, str(error))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            first = str(error).partition("\n")[0] or "out of memory"
+            return cls(Kind.OWN, f"{first}; lower --micro-batch-size or --sequence-length, or raise the ZeRO stage")
+        if isinstance(error, expected):
+            return cls(Kind.OWN, str(error))
+        what = f"{type(error).__name__}, which is a bug; please report it with these lines:\n"
+        return cls(Kind.OWN, what + "".join(traceback.format_exception(error)))
+
+
+def message(failure: Failure, rank: int, ranks: int, found: Mapping[int, Failure], timeout: float) -> str | None:
+    """What a rank prints when it ends with an error.
+
+    Args:
+        failure: its error.
+        rank: its number.
+        ranks: the number of ranks.
+        found: the errors of all ranks that have reported one; empty if nothing is known about the others.
+        timeout: the time limit of collectives in seconds.
+
+    Returns:
+        The text, or None. An error that all ranks have is printed once, and what another rank has said by rank 0 only.
+    """
+    if ranks == 1:
+        return f"error: {failure.text}"
+    if failure.kind is Kind.OWN and len(found) == ranks and len(set(found.values())) == 1:
+        return f"error: {failure.text}" if rank == 0 else None
+    if failure.kind in (Kind.GONE, Kind.SILENT):
+        failure = _about_others(failure.kind, found, ranks, timeout)
+    if failure.kind is Kind.REMOTE and rank != 0:
+        return None
+    return textwrap.indent(f"error: {failure.text}", f"rank {rank}: ", lambda line: True)
+
+
+def quoted(found: Mapping[int, Failure]) -> Failure | None:
+    """The errors that ranks have by themselves, as a rank without an error of its own says it; None if there are none.
+
+    Args:
+        found: the errors of the ranks that have reported one.
+    """
+    own = [f"rank {rank}: {f.text.partition(chr(10))[0]}" for rank, f in found.items() if f.kind is Kind.OWN]
+    return Failure(Kind.REMOTE, f"another rank failed; {'; '.join(own)}") if own else None
+
+
+def _about_others(kind: Kind, found: Mapping[int, Failure], ranks: int, timeout: float) -> Failure:
+    """What a rank says that ends only because others do not answer."""
+    cause = quoted(found)
+    if cause is not None:
+        return cause
+    missing = [rank for rank in range(ranks) if rank not in found]
+    if not found:  # The store is not reachable. Where the launcher does not keep it, rank 0 does.
+        missing = [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
+    who = f"rank {', '.join(map(str, missing))}"
+    if kind is Kind.SILENT:
+        text = (
+            f"no answer from {who if missing else 'another rank'} within --timeout {timeout:g} s: stopped, or hanging"
+        )
+    else:
+        text = (
+            f"another rank is gone{f' ({who})' if missing else ''}; its own message, the launcher's or the kernel's "
+            "log says why. Checkpoints are intact: --resume continues from the newest"
+        )
+    return Failure(Kind.OWN, text)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_from_network(error: BaseException) -> bool:
+    """Whether an error is gloo's, NCCL's or the store's about a lost connection or a timeout."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -1,0 +1,90 @@
+"""A program of ``launch/`` from its command line to its exit code."""
+
+from __future__ import annotations
+
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
+from safetensors import SafetensorError
+
+from ds_lowrank.checkpoint.export import export
+from ds_lowrank.collectives import RemoteError, raise_on_all_ranks
+from ds_lowrank.data.errors import DataError
+from ds_lowrank.errors import CheckpointError, ConfigError
+from ds_lowrank.training import distributed
+from ds_lowrank.training.health import BrokenRunError
+from ds_lowrank.training.launcher import Launchers
+from ds_lowrank.training.metrics import OutputError
+from ds_lowrank.training.output import write_results
+from ds_lowrank.training.run import Run
+from ds_lowrank.training.train import train
+
+AT_START: tuple[type[Exception], ...] = (ValueError, OSError, RemoteError, DeepSpeedConfigError)
+LATER: tuple[type[Exception], ...] = (
+    *(BrokenRunError, CheckpointError, ConfigError, DataError, OSError, OutputError, RemoteError),
+)
+"""Errors whose messages say what to change. At the start a ``ValueError`` is about a setting, later it is a bug."""
+
+
+def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoReturn:
+    """Join the job, set up the run, train, export, write the results, and end the process.
+
+    Whatever raises, on whichever rank, ends the process with one line and exit code 1.
+
+    Args:
+        arguments: the command line of the program.
+        set_up: makes the run.
+    """
+    # Until training handles it, Ctrl-C ends the process, also where it waits for another rank in a collective.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launchers = Launchers()
+    expected, bulletin = AT_START, None
+    try:
+        distributed.join(arguments.timeout)
+        bulletin = distributed.watch_others(arguments.timeout)
+        run = set_up(arguments)
+        distributed.limit_collectives(arguments.timeout)
+        expected = LATER
+        if train(run, launchers):
+            finish(run)
+        distributed.leave()
+    except Exception as error:
+        distributed.fail(error, expected, bulletin, arguments.timeout)
+
+
+def finish(run: Run) -> None:
+    """Export the model if that is asked for, and write the plot and the summary. Collective.
+
+    Args:
+        run: a run after its last step.
+
+    Raises:
+        OutputError: something cannot be written; says how to write it later.
+        RemoteError: another rank failed.
+    """
+    arguments = run.arguments
+    if arguments.export:
+        folder = arguments.output / "export"
+        try:
+            export(run.engine, run.tokenizer, folder)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(_unwritten(run, f"{folder} was not exported", error)) from error
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0:
+            try:
+                write_results(arguments.output, run.steps, run.facts())
+            except OSError as error:
+                what = f"the plot and the summary were not written to {arguments.output}"
+                raise OutputError(_unwritten(run, what, error)) from error
+
+
+def _unwritten(run: Run, what: str, error: Exception) -> str:
+    if run.arguments.save_interval:
+        later = "make room, and run the same command with --resume: it only writes what is missing"
+    else:
+        later = "make room and train again, with --save-interval, so that the last step is saved"
+    return f"{what}: {error}; {later}"

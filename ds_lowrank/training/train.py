@@ -1,0 +1,128 @@
+"""Training from the first step to the last: what happens between two steps, and where the ranks agree on it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_lowrank.collectives import any_rank, raise_if_any_failed, raise_on_all_ranks
+from ds_lowrank.data.batches import Step
+from ds_lowrank.training.health import Health
+from ds_lowrank.training.interrupt import StopRequest
+from ds_lowrank.training.launcher import Launchers
+from ds_lowrank.training.loop import train_step
+from ds_lowrank.training.metrics import Reporter
+from ds_lowrank.training.run import Run
+from ds_lowrank.training.step_record import step_record
+
+
+def train(run: Run, launchers: Launchers | None = None) -> bool:
+    """Train until the last step, or until a rank is asked to stop. Collective.
+
+    Args:
+        run: the run.
+        launchers: the launchers above this process; their end is a request to stop.
+
+    Returns:
+        Whether the run is finished.
+
+    Raises:
+        BrokenRunError: losses, gradients or weights have not been finite for some steps, or are not at the end.
+        CheckpointError: a checkpoint could not be written.
+        DataError: the data cannot be read any further.
+        OutputError: the metrics could not be written.
+        RemoteError: another rank failed.
+    """
+    with raise_on_all_ranks():
+        report = Reporter(run.arguments.output, run.engine, run.steps, run.progress.step)
+    with report:
+        training = _Training(run, report, StopRequest(dist.get_rank(), launchers))
+        while run.progress.step < run.steps:
+            if training.step():
+                return False
+    return True
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every ``interval`` steps happens after this step; never if it is 0."""
+    return interval > 0 and step % interval == 0
+
+
+class _Training:
+    def __init__(self, run: Run, report: Reporter, stop: StopRequest) -> None:
+        self._run, self._report, self._stop = run, report, stop
+        self._health = Health(run.engine, run.progress.step, run.arguments.save)
+        self._last_record = replace(run.progress)
+        self._save_is_due = False
+
+    def step(self) -> bool:
+        """Take one step with everything that belongs to it; return whether the run stops after it, as it was asked."""
+        run, progress, interval = self._run, self._run.progress, self._run.arguments.save_interval
+        step = progress.step + 1
+        final = step == run.steps
+        evaluates = run.evaluate is not None and (final or due(step, run.arguments.eval_interval))
+        records = final or evaluates or step == 1 or due(step, run.arguments.log_interval)
+        lr = run.engine.get_lr()[0]
+        started = time.perf_counter()
+        batches, tokens = self._read()
+        with self._health.step(step):
+            result = train_step(run.engine, batches, measure=records)
+        progress.step, progress.tokens = step, progress.tokens + tokens
+        progress.seconds += time.perf_counter() - started
+        record = None
+        if records:
+            record = step_record(run.engine, result, lr, progress, since=self._last_record)
+            self._last_record = replace(progress)
+            if evaluates and run.evaluate is not None:
+                record |= run.evaluate(step)
+        error = self._write(record)
+        asked, failed, *symptoms = any_rank(
+            self._stop.received, error is not None, *self._health.symptoms(result), device=run.engine.device
+        )
+        if failed:
+            raise_if_any_failed(error)
+        self._health.note(step, *symptoms)
+        self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0)
+        if final or self._save_is_due:
+            sound = self._health.is_sound(batches[-1])
+            if final and not sound:
+                self._health.end(step)
+            if sound and self._save_is_due:
+                self._save()
+                return asked and not final
+        return False
+
+    def _read(self) -> Step:
+        """Read this rank's data of the next step. Collective: a cheaper ``raise_on_all_ranks``."""
+        found, error = None, None
+        try:
+            found = self._run.data.next_step()
+        except Exception as caught:
+            error = caught
+        if any_rank(error is not None, device=self._run.engine.device)[0]:
+            raise_if_any_failed(error)
+        assert found is not None
+        return found
+
+    def _write(self, record: dict[str, Any] | None) -> Exception | None:
+        """Report a step; return this rank's error, on which the ranks still have to agree."""
+        try:
+            self._report.advance()
+            if record is not None:
+                self._report.record(record)
+        except Exception as error:
+            return error
+        return None
+
+    def _save(self) -> None:
+        saved, run = self._run.save(), self._run
+        self._save_is_due = False
+        with raise_on_all_ranks():
+            self._report.say(f"saved {saved}")
+            if self._stop.received and run.progress.step < run.steps:
+                self._report.say(
+                    f"{self._stop.reason} at step {run.progress.step} of {run.steps}; --resume continues from here"
+                )

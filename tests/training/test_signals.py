@@ -1,0 +1,152 @@
+"""Being asked to stop, and being asked again; launchers that end; tasks that are no ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from ds_lowrank.collectives import any_rank
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.training import launcher
+from ds_lowrank.training.interrupt import StopRequest
+from ds_lowrank.training.launcher import Launchers, check_environment
+from tests.engines.pool import run_ranks
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _signalled(rank_asked):
+    from torch import distributed
+
+    stop, device = StopRequest(), torch.device("cpu")
+    before = any_rank(stop.received, device=device)
+    if distributed.get_rank() == rank_asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher repeats it
+        wait_for(lambda: stop.received)
+    return before, any_rank(stop.received, device=device)
+
+
+@pytest.mark.parametrize("rank_asked", [None, 0, 1])
+def test_a_signal_to_one_rank_stops_both(rank_asked):
+    assert run_ranks(2, _signalled, rank_asked) == [([False], [rank_asked is not None])] * 2
+
+
+def _waits_for_a_rank_that_does_not_come():
+    from torch import distributed
+
+    if distributed.get_rank() == 1:
+        time.sleep(600)
+    StopRequest()
+    distributed.all_reduce(torch.zeros(1))  # in C++, where no Python handler runs
+
+
+def _impatient(number):
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:  # signals its parent, which waits in a collective
+        time.sleep(0.5)
+        os.kill(parent, number)
+        time.sleep(1.2)
+        os.kill(parent, number)
+        os._exit(0)
+    _waits_for_a_rank_that_does_not_come()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_process_that_waits_in_a_collective(number):
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="died without an answer"):  # which a process that goes on gives
+        run_ranks(2, _impatient, number, timeout=60)
+    assert time.monotonic() - started < 30
+
+
+def _forks():
+    stop = StopRequest()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    time.sleep(0.1)
+    return os.WTERMSIG(status), stop.received
+
+
+def test_a_signal_to_a_forked_helper_ends_the_helper_and_is_no_request():
+    assert run_ranks(1, _forks) == [(signal.SIGTERM, False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["/usr/bin/python3", "/opt/venv/bin/deepspeed", "--num_gpus", "2", "x.py"], "deepspeed"),
+        (["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30="], "deepspeed"),
+        (["python", "/lib/deepspeed/launcher/runner.py", "x.py"], "deepspeed"),
+        (["python", "-m", "torch.distributed.run", "--standalone"], "torchrun"),
+        (["/opt/venv/bin/torchrun", "--standalone", "x.py"], "torchrun"),
+        (["bash", "-c", "deepspeed x.py"], None),
+        (["bash", "/home/me/deepspeed_jobs/run.sh"], None),
+        (["tmux", "new", "-d"], None),
+        (["python", "launch/pretrain.py", "--deepspeed_config", "torchrun/x.json", "deepspeed"], None),
+        ([], None),
+    ],
+)
+def test_a_launcher_is_recognised_by_its_own_words(words, name):
+    class Process:
+        def cmdline(self):
+            return words
+
+    assert launcher._launcher(Process()) == name
+
+
+def test_the_end_of_a_launcher_is_noticed_and_that_of_a_shell_is_not(monkeypatch):
+    helper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    parents = [subprocess.Popen(helper) for _ in range(2)]
+    processes = [psutil.Process(parent.pid) for parent in parents]
+    monkeypatch.setattr(psutil.Process, "parents", lambda self: processes)
+    monkeypatch.setattr(launcher, "_launcher", lambda process: "deepspeed" if process is processes[0] else None)
+    monkeypatch.setattr(launcher, "SECONDS_BETWEEN_LOOKS", 0.0)
+    launchers = Launchers()
+    assert launchers.lost() is None
+    parents[1].kill()
+    parents[1].wait()
+    assert launchers.lost() is None
+    parents[0].kill()  # a zombie from here on, as in a container without an init
+    wait_for(lambda: launchers.lost() == "deepspeed")
+    parents[0].wait()
+    assert launchers.lost() == "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({}, None),
+        (dict.fromkeys(launcher.RANK_VARIABLES, "1") | {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "one of 4 tasks of srun and RANK is not set"),
+        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "one of 2 tasks of mpirun and RANK is not set"),
+        ({"PMI_SIZE": "8"}, "start one task per node that runs torchrun, or export RANK, LOCAL_RANK"),
+        ({"PMI_SIZE": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_several_tasks_without_ranks_are_refused(environment, refused):
+    if refused is None:
+        check_environment(environment)
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            check_environment(environment)
