@@ -108,6 +108,14 @@ class Health:
         if step - self._sound >= (SCALE_SEARCH_STEPS if self._engine.fp16_enabled() else BROKEN_STEPS):
             raise self._error(step, f"the gradient has not been finite since step {self._sound + 1}")
 
+    def is_clean(self, step: int) -> bool:
+        """Whether a step that was noted had a finite loss and gradient, and its update was made.
+
+        Args:
+            step: the number of the last step.
+        """
+        return self._sound == step
+
     def end(self, step: int) -> NoReturn:
         """End a run that is not sound after its last step.
 
@@ -127,19 +135,20 @@ class Health:
     def is_sound(self, batch: Mapping[str, Tensor]) -> bool:
         """Whether the weights and the loss that they give are finite on all ranks. Collective; for rare use.
 
-        The losses of the steps say nothing of the last update.
+        The loss of a step says nothing of its own update. Nor does a finite loss say enough: where the square of a
+        weight overflows, a normalization divides by infinity, and the loss is that of a model which always guesses.
 
         Args:
             batch: a micro-batch of this rank's, as keyword arguments of the model.
         """
-        weights = [self._has_finite(parameter) for parameter in self._engine.module.parameters()]
+        weights = [self._has_finite_norm(parameter) for parameter in self._engine.module.parameters()]
         finite = torch.stack([*weights, torch.isfinite(self._loss(batch))]).all()
         return not any_rank(~finite, device=self._engine.device)[0]
 
-    def _has_finite(self, parameter: torch.nn.Parameter) -> Tensor:
+    def _has_finite_norm(self, parameter: torch.nn.Parameter) -> Tensor:
         own, _ = forward_weights(parameter)
         elements = own.store.detach().reshape(-1)[own.offset : own.offset + own.end - own.start]
-        return torch.isfinite(elements).all().to(self._engine.device)
+        return torch.linalg.vector_norm(elements, dtype=torch.float32).isfinite().to(self._engine.device)
 
     @torch.no_grad()
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:

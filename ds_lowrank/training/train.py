@@ -86,7 +86,8 @@ class _Training:
             raise_if_any_failed(error)
         self._health.note(step, *symptoms)
         self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0)
-        if final or self._save_is_due:
+        # After a step that failed, a save waits for one that does not: it may be the first of many.
+        if final or (self._save_is_due and self._health.is_clean(step)):
             sound = self._health.is_sound(batches[-1])
             if final and not sound:
                 self._health.end(step)
