@@ -148,7 +148,8 @@ class Health:
     def _has_finite_norm(self, parameter: torch.nn.Parameter) -> Tensor:
         own, _ = forward_weights(parameter)
         elements = own.store.detach().reshape(-1)[own.offset : own.offset + own.end - own.start]
-        return torch.linalg.vector_norm(elements, dtype=torch.float32).isfinite().to(self._engine.device)
+        norm: Tensor = torch.linalg.vector_norm(elements, dtype=torch.float32)
+        return norm.isfinite().to(self._engine.device)
 
     @torch.no_grad()
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -16,10 +16,11 @@ from ds_lowrank.collectives import RemoteError, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.errors import CheckpointError, ConfigError
 from ds_lowrank.training import distributed
+from ds_lowrank.training.folders import Folders
 from ds_lowrank.training.health import BrokenRunError
 from ds_lowrank.training.launcher import Launchers
 from ds_lowrank.training.metrics import OutputError
-from ds_lowrank.training.output import write_results
+from ds_lowrank.training.output import AlreadyFinishedError, write_results
 from ds_lowrank.training.run import Run
 from ds_lowrank.training.train import train
 
@@ -42,17 +43,26 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
     # Until training handles it, Ctrl-C ends the process, also where it waits for another rank in a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launchers = Launchers()
+    folders = Folders({"--output": arguments.output, "--save": arguments.save})
     expected, bulletin = AT_START, None
     try:
         distributed.join(arguments.timeout)
         bulletin = distributed.watch_others(arguments.timeout)
-        run = set_up(arguments)
-        distributed.limit_collectives(arguments.timeout)
-        expected = LATER
-        if train(run, launchers):
-            finish(run)
+        folders.claim()
+        try:
+            run = set_up(arguments)
+        except AlreadyFinishedError as reason:
+            if dist.get_rank() == 0:
+                print(reason)
+        else:
+            distributed.limit_collectives(arguments.timeout)
+            expected = LATER
+            if train(run, launchers):
+                finish(run)
+        folders.release()
         distributed.leave()
     except Exception as error:
+        folders.release()
         distributed.fail(error, expected, bulletin, arguments.timeout)
 
 
