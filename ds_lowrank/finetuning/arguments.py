@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ds_lowrank.data.rows import FUNCTIONS
-from ds_lowrank.training.arguments import CACHE, add_outputs, add_run, count, parsed, positive, script_parser
+from ds_lowrank.training.arguments import (
+    CACHE,
+    add_outputs,
+    add_run,
+    count,
+    number,
+    parsed,
+    path,
+    positive,
+    rate,
+    script_parser,
+    word,
+)
 from ds_lowrank.training.schedule import SCHEDULES
 
 EPOCHS = 3
@@ -35,7 +46,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--eval-interval", type=count, help="in steps; once per epoch by default, 0 for the end only")
     run.add_argument(
-        "--best-metric", metavar="NAME", help="decides which model is kept; by default the task's first metric"
+        "--best-metric",
+        type=word,
+        metavar="NAME",
+        help="decides which model is kept; by default the task's first metric",
     )
     add_outputs(parser.add_argument_group("output"))
     found = parsed(parser, arguments)
@@ -45,33 +59,49 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt-column and --completion-column are for --task causal-lm")
     if found.text_column is not None and len(found.text_column) > 2:
         parser.error("--text-column takes one column, or two for pairs of texts")
+    if found.lora_alpha == 0:
+        parser.error("--lora-alpha must be above 0: with 0 the factors have no effect")
     if not 0 < found.held_out < 1:
         parser.error("--held-out must be a fraction between 0 and 1")
     return found
 
 
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a LlamaConfig JSON")
+    group.add_argument(
+        "--model", type=word, required=True, help="Hugging Face folder or hub name, or a LlamaConfig JSON"
+    )
     group.add_argument("--task", choices=("classification", "causal-lm"), default="classification")
-    group.add_argument("--data", default=FUNCTIONS, help=f"{FUNCTIONS}, a file, glue:TASK or hf:NAME[:CONFIG]")
-    group.add_argument("--validation", type=Path, metavar="FILE", help="validation examples, if --data is a file")
     group.add_argument(
-        "--held-out", type=float, default=0.1, help="fraction of a single file that is used for validation"
+        "--data", type=word, default=FUNCTIONS, help=f"{FUNCTIONS}, a file, glue:TASK or hf:NAME[:CONFIG]"
+    )
+    group.add_argument("--validation", type=path, metavar="FILE", help="validation examples, if --data is a file")
+    group.add_argument(
+        "--held-out", type=number, default=0.1, help="fraction of a single file that is used for validation"
     )
     group.add_argument(
-        "--text-column", nargs="+", metavar="NAME", help="one, or two for pairs; by default the GLUE task's, else text"
+        "--text-column",
+        type=word,
+        nargs="+",
+        metavar="NAME",
+        help="one, or two for pairs; by default the GLUE task's, else text",
     )
-    group.add_argument("--label-column", default="label", metavar="NAME", help="column of classes or numbers")
-    group.add_argument("--prompt-column", metavar="NAME", help="causal-lm: column that is read but not learnt")
-    group.add_argument("--completion-column", metavar="NAME", help="causal-lm: column that is learnt")
-    group.add_argument("--tokenizer", help="bpe, bytes, or a folder or hub name; by default the model's")
+    group.add_argument(
+        "--label-column", type=word, default="label", metavar="NAME", help="column of classes or numbers"
+    )
+    group.add_argument(
+        "--prompt-column", type=word, metavar="NAME", help="causal-lm: column that is read but not learnt"
+    )
+    group.add_argument("--completion-column", type=word, metavar="NAME", help="causal-lm: column that is learnt")
+    group.add_argument("--tokenizer", type=word, help="bpe, bytes, or a folder or hub name; by default the model's")
     group.add_argument("--max-length", type=positive, default=256, help="tokens per example; longer ones are truncated")
-    group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="trained tokenizers")
+    group.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help="trained tokenizers")
 
 
 def _add_lora(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lora-rank", type=positive, help="train LoRA of this rank with peft")
     group.add_argument(
-        "--lora-alpha", type=float, default=16.0, help="the product of the factors is scaled by alpha / rank"
+        "--lora-alpha", type=rate, default=16.0, help="the product of the factors is scaled by alpha / rank"
     )
-    group.add_argument("--lora-targets", nargs="+", metavar="NAME", help="module names; every linear layer by default")
+    group.add_argument(
+        "--lora-targets", type=word, nargs="+", metavar="NAME", help="module names; every linear layer by default"
+    )

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any
 
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.ds_config.read import json_type, read_file
 
 
-def settings_of(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The DeepSpeed configuration as a dict.
+def settings_of(args: Any, config: str | dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """The DeepSpeed configuration as a dict, not validated, and what messages call it.
 
     Args:
         args: the command line's, with ``deepspeed_config``, the path of a JSON file, or without.
         config: a dict, or the path of a JSON file.
 
     Raises:
-        ConfigError: it is given twice, or not at all.
+        ConfigError: it is given twice, or not at all, or its file is not valid.
     """
-    import deepspeed
-
     path = getattr(args, "deepspeed_config", None)
     if config is not None and path is not None:
         raise ConfigError(
@@ -29,7 +29,27 @@ def settings_of(args: Any, config: str | dict[str, Any] | None) -> dict[str, Any
     source = config if config is not None else path
     if source is None:
         raise ConfigError("no DeepSpeed configuration: pass config=..., or --deepspeed_config on the command line")
-    settings: dict[str, Any] = source if isinstance(source, dict) else deepspeed.load_ds_config(source)
+    if isinstance(source, dict):
+        return source, "the DeepSpeed configuration"
+    return _read(source), str(source)
+
+
+def _read(source: str) -> dict[str, Any]:
+    """Read a file. DeepSpeed itself also takes Hjson, which is JSON with comments, and base64."""
+    import deepspeed
+
+    if os.path.exists(source):
+        try:
+            return read_file(source)
+        except ConfigError as error:
+            try:
+                settings: dict[str, Any] = deepspeed.load_ds_config(source)
+            except Exception:
+                raise error from None
+    else:
+        settings = deepspeed.load_ds_config(source)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{source} must contain one JSON object, not {json_type(settings)}")
     return settings
 
 

@@ -9,7 +9,8 @@ import torch
 
 from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.integration.unsupported_settings import autotp_size, check_stage
+from ds_lowrank.integration.ds_config.values import autotp_size
+from ds_lowrank.integration.unsupported_settings import check_stage
 from ds_lowrank.placement.averaging import check_leftovers, check_unit
 from ds_lowrank.placement.grid import grid_of, initialized_tensor_group, sequence_size
 from ds_lowrank.placement.marks import is_expert, is_megatron_shard, is_split

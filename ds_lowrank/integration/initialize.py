@@ -15,9 +15,11 @@ from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.arguments import plain_parameters, settings_of, without_path
 from ds_lowrank.integration.check_model import check_model, model_parallel_unit
+from ds_lowrank.integration.ds_config.read import without_comments
+from ds_lowrank.integration.ds_config.values import autotp_size, section
 from ds_lowrank.integration.mpu import as_mpu, check_grid
 from ds_lowrank.integration.register import allow_under_zero
-from ds_lowrank.integration.unsupported_settings import autotp_size, check_supported
+from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -81,13 +83,14 @@ def initialize(
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
-    settings = settings_of(args, config if config is not None else config_params)
-    name = settings.get("optimizer", {}).get("type")
-    if optimizer is None and name is not None and name not in OPTIMIZERS and (meant := looks_like_method(name)):
+    settings, source = settings_of(args, config if config is not None else config_params)
+    name = section(settings, "optimizer").get("type")
+    if optimizer is None and isinstance(name, str) and name not in OPTIMIZERS and (meant := looks_like_method(name)):
         raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
     low_rank = (optimizer is None and name in OPTIMIZERS) or isinstance(optimizer, LowRankOptimizer)
     mpu = as_mpu(mpu)
     if low_rank:
+        settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
         check_mesh(mesh_param)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
@@ -111,6 +114,26 @@ def initialize(
         check_before_loading(engine)
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
+
+
+def _validated(
+    settings: dict[str, Any], source: str, optimizer: LowRankOptimizer | None, *, has_mpu: bool
+) -> dict[str, Any]:
+    """The settings without comments, if they are valid and supported.
+
+    Args:
+        settings: the DeepSpeed configuration.
+        source: what messages call it.
+        optimizer: the client's; None for the one that the settings name.
+        has_mpu: whether the caller passes a model-parallel unit.
+    """
+    from ds_lowrank.integration.ds_config.validate import validate
+
+    settings = without_comments(settings)
+    method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
+    check_supported(settings, method, has_mpu=has_mpu)
+    validate(settings, source)
+    return settings
 
 
 def _prepare(
@@ -140,7 +163,6 @@ def _prepare(
     if model is None:
         raise ConfigError("ds_lowrank.initialize needs a model")
     method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
-    check_supported(settings, method)
     _check_autotp_ranks(autotp_size(settings))
     if optimizer is None:
         settings = _with_adapters(model, settings, model_parameters)

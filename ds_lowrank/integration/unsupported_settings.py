@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_lowrank.errors import MISSES_SHARDS, ConfigError
+from ds_lowrank.integration.ds_config.values import (
+    is_enabled,
+    precision,
+    section,
+    zero_block,
+    zero_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -24,61 +31,110 @@ class UnsupportedSetting:
     advice: str
 
 
-def _enabled(section: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda config: bool(config.get(section, {}).get("enabled", False))
-
-
-def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    section: Mapping[str, Any] = config.get("zero_optimization", {})
-    return section
+def _enabled(*path: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda config: is_enabled(config, *path)
 
 
 def _offloads(part: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda config: (_zero(config).get(part) or {}).get("device", "none") != "none"
+    return lambda config: section(zero_block(config), part).get("device", "none") not in ("none", "auto")
 
 
 def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
     def is_above_one(config: Mapping[str, Any]) -> bool:
-        value: Any = config
-        for key in path:
-            value = (value or {}).get(key)
+        value = section(config, *path[:-1]).get(path[-1])
         return isinstance(value, int | float) and value > 1
 
     return is_above_one
 
 
+def _true(*path: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda config: section(config, *path[:-1]).get(path[-1]) is True
+
+
+def _false(*path: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda config: section(config, *path[:-1]).get(path[-1]) is False
+
+
 MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
 SOME_WOULD_STEP = "remove it: on a gradient that is not finite, some parameter groups would step and others would not"
+
+
+def _granularity(config: Mapping[str, Any]) -> Any:
+    zero = zero_block(config)
+    return zero.get("stage3_module_granularity_threshold", zero.get("module_granularity_threshold", 0))
+
+
+NO_MASTERS = "remove it: without fp32 weights, small updates vanish by rounding. state_dtype makes the moments smaller"
+QUANTIZED = "remove it: it was never tested with a low-rank update"
 
 UNSUPPORTED_SETTINGS = (
     UnsupportedSetting("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
     UnsupportedSetting("zero_optimization.offload_param", _offloads("offload_param"), MORE_RANKS),
-    UnsupportedSetting("zero_optimization.cpu_offload", lambda c: bool(_zero(c).get("cpu_offload", False)), MORE_RANKS),
-    UnsupportedSetting("zero_optimization.zenflow", lambda c: bool(_zero(c).get("zenflow")), "remove it"),
+    UnsupportedSetting("zero_optimization.cpu_offload", _true("zero_optimization", "cpu_offload"), MORE_RANKS),
+    UnsupportedSetting(
+        "zero_optimization.cpu_offload_param", _true("zero_optimization", "cpu_offload_param"), MORE_RANKS
+    ),
+    UnsupportedSetting("zero_optimization.zenflow", lambda c: bool(zero_block(c).get("zenflow")), "remove it"),
     UnsupportedSetting(
         "zero_optimization.zero_hpz_partition_size",
         _above_one("zero_optimization", "zero_hpz_partition_size"),
         "set it to 1",
     ),
     UnsupportedSetting(
+        "zero_optimization.zero_quantized_weights", _true("zero_optimization", "zero_quantized_weights"), QUANTIZED
+    ),
+    UnsupportedSetting(
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        _true("zero_optimization", "zero_quantized_nontrainable_weights"),
+        QUANTIZED,
+    ),
+    UnsupportedSetting(
+        "zero_optimization.zero_quantized_gradients",
+        _true("zero_optimization", "zero_quantized_gradients"),
+        QUANTIZED,
+    ),
+    UnsupportedSetting("weight_quantization", lambda c: bool(c.get("weight_quantization")), QUANTIZED),
+    UnsupportedSetting(
         "zero_optimization.elastic_checkpoint",
-        lambda c: bool(_zero(c).get("elastic_checkpoint", False)),
+        _true("zero_optimization", "elastic_checkpoint"),
         "set it to false: low-rank state cannot be split like elementwise state",
     ),
     UnsupportedSetting(
+        "zero_optimization.load_from_fp32_weights = false",
+        _false("zero_optimization", "load_from_fp32_weights"),
+        "remove it: a resumed run would continue from rounded weights",
+    ),
+    UnsupportedSetting(
+        "zero_optimization.legacy_stage1",
+        _true("zero_optimization", "legacy_stage1"),
+        "remove it: DeepSpeed no longer has it",
+    ),
+    UnsupportedSetting(
+        "zero_optimization.stage3_module_granularity_threshold",
+        lambda c: _granularity(c) not in (0, "auto"),
+        "remove it: DeepSpeed 0.19.8 fails with it when ZeRO 3 fetches a layer that returns an object",
+    ),
+    UnsupportedSetting(
         "checkpoint.load_universal",
-        lambda c: bool(c.get("checkpoint", {}).get("load_universal", False)),
+        _true("checkpoint", "load_universal"),
         "remove it and resume on the layout that saved the checkpoint",
     ),
     UnsupportedSetting(
         "bf16.check_grad_overflow = false",
-        lambda c: c.get("bf16", {}).get("check_grad_overflow", True) is False,
+        _false("bf16", "check_grad_overflow"),
         SOME_WOULD_STEP,
     ),
     UnsupportedSetting(
         "zero_optimization.compute_grad_norm = false",
-        lambda c: _zero(c).get("compute_grad_norm", True) is False,
+        _false("zero_optimization", "compute_grad_norm"),
         SOME_WOULD_STEP,
+    ),
+    UnsupportedSetting(
+        "bf16.bf16_master_weights_and_grads", _true("bf16", "bf16_master_weights_and_grads"), NO_MASTERS
+    ),
+    UnsupportedSetting("bf16.bf16_optimizer_states", _true("bf16", "bf16_optimizer_states"), NO_MASTERS),
+    UnsupportedSetting(
+        "fp16.fp16_master_weights_and_grads", _true("fp16", "fp16_master_weights_and_grads"), NO_MASTERS
     ),
     UnsupportedSetting("bfloat16", lambda c: "bfloat16" in c, "rename it to bf16"),
     UnsupportedSetting("amp", _enabled("amp"), "use bf16 or fp16"),
@@ -90,27 +146,41 @@ UNSUPPORTED_SETTINGS = (
         "dimension only, so that copies of the weights drift apart. Remove both, and pass "
         "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp after its initialize_sequence_parallel",
     ),
-    UnsupportedSetting(
-        "expert_parallel",
-        _enabled("expert_parallel"),
-        "remove it: matrices that are split over expert ranks are not read",
-    ),
+    UnsupportedSetting("fp16.auto_cast", _true("fp16", "auto_cast"), "remove it: cast the inputs in your own code"),
     UnsupportedSetting("sparse_gradients", lambda c: bool(c.get("sparse_gradients", False)), "set it to false"),
+    UnsupportedSetting(
+        "sequence_parallel_size",
+        _above_one("sequence_parallel_size"),
+        "DeepSpeed does not average over these ranks. Remove it and pass "
+        "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp to ds_lowrank.initialize",
+    ),
+    UnsupportedSetting("expert_parallel", _enabled("expert_parallel"), "remove it: experts are not split over ranks"),
+    UnsupportedSetting("managed_gradient_accumulation = false", _false("managed_gradient_accumulation"), "remove it"),
+    UnsupportedSetting("compile.deepcompile", _true("compile", "deepcompile"), "remove it, and use engine.compile()"),
+    UnsupportedSetting("hybrid_engine", _enabled("hybrid_engine"), "remove it: it is for alternating with inference"),
+    UnsupportedSetting(
+        "data_efficiency", _enabled("data_efficiency"), "remove it: it changes batches, layers and learning rates"
+    ),
+    UnsupportedSetting("autotuning", _enabled("autotuning"), "remove it: it ends the run after a few steps"),
 )
 """Every refused setting, in the order of ``docs/configuration.md``."""
 
 
-def check_supported(config: Mapping[str, Any], method: str) -> None:
+def check_supported(config: Mapping[str, Any], method: str, *, has_mpu: bool = False) -> None:
     """Refuse a configuration with unsupported settings.
 
     Args:
-        config: the DeepSpeed configuration.
+        config: the DeepSpeed configuration, validated or not.
         method: the method's name, for messages.
+        has_mpu: whether a model-parallel unit is passed as well. Then DeepSpeed takes ``sequence_parallel_size`` from
+            that, and a configuration may repeat it.
 
     Raises:
         ConfigError: it has such settings; the message says for each key what to change. Every rank reads the same
             configuration, so every rank raises.
     """
+    repeated = has_mpu and "data_parallel_size" not in config
+    config = {key: value for key, value in config.items() if not (repeated and key == "sequence_parallel_size")}
     found = [setting for setting in UNSUPPORTED_SETTINGS if setting.is_set(config)]
     if found:
         lines = [f"  {setting.key} is not supported with {method}: {setting.advice}" for setting in found]
@@ -128,26 +198,17 @@ def check_stage(config: Mapping[str, Any], tensor: int, in_pipeline: bool) -> No
     Raises:
         ConfigError: it is such a stage; the message names one that works.
     """
-    stage = int(_zero(config).get("stage", 0))
+    stage, kind = zero_stage(config), precision(config)
     if in_pipeline and stage > 1:
         raise ConfigError(
             f"ZeRO {stage} partitions gradients, which a pipeline accumulates over micro-batches: DeepSpeed allows "
             "zero_optimization.stage 0 and 1 with a pipeline; set one of them"
         )
-    if stage == 0 and _enabled("fp16")(config):
+    if stage == 0 and kind == "fp16":
         raise ConfigError(
             "fp16 at ZeRO 0: DeepSpeed 0.19.8 divides the gradient by a loss scale without having multiplied the loss "
             "by it. Set zero_optimization.stage to 1"
         )
     # In a pipeline DeepSpeed uses another wrapper for bf16, whose norm is right.
-    if stage == 0 and tensor > 1 and _enabled("bf16")(config) and not in_pipeline:
+    if stage == 0 and tensor > 1 and kind == "bf16" and not in_pipeline:
         raise ConfigError(MISSES_SHARDS)
-
-
-def autotp_size(config: Mapping[str, Any]) -> int:
-    """The degree of DeepSpeed's own tensor parallelism (AutoTP); 1 without.
-
-    Args:
-        config: the DeepSpeed configuration.
-    """
-    return int((config.get("tensor_parallel") or {}).get("autotp_size", 1))

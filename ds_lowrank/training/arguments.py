@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import deepspeed
 
+from ds_lowrank.training.usage import JobParser
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_lowrank"
+LARGEST = 2**31 - 1
+"""The most steps, sequences, tokens or ranks that a flag takes."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--steps", type=positive, required=True, help="total number of optimizer steps")
     add_run(run)
     run.add_argument(
-        "--matrix-lr-scale", type=float, help="dense optimizers and VLoRP: factor on the lr of the layers' matrices"
+        "--matrix-lr-scale", type=rate, help="dense optimizers and VLoRP: factor on the lr of the layers' matrices"
     )
     run.add_argument("--eval-interval", type=count, default=0, help="in steps; 0 evaluates at the end only")
     run.add_argument(
@@ -53,7 +59,7 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     Args:
         description: what the program does, for ``--help``.
     """
-    parser = argparse.ArgumentParser(
+    parser = JobParser(
         description=description,
         epilog="Run it with `deepspeed` or `torchrun`, or with `python` as a single process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -73,6 +79,8 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     found = parser.parse_args(arguments)
     if found.deepspeed_config is None:
         parser.error("the following arguments are required: --deepspeed_config")
+    if not found.deepspeed_config.strip():
+        parser.error("--deepspeed_config is empty: name the DeepSpeed JSON")
     if found.save is None:
         found.save = found.output / "checkpoints"
     return found
@@ -80,27 +88,30 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", type=Path, required=True, help="a LlamaConfig JSON, or a Hugging Face folder to continue from"
+        "--model", type=path, required=True, help="a LlamaConfig JSON, or a Hugging Face folder to continue from"
     )
-    group.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, hf:NAME[:CONFIG] or megatron:PREFIX")
+    group.add_argument(
+        "--data", type=word, default="stdlib", help="stdlib, a file, a folder, hf:NAME[:CONFIG] or megatron:PREFIX"
+    )
     group.add_argument(
         "--tokenizer",
+        type=word,
         help="bpe (trained on the data; the default for text with a new model), bytes, or a folder or hub name",
     )
     group.add_argument("--vocab-size", type=positive, default=4096, help="vocabulary size of a bpe tokenizer")
     group.add_argument("--sequence-length", type=positive, default=256, help="tokens per sequence")
-    group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="tokenizers and tokenized text")
+    group.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help="tokenizers and tokenized text")
 
 
 def add_run(group: argparse._ArgumentGroup) -> None:
     """Add the arguments for how a run trains, except for its length and evaluation."""
     group.add_argument("--global-batch-size", type=positive, help="overrides train_batch_size of the JSON")
     group.add_argument("--micro-batch-size", type=positive, help="overrides train_micro_batch_size_per_gpu of the JSON")
-    group.add_argument("--lr", type=float, help="overrides optimizer.params.lr of the JSON")
+    group.add_argument("--lr", type=rate, help="overrides optimizer.params.lr of the JSON")
     group.add_argument(
-        "--warmup", type=float, default=0.1, help="fraction or number of the steps; unused if the JSON has a scheduler"
+        "--warmup", type=rate, default=0.1, help="fraction or number of the steps; unused if the JSON has a scheduler"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
+    group.add_argument("--seed", type=seed, default=0, help="seed of weights and data order")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
         "--timeout", type=seconds, default=1800.0, metavar="SECONDS", help="how long to wait for a rank that is silent"
@@ -109,9 +120,9 @@ def add_run(group: argparse._ArgumentGroup) -> None:
 
 def add_outputs(group: argparse._ArgumentGroup) -> None:
     """Add the arguments for what a run writes."""
-    group.add_argument("--output", type=folder, required=True, metavar="DIR", help="metrics, plot, summary, export")
+    group.add_argument("--output", type=path, required=True, metavar="DIR", help="metrics, plot, summary, export")
     group.add_argument("--log-interval", type=positive, default=10, help="in steps")
-    group.add_argument("--save", type=folder, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
+    group.add_argument("--save", type=path, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
     group.add_argument("--save-interval", type=count, default=1000, help="in steps; 0 saves only when asked to stop")
     group.add_argument("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
     group.add_argument(
@@ -137,16 +148,49 @@ def count(text: str) -> int:
     return _whole(text, 0)
 
 
+def seed(text: str) -> int:
+    """Argument type: a whole number of at least 0 that random generators take as a seed."""
+    return _whole(text, 0, 2**63 - 1)
+
+
+def rate(text: str) -> float:
+    """Argument type: a finite number of at least 0."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def number(text: str) -> float:
+    """Argument type: a finite number."""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return float(text)
+
+
 def seconds(text: str) -> float:
     """Argument type: a time above 0."""
-    value = float(text) if text.replace(".", "", 1).isdigit() else 0.0
+    value = number(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
 
 
-def _whole(text: str, least: int) -> int:
-    value = int(text) if text.lstrip("-").isdigit() else least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+def word(text: str) -> str:
+    """Argument type: a text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the flag out")
+    return text
+
+
+def path(text: str) -> Path:
+    """Argument type: the path of a file or folder. An empty one would be the current folder."""
+    return Path(word(text))
+
+
+def _whole(text: str, least: int, most: int = LARGEST) -> int:
+    value = int(text) if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else least - 1
+    if not least <= value <= most:
+        limit = f" and at most {most}" if value > most or most != LARGEST else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}{limit}")
     return value

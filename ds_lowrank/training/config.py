@@ -6,10 +6,25 @@ It is read once, overridden by the command line, and checked before anything is 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from ds_lowrank.collectives import global_rank
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.ds_config.optimizer_block import ADAM
+from ds_lowrank.integration.ds_config.read import read_file
+from ds_lowrank.integration.ds_config.validate import validate_program
+from ds_lowrank.integration.ds_config.values import precision, zero_block, zero_stage
+from ds_lowrank.integration.unsupported_settings import check_supported
+
+__all__ = ["BatchSizes", "precision", "read_config", "set_batch_sizes", "set_learning_rate", "zero_stage"]
+
+log = logging.getLogger("ds_lowrank")
 
 GLOBAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
@@ -32,40 +47,73 @@ class BatchSizes:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed configuration from a JSON file.
+    """Read and validate the DeepSpeed configuration of a run.
+
+    What the command line may override, the learning rate and the batch sizes, is checked where it is settled.
+
+    Args:
+        path: a JSON file.
+
+    Returns:
+        The configuration without comments, with ``zero_optimization`` as an object, and with ``optimizer.params``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a DeepSpeed configuration with an optimizer; the message names the file.
+        ConfigError: it is not a DeepSpeed configuration with an optimizer, or has keys, types or values that DeepSpeed,
+            the optimizer or the programs do not take; the message names the file and each key.
     """
-    path = Path(path)
-    try:
-        config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no DeepSpeed configuration at {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a valid DeepSpeed configuration: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must contain one JSON object, not a {type(config).__name__}")
+    config = read_file(path)
     optimizer = config.get("optimizer")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
-        raise ValueError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
+        raise ConfigError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
+    validate_program(config, str(path), filled_in=(GLOBAL, MICRO, ACCUMULATION))
+    try:
+        check_supported(config, optimizer["type"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    _check_checkpoints(config, path)
+    optimizer.setdefault("params", {})
+    if "zero_optimization" in config:
+        config["zero_optimization"] = dict(zero_block(config))
+    _use_torch_adam(optimizer, config)
     return config
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"key {twice[0]!r} appears twice in one object")
-    return dict(pairs)
+def _check_checkpoints(config: dict[str, Any], path: str | Path) -> None:
+    """Refuse DeepSpeed's other ways to write checkpoints: a run's checkpoint is one complete folder with a manifest."""
+    block = config.get("checkpoint", {})
+    keys = [f"checkpoint.{key}" for key in ("use_node_local_storage", "parallel_write", "writer") if block.get(key)]
+    keys += ["datastates_ckpt"] if config.get("datastates_ckpt") not in (None, False) else []
+    if keys:
+        raise ConfigError(
+            f"{path}: {keys[0]}: checkpoints are written by this program, in one shared folder: remove it"
+        )
 
 
-def set_learning_rate(config: dict[str, Any], lr: float | None) -> None:
+def _use_torch_adam(optimizer: dict[str, Any], config: dict[str, Any]) -> None:
+    """On a CPU take torch's Adam: DeepSpeed would compile an extension for minutes, or wait for ever for its lock."""
+    params = optimizer["params"]
+    if optimizer["type"].lower() not in ADAM or params.get("torch_adam") or get_accelerator().device_name() != "cpu":
+        return
+    params["torch_adam"] = True
+    params.pop("fp32_optimizer_states", None)
+    if global_rank() == 0:
+        log.info(
+            "optimizer.type %s: torch's Adam is used, as if optimizer.params.torch_adam were true; on a CPU "
+            "DeepSpeed's own would have to be compiled first",
+            optimizer["type"],
+        )
+
+
+def set_learning_rate(
+    config: dict[str, Any], lr: float | None, source: str | Path = "the DeepSpeed configuration"
+) -> None:
     """Override ``optimizer.params.lr`` in place.
 
     Args:
         config: the DeepSpeed configuration.
         lr: the learning rate, or None to keep that of the configuration.
+        source: the file of the configuration, for messages.
 
     Raises:
         ValueError: there is no learning rate.
@@ -73,8 +121,13 @@ def set_learning_rate(config: dict[str, Any], lr: float | None) -> None:
     params = config["optimizer"].setdefault("params", {})
     if lr is not None:
         params["lr"] = lr
-    if not isinstance(params.get("lr"), int | float):
-        raise ValueError("no learning rate: set optimizer.params.lr in the DeepSpeed configuration or give --lr")
+    rate = params.get("lr")
+    if rate is None:
+        raise ValueError(f"no learning rate: set optimizer.params.lr in {source} or give --lr")
+    if isinstance(rate, str):
+        raise ValueError(f"{source}: optimizer.params.lr is {rate!r}, a string: write it without quotes, or give --lr")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+        raise ValueError(f"{source}: optimizer.params.lr must be a finite number of at least 0, not {json.dumps(rate)}")
 
 
 def set_batch_sizes(config: dict[str, Any], ranks: int, total: int | None, micro: int | None) -> BatchSizes:
@@ -96,7 +149,7 @@ def set_batch_sizes(config: dict[str, Any], ranks: int, total: int | None, micro
         given.pop(ACCUMULATION, None)
     given |= {key: size for key, size in ((GLOBAL, total), (MICRO, micro)) if size is not None}
     for key, size in given.items():
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{key} must be a positive whole number, not {size!r}")
     sizes = _solve(given, ranks)
     if sizes.total != sizes.micro * sizes.accumulation * ranks or sizes.accumulation < 1 or sizes.micro < 1:
@@ -123,16 +176,3 @@ def _solve(given: dict[str, int], ranks: int) -> BatchSizes:
         accumulation = accumulation or 1
         return BatchSizes(total, total // (accumulation * ranks), accumulation)
     return BatchSizes(total, micro, accumulation or total // (micro * ranks))
-
-
-def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration sets, 0 to 3."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def precision(config: dict[str, Any]) -> str:
-    """The precision in which DeepSpeed will train the model: ``fp32``, ``bf16`` or ``fp16``."""
-    for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled", False):
-            return name
-    return "fp32"

@@ -10,8 +10,9 @@ from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig
 
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.ds_config.values import autotp_size
 from ds_lowrank.integration.mpu import check_grid
-from ds_lowrank.integration.unsupported_settings import autotp_size, check_stage
+from ds_lowrank.integration.unsupported_settings import check_stage
 from ds_lowrank.models.llama import check_split
 from ds_lowrank.training.config import GLOBAL
 

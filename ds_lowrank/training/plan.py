@@ -115,7 +115,7 @@ def settle_config(arguments: Namespace, config: dict[str, Any], ranks: int) -> B
     Raises:
         ValueError: there is no learning rate, or the batch sizes do not fit together.
     """
-    ds_config.set_learning_rate(config, arguments.lr)
+    ds_config.set_learning_rate(config, arguments.lr, arguments.deepspeed_config)
     if config["optimizer"]["type"] in OPTIMIZERS:
         config["optimizer"]["params"].setdefault("seed", arguments.seed)
     return ds_config.set_batch_sizes(config, ranks, arguments.global_batch_size, arguments.micro_batch_size)

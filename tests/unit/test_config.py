@@ -232,20 +232,43 @@ def test_a_target_that_matches_nothing_is_an_error_with_examples():
         GaLore(torch.nn.Sequential(torch.nn.Linear(3, 3)).named_parameters(), target_modules=["*attn*"])
 
 
+def zero(**block):
+    return {"zero_optimization": block}
+
+
 REFUSED = [
-    {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-    {"zero_optimization": {"offload_param": {"device": "nvme"}}},
-    {"zero_optimization": {"cpu_offload": True}},
-    {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
-    {"zero_optimization": {"zero_hpz_partition_size": 8}},
-    {"bf16": {"enabled": True, "check_grad_overflow": False}},
-    {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
-    {"bfloat16": {"enabled": True}},
-    {"zero_optimization": {"elastic_checkpoint": True}},
+    zero(offload_optimizer={"device": "cpu"}),
+    zero(offload_param={"device": "nvme"}),
+    zero(cpu_offload=True),
+    zero(cpu_offload_param=True),
+    zero(zenflow={"topk_ratio": 0.1}),
+    zero(zero_hpz_partition_size=8),
+    zero(zero_quantized_weights=True),
+    zero(zero_quantized_nontrainable_weights=True),
+    zero(zero_quantized_gradients=True),
+    zero(elastic_checkpoint=True),
+    zero(load_from_fp32_weights=False),
+    zero(legacy_stage1=True),
+    zero(stage=3, stage3_module_granularity_threshold=1000),
+    zero(stage=2, compute_grad_norm=False),
+    {"weight_quantization": {"enabled": True}},
     {"checkpoint": {"load_universal": True}},
+    {"bf16": {"enabled": True, "check_grad_overflow": False}},
+    {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+    {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
+    {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+    {"fp16": {"enabled": True, "auto_cast": True}},
+    {"bfloat16": {"enabled": True}},
     {"amp": {"enabled": True}},
     {"torch_autocast": {"enabled": True}},
     {"sparse_gradients": True},
+    {"sequence_parallel_size": 2},
+    {"expert_parallel": {"enabled": True}},
+    {"managed_gradient_accumulation": False},
+    {"compile": {"deepcompile": True}},
+    {"hybrid_engine": {"enabled": True}},
+    {"data_efficiency": {"enabled": True}},
+    {"autotuning": {"enabled": True}},
 ]
 
 
@@ -256,12 +279,27 @@ def test_what_is_not_supported_is_refused_with_advice(config):
 
 
 def test_every_refusal_is_tested_and_harmless_values_pass():
-    assert len(REFUSED) == len(UNSUPPORTED_SETTINGS)
+    refused = [{setting.key for setting in UNSUPPORTED_SETTINGS if setting.is_set(config)} for config in REFUSED]
+    assert all(len(keys) == 1 for keys in refused)
+    assert set().union(*refused) == {setting.key for setting in UNSUPPORTED_SETTINGS}
     check_supported(
         {
             "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "zero_hpz_partition_size": 1},
             "tensor_parallel": {"autotp_size": 2},
             "amp": {"enabled": False},
+            "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": False},
+            "sequence_parallel_size": 1,
         },
         "GaLore",
     )
+
+
+@pytest.mark.parametrize("config", [{"zero_optimization": True}, {"zero_optimization": 2}, {"amp": 3}, {"bf16": None}])
+def test_a_block_of_another_type_is_no_reason_to_fail(config):
+    check_supported(config, "GaLore")
+
+
+def test_a_sequence_parallel_size_beside_an_mpu_only_repeats_it():
+    check_supported({"sequence_parallel_size": 2}, "GaLore", has_mpu=True)
+    with pytest.raises(ConfigError, match="parallel_state_sp"):
+        check_supported({"sequence_parallel_size": 2, "data_parallel_size": 1}, "GaLore", has_mpu=True)

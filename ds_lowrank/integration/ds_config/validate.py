@@ -1,0 +1,135 @@
+"""Validates a DeepSpeed configuration as a whole, before anything is built from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DtypeEnum
+
+from ds_lowrank.collectives import global_rank
+from ds_lowrank.environment.packages import is_importable
+from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.ds_config.optimizer_block import optimizer_problems
+from ds_lowrank.integration.ds_config.scheduler_block import scheduler_problems
+from ds_lowrank.integration.ds_config.structure import Findings, compare
+from ds_lowrank.integration.ds_config.values import is_enabled, precision, section, zero_block, zero_stage
+
+log = logging.getLogger("ds_lowrank")
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""The package that each of DeepSpeed's monitors needs."""
+
+
+def validate(config: Mapping[str, Any], name: str = "the DeepSpeed configuration") -> None:
+    """Validate the configuration of a caller of ``ds_lowrank.initialize`` who names one of our methods.
+
+    ``"auto"`` is accepted where DeepSpeed takes its default for it; a warning on rank 0 names those keys.
+
+    Args:
+        config: the configuration, without comments.
+        name: what messages call it.
+
+    Raises:
+        ConfigError: it has unknown keys, wrong types or impossible values; the message names all of them.
+    """
+    found = compare(config)
+    found.problems += [
+        f"{key} is 'auto': only the Hugging Face Trainer fills it in, write the value" for key in found.auto
+    ]
+    _finish(config, found, name)
+    if found.unset and global_rank() == 0:
+        log.warning("%s leaves 'auto', which DeepSpeed reads as absent: %s", name, ", ".join(found.unset))
+
+
+def validate_program(config: Mapping[str, Any], name: str, filled_in: Collection[str]) -> None:
+    """Validate the configuration of a program that builds everything from it, with any optimizer.
+
+    Args:
+        config: the configuration, without comments.
+        name: what messages call it: its file.
+        filled_in: keys that the program itself fills in where they are ``"auto"``.
+
+    Raises:
+        ConfigError: as for ``validate``; also for an optimizer that does not exist or does not take its parameters,
+            and for every other ``"auto"``, as there is no Hugging Face Trainer that would fill it in.
+    """
+    found = compare(config)
+    found.problems += [
+        f"{key} is 'auto': only the Hugging Face Trainer fills it in, write the value"
+        for key in (*found.auto, *found.unset)
+        if key not in filled_in
+    ]
+    if section(config, "tensor_parallel").get("autotp_size") == 0:
+        found.problems.append(
+            "tensor_parallel.autotp_size is 0: write the number of ranks that split a layer, or remove tensor_parallel"
+        )
+    if not found.problems:
+        found.problems += _contradictions(config) or [*optimizer_problems(config, without_lr=True), *_device(config)]
+    _finish(config, found, name)
+
+
+def _device(config: Mapping[str, Any]) -> list[str]:
+    """A precision that this device does not have."""
+    kind, device = precision(config), get_accelerator()
+    supported = {"fp16": device.is_fp16_supported, "bf16": device.is_bf16_supported}
+    if kind == "fp32" or supported[kind]():
+        return []
+    return [f"{kind}.enabled: DeepSpeed has no {kind} on this {device.device_name()}: set it to false"]
+
+
+def _finish(config: Mapping[str, Any], found: Findings, name: str) -> None:
+    """Check what several keys say together, and raise one error for everything that was found."""
+    if not found.problems:
+        found.problems += [*_contradictions(config), *_missing_packages(config)]
+        if "scheduler" in config:
+            found.problems += scheduler_problems(config)
+    if len(found.problems) == 1:
+        raise ConfigError(f"{name}: {found.problems[0]}")
+    if found.problems:
+        raise ConfigError(f"{name} has {len(found.problems)} errors:\n  " + "\n  ".join(found.problems))
+
+
+def _contradictions(config: Mapping[str, Any]) -> list[str]:
+    """Settings that DeepSpeed refuses, or ignores, because of other settings."""
+    found = []
+    kind, stage = precision(config), zero_stage(config)
+    if is_enabled(config, "fp16") and is_enabled(config, "bf16"):
+        found.append("fp16.enabled and bf16.enabled are both true: set one of them to false")
+    types = section(config, "data_types")
+    parameters, accumulation = types.get("param_dtype"), types.get("grad_accum_dtype")
+    dtype = DtypeEnum(kind)
+    if parameters is not None and DtypeEnum(parameters) is not dtype:
+        found.append(
+            f"data_types.param_dtype is {parameters!r}, but the model trains in {kind}: remove it, or enable "
+            "the other precision"
+        )
+    if accumulation is not None and DtypeEnum(accumulation) is not dtype:
+        if DtypeEnum(accumulation) is not DtypeEnum.fp32:
+            found.append(
+                f"data_types.grad_accum_dtype is {accumulation!r}, but the model trains in {kind}: remove it, "
+                "or set it to 'fp32'"
+            )
+        elif stage == 0:
+            found.append(
+                f"data_types.grad_accum_dtype {accumulation!r} with {kind} needs ZeRO: set "
+                "zero_optimization.stage to 1, 2 or 3, or remove it"
+            )
+    scattered = stage == 2 and zero_block(config).get("reduce_scatter", True) is not False
+    if scattered and config.get("gradient_allreduce_op", "mean") == "mean":
+        for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+            if config.get(key, default) != default:
+                found.append(f"{key} needs zero_optimization.reduce_scatter false at ZeRO 2: remove one of them")
+    if stage == 3 and config.get("gradient_allreduce_op") == "sum":
+        found.append("gradient_allreduce_op 'sum' is not supported at ZeRO 3: remove it")
+    return found
+
+
+def _missing_packages(config: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{monitor}.enabled needs the package {package}: pip install {package}, or set it to false"
+        for monitor, package in MONITORS.items()
+        if is_enabled(config, monitor) and not is_importable(package)
+    ]
