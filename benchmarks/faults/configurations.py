@@ -41,7 +41,7 @@ START = ("--deepspeed_config", "ds.json", "--model", "model.json", "--output", "
 NAMED_BY_TYPE = ("optimizer", "scheduler")
 ANYTHING = ("datastates_ckpt", "mpu", "tp_group", "load_balance_coeff", "expert_w3", "partition_config")
 """Keys whose values DeepSpeed hands on, or that only a dict of Python can have."""
-WRONG = {"null": None, "a number": 2, "a string": "text", "a list": [], "true": True}
+WRONG: dict[str, Any] = {"null": None, "a number": 2, "a string": "text", "a list": [], "true": True}
 
 
 def good() -> dict[str, Any]:
@@ -368,7 +368,7 @@ def _flag(program: str, module: Any, text: str, mentions: str) -> Trial:
 def _same() -> Iterator[Trial]:
     """Configurations that mean the same as another one, and must be read so."""
 
-    def judge(folder: Path, write: Callable[[Path], None], wanted: dict[str, Any]) -> Outcome:
+    def judge(folder: Path, write: Callable[[Path], Any], wanted: dict[str, Any]) -> Outcome:
         _prepare(folder, None)
         write(folder / "ds.json")
         try:

@@ -8,9 +8,9 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(seconds=20)
 """How long a rank waits for the others before it ends. They start within a few seconds of each other."""
@@ -25,7 +25,7 @@ class JobParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             super()._print_message(message, file)
 
@@ -47,7 +47,7 @@ class JobParser(argparse.ArgumentParser):
 
 
 def _wait_for_all() -> None:
-    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
     store.set(f"usage/{rank}", "ended")
     store.wait([f"usage/{other}" for other in range(world)], PATIENCE)
     if rank == 0:

@@ -6,7 +6,7 @@ A test compares these models with the keys that DeepSpeed asks a configuration f
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.compile.config import CompileConfig
@@ -30,11 +30,10 @@ def _lower(value: Any) -> Any:
 
 
 CommunicationType = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_lower)]
-Dtype = (
-    Literal[
-        *("fp32", "float32", "float", "torch.float32", "fp16", "float16", "half", "torch.float16"),
-        *("bf16", "bfloat16", "torch.bfloat16"),
-    ]
+Dtype: TypeAlias = (
+    Literal["fp32", "float32", "float", "torch.float32"]
+    | Literal["fp16", "float16", "half", "torch.float16"]
+    | Literal["bf16", "bfloat16", "torch.bfloat16"]
     | None
 )
 
@@ -214,7 +213,7 @@ class Settings(Block):
     torch_autocast: Autocast = Autocast()
     data_types: DataTypes = DataTypes()
     tensor_parallel: TPTrainingConfig = TPTrainingConfig()
-    expert_parallel: ExpertParallel = None  # type: ignore[valid-type]
+    expert_parallel: ExpertParallel = None  # type: ignore[assignment]
     pipeline: Pipeline = Pipeline()
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     checkpoint: Checkpoint = Checkpoint()
