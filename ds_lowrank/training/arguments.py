@@ -131,13 +131,6 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--export", action="store_true", help="write a Hugging Face folder, OUTPUT/export, at the end")
 
 
-def folder(text: str) -> Path:
-    """Argument type: a folder that need not exist."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name of the folder is empty")
-    return Path(text)
-
-
 def positive(text: str) -> int:
     """Argument type: a whole number of at least 1."""
     return _whole(text, 1)
