@@ -32,7 +32,7 @@ from benchmarks.common import Numbers, options, report
 from ds_lowrank import add_adapters
 from ds_lowrank.data.functions import CLASSES
 from ds_lowrank.optimizer.roles import role_of
-from ds_lowrank.placement.parameter_names import tag_from_name
+from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
 
 MODEL = runs.ROOT / "ds_configs/models/llama_quickstart.json"
 QUICKSTART = runs.ROOT / "ds_configs/galore_zero2.json"
@@ -143,8 +143,9 @@ def projected_numbers(contender: Contender) -> int:
     model = LlamaForSequenceClassification(LlamaConfig(**json.loads(MODEL.read_text()), num_labels=CLASSES))
     if contender.params.get("parametrization") == "adapter":
         add_adapters(model, adapter_rank=contender.params["adapter_rank"])
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return sum(p.numel() for name, p in named if role_of(tag_from_name(name), tuple(p.shape), None, ()).projected)
+    tag_parameters(model)
+    tagged = [(tag_of(p), p) for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() for tag, p in tagged if tag and role_of(tag, tuple(p.shape), None, ()).projected)
 
 
 def state_bytes(contender: Contender, summary: Mapping[str, Any]) -> int:

@@ -17,9 +17,11 @@ from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.optimizer.logical_parameters import logical_parameters_of
 from ds_lowrank.optimizer.step import SteppedMatrix, shard_matrix
 from ds_lowrank.placement.grid import Grid
-from ds_lowrank.placement.parameter_names import tag_from_name
+from ds_lowrank.placement.kinds import Kind
+from ds_lowrank.placement.parameter_names import Tag
 from ds_lowrank.sharding.layout import Range
 
+KINDS: dict[str, Kind] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
 ALIGNMENT = 2
 """DeepSpeed pads a flat buffer to a multiple of this many elements per data-parallel rank."""
 
@@ -150,7 +152,7 @@ def stage_on(
     grid = Pretended(number=rank % degrees.tensor, size=degrees.tensor)
     matrices: list[SteppedMatrix] = []
     for number, (name, parameter) in enumerate(named):
-        (one,) = logical_parameters_of(parameter, tag_from_name(name), {}, options, {}, grid)
+        (one,) = logical_parameters_of(parameter, Tag(name, KINDS.get(name, "weight")), {}, options, {}, grid)
         role = one.role(GaLoreMethod)
         if not role.projected:
             continue

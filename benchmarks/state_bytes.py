@@ -28,7 +28,7 @@ STATE_DTYPES = ("fp32", "bf16", "int8")
 
 def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple[int, int]:
     """Return the bytes of state of the projected matrices and of all other parameters."""
-    optimizer = getattr(ds_lowrank, name)(model.named_parameters(), **params)
+    optimizer = getattr(ds_lowrank, name)(model, **params)
     optimizer.bind()
     return state_bytes(optimizer.slots)
 

@@ -20,6 +20,7 @@ import torch
 from benchmarks.common import Numbers, interleaved, medians, options, relative_difference, report
 from benchmarks.peers import load_galore_adamw
 from ds_lowrank import GaLore
+from ds_lowrank.placement.parameter_names import Tag, tag_as
 
 GAP = 200
 TARGETS = {32: 0.9, 128: 0.9, 256: 1.0}
@@ -39,7 +40,8 @@ def layer(seed: int) -> dict[str, torch.nn.Parameter]:
     parameters = {
         name: torch.nn.Parameter(0.02 * torch.randn(*shape, generator=generator)) for name, shape in SHAPES.items()
     }
-    for parameter in parameters.values():
+    for name, parameter in parameters.items():
+        tag_as(parameter, Tag(name, "weight"))
         parameter.grad = torch.randn(*parameter.shape, generator=generator)
     return parameters
 
@@ -47,7 +49,7 @@ def layer(seed: int) -> dict[str, torch.nn.Parameter]:
 def ours(parameters: dict[str, torch.nn.Parameter], rank: int, projector: str, eps: float = 1e-8) -> GaLore:
     """Build our GaLore."""
     method = {"rank": rank, "scale": SCALE, "update_proj_gap": GAP, "projector": projector}
-    return GaLore([{"params": parameters.items(), **method}], lr=LR, betas=BETAS, eps=eps)
+    return GaLore([{"params": parameters.values(), **method}], lr=LR, betas=BETAS, eps=eps)
 
 
 def official(parameters: dict[str, torch.nn.Parameter], rank: int, eps: float = 1e-8) -> torch.optim.Optimizer:

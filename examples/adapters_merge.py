@@ -38,7 +38,7 @@ def fine_tune(model: torch.nn.Module, steps: int = 100) -> None:
     total = sum(p.numel() for p in model.parameters())
     print(f"adapters in {', '.join(layers)}: {trained} of {total} parameters are trained")
     optimizer = ds_lowrank.GradNormLoRP(
-        model.named_parameters(), lr=0.01, rank=4, update_proj_gap=20, scale=1.0, parametrization="adapter"
+        model, lr=0.01, rank=4, update_proj_gap=20, scale=1.0, parametrization="adapter"
     )
     for step in range(steps):
         inputs, targets = batch(step)

@@ -15,7 +15,7 @@ import torch
 import ds_lowrank
 from benchmarks.common import Numbers, relative_difference
 from benchmarks.gpu.budget import Budget, interrupted_after
-from benchmarks.gpu.cases import STATE_DTYPES, method_options
+from benchmarks.gpu.cases import STATE_DTYPES, method_options, tagged
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 
@@ -107,7 +107,7 @@ def train(
     starts = {name: 0.02 * gaussian(shape, generator) for name, shape in SHAPES.items()}
     weights = {name: torch.nn.Parameter(start.to(device)) for name, start in starts.items()}
     options = method_options(method, RANK, GAP, state_dtype=state_dtype, seed=seed, eps=1e-3)
-    optimizer = OPTIMIZERS[method](weights.items(), lr=LR, **options)
+    optimizer = OPTIMIZERS[method](tagged(weights), lr=LR, **options)
     changes = torch.Generator().manual_seed(seed + 1)
     for _ in range(STEPS):
         gradients = {name: gradient(shape, generator) for name, shape in SHAPES.items()}

@@ -9,7 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_lowrank.methods import METHODS
+from ds_lowrank.placement.kinds import Kind
+from ds_lowrank.placement.parameter_names import Tag, tag_as
 
 MODELS = Path(__file__).parents[2] / "ds_configs/models"
 TINY: dict[str, Any] = {
@@ -95,6 +99,14 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def is_projected(name: str) -> bool:
     """Whether the low-rank methods project the LLaMA parameter of that name; AdamW steps the others."""
     return "_proj." in name
+
+
+def tagged(parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Return LLaMA parameters that are in no model, tagged with what they are there."""
+    kinds: dict[str, Kind] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    for name, parameter in parameters.items():
+        tag_as(parameter, Tag(name, kinds.get(name, "weight")))
+    return list(parameters.values())
 
 
 def parameter_count(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -14,7 +14,7 @@ import torch
 
 import ds_lowrank
 from benchmarks.gpu.budget import interrupted_after
-from benchmarks.gpu.cases import Cell, is_projected, method_options
+from benchmarks.gpu.cases import Cell, is_projected, method_options, tagged
 from benchmarks.peers import load_galore_adamw
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
@@ -215,7 +215,7 @@ def builders(cell: Cell, parameters: Parameters, seed: int, **more: Any) -> dict
 
     def ours(method: str) -> Callable[[], torch.optim.Optimizer]:
         options = method_options(method, cell.rank, GAP, state_dtype=cell.state_dtype, seed=seed, **more)
-        return lambda: OPTIMIZERS[method](parameters.items(), lr=LR, **options)
+        return lambda: OPTIMIZERS[method](tagged(parameters), lr=LR, **options)
 
     return {
         ADAMW: lambda: torch.optim.AdamW(list(parameters.values()), lr=LR, fused=True),

@@ -8,7 +8,7 @@ architecture and parameter names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from ds_lowrank.adapters.linear import AdapterLinear, NormAxis
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.roles import check_patterns, role_of
+from ds_lowrank.placement.kinds import kinds_of, output_layers
 from ds_lowrank.placement.marks import is_partitioned
-from ds_lowrank.placement.parameter_names import Tag, matches, output_layers, tag_from_name, tag_parameters
+from ds_lowrank.placement.parameter_names import Tag, matches, tag_names, tag_parameters
 
 __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
 
@@ -54,7 +55,7 @@ def add_adapters(
         target_modules: patterns of the layers to replace; None for every linear layer except the output head.
         exclude_modules: patterns of layers that are frozen and not replaced; they take precedence over the targets.
         modules_to_save: patterns of modules that are trained and not replaced; they take precedence over the targets.
-            None for :data:`TASK_HEADS`, if the model has them.
+            None for the heads of a model without a language-model head, and for :data:`TASK_HEADS` in any other.
         seed: seeds the factors A, together with each layer's name.
 
     Returns:
@@ -68,7 +69,7 @@ def add_adapters(
     _check_options(adapter_rank, adapter_alpha, adapter_dropout, norm_axis)
     if has_adapters(model):
         raise ConfigError("the model already has adapters: call merge_adapters first, or do not add them twice")
-    saved = TASK_HEADS if modules_to_save is None else tuple(modules_to_save)
+    saved = _saved(model, modules_to_save)
     linears = _linears(model)
     weights = [f"{name}.weight" for name in linears]
     if not linears:
@@ -78,7 +79,7 @@ def add_adapters(
     check_patterns(weights, "target_modules", target_modules or ())
     check_patterns(weights, "exclude_modules", exclude_modules)
     check_patterns([name for name, _ in model.named_parameters()], "modules_to_save", modules_to_save or ())
-    chosen = _chosen(model, linears, target_modules, (*exclude_modules, *saved))
+    chosen = _chosen(model, linears, target_modules, exclude_modules, saved)
     if not chosen:
         raise ConfigError(
             "adapters: no linear layer is left to replace, as exclude_modules and modules_to_save take precedence over "
@@ -86,7 +87,7 @@ def add_adapters(
         )
     _check_layers(model, chosen, adapter_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and any(matches(name, pattern) for pattern in saved))
+        parameter.requires_grad_(parameter.is_floating_point() and name in saved)
     adapters = {}
     for name, linear in chosen.items():
         with _gathered([linear.weight]):
@@ -151,19 +152,31 @@ def _linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in model.named_modules() if name and type(module) is torch.nn.Linear}
 
 
+def _saved(model: torch.nn.Module, patterns: Sequence[str] | None) -> set[str]:
+    """The parameters that are trained as they are: those that patterns match, by default the task heads."""
+    names = [name for name, _ in model.named_parameters()]
+    if patterns is None:
+        kinds = kinds_of(model, tag_names(model))
+        heads = [name for name, parameter in model.named_parameters() if kinds[id(parameter)] == "head"]
+        if not output_layers(model):
+            return set(heads)
+        names, patterns = heads, TASK_HEADS
+    return {name for name in names if any(matches(name, pattern) for pattern in patterns)}
+
+
 def _chosen(
     model: torch.nn.Module,
     linears: Mapping[str, torch.nn.Linear],
     targets: Sequence[str] | None,
     excludes: Sequence[str],
+    saved: Collection[str],
 ) -> dict[str, torch.nn.Linear]:
-    """The layers to replace, chosen like projected parameters, except that embeddings' layers are default targets."""
-    heads = output_layers(model)
+    """The layers to replace, chosen like projected parameters."""
+    kinds = kinds_of(model, tag_names(model))
 
     def is_chosen(name: str, linear: torch.nn.Linear) -> bool:
-        is_head = linear in heads or tag_from_name(name).kind == "head"
-        tag = Tag(name, "head" if is_head else "weight")
-        return role_of(tag, (linear.out_features, linear.in_features), targets, excludes).projected
+        tag, shape = Tag(name, kinds[id(linear.weight)]), (linear.out_features, linear.in_features)
+        return name not in saved and role_of(tag, shape, targets, excludes).projected
 
     return {name: linear for name, linear in linears.items() if is_chosen(f"{name}.weight", linear)}
 

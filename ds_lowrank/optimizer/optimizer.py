@@ -26,8 +26,10 @@ from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
 from ds_lowrank.optimizer.step import all_finite, step_matrices
+from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
 from ds_lowrank.placement.averaging import check_averaging
 from ds_lowrank.placement.grid import Grid, initialized_grid, joined
+from ds_lowrank.placement.parameter_names import tag_parameters
 from ds_lowrank.placement.zero import read_placement
 from ds_lowrank.sharding.reduce import Distributed, Executor, Rounds, SingleProcess
 
@@ -42,8 +44,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """A low-rank method on the matrices, AdamW on everything else.
 
     Args:
-        params: ``model.named_parameters()``, or parameters tagged by :func:`ds_lowrank.tag_parameters`, or groups
-            (dicts) of either. A group may override any option, for example ``lr``, ``weight_decay`` and ``rank``.
+        params: the model; or, after :func:`ds_lowrank.tag_parameters` of the model, parameters, named parameters or
+            groups (dicts) of either. A group may override any option, for example ``lr``, ``weight_decay`` and
+            ``rank``.
         grid: tensor and pipeline parallelism; None for what is initialised in this process.
         lr: the learning rate; 1e-3.
         betas: of the moments; (0.9, 0.999).
@@ -72,7 +75,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     method: ClassVar[type[Method]]
 
-    def __init__(self, params: Iterable[Any], *, grid: Grid | None = None, **options: Any) -> None:
+    def __init__(self, params: torch.nn.Module | Iterable[Any], *, grid: Grid | None = None, **options: Any) -> None:
         self._given_grid = grid
         self._groups = ParameterGroups(self.method, options, self._grid_of)
         self._slots: dict[int, list[Slot]] | None = None
@@ -81,6 +84,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
         parsed = parse_options(self.method, options)
+        if isinstance(params, torch.nn.Module):
+            tag_parameters(params)
+            params = list(params.parameters())
         super().__init__(params, parsed.model_dump())
         self._groups.check(parsed)
 
@@ -96,9 +102,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         if self._slots is not None:
             raise RuntimeError("a parameter group can be added only before the first step")
-        group, options = self._groups.validated(param_group)
+        group, options, present = self._groups.validated(param_group)
         super().add_param_group(group)
-        self._groups.add(self.param_groups[-1], options)
+        self._groups.add(self.param_groups[-1], options, present)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied.
@@ -115,6 +121,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grid: the engine's; None to change nothing.
         """
         self._given_grid = self._given_grid if grid is None else grid
+        if self._slots is None:
+            self._groups.take_unfrozen()  # the last chance: DeepSpeed arranges the groups next
 
     def _grid_of(self, parameters: Iterable[torch.nn.Parameter]) -> Grid:
         """The grid of some of the parameters. AutoTP may create its groups after a client optimizer is built."""
@@ -130,6 +138,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             ConfigError: the layout or the grid is not supported; the message says what to change.
         """
         if self._slots is not None:
+            self._take_unfrozen()
             return
         self.grid, ascent = self._groups.grid, self._groups.ascent
         if ascent is not None and ascent.per_micro_batch and self.grid.pipeline is not None:
@@ -138,6 +147,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "several at a time: set accumulation to 'per_step'"
             )
         placement = read_placement(self._groups.parameters, self._groups.param_groups)
+        if placement.wrapper == "none" and self._groups.take_unfrozen():
+            placement = read_placement(self._groups.parameters, self._groups.param_groups)
         check_averaging(self.grid, placement.process_group)
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
@@ -150,7 +161,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         parameters = self._groups.logical_parameters(self.state)
         with raise_on_all_ranks() if self.grid.pipeline else nullcontext():  # one stage alone may be refused
             slots = build_slots(self.method, parameters, placement, self.grid, group)
-        self._groups.match_patterns(self.grid.pipeline)
+        self._groups.check_roles(self.grid.pipeline, self._may_unfreeze)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
             raise ConfigError(f"the parameters are on {sorted(devices)}; one optimizer works on one device")
@@ -159,6 +170,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
         log_roles(f"{self.method.name} on {self.wrapper}", slots, self._executor, self.grid, self._is_local)
+
+    @property
+    def _may_unfreeze(self) -> bool:
+        """Whether parameters can be taken up after binding: nothing was arranged, and there is nobody to agree with."""
+        return self.wrapper == "none" and isinstance(self._executor, SingleProcess) and self.grid.pipeline is None
+
+    def _take_unfrozen(self) -> None:
+        """Take up what was frozen when the optimizer was bound and is not now, where that is possible."""
+        if self._slots is None or not self._may_unfreeze or not (late := self._groups.take_unfrozen()):
+            return
+        self._slots = with_late(self.method, self._groups, late, self.state, self._slots, self.grid)
+        if self._perturbation is not None:
+            self._perturbation.slots = [slot for slot in self.slots if slot.is_projected]
+        log_roles(f"{self.method.name}, from now on", self.slots, self._executor, self.grid, self._is_local)
 
     @property
     def slots(self) -> list[Slot]:
@@ -191,6 +216,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.bind()
         assert self._slots is not None
+        refuse_gradients(self._groups, f"the {self.wrapper} of DeepSpeed" if self.wrapper != "none" else "a grid")
         if self._perturbation is not None:
             self._perturbation.restore()  # within a PipelineEngine's step nobody else could
         stores = [store for group in self.param_groups for store in group["params"]]

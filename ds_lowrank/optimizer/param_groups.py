@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method, Options
 from ds_lowrank.methods.blocks.ascent import Ascent
+from ds_lowrank.optimizer.check_roles import PATTERNS, RoleChecks, Roles
 from ds_lowrank.optimizer.logical_parameters import (
     LogicalParameter,
     check_shapes,
@@ -25,15 +25,13 @@ from ds_lowrank.optimizer.logical_parameters import (
     matchable_names,
 )
 from ds_lowrank.optimizer.options import parse_options
-from ds_lowrank.optimizer.roles import check_patterns
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import refuse_foreign_sharding
-from ds_lowrank.placement.parameter_names import Tag, tag_from_name, tag_of
+from ds_lowrank.placement.parameter_names import Tag, tag_of, tag_of_own_tensor
 from ds_lowrank.placement.tensor_parallel import refuse_empty_shards
 from ds_lowrank.placement.zero import unpartitioned_shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PATTERNS = ("target_modules", "exclude_modules")
 GridOf = Callable[[Iterable[torch.nn.Parameter]], Grid]
 UNVALIDATED_GROUP_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
@@ -55,20 +53,22 @@ class ParameterGroups:
         self._method, self._given, self._grid_of = method, given, grid
         self._keys = tuple(method.Options.model_fields)
         self._tags: dict[torch.Tensor, Tag] = {}
-        self._names: list[str] = []
-        self._patterns: list[tuple[list[str], str, str]] = []
+        self._checks = RoleChecks(method)
         self._validated: dict[int, tuple[dict[str, Any], Options]] = {}
+        self._given_groups: list[tuple[dict[str, Any], list[torch.nn.Parameter]]] = []
+        self._taken: set[torch.nn.Parameter] = set()
         self.param_groups: list[dict[str, Any]] = []
         self.parameters: list[list[torch.nn.Parameter]] = []
 
-    def validated(self, group: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+    def validated(self, group: dict[str, Any]) -> tuple[dict[str, Any], Options, list[torch.nn.Parameter]]:
         """Validate a group's options, and select the parameters that have something to train.
 
         Args:
             group: as the caller gave it, with ``params``.
 
         Returns:
-            A new group with all options and the selected parameters, and the options.
+            A new group with all options and the selected parameters, the options, and the parameters that are frozen
+            or selected.
 
         Raises:
             ConfigError: an option is wrong, a parameter has no name or a dtype that is not trained, or a matrix does
@@ -76,38 +76,107 @@ class ParameterGroups:
         """
         given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
         options = parse_options(self._method, {**self._given, **given})
-        entries = group["params"]
-        entries = [entries] if isinstance(entries, torch.Tensor) else list(entries)
-        named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
+        named = self._named(group["params"])
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
-        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in matchable_names(p, tag)]
-        for key in PATTERNS:
-            self._must_match(names, key, given.get(key) or ())
         for (_, parameter), tag in zip(named, tags, strict=True):
             refuse_empty_shards(parameter, tag.name)
             refuse_foreign_sharding(parameter, tag.name)
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
-        trained = [p for _, p in named if p.requires_grad and 0 not in unpartitioned_shape(p)]
+        present = [p for _, p in named if 0 not in unpartitioned_shape(p)]
+        trained = [p for p in present if p.requires_grad]
+        self._check_trained(trained, group, options)
+        names = [name for (_, p), tag in zip(named, tags, strict=True) for name in matchable_names(p, tag)]
+        self._checks.check_patterns(names, given)
+        return {**group, **{key: getattr(options, key) for key in self._keys}, "params": trained}, options, present
+
+    def _named(self, params: Any) -> list[tuple[str | None, torch.nn.Parameter]]:
+        if isinstance(params, torch.nn.Module):
+            raise ConfigError(
+                "params of a group is a module: call ds_lowrank.tag_parameters on the whole model, and pass "
+                "list(module.parameters())"
+            )
+        entries = [params] if isinstance(params, torch.Tensor) else list(params)
+        return [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
+
+    def _check_trained(self, trained: list[torch.nn.Parameter], group: dict[str, Any], options: Options) -> None:
+        """Refuse dtypes and shapes that cannot be trained; note which parameters no option lets be projected."""
         for parameter in trained:
             if parameter.dtype not in DTYPES:
                 name, dtype = self._tags[parameter].name, parameter.dtype
                 raise ConfigError(f"{name} is {dtype}; the arithmetic is fp32: use fp32, bf16 or fp16")
         grid = self._grid_of(trained)
-        found = [logical_parameters_of(p, self._tags[p], group, options, {}, grid) for p in trained]
-        check_shapes(self._method, [one for of_parameter in found for one in of_parameter])
-        return {**group, **{key: getattr(options, key) for key in self._keys}, "params": trained}, options
+        found = [one for p in trained for one in logical_parameters_of(p, self._tags[p], group, options, {}, grid)]
+        check_shapes(self._method, found)
+        self._checks.add(found)
 
-    def add(self, group: dict[str, Any], options: Options) -> None:
-        """Record a validated group; one with nothing to train is ignored.
+    def add(self, group: dict[str, Any], options: Options, present: list[torch.nn.Parameter]) -> None:
+        """Record a validated group.
 
         Args:
             group: the optimizer's dict.
             options: its validated options.
+            present: the parameters that the group may train, now or once they are no longer frozen.
         """
-        if group["params"]:
-            self.param_groups.append(group)
-            self.parameters.append(list(group["params"]))
-            self._validated[id(group)] = {key: group[key] for key in self._keys}, options
+        self._given_groups.append((group, present))
+        self._validated[id(group)] = {key: group[key] for key in self._keys}, options
+        self._taken |= set(group["params"])
+        self._select()
+
+    def _select(self) -> None:
+        """Update what is trained; a group with nothing to train is left out."""
+        trained = [(group, [p for p in present if p in self._taken]) for group, present in self._given_groups]
+        self.param_groups = [group for group, own in trained if own]
+        self.parameters = [own for _, own in trained if own]
+
+    def left_out(self) -> list[torch.nn.Parameter]:
+        """The parameters that were frozen when their group was validated, and have not been taken since."""
+        return [p for _, present in self._given_groups for p in present if p not in self._taken]
+
+    def take_unfrozen(self) -> list[torch.nn.Parameter]:
+        """Take up the parameters that are no longer frozen, each at its place in its group. The groups must be plain.
+
+        Returns:
+            What was taken up.
+
+        Raises:
+            ConfigError: a parameter has a dtype that is not trained, or does not fit the method.
+        """
+        found = [p for p in self.left_out() if p.requires_grad]
+        if not found:
+            return []
+        late = set(found)
+        for group, present in self._given_groups:
+            own = [p for p in present if p in late]
+            self._check_trained(own, group, self.options_of(group))
+        self._taken |= late
+        for group, present in self._given_groups:
+            group["params"][:] = [p for p in present if p in self._taken]
+        self._select()
+        return found
+
+    def name_of(self, parameter: torch.nn.Parameter) -> str:
+        """The name of a parameter that was given.
+
+        Args:
+            parameter: of a group.
+        """
+        return self._tags[parameter].name
+
+    def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
+        tag = tag_of(parameter)
+        if tag is None and name is not None:
+            tag = tag_of_own_tensor(name, unpartitioned_shape(parameter))
+        if tag is None:
+            raise ConfigError(
+                f"{self._method.name} got {name or 'a parameter'} without its model, and neither name nor shape tells "
+                "an embedding or a head from a weight. Pass the model itself, or call ds_lowrank.tag_parameters(model) "
+                "first"
+            )
+        names = matchable_names(parameter, tag)
+        if twice := next((name for name in names if name in self._checks.names), None):
+            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name: give each parameter its own")
+        self._checks.names += names
+        return tag
 
     def check(self, options: Options) -> None:
         """Check what only all groups together can tell.
@@ -116,49 +185,36 @@ class ParameterGroups:
             options: those that the optimizer was built with.
 
         Raises:
-            ConfigError: the model lacks something that the method needs, or a pattern matches no parameter.
+            ConfigError: the model lacks something that the method needs, a pattern has no effect, or nothing can be
+                projected.
         """
-        if problem := self._method.missing_requirement(self._names, options):
+        if problem := self._method.missing_requirement(self._checks.names, options):
             raise ConfigError(f"{self._method.name}: {problem}")
-        for key in PATTERNS:
-            self._must_match(self._names, key, getattr(options, key) or ())
+        self._checks.check_patterns(self._checks.names, {key: getattr(options, key) for key in PATTERNS})
+        self._checks.check_projected(lambda: [*self._roles(), *self._roles(frozen=True)])
 
-    def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
-        tag = tag_of(parameter) or (tag_from_name(name) if name is not None else None)
-        if tag is None:
-            raise ConfigError(
-                f"{self._method.name} got a parameter without a name, and a shape cannot tell an embedding from a "
-                "weight. Pass model.named_parameters(), or call ds_lowrank.tag_parameters(model) first."
-            )
-        names = matchable_names(parameter, tag)
-        if twice := next((name for name in names if name in self._names), None):
-            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name: give each parameter its own")
-        self._names += names
-        return tag
-
-    def _must_match(self, names: Iterable[str], key: str, patterns: Iterable[str]) -> None:
-        """Check that every pattern matches a parameter; with several ranks, leave that to ``match_patterns``."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._patterns += [(list(names), key, pattern) for pattern in patterns]
-        else:
-            check_patterns(names, key, patterns)
-
-    def match_patterns(self, pipeline: dist.ProcessGroup | None) -> None:
-        """Check the patterns that could not be checked before the grid was known. Collective over the pipeline.
+    def check_roles(self, pipeline: dist.ProcessGroup | None, may_unfreeze: bool) -> None:
+        """Check what could not be checked before the grid was known. Collective over the pipeline.
 
         Args:
-            pipeline: the pipeline's process group: a pattern may match on any stage. None without a pipeline.
+            pipeline: the pipeline's process group; None without a pipeline.
+            may_unfreeze: whether parameters that are frozen now may be trained later.
 
         Raises:
-            ConfigError: a pattern matches no parameter.
+            ConfigError: a pattern has no effect, or nothing is projected.
         """
-        if pipeline is None:
-            for own, key, pattern in self._patterns:
-                check_patterns(own, key, [pattern])
-            return
-        names = [name for stage in all_gather_object(self._names, pipeline) for name in stage]
-        for _, key, pattern in self._patterns:
-            check_patterns(names, key, [pattern])
+        self._checks.check_all(self._roles(), lambda: self._roles(frozen=True), pipeline, may_unfreeze)
+
+    def _roles(self, frozen: bool = False) -> Roles:
+        """The name and role of everything that is trained, or of what is frozen."""
+        grid = self.grid
+        return [
+            (one.tag.name, one.role(self._method))
+            for group, present in self._given_groups
+            for p in present
+            if (p not in self._taken) == frozen
+            for one in logical_parameters_of(p, self._tags[p], group, self.options_of(group), {}, grid)
+        ]
 
     def options_of(self, group: dict[str, Any]) -> Options:
         """The validated options of a group, with the current values of its dict.

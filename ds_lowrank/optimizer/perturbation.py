@@ -101,6 +101,7 @@ class Perturbation:
         like: a parameter of the model, for dtype and device.
 
     Attributes:
+        slots: the matrices to perturb; more may be added between steps.
         norm: the norm of the last perturbation, measured after rounding to the weights' dtype.
         failed_ascents: ascents so far that found no slope: a loss that is not finite, or the same on all sides.
     """
@@ -116,7 +117,7 @@ class Perturbation:
         like: torch.Tensor,
     ) -> None:
         self.ascent = ascent
-        self._method, self._slots, self._executor, self._grid = method, slots, executor, grid
+        self._method, self.slots, self._executor, self._grid = method, slots, executor, grid
         self._local_group = grid.tensor if is_local else None
         self._dtype, self._device = like.dtype, like.device
         self._moving: list[Slot] = []
@@ -137,7 +138,7 @@ class Perturbation:
             micro_batch: the micro-batch's number in its step, so that each has directions of its own.
         """
         self.norm = 0.0
-        slots = [slot for slot in self._slots if slot.has_begun or "basis" not in slot.state]
+        slots = [slot for slot in self.slots if slot.has_begun or "basis" not in slot.state]
         (on_all_stages,) = self._sum_over_stages(len(slots))
         if not on_all_stages:
             return
@@ -158,7 +159,7 @@ class Perturbation:
 
     def mark_gradients(self) -> None:
         """Record that this step's gradients are taken at perturbed weights, as the method's ``ascent`` asks."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot.perturbed = True
 
     def warn_once(self, key: str, message: str, *arguments: object) -> None:
@@ -275,4 +276,4 @@ class Perturbation:
         return found
 
     def _release(self) -> None:
-        release_gathered(slot.parameter for slot in self._slots)
+        release_gathered(slot.parameter for slot in self.slots)

@@ -9,36 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from ds_lowrank.placement.kinds import Kind, kind_of_own_tensor, kinds_of
 from ds_lowrank.placement.marks import megatron_stride
-from ds_lowrank.placement.stacks import holds_vectors, mark_stacks
+from ds_lowrank.placement.stacks import mark_stacks
 from ds_lowrank.placement.tensor_parallel import FUSION, Fusion
+from ds_lowrank.placement.wrappers import plain_names, unwrapped
 from ds_lowrank.placement.zero import unpartitioned_shape
 
-Kind = Literal["weight", "embedding", "head", "vectors"]
-
-EMBEDDING_NAMES = ("*embed*", "*wte*", "*wpe*")
-"""Globs of names that are taken for embeddings where the model does not say so."""
-HEAD_NAMES = (
-    "*lm_head*",
-    "*embed_out*",
-    "*output_projection*",
-    "head.*",
-    "*.head.*",
-    "*.output.weight",
-    "output.weight",
-    "*output_layer*",
-    "score.*",
-    "classifier.*",
-    "*.score.*",
-    "*.classifier.*",
-    "qa_outputs.*",
-    "*.qa_outputs.*",
-)
-"""Globs of names that are taken for output heads where the model does not say so."""
+TAG = "ds_lowrank_tag"
+"""The attribute of a parameter that has its :class:`Tag`."""
 
 
 @dataclass(frozen=True)
@@ -78,41 +61,53 @@ def matches(name: str, pattern: str) -> bool:
 def tag_parameters(model: torch.nn.Module) -> None:
     """Write each parameter's name and kind on it, where DeepSpeed does not lose them.
 
-    ``ds_lowrank.initialize`` calls this. Call it before stock ``deepspeed.initialize``, after
-    :func:`ds_lowrank.register`.
+    ``ds_lowrank.initialize`` and an optimizer that gets the model call this. Call it before stock
+    ``deepspeed.initialize``, after :func:`ds_lowrank.register`.
 
     Args:
-        model: the model, before DeepSpeed wraps it.
+        model: the model, before DeepSpeed wraps it. Other wrappers, such as ``torch.compile`` and DDP, change no name.
+
+    Raises:
+        ConfigError: without wrappers two parameters have the same name.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    heads = {id(module.weight) for module in output_layers(model)}
     for module in model.modules():
         _mark_fused(module)
         mark_stacks(module)
-    names = logical_names(model)
-    for name, parameter in model.named_parameters():
-        name = names.get(name, name)
-        kind: Kind = (
-            "embedding" if id(parameter) in embeddings else "head" if id(parameter) in heads else _kind_of(name)
-        )
-        if kind == "weight" and holds_vectors(name, unpartitioned_shape(parameter)):
-            kind = "vectors"
-        parameter.ds_lowrank_tag = Tag(name, kind)  # type: ignore[attr-defined]
+    names = tag_names(model)
+    kinds = kinds_of(model, names)
+    for name, parameter in torch.nn.Module.named_parameters(model):  # some wrappers' own method changes names
+        tag_as(parameter, Tag(names[name], kinds[id(parameter)]))
+
+
+def tag_as(parameter: torch.Tensor, tag: Tag) -> None:
+    """Write a tag on a parameter, for one that is in no model.
+
+    Args:
+        parameter: any.
+        tag: what it is.
+    """
+    setattr(parameter, TAG, tag)
 
 
 def tag_of(parameter: torch.Tensor) -> Tag | None:
-    """The tag that :func:`tag_parameters` wrote on a parameter; None if it has none."""
-    tag: Tag | None = getattr(parameter, "ds_lowrank_tag", None)
+    """The tag that was written on a parameter; None if it has none."""
+    tag: Tag | None = getattr(parameter, TAG, None)
     return tag
 
 
-def tag_from_name(name: str) -> Tag:
-    """Make a tag from a parameter's name alone, for an optimizer that is built from named parameters.
+def tag_of_own_tensor(name: str, shape: tuple[int, ...]) -> Tag | None:
+    """Make a tag for a named parameter that nothing was written on, if it is not that of a layer.
 
     Args:
-        name: the parameter's full name; it decides the kind too.
+        name: the parameter's.
+        shape: its shape.
+
+    Returns:
+        None for a weight of a layer, or of several: only the layer's type tells what it is. Vectors are never
+        projected, and a matrix of any other name is what :func:`tag_parameters` would say of a module's own tensor.
     """
-    return Tag(name, _kind_of(name))
+    is_matrix_of_a_layer = len(shape) == 2 and name.rpartition(".")[2] == "weight"
+    return None if is_matrix_of_a_layer or len(shape) > 2 else Tag(name, kind_of_own_tensor(name))
 
 
 def tag_fused(parameter: torch.Tensor, heights: Mapping[str, int]) -> None:
@@ -140,18 +135,17 @@ def logical_names(model: torch.nn.Module) -> dict[str, str]:
     return names()
 
 
-def output_layers(model: torch.nn.Module) -> list[Any]:
-    """The output head of a Hugging Face model.
+def tag_names(model: torch.nn.Module) -> dict[str, str]:
+    """The name in its tag of every parameter, keyed by its name in the model: without wrappers and parallelism.
 
     Args:
-        model: the model; ``get_output_embeddings`` is called if it has one.
+        model: wrapped or not.
 
-    Returns:
-        The head, as a list; empty if there is none or it has no weight.
+    Raises:
+        ConfigError: without wrappers two parameters have the same name.
     """
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return [head] if head is not None and getattr(head, "weight", None) is not None else []
+    given = logical_names(unwrapped(model))
+    return {name: given.get(plain, plain) for name, plain in plain_names(model).items()}
 
 
 def _mark_fused(module: Any) -> None:
@@ -167,12 +161,3 @@ def _mark_fused(module: Any) -> None:
     if fc1 is not None and megatron_stride(fc1) == 2 and not hasattr(fc1, FUSION):
         half = unpartitioned_shape(fc1)[0] // 2
         tag_fused(fc1, {"gate": half, "up": half})
-
-
-def _kind_of(name: str) -> Kind:
-    """Guess the kind of a parameter from its name."""
-    if any(fnmatchcase(name, pattern) for pattern in EMBEDDING_NAMES):
-        return "embedding"
-    if any(fnmatchcase(name, pattern) for pattern in HEAD_NAMES):
-        return "head"
-    return "weight"

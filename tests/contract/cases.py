@@ -37,7 +37,7 @@ def take_gradients(model: torch.nn.Module, step: int) -> None:
 
 def build(name: str, model: torch.nn.Module, **options: Any) -> LowRankOptimizer:
     """The optimizer of a model."""
-    return OPTIMIZERS[name](model.named_parameters(), **{"lr": 1e-2, **of(name).small, **options})
+    return OPTIMIZERS[name](model, **{"lr": 1e-2, **of(name).small, **options})
 
 
 def build_single(name: str, weight: torch.nn.Parameter, **options: Any) -> LowRankOptimizer:

@@ -14,6 +14,7 @@ from tests.methods import of
 
 def parts_of(model):
     """The first parameter, and the rest."""
+    ds_lowrank.tag_parameters(model)
     named = list(model.named_parameters())
     return named[:1], named[1:]
 
@@ -52,6 +53,7 @@ def test_group_may_switch_mini_and_gets_the_defaults_of_that():
 @EVERY
 def test_groups_in_another_order_are_refused(name):
     model = small_model()
+    ds_lowrank.tag_parameters(model)
     first, rest = ({"params": part.named_parameters(prefix=str(i)), "lr": i} for i, part in enumerate(model) if i != 1)
     saved = OPTIMIZERS[name]([first, rest], **of(name).small).state_dict()
     rest, first = ({"params": part.named_parameters(prefix=str(i)), "lr": i} for i, part in enumerate(model) if i != 1)
@@ -62,6 +64,7 @@ def test_groups_in_another_order_are_refused(name):
 @EVERY
 def test_group_may_be_a_generator_and_be_added_later(name):
     model = small_model()
+    ds_lowrank.tag_parameters(model)
     group = {"params": model[0].named_parameters(prefix="0"), "lr": 1, "betas": [0.8, 0.9]}
     optimizer = OPTIMIZERS[name]([group], **of(name).small)
     optimizer.add_param_group({"params": model[2].named_parameters(prefix="2")})
@@ -72,7 +75,9 @@ def test_group_may_be_a_generator_and_be_added_later(name):
 @EVERY
 def test_pattern_of_a_group_that_matches_nothing_is_refused(name):
     with pytest.raises(ds_lowrank.ConfigError, match=r"'\*typo\*' matches no parameter"):
-        groups = [{"params": small_model().named_parameters(), "exclude_modules": ["*typo*"]}]
+        model = small_model()
+        ds_lowrank.tag_parameters(model)
+        groups = [{"params": model.named_parameters(), "exclude_modules": ["*typo*"]}]
         OPTIMIZERS[name](groups, **of(name).small)
 
 

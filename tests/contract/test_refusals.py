@@ -14,21 +14,56 @@ from tests.methods import of
 
 
 @EVERY
-def test_nameless_parameters_are_refused_and_tags_are_enough(name):
+def test_parameters_without_their_model_are_refused_and_tags_are_enough(name):
+    """A name is not enough: ``0.weight`` may be that of an embedding."""
     model = small_model()
-    with pytest.raises(ds_lowrank.ConfigError, match="named_parameters"):
-        OPTIMIZERS[name](model.parameters())
+    for given in (model.parameters(), model.named_parameters(), [{"params": model.named_parameters()}]):
+        with pytest.raises(ds_lowrank.ConfigError, match=r"Pass the model itself, or call ds_lowrank\.tag_parameters"):
+            OPTIMIZERS[name](given, **of(name).small)
+    with pytest.raises(ds_lowrank.ConfigError, match="params of a group is a module: "):
+        OPTIMIZERS[name]([{"params": model}], **of(name).small)
     ds_lowrank.tag_parameters(model)
-    assert len(OPTIMIZERS[name](model.parameters(), **of(name).small).slots) == 4
+    for given in (model.parameters(), model.named_parameters(), model):
+        assert len(OPTIMIZERS[name](given, **of(name).small).slots) == 4
+
+
+@EVERY
+def test_a_run_in_which_nothing_is_projected_is_refused(name):
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8))
+    message = f"{name} has nothing to project.*: 1 x embedding \\(0.weight\\); 2 x 1-D \\(1.weight, 1.bias\\)"
+    with pytest.raises(ds_lowrank.ConfigError, match=message):
+        OPTIMIZERS[name](model, **of(name).small)
+    assert OPTIMIZERS[name](model, **of(name).small, target_modules=["0"]).slots[0].is_projected
+    model.append(torch.nn.Linear(8, 7))
+    ds_lowrank.tag_parameters(model)
+    biases = {"params": [p for p in model.parameters() if p.ndim == 1]}  # a group may have none
+    optimizer = OPTIMIZERS[name]([biases, {"params": [p for p in model.parameters() if p.ndim == 2]}], **of(name).small)
+    assert sum(slot.is_projected for slot in optimizer.slots) == 1
+
+
+@EVERY
+@pytest.mark.parametrize("in_group", [False, True])
+def test_a_target_that_matches_only_what_is_never_projected_is_refused(name, in_group):
+    model = small_model()
+    model.register_parameter("stack", torch.nn.Parameter(torch.ones(2, 3, 4)))
+    ds_lowrank.tag_parameters(model)
+    for pattern, what in (("stack", r"stack \(3-D\)"), ("*.bias", r"0.bias \(1-D\), 2.bias \(1-D\); 2 in all")):
+        chosen = {"target_modules": ["0.weight", pattern]}
+        group = {"params": model.parameters(), **(chosen if in_group else {})}
+        with pytest.raises(ds_lowrank.ConfigError, match=f"target_modules.*only parameters that are never.*{what}"):
+            OPTIMIZERS[name]([group], **of(name).small, **({} if in_group else chosen))
+    OPTIMIZERS[name](model, **of(name).small, target_modules=["0", "2.*"], exclude_modules=["stack"]).bind()
 
 
 @EVERY
 def test_name_or_parameter_given_twice_is_refused(name):
     first, second = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    ds_lowrank.tag_parameters(first)
+    ds_lowrank.tag_parameters(second)
     with pytest.raises(ds_lowrank.ConfigError, match="weight: given twice"):
         OPTIMIZERS[name]([*first.named_parameters(), *second.named_parameters()])
     with pytest.raises(ds_lowrank.ConfigError, match="a: given twice"):
-        OPTIMIZERS[name]([("a", first.weight), ("a", first.weight)])
+        OPTIMIZERS[name]([("a", torch.nn.Parameter(torch.ones(3, 4)))] * 2)
 
 
 @EVERY
@@ -47,7 +82,7 @@ def test_float64_weight_is_refused(name):
 def test_sparse_gradient_is_refused(name):
     table = torch.nn.Embedding(5, 4, sparse=True)
     before = table.weight.detach().clone()
-    optimizer = OPTIMIZERS[name](table.named_parameters(), **of(name).small)
+    optimizer = OPTIMIZERS[name](torch.nn.ModuleList([table, torch.nn.Linear(4, 4)]), **of(name).small)
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()

@@ -115,7 +115,7 @@ def with_a_client_optimizer(excluded):
     import ds_lowrank
 
     model = plain_pipeline()
-    optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2, exclude_modules=excluded)
+    optimizer = ds_lowrank.GaLore(model, rank=2, exclude_modules=excluded)
     settings = settings_of(PIPELINE)
     del settings["optimizer"]
     error = own_initialize_error(model, settings, optimizer=optimizer)
@@ -144,7 +144,7 @@ def lorenza_in_a_plain_pipeline():
         optimizer = None
         if is_client:
             block = settings.pop("optimizer")
-            optimizer = ds_lowrank.Lorenza(model.named_parameters(), **block["params"])
+            optimizer = ds_lowrank.Lorenza(model, **block["params"])
         engine, *_ = ds_lowrank.initialize(model=model, optimizer=optimizer, config=settings)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)

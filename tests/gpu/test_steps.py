@@ -47,7 +47,7 @@ def test_a_layer_built_on_the_default_device_is_stepped_there(method):
     with defaults(torch.bfloat16, "cuda"):
         layer = torch.nn.Linear(48, 64, bias=False)
         options = method_options(method, 8, 4, perturbation_radius=0.0)
-        optimizer = OPTIMIZERS[method](layer.named_parameters(), lr=1e-2, **options)
+        optimizer = OPTIMIZERS[method](layer, lr=1e-2, **options)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.randn_like(layer.weight)
     optimizer.step()

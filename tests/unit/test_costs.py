@@ -266,6 +266,6 @@ def test_gradnormlorp_in_int8_saves_the_published_share_at_7b():
 
     with torch.device("meta"):
         model = llama.LlamaForCausalLM(llama.load_config(ROOT / "ds_configs/models/llama_7b.json"))
-    optimizer = ds_lowrank.GradNormLoRP(model.named_parameters(), rank=128, state_dtype="int8")
+    optimizer = ds_lowrank.GradNormLoRP(model, rank=128, state_dtype="int8")
     adamw = 2 * 2 * sum(parameter.numel() for parameter in model.parameters())
     assert sum(state_bytes(optimizer.slots)) < (1 - 0.895) * adamw

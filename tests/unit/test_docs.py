@@ -250,13 +250,13 @@ def test_the_messages_of_a_grid_are_those_of_the_code(heading):
 
 def step_with_a_sparse_gradient():
     embedding = torch.nn.Embedding(4, 4, sparse=True)
-    optimizer = ds_lowrank.GaLore([("embedding.weight", embedding.weight)])
+    optimizer = ds_lowrank.GaLore(torch.nn.ModuleList([embedding, torch.nn.Linear(4, 4)]))
     embedding(torch.tensor([1])).sum().backward()
     optimizer.step()
 
 
 REFUSED = {
-    "a parameter without a name or tag": lambda: ds_lowrank.GaLore([weights((4, 4))[0][1]]),
+    "a weight of a layer without its model": lambda: ds_lowrank.GaLore(torch.nn.Linear(4, 4).named_parameters()),
     "two parameters of one name, or one parameter twice": lambda: ds_lowrank.GaLore(weights((4, 4)) * 2),
     "an fp64 (or integer) parameter": lambda: ds_lowrank.GaLore(weights((4, 4), dtype=torch.float64)),
     "a parameter of PyTorch's FSDP or tensor parallelism, or of another tensor subclass": lambda: ds_lowrank.GaLore(

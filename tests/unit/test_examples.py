@@ -81,7 +81,7 @@ def alone(name: str) -> Weights:
         return grid_alone(example)
     model = example.make_model()
     if name == "lorenza":
-        optimizer = ds_lowrank.Lorenza(model.named_parameters(), **example.OPTIONS)
+        optimizer = ds_lowrank.Lorenza(model, **example.OPTIONS)
         for step in range(100):
             optimizer.zero_grad()
             forwards = [example.forward_of(model, *part) for part in example.micro_batches(step)]
@@ -90,7 +90,7 @@ def alone(name: str) -> Weights:
         assert optimizer.metrics()["lowrank/failed_ascents"] == 0
     else:
         grouped = name == "parameter_groups"
-        galore_alone(example, model, example.make_groups(model) if grouped else model.named_parameters())
+        galore_alone(example, model, example.make_groups(model) if grouped else model)
     return dict(model.named_parameters())
 
 
@@ -109,7 +109,7 @@ class Perceptron(torch.nn.Module):
 def grid_alone(example: ModuleType) -> Weights:
     initial = whole_weights("grid_two_by_one", ranks=1, steps=0)
     model = Perceptron({key: initial[key] for key in ("up.weight", "down.weight")})
-    galore_alone(example, model, model.named_parameters())
+    galore_alone(example, model, model)
     return dict(model.named_parameters())
 
 
@@ -170,7 +170,7 @@ def last_losses() -> Iterator[tuple[str, float]]:
     """The last loss of examples that are started as commands."""
     example = load("own_loop")
     model = example.make_model()
-    yield "own_loop", galore_alone(example, model, model.named_parameters())
+    yield "own_loop", galore_alone(example, model, model)
     example = load("without_deepspeed")
     model = example.make_model()
     optimizer, scheduler = example.make_optimizer(model)

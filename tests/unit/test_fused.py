@@ -210,7 +210,7 @@ def test_a_fraction_of_a_period_of_rows_is_refused(rows, tensor):
     with pytest.raises(ds_lowrank.ConfigError, match=r"layers\.0\.weight: 10 rows are not a multiple of the 4"):
         logical_matrices(weight, tuple(weight.shape), NAME, fake_grid(tensor))
     with pytest.raises(ds_lowrank.ConfigError, match="not a multiple"):
-        ds_lowrank.GaLore([(NAME, torch.nn.Parameter(torch.zeros(1, 3))), ("fused", weight)], rank=1)
+        ds_lowrank.GaLore([("plain", torch.nn.Parameter(torch.zeros(1, 3))), ("fused", weight)], rank=1)
 
 
 def test_a_fused_weight_whose_columns_are_split_is_refused():

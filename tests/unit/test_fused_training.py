@@ -101,7 +101,8 @@ def weights(model):
 
 
 def build(method, model, groups=None, **options):
-    parameters = model.named_parameters() if groups is None else groups(model)
+    ds_lowrank.tag_parameters(model)
+    parameters = model if groups is None else groups(model)
     return OPTIMIZERS[method](parameters, **{"lr": 1e-2, **of(method).fused_options, **options})
 
 
@@ -226,6 +227,7 @@ def test_matrix_that_is_given_twice_is_refused():
     plain, fused = pair()
     both = torch.nn.ModuleDict({"0": fused[0], "1": plain[1]})
     assert len(build("GaLore", both).slots) == 2 * 9
+    ds_lowrank.tag_parameters(plain)
     both = [*fused[0].named_parameters(prefix="0"), ("0.k_proj.weight", plain[0].k_proj.weight)]
     with pytest.raises(ds_lowrank.ConfigError, match=r"0\.k_proj\.weight: given twice"):
         ds_lowrank.GaLore(both, rank=3)

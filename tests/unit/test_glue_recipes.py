@@ -15,7 +15,7 @@ from ds_lowrank.finetuning.arguments import parse
 from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.optimizer.options import METHODS, parse_options
 from ds_lowrank.optimizer.roles import role_of
-from ds_lowrank.placement.parameter_names import tag_from_name
+from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
 from ds_lowrank.training.config import read_config
 from ds_lowrank.training.plan import settle_config
 
@@ -46,9 +46,10 @@ def encoder_matrices() -> dict[str, tuple[int, int]]:
     """What the default rule projects in RoBERTa-base."""
     with torch.device("meta"):
         config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-        named = RobertaForSequenceClassification(config).named_parameters()
-    shapes = {name: tuple(parameter.shape) for name, parameter in named}
-    return {name: shape for name, shape in shapes.items() if role_of(tag_from_name(name), shape, None, ()).projected}
+        model = RobertaForSequenceClassification(config)
+    tag_parameters(model)
+    named = [(name, p, tuple(p.shape)) for name, p in model.named_parameters()]
+    return {name: shape for name, p, shape in named if role_of(tag_of(p), shape, None, ()).projected}
 
 
 def test_every_task_of_the_paper_has_its_settings_at_both_ranks():

@@ -23,6 +23,7 @@ from benchmarks.gpu.cases import (
     method_options,
     model_config,
     parameter_count,
+    tagged,
 )
 from benchmarks.gpu.contenders import ADAMW, OFFICIAL, Contender, step_only
 from benchmarks.gpu.gpu_tests import judge
@@ -114,7 +115,7 @@ def test_the_options_of_every_cell_fit_its_model(cell):
     for method in METHODS:
         for rank in (128, 512):
             options = method_options(method, rank, 4, state_dtype=cell.state_dtype)
-            OPTIMIZERS[method](parameters.items(), **options).bind()
+            OPTIMIZERS[method](tagged(parameters), **options).bind()
 
 
 def test_the_shapes_are_those_of_the_model():

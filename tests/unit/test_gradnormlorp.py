@@ -110,7 +110,7 @@ def test_a_magnitude_that_crosses_zero_turns_its_unit_round():
 def test_vectors_are_left_to_adamw():
     layer = torch.nn.Linear(6, 4)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = ds_lowrank.GradNormLoRP(layer.named_parameters(), rank=2)
+    optimizer = ds_lowrank.GradNormLoRP(layer, rank=2)
     layer(torch.randn(3, 6)).square().sum().backward()
     optimizer.step()
     assert layer.bias.isfinite().all() and (layer.bias != 0).all()

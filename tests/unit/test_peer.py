@@ -47,7 +47,7 @@ def test_the_unprojected_parameters_equal_torch_adamw():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.randn(50)) for _ in range(2))
     theirs.data.copy_(ours.data)
-    mine = ds_lowrank.GaLore([("norm", ours)], lr=1e-2, weight_decay=0.1)
+    mine = ds_lowrank.GaLore([("norm", ours), ("w", torch.nn.Parameter(torch.ones(2, 2)))], lr=1e-2, weight_decay=0.1)
     peer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
     for _ in range(5):
         ours.grad = torch.randn(50)

@@ -216,7 +216,7 @@ def test_an_ascent_without_a_slope_keeps_the_weights_and_is_counted(bad):
 def test_probes_run_without_grad_and_drop_the_same_elements():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Dropout(0.5), torch.nn.Linear(12, 4))
-    optimizer = ds_lowrank.Lorenza(model.named_parameters(), rank=None, probes=2)
+    optimizer = ds_lowrank.Lorenza(model, rank=None, probes=2)
     masks, grad = [], []
     model[1].register_forward_hook(lambda module, args, output: masks.append(output == 0))
 
@@ -267,7 +267,7 @@ def test_a_perturbation_lost_to_bf16_rounding_is_warned_of_once(caplog):
 
 def test_one_sided_probes_with_dropout_are_warned_of_once(caplog):
     model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Dropout(0.5))
-    engine = ds_lowrank.Lorenza(model.named_parameters(), rank=None, two_sided=False)
+    engine = ds_lowrank.Lorenza(model, rank=None, two_sided=False)
     engine.module = model
     with caplog.at_level(logging.WARNING, logger="ds_lowrank"):
         for _ in range(2):
@@ -277,7 +277,8 @@ def test_one_sided_probes_with_dropout_are_warned_of_once(caplog):
 
 def test_groups_that_disagree_on_the_ascent_are_refused():
     first, second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5)
-    groups = [{"params": first.named_parameters("a")}, {"params": second.named_parameters("b"), "probes": 2}]
+    ds_lowrank.tag_parameters(torch.nn.ModuleDict({"a": first, "b": second}))
+    groups = [{"params": first.parameters()}, {"params": second.parameters(), "probes": 2}]
     with pytest.raises(ds_lowrank.ConfigError, match="must agree on probes"):
         ds_lowrank.Lorenza(groups, rank=2).bind()
 

@@ -18,7 +18,7 @@ from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.models.llama import load_config
 from ds_lowrank.optimizer.options import METHODS, parse_options
 from ds_lowrank.optimizer.roles import role_of
-from ds_lowrank.placement.parameter_names import tag_from_name
+from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.plan import make_plan
 
@@ -70,9 +70,10 @@ def expanded(command: str) -> list[str]:
 def matrices(model: Path) -> dict[str, tuple[int, int]]:
     """The shapes of what the default rule projects."""
     with torch.device("meta"):
-        named = LlamaForCausalLM(load_config(model)).named_parameters()
-    shapes = {name: tuple(parameter.shape) for name, parameter in named}
-    return {name: shape for name, shape in shapes.items() if role_of(tag_from_name(name), shape, None, ()).projected}
+        llama = LlamaForCausalLM(load_config(model))
+    tag_parameters(llama)
+    named = [(name, p, tuple(p.shape)) for name, p in llama.named_parameters()]
+    return {name: shape for name, p, shape in named if role_of(tag_of(p), shape, None, ()).projected}
 
 
 def test_what_is_published_is_there_and_documented():

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import ds_lowrank
+from benchmarks.gpu.cases import tagged
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.base import Method, Options
 from ds_lowrank.optimizer import optimizers, param_groups
@@ -204,6 +205,7 @@ def test_options_are_validated_once_per_group(monkeypatch):
     shapes = [(f"model.layers.{i}.{name}", shape) for i in range(32) for name, shape in layer]
     shapes += [("model.embed_tokens.weight", (9, 8)), ("model.norm.weight", (8,)), ("lm_head.weight", (9, 8))]
     named = [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes]
+    tagged(dict(named))
     assert len(named) == 291
     groups = [
         {"params": [(n, p) for n, p in named if p.ndim == 2], "weight_decay": 0.1},
