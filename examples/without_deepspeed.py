@@ -32,7 +32,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_optimizer(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """GaLore on named parameters: a name tells an embedding from a weight, and seeds the weight's projector."""
+    """GaLore on the model: its modules tell an embedding from a weight, and a name seeds the weight's projector."""
     optimizer: torch.optim.Optimizer = ds_lowrank.GaLore(model, lr=0.02, rank=8, update_proj_gap=20, weight_decay=0.01)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 

@@ -88,3 +88,19 @@ def test_a_late_parameter_that_does_not_fit_is_refused(name):
     late.requires_grad_(True)
     with pytest.raises(ds_lowrank.ConfigError, match=r"late is torch\.float64"):
         optimizer.step()
+
+
+def test_lorenza_moves_an_unfrozen_layer_too():
+    """As one that knew the layer from the start: neither moves it before it has a subspace."""
+    model, twin = frozen_model(), small_model()
+    optimizers = [ds_lowrank.Lorenza(m, lr=1e-2, rank=3, update_proj_gap=2) for m in (model, twin)]
+    inputs = torch.randn(32, 12)
+    for step in range(5):
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            each[0].requires_grad_(step > 0)
+            optimizer.zero_grad()
+            ds_lowrank.forward_backward(optimizer, lambda each=each: each(inputs).square().mean())
+            optimizer.step()
+        assert_equal(model.parameters(), twin.parameters())
+    assert optimizers[0].metrics() == optimizers[1].metrics()
+    assert optimizers[0].metrics()["lowrank/projected_matrices"] == 2

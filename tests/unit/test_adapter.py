@@ -9,6 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -293,6 +296,19 @@ def test_modules_to_save_stay_trainable_and_win():
     assert {"classifier.out_proj.bias", "roberta.encoder.layer.0.output.dense.weight"} < free
     assert "roberta.embeddings.LayerNorm.weight" in free
     assert "roberta.embeddings.word_embeddings.weight" not in free
+
+
+def test_a_new_head_of_any_name_stays_trainable_but_a_language_models_does_not():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40, "max_position_embeddings": 12}
+    config = BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2, tie_word_embeddings=False)
+    classifier, language_model = BartForSequenceClassification(config), BartForConditionalGeneration(config)
+    for model in (classifier, language_model):
+        assert all(".layers.0." in name for name in add_adapters(model))
+    free = [name for name, p in classifier.named_parameters() if p.requires_grad and ".layers." not in name]
+    assert free == [
+        f"classification_head.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")
+    ]
+    assert all(".layers." in name for name, p in language_model.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("norm_axis", AXES)
