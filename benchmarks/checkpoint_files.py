@@ -2,9 +2,9 @@
 
 python -m benchmarks.checkpoint_files --work runs/checkpoint_files
 
-A file of ``torch.save`` is written, flushed to the disk and read for its SHA-256, in turns. *Write* is what a save costs
-anyway, *flush* and *checksum* are added to it; resuming adds a checksum. The file is in memory when it is read, as it is
-right after a save.
+A file of ``torch.save`` is written, flushed to the disk and read for its SHA-256, in turns. *Write* is what a save
+costs anyway, *flush* and *checksum* are added to it; resuming adds a checksum. The file is still in memory when it is
+read, as it is right after a save.
 """
 
 from __future__ import annotations

@@ -189,8 +189,11 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         format_number = content["format"]
+        readable = type(format_number) is int
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DamagedError(f"{directory} is damaged: {FILE} is not a manifest") from None
+        readable = False
+    if not readable:
+        raise DamagedError(f"{directory} is damaged: {FILE} is not a manifest")
     if format_number != FORMAT:
         raise CheckpointError(
             f"{path} has format {str(format_number)[:20]}, but this version reads format {FORMAT}: use the version "

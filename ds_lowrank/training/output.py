@@ -1,7 +1,7 @@
 """The output folder of a run: checking it at the start, and writing its results at the end.
 
 OUTPUT/metrics.jsonl     the records of the run
-OUTPUT/.checkpoints      where the run saved its first checkpoint; until then it may be started again
+OUTPUT/.checkpoints      where the run saves its checkpoints, from the first one on; until then it may be started again
 OUTPUT/summary.json      written at the end, with loss.png
 """
 
@@ -69,10 +69,11 @@ def check_restart(output: Path, save: Path, steps: int) -> None:
         AlreadyFinishedError: the run has finished, without checkpoints.
         ValueError: the run has saved checkpoints, or has ended without any.
     """
-    if (output / SAVED).exists():
+    saved = saved_in(output)
+    if saved is not None:
         raise ValueError(
-            f"nothing to resume: {save} has no checkpoint. The run in {output} saved its checkpoints in "
-            f"{(output / SAVED).read_text().strip()}: give that as --save, or another --output to start again"
+            f"nothing to resume: {save} has no checkpoint. The run in {output} saved its checkpoints in {saved}: give "
+            "that as --save, or another --output to start again"
         )
     if not (output / SUMMARY).exists():
         return
@@ -86,6 +87,39 @@ def check_restart(output: Path, save: Path, steps: int) -> None:
     raise ValueError(
         f"nothing to resume: {output} contains the results of a run that saved no checkpoint; give another --output"
     )
+
+
+def check_continued(output: Path, save: Path, checkpoint: Path) -> None:
+    """Check that the output folder has no other run than the one that a checkpoint is of.
+
+    Args:
+        output: the output folder.
+        save: where this run saves its checkpoints.
+        checkpoint: the one that it continues from.
+
+    Raises:
+        ValueError: it contains another run, whose metrics would be cut.
+    """
+    saved = saved_in(output)
+    if saved is None and checkpoint.parent.resolve() != save.resolve():
+        check_output(output, resuming=False)
+    if saved is not None and saved != checkpoint.parent.resolve():
+        raise ValueError(
+            f"{output} contains a run that saved its checkpoints in {saved}, not that of {checkpoint}: give another "
+            f"--output, or delete {output / SAVED} if the folder was moved"
+        )
+
+
+def is_new(output: Path, save: Path, checkpoint: Path | None) -> bool:
+    """Whether a run that starts from a checkpoint, or from the beginning, has no metrics of its own yet."""
+    return saved_in(output) is None and (checkpoint is None or checkpoint.parent.resolve() != save.resolve())
+
+
+def saved_in(output: Path) -> Path | None:
+    """Where the run in an output folder saved its checkpoints; None if it saved none."""
+    if not (output / SAVED).exists():
+        return None
+    return (output / (output / SAVED).read_text().strip()).resolve()
 
 
 def begin_output(output: Path) -> None:
@@ -102,9 +136,10 @@ def begin_output(output: Path) -> None:
 
 def record_save(output: Path, save: Path) -> None:
     """Note that the run has a checkpoint: from now on it is continued, not started again."""
-    text = f"{save.resolve()}\n"
-    if not (output / SAVED).exists() or (output / SAVED).read_text() != text:
-        write_atomically(output / SAVED, text)
+    if saved_in(output) != save.resolve():
+        inside = save.resolve().is_relative_to(output.resolve())  # so that the folder can be moved
+        where = save.resolve().relative_to(output.resolve()) if inside else save.resolve()
+        write_atomically(output / SAVED, f"{where}\n")
 
 
 def write_results(output: Path, steps: int, facts: Mapping[str, Any] | None = None) -> None:

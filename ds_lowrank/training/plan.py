@@ -19,7 +19,7 @@ from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
-from ds_lowrank.training.output import check_output, check_restart
+from ds_lowrank.training.output import check_continued, check_output, check_restart
 from ds_lowrank.training.parallelism import GridShape, grid_shape, without_global_size
 from ds_lowrank.training.schedule import warmup_steps
 
@@ -192,6 +192,7 @@ def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -
         if global_rank() == 0:
             logger.info("%s has no checkpoint to resume: starting from the beginning", save)
         return None
+    check_continued(arguments.output, save, checkpoint)
     manifest = check_whole(checkpoint, save, share_of_files())
     check_identity(checkpoint, manifest, identity)
     if step_of(checkpoint) > steps:

@@ -20,7 +20,7 @@ from ds_lowrank.checkpoint.random_state import get_random_state, set_random_stat
 from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
-from ds_lowrank.training.output import begin_output, record_save
+from ds_lowrank.training.output import begin_output, is_new, record_save
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -83,8 +83,9 @@ class Run:
             RemoteError: another rank failed.
         """
         save, output = self.arguments.save, self.arguments.output
-        if checkpoint is None:
+        if broadcast_from_rank0(lambda: is_new(output, save, checkpoint)):
             broadcast_from_rank0(lambda: begin_output(output))
+        if checkpoint is None:
             return
         self.progress, own = load_checkpoint(self.engine, checkpoint)
         with raise_on_all_ranks():

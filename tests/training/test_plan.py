@@ -7,7 +7,7 @@ import pytest
 from ds_lowrank.checkpoint.manifest import Progress, seal, write_manifest
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.training.arguments import parse
-from ds_lowrank.training.output import AlreadyFinishedError, record_save
+from ds_lowrank.training.output import AlreadyFinishedError, is_new, record_save, saved_in
 from ds_lowrank.training.plan import make_plan
 from tests.training.runs import Workspace, deepspeed_config
 
@@ -105,6 +105,25 @@ def test_resume_starts_a_run_that_never_saved_and_no_other(workspace, saved):
     with pytest.raises(ValueError, match=f"nothing to resume.* saved its checkpoints in {saved.parent}: give that"):
         plan(workspace, "c", "--resume")
     assert plan(workspace, "c", "--resume", "--save", str(saved.parent)).checkpoint == saved
+
+
+def test_a_checkpoint_does_not_continue_the_metrics_of_another_run(workspace, saved, tmp_path):
+    output = workspace.path / "e"
+    output.mkdir()
+    resume = ("--resume", str(saved))
+    (output / "metrics.jsonl").write_text('{"step": 9}\n')
+    assert plan(workspace, "e", *resume).checkpoint == saved  # an interrupted start, which is kept aside
+    assert is_new(output, output / "checkpoints", saved)
+    record_save(output, output / "checkpoints")
+    with pytest.raises(
+        ValueError, match=r"e contains a run that saved its checkpoints in .*e/checkpoints, not that of"
+    ):
+        plan(workspace, "e", *resume)
+    moved = output.rename(workspace.path / "moved")
+    assert saved_in(moved) == moved / "checkpoints"
+    record_save(moved, saved.parent)
+    assert plan(workspace, "moved", *resume, "--save", str(tmp_path / "new_disk")).checkpoint == saved
+    assert not is_new(moved, tmp_path / "new_disk", saved)
 
 
 def test_checkpoints_and_folders_of_others_are_not_touched(workspace, saved):
