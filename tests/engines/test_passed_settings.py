@@ -68,3 +68,19 @@ def test_the_update_is_that_of_the_gradient_that_is_presented(stage, dtype, more
     """With gradients reduced in fewer bits, or summed, the method must still be applied to exactly what arrives."""
     settings = config(stage, 2, dtype=dtype, gas=2, clip=0.5) | more
     assert worst_against_references(run_ranks(2, trace_engine, settings, STEPS, False)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "wrapper"),
+    [
+        ({"zero_optimization": True}, "DeepSpeedZeroOptimizer"),
+        ({"zero_optimization": False, "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, "GaLore"),
+        ({"zero_optimization": {"stage": "auto"}, "tensor_parallel": {"autotp_size": 0}}, "GaLore"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_reads_as_something_else_is_read_as_that(block, wrapper):
+    for result in run_ranks(2, run_engine, config(0, 2, clip=0.5) | block, STEPS):
+        assert result["wrapper"] == wrapper
+        assert max_relative_difference(result["last"], expected()) < 1e-5
