@@ -16,7 +16,7 @@ import torch
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.global_batch import check_batch_sizes, check_position, rows_of
 from ds_lowrank.data.order import EpochOrder
-from ds_lowrank.data.packing import PackedBlocks, PackedStream, encoded
+from ds_lowrank.data.packing import PackedBlocks, PackedStream
 from ds_lowrank.data.stream import StreamReader
 
 DOCUMENTS_PER_READ = 32
@@ -245,7 +245,7 @@ class _StreamOrder:
 
     def _read(self) -> npt.NDArray[np.int64]:
         documents = self._reader.read(DOCUMENTS_PER_READ)
-        tokens = np.concatenate([np.zeros(0, dtype=np.int64), *encoded(documents, self._data.tokenizer)])
+        tokens = self._data.encoded(documents)
         self._epoch_tokens += len(tokens)
         return tokens
 
@@ -268,7 +268,7 @@ def _validation_sequences(data: PackedBlocks | PackedStream, most: int) -> torch
         reader = StreamReader(data.stream)
         tokens = np.zeros(0, dtype=np.int64)
         while len(tokens) < most * data.sequence_length and (documents := reader.read(DOCUMENTS_PER_READ)):
-            tokens = np.concatenate([tokens, *encoded(documents, data.tokenizer)])
+            tokens = np.concatenate([tokens, data.encoded(documents)])
         count = min(most, len(tokens) // data.sequence_length)
         chosen = torch.from_numpy(tokens[: count * data.sequence_length].reshape(count, data.sequence_length))
     if not count:

@@ -2,22 +2,33 @@
 
 Next to every file ``F`` there is ``F.sha256``, the hash of its bytes. Both are written to a temporary folder and then
 renamed, ``F`` first: an interrupted build leaves an ``F`` without its hash, which counts as damaged. Processes that
-build the same file concurrently write the same bytes, and the last rename wins.
+build the same file concurrently write the same bytes, and the last rename wins. They do not wait for each other.
+
+The temporary folder of a process that was killed is removed by the next one. Each contains a lock that its builder
+holds, and that the system releases when the builder ends in any way.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import content_hash
 
 logger = logging.getLogger("ds_lowrank")
+
+PREFIX, LOCK = ".building-", "ds_lowrank.lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def ensure_built(path: Path, write: Callable[[Path], None]) -> None:
@@ -30,13 +41,14 @@ def ensure_built(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
+    _remove_abandoned(path.parent)
     if _is_intact(path):
         return
     if path.exists():
         logger.warning("%s is damaged or was not finished: building it again", path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as folder:
+        with _building_folder(path.parent) as folder:
             aside = Path(folder, path.name)
             write(aside)
             _flush_to_disk(aside)
@@ -45,7 +57,10 @@ def ensure_built(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(aside, path)
             os.replace(checksum, _checksum_path(path))
     except OSError as error:
-        raise DataError(f"cannot write {path} ({error}); free space or give another cache folder") from error
+        advice = "free space, or " if error.errno in FULL else ""
+        raise DataError(
+            f"cannot write {path} ({error.strerror or error}); {advice}give another cache folder as --cache"
+        ) from error
 
 
 def ensure_built_on_nodes(path: Path, write: Callable[[Path], None]) -> None:
@@ -70,9 +85,41 @@ def ensure_built_on_nodes(path: Path, write: Callable[[Path], None]) -> None:
             raise DataError(f"{path} is not there: no process with LOCAL_RANK 0 on this node has built it")
 
 
+@contextmanager
+def _building_folder(parent: Path) -> Iterator[Path]:
+    """A new folder that is removed at the end, and that others take for abandoned once this process has ended."""
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    try:
+        with (folder / "new").open("w") as lock:
+            _lock(lock)
+            (folder / "new").rename(folder / LOCK)  # where it is looked for only now that it is locked
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock in sorted(parent.glob(f"{PREFIX}*/{LOCK}")):
+        try:
+            with lock.open("r+") as file:
+                if _lock(file):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:  # another process has removed it, or owns it
+            continue
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file without waiting; False if another process holds it, or if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def _is_intact(path: Path) -> bool:
     checksum = _checksum_path(path)
-    return path.is_file() and checksum.is_file() and checksum.read_text() == content_hash(path)
+    return os.path.isfile(path) and os.path.isfile(checksum) and checksum.read_bytes() == content_hash(path).encode()
 
 
 def _checksum_path(path: Path) -> Path:

@@ -28,7 +28,6 @@ class ExampleTokenizer:
     Attributes:
         pad_id: the id that pads short examples; the end-of-text id if there is no padding token.
         eos_id: the end-of-text id, or None if the tokenizer has none.
-        vocab_size: one more than the largest id.
         max_length: the most tokens that the tokenizer is made for, or None if it does not say.
 
     Raises:
@@ -45,7 +44,6 @@ class ExampleTokenizer:
         self._joins = tokenizer.num_special_tokens_to_add(pair=True) == 0
         self.pad_id: int = tokenizer.pad_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
-        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         longest = tokenizer.model_max_length
         self.max_length: int | None = longest if longest < 10**9 else None  # a huge number means "not given"
 
@@ -82,6 +80,11 @@ class ExampleTokenizer:
         """Encode texts without special tokens or truncation: one int32 ``[length]`` array per text."""
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode token ids to text, including special tokens."""
+        text: str = self._tokenizer.decode(list(ids))
+        return text
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer to a folder that ``AutoTokenizer.from_pretrained`` can read."""

@@ -1,24 +1,15 @@
-"""Reading one local file: text, JSON, JSON Lines, CSV or parquet, uncompressed or compressed with gzip or zstandard."""
+"""Local files: which there are below a folder, what format they have, and the hash of their bytes."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import json
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
-
-import pyarrow
-import pyarrow.parquet
 
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.text import COMPRESSIONS
 
-COMPRESSIONS = (".gz", ".zst")
 RECORD_FORMATS = (".jsonl", ".json", ".parquet")
 ROW_FORMATS = (*RECORD_FORMATS, ".csv")
 
@@ -34,83 +25,36 @@ def holds_records(path: Path) -> bool:
     return file_format(path) in RECORD_FORMATS
 
 
-def read_text(path: Path) -> str:
-    """Read the whole file as UTF-8 text.
-
-    Raises:
-        UnicodeDecodeError: the file is not UTF-8.
-        DataError: the file cannot be read.
-    """
-    with _opened(path) as file:
-        return file.read().decode("utf-8")
-
-
-def read_records(path: Path, text_field: str) -> Iterator[str]:
-    """Iterate over the ``text_field`` of every record, in order.
-
-    Raises:
-        DataError: the file or a record cannot be used; the message names the record.
-    """
-    records = _parquet_records(path, text_field) if file_format(path) == ".parquet" else _json_records(path)
-    for number, record in enumerate(records):
-        yield record_text(record, text_field, f"{path}, record {number}")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read all records as dicts keyed by column name, in order.
-
-    The first line of a CSV file names the columns, and its values are strings.
-
-    Raises:
-        DataError: the file or a record cannot be used; the message names the record.
-    """
-    if file_format(path) == ".csv":
-        return _csv_rows(path)
-    if file_format(path) == ".parquet":
-        try:
-            return cast(list[dict[str, Any]], pyarrow.parquet.read_table(path).to_pylist())
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read as parquet, it may be damaged or cut short ({error})") from error
-    rows = list(_json_records(path))
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, record {number}: expected an object with columns, found {type(row).__name__}")
-    return rows
-
-
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file of UTF-8 text ({error})") from error
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise DataError(f"{path}, record {number}: not as many values as columns in the first line; quote commas")
-    return rows
-
-
-def record_text(record: Any, text_field: str, where: str) -> str:
-    """The text of one record.
+def files_below(root: Path, left_out: Callable[[str], bool], suffix: str = "") -> tuple[Path, ...]:
+    """Find the files below a folder, sorted by relative path. Links to folders are followed.
 
     Args:
-        record: the parsed record.
-        text_field: the field that contains the text.
-        where: names the record in error messages.
+        root: the folder.
+        left_out: whether to skip a file, or a folder with all of its contents, given its name.
+        suffix: what the names of the files must end in.
 
     Raises:
-        DataError: the record has no such field, or its value is not Unicode text.
+        DataError: there are no such files, a folder cannot be read or is a link to one that it is in, or a file is
+            nothing that can be read, such as a broken link.
     """
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object with a {text_field!r} field, found {type(record).__name__}")
-    if not isinstance(record.get(text_field), str):
-        fields = ", ".join(sorted(map(str, record))) or "none"
-        raise DataError(f"{where}: no text in the field {text_field!r} (fields: {fields}); name the text field")
-    text = cast(str, record[text_field])
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the text contains half of a surrogate pair ({error}); remove it") from error
-    return text
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
+        subfolders[:] = [name for name in subfolders if not left_out(name)]
+        for path in (Path(folder, name) for name in subfolders):
+            if path.is_symlink() and _contains_itself(path):
+                raise DataError(f"{path} is a link to a folder that it is in itself: remove it")
+        files.extend(Path(folder, name) for name in names if name.endswith(suffix) and not left_out(name))
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path} is neither a file nor a folder, or a broken link: remove it")
+    if not files:
+        raise DataError(f"no data files in the folder {root}")
+    return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the name of a file or folder starts with a dot; such are not data."""
+    return name.startswith(".")
 
 
 def content_hash(path: Path) -> str:
@@ -123,55 +67,13 @@ def content_hash(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The decompressed bytes of the file. Every failure to read them is raised as a ``DataError``."""
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield cast(IO[bytes], file)
-        elif suffix == ".zst":
-            # pyarrow rather than zstandard, whose reader mistakes a truncated frame for the end of the data.
-            with io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"), 1 << 20) as file:
-                yield cast(IO[bytes], file)
-        else:
-            with open(path, "rb") as file:
-                yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read, it may be damaged or cut short ({error})") from error
+def _contains_itself(link: Path) -> bool:
+    target = link.resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in link.parents)
 
 
-def _json_records(path: Path) -> Iterator[Any]:
-    """The elements of a JSON array if the file starts with ``[``, else one JSON value per line, skipping blank ones."""
-    with _opened(path) as file:
-        lines = enumerate(file, start=1)
-        for number, line in lines:
-            if not line.strip():
-                continue
-            if line.lstrip().startswith(b"["):
-                yield from _parsed(line + file.read(), f"{path}, from line {number}")
-                return
-            yield _parsed(line, f"{path}, line {number}")
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-
-
-def _parquet_records(path: Path, text_field: str) -> Iterator[Any]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise DataError(f"{path}: no column {text_field!r} (columns: {', '.join(names)}); name the text field")
-            for batch in file.iter_batches(columns=[text_field]):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet, it may be damaged or cut short ({error})") from error
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or remove it")

@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_lowrank.data.errors import DataError
-from ds_lowrank.data.files import read_text
-from ds_lowrank.data.sources import files_below
+from ds_lowrank.data.errors import DataError, NotTextError
+from ds_lowrank.data.files import files_below
 from ds_lowrank.data.split import split_key
+from ds_lowrank.data.text import read_text
 
 CLASSES = 10
 FUNCTIONS = 240
@@ -95,5 +95,5 @@ def _outermost(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 def _text_or_nothing(path: Path) -> str:
     try:
         return read_text(path)
-    except UnicodeDecodeError:
+    except NotTextError:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import content_hash
-from ds_lowrank.data.split import Split, split_of
+from ds_lowrank.data.split import Split, belongs
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class IndexedTokens:
         empty = True
         bounds = self.dataset.document_indices
         for number, (first, last) in enumerate(pairwise(bounds)):
-            if first == last or split_of(str(number)) != self.split:
+            if first == last or not belongs(str(number), self.split):
                 continue
             tokens = np.concatenate(self.dataset[int(first) : int(last)])
             if len(tokens):
@@ -69,7 +70,7 @@ class IndexedTokens:
 
 def _open_indexed(spec: str, prefix: str) -> Any:
     for suffix in ("idx", "bin"):
-        if not Path(f"{prefix}.{suffix}").is_file():
+        if not os.path.isfile(f"{prefix}.{suffix}"):
             raise DataError(f"{spec!r}: no file {prefix}.{suffix}; give the prefix that both .bin and .idx share")
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -80,10 +81,29 @@ def _open_indexed(spec: str, prefix: str) -> Any:
         ) from error
     try:
         dataset = IndexedDataset(prefix)
-    except (AssertionError, ValueError, OSError) as error:
+    except Exception as error:  # numpy's, or those of reading an index that has other contents
         raise DataError(f"{spec!r}: {prefix}.idx or .bin is empty or damaged ({error}); build it again") from error
-    expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
-    found = Path(f"{prefix}.bin").stat().st_size
+    _check_index(dataset, prefix)
+    return dataset
+
+
+def _check_index(dataset: Any, prefix: str) -> None:
+    """Check that the index describes all of the data, each sequence after the one before it."""
+    if not np.issubdtype(dataset.index.dtype, np.integer):
+        raise DataError(
+            f"{prefix}.idx says that the ids are {np.dtype(dataset.index.dtype)}: build it with whole numbers"
+        )
+    sizes = dataset.sequence_lengths.astype(np.int64) * np.dtype(dataset.index.dtype).itemsize
+    expected, found = int(sizes.sum()), Path(f"{prefix}.bin").stat().st_size
     if found != expected:
         raise DataError(f"{prefix}.bin has {found} bytes, but its index says {expected}: build both files again")
-    return dataset
+    bounds = dataset.document_indices
+    if (
+        (sizes < 0).any()
+        or not np.array_equal(dataset.index.sequence_pointers, np.cumsum(sizes) - sizes)
+        or (bounds[0], bounds[-1]) != (0, len(sizes))
+        or (np.diff(bounds) < 0).any()
+    ):
+        raise DataError(
+            f"{prefix}.idx is damaged: its sequences or documents overlap or are not all there; build it again"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ from ds_lowrank.data.indexed import IndexedTokens
 from ds_lowrank.data.sources import Source, TextFiles
 from ds_lowrank.data.stream import TextStream
 from ds_lowrank.data.tokenizer import TextTokenizer
+from ds_lowrank.data.vocabulary import check_id
 
 Tokens = npt.NDArray[np.integer[Any]]
 
 DOCUMENTS_PER_BATCH = 256
+CHARACTERS_PER_BATCH = 2**22
+TOKENS_PER_READ = 2**24
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class PackedBlocks:
         name: the data spec, for messages.
         tokens: all token ids, a 1-D memory-mapped array of unsigned integers.
         sequence_length: tokens per sequence.
-        vocab_size: one more than the largest id of the tokenizer or, without a tokenizer, of the data.
+        largest_id: the largest of the ids.
         fingerprint: hash of the data and the tokenizer.
     """
 
     name: str
     tokens: Tokens
     sequence_length: int
-    vocab_size: int
+    largest_id: int
     fingerprint: str
 
     def __len__(self) -> int:
@@ -62,7 +64,7 @@ class PackedStream:
         stream: the documents.
         tokenizer: encodes them.
         sequence_length: tokens per sequence.
-        vocab_size: one more than the largest id of the tokenizer.
+        model_vocab: the number of the model's embeddings; None for no model.
         fingerprint: hash of the data and the tokenizer.
     """
 
@@ -70,12 +72,28 @@ class PackedStream:
     stream: TextStream
     tokenizer: TextTokenizer
     sequence_length: int
-    vocab_size: int
+    model_vocab: int | None
     fingerprint: str
+
+    def encoded(self, documents: list[str]) -> npt.NDArray[np.int64]:
+        """Encode and join documents: int64 token ids, 1-D.
+
+        Raises:
+            DataError: the model has no embedding for an id.
+        """
+        tokens = np.concatenate([np.zeros(0, dtype=np.int64), *encoded(documents, self.tokenizer)])
+        if len(tokens):
+            check_id(int(tokens.max()), self.model_vocab, repr(self.name), self.tokenizer.decode)
+        return tokens
 
 
 def pack(
-    source: Source, tokenizer: TextTokenizer | None, *, sequence_length: int, cache_dir: Path
+    source: Source,
+    tokenizer: TextTokenizer | None,
+    *,
+    sequence_length: int,
+    cache_dir: Path,
+    model_vocab: int | None = None,
 ) -> PackedBlocks | PackedStream:
     """Turn one split of a source into sequences of tokens. Collective; if one rank fails, all raise.
 
@@ -87,10 +105,12 @@ def pack(
             every document that does not end in it.
         sequence_length: tokens per sequence, at least 2.
         cache_dir: the folder of the cache.
+        model_vocab: the number of the model's embeddings; None for no model.
 
     Raises:
         DataError: the data cannot be used, text comes without a tokenizer, token ids are outside the tokenizer's
-            vocabulary, or the sequence length is too small.
+            vocabulary or have no embedding in the model, or the sequence length is too small. Streams are only compared
+            with the model while they are read.
         ValueError: the nodes of the job have different data.
     """
     if sequence_length < 2:
@@ -101,20 +121,31 @@ def pack(
     fingerprint = hashlib.sha256(f"{data} {tokenizer.fingerprint if tokenizer else 'ids'}".encode()).hexdigest()
     if isinstance(source, TextStream):
         assert tokenizer is not None
-        return PackedStream(source.name, source, tokenizer, sequence_length, tokenizer.vocab_size, fingerprint)
+        return PackedStream(source.name, source, tokenizer, sequence_length, model_vocab, fingerprint)
 
     path = cache_dir / f"tokens-{fingerprint}.npy"
     ensure_built_on_nodes(path, lambda aside: _write_tokens(aside, source, tokenizer))
     tokens: Tokens = np.load(path, mmap_mode="r")
-    vocab_size = (
-        tokenizer.vocab_size if tokenizer else once_per_node(lambda: int(tokens.max()) + 1, "the largest token id")
-    )
-    return PackedBlocks(source.name, tokens, sequence_length, vocab_size, fingerprint)
+    largest = once_per_node(lambda: _largest(tokens), "the largest token id")
+    check_id(largest, model_vocab, repr(source.name), tokenizer and tokenizer.decode)
+    return PackedBlocks(source.name, tokens, sequence_length, largest, fingerprint)
+
+
+def _largest(tokens: Tokens) -> int:
+    return max(int(tokens[i : i + TOKENS_PER_READ].max()) for i in range(0, len(tokens), TOKENS_PER_READ))
 
 
 def batched_documents(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Group documents into lists of ``DOCUMENTS_PER_BATCH``, which are encoded at once."""
-    while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+    """Group documents into lists that are encoded at once: so many, or fewer long ones."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == DOCUMENTS_PER_BATCH or size >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 

@@ -14,19 +14,20 @@ splits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
-from ds_lowrank.data.files import ROW_FORMATS, file_format, read_rows
+from ds_lowrank.data.files import ROW_FORMATS, file_format
 from ds_lowrank.data.functions import standard_library_functions
 from ds_lowrank.data.glue import GLUE, HUB_NAME
+from ds_lowrank.data.records import Row, read_rows
 from ds_lowrank.data.split import split_of
-
-Row = Mapping[str, Any]
+from ds_lowrank.data.stream import name_and_config
 
 FUNCTIONS = "stdlib-functions"
 FUNCTIONS_HELD_OUT = 0.2
@@ -37,7 +38,7 @@ class Rows:
     """The rows of both splits.
 
     Attributes:
-        train: the training rows, dicts keyed by column name.
+        train: the training rows.
         validation: the rows of each validation split, keyed by the prefix of its metrics.
         classes: for columns of integer labels whose class names are known, those names, keyed by column.
     """
@@ -75,12 +76,11 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Row
     if validation is not None and not local:
         raise DataError(f"{spec!r} has its own validation split: leave --validation out")
     if spec == FUNCTIONS:
-        rows = _held_out(standard_library_functions(), FUNCTIONS_HELD_OUT, seed=0)
+        rows = _held_out(_numbered(standard_library_functions(), FUNCTIONS), FUNCTIONS_HELD_OUT, seed=0)
     elif spec.startswith("glue:"):
         rows = _glue(spec)
     elif spec.startswith("hf:"):
-        name, _, config = spec.removeprefix("hf:").partition(":")
-        rows = _from_datasets(spec, name, config or None, {"": "validation"})
+        rows = _from_datasets(spec, *name_and_config(spec), {"": "validation"})
     elif validation is not None:
         rows = Rows(_file(path), {"": _file(validation.expanduser())})
     else:
@@ -95,11 +95,15 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Row
 
 
 def _file(path: Path) -> list[Row]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"no data at '{path}': give an existing file, '{FUNCTIONS}', 'glue:TASK' or 'hf:NAME[:CONFIG]'")
     if file_format(path) not in ROW_FORMATS:
         raise DataError(f"{path}: not a format with columns; give {', '.join(ROW_FORMATS)}")
-    return list(read_rows(path))
+    return read_rows(path)
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
+    return [Row(row, f"{name}, row {number}") for number, row in enumerate(rows)]
 
 
 def _held_out(rows: Sequence[Row], share: float, seed: int) -> Rows:
@@ -126,10 +130,6 @@ def _glue(spec: str) -> Rows:
 def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping[str, str]) -> Rows:
     import datasets
 
-    if name.startswith((".", "/", "~")):
-        name = str(Path(name).expanduser())
-        if not Path(name).is_dir():
-            raise DataError(f"{spec!r}: no folder {name}")
     try:
         found = datasets.load_dataset(name, config)
     except Exception as error:  # its own classes, or those of ``requests`` or the hub's client
@@ -145,6 +145,8 @@ def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping
         for column, feature in found["train"].features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    return Rows(
-        found["train"].to_list(), {prefix: found[split].to_list() for prefix, split in validation.items()}, classes
-    )
+
+    def rows(split: str) -> list[Row]:
+        return _numbered(found[split].to_list(), f"{spec!r}, {split} split")
+
+    return Rows(rows("train"), {prefix: rows(split) for prefix, split in validation.items()}, classes)

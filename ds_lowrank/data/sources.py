@@ -4,37 +4,41 @@
 |---|---|---|
 | ``stdlib`` | the ``*.py`` files of this interpreter's standard library | by relative path |
 | ``*.jsonl``, ``*.json``, ``*.parquet`` | the ``text`` field of every record | by (file name, record number) |
-| a folder | record files as above; any other file is one document; sorted | by path (and record number) |
-| any other file | one text, cut into blocks; adjacent blocks of a split form a document | by the block's text |
+| a folder | record files as above; any other file is a document; sorted | by path (and record number) |
+| any other file | one text, cut into blocks; adjacent blocks of the same split form a document | by the block's text |
 | ``hf:NAME[:CONFIG]`` | streamed with ``datasets``, from the hub or a local folder | its own ``validation`` split |
 | ``megatron:PREFIX`` | token ids of ``PREFIX.bin`` and ``PREFIX.idx`` | by document number |
 
-Files may be compressed (``.gz``, ``.zst``). In a folder, names that start with a dot and text files that are not UTF-8
-are skipped. A block consists of whole lines. It ends at the first blank line after 4096 characters, or at the first
-line end after 16384 characters.
+Files may be compressed (``.gz``, ``.zst``). In a folder, names that start with a dot and files that are not text are
+skipped. A block consists of whole lines. It ends at the first blank line after 4096 characters, or at the first line
+end after 16384 characters. A document of a text file ends at the latest with the line in which it reaches 4 million
+characters, so that no file is in memory as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 
-from ds_lowrank.data.errors import DataError
-from ds_lowrank.data.files import content_hash, holds_records, read_records, read_text
+from ds_lowrank.data.errors import DataError, NotTextError
+from ds_lowrank.data.files import content_hash, files_below, holds_records, is_hidden
 from ds_lowrank.data.indexed import IndexedTokens
-from ds_lowrank.data.split import Split, check_split, split_of
+from ds_lowrank.data.records import read_texts
+from ds_lowrank.data.split import Split, belongs, check_split, split_of
 from ds_lowrank.data.stream import TextStream
+from ds_lowrank.data.text import opened_text
 
 logger = logging.getLogger("ds_lowrank")
 
 BLOCK_CHARACTERS = 4096
 LONGEST_BLOCK_CHARACTERS = 16384
+LONGEST_DOCUMENT_CHARACTERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -82,21 +86,30 @@ class TextFiles:
     def _file_documents(self, path: Path) -> Iterator[str]:
         key = self._key(path)
         if holds_records(path):
-            for number, text in enumerate(read_records(path, self.text_field)):
-                if split_of(f"{key}\n{number}") == self.split:
+            for number, text in enumerate(read_texts(path, self.text_field)):
+                if belongs(f"{key}\n{number}", self.split):
                     yield text
         elif not self.whole:
-            yield from text_blocks(_utf8(path), self.split)
-        elif split_of(key) == self.split:
-            yield from self._utf8_or_nothing(path)
+            with opened_text(path) as file:
+                yield from text_blocks(_lines(file), self.split)
+        elif belongs(key, self.split):
+            yield from self._text_or_nothing(path)
 
-    def _utf8_or_nothing(self, path: Path) -> Iterator[str]:
+    def _text_or_nothing(self, path: Path) -> Iterator[str]:
+        begun = False
         try:
-            yield read_text(path)
-        except UnicodeDecodeError:
+            with opened_text(path) as file:
+                while text := file.read(LONGEST_DOCUMENT_CHARACTERS):
+                    if len(text) == LONGEST_DOCUMENT_CHARACTERS:
+                        text += file.readline(LONGEST_DOCUMENT_CHARACTERS)
+                    begun = True
+                    yield text
+        except NotTextError as error:
+            if begun:  # half of it would be trained on
+                raise
             # The standard library's own tests contain such files on purpose, which is not worth a warning.
             level = logging.DEBUG if self.name == "stdlib" else logging.WARNING
-            logger.log(level, "%s is not UTF-8 text: left out", path)
+            logger.log(level, "left out, %s", error)
 
 
 Source = TextFiles | TextStream | IndexedTokens
@@ -119,43 +132,70 @@ def open_source(spec: str, split: Split, *, text_field: str = "text") -> Source:
     """
     check_split(split)
     if spec.startswith("hf:"):
-        return TextStream.open(spec, split, text_field)
+        return TextStream.open(spec, "train" if split == "all" else split, text_field)
     if spec.startswith("megatron:"):
         return IndexedTokens.open(spec, split)
     if spec == "stdlib":
         return _standard_library(split)
     path = Path(spec).expanduser()
-    if path.is_dir():
-        files = files_below(path, lambda name: name.startswith("."))
-        return TextFiles(spec, path, files, split, text_field, whole=True)
-    if path.is_file():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise DataError(f"no data can be read at {spec!r} ({error.strerror})") from error
+    if spec and is_folder:
+        return TextFiles(spec, path, files_below(path, is_hidden), split, text_field, whole=True)
+    if is_file:
         return TextFiles(spec, path.parent, (path,), split, text_field, whole=False)
     raise DataError(
         f"no data at {spec!r}: give an existing file or folder, 'stdlib', 'hf:NAME[:CONFIG]' or 'megatron:PREFIX'"
     )
 
 
-def text_blocks(text: str, split: Split) -> Iterator[str]:
-    """Iterate over the blocks of ``text`` that belong to ``split``, adjacent ones joined.
+def text_blocks(lines: Iterable[str], split: Split) -> Iterator[str]:
+    """Iterate over the blocks of a text that belong to a split, adjacent ones joined.
 
-    The blocks of both splits together are exactly ``text``.
+    The blocks of both splits together are exactly the text.
+
+    Args:
+        lines: the text's lines, with their ends.
+        split: the split; ``all`` for the documents of both.
     """
-    for owner, blocks in groupby(_blocks(text), key=split_of):
-        if owner == split:
-            yield "".join(blocks)
+    for owner, blocks in groupby(_blocks(lines), key=split_of):
+        if split in (owner, "all"):
+            yield from _joined(blocks)
 
 
-def _blocks(text: str) -> Iterator[str]:
-    lines: list[str] = []
+def _joined(blocks: Iterable[str]) -> Iterator[str]:
+    """Join blocks to documents of bounded length."""
+    parts: list[str] = []
     size = 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
+    for block in blocks:
+        parts.append(block)
+        size += len(block)
+        if size >= LONGEST_DOCUMENT_CHARACTERS:
+            yield "".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield "".join(parts)
+
+
+def _lines(file: TextIOWrapper) -> Iterator[str]:
+    """Lines with their ends. A longer one than a document is cut."""
+    while piece := file.readline(LONGEST_DOCUMENT_CHARACTERS):
+        yield from piece.splitlines(keepends=True)
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[str]:
+    block: list[str] = []
+    size = 0
+    for line in lines:
+        block.append(line)
         size += len(line)
         if size >= LONGEST_BLOCK_CHARACTERS or (size >= BLOCK_CHARACTERS and not line.strip()):
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
+            yield "".join(block)
+            block, size = [], 0
+    if block:
+        yield "".join(block)
 
 
 def _standard_library(split: Split) -> TextFiles:
@@ -168,36 +208,9 @@ def _standard_library(split: Split) -> TextFiles:
     return TextFiles("stdlib", root, files_below(root, left_out, suffix=".py"), split, "text", whole=True)
 
 
-def files_below(root: Path, left_out: Callable[[str], bool], suffix: str = "") -> tuple[Path, ...]:
-    """Find the files below a folder, sorted by relative path.
-
-    Args:
-        root: the folder.
-        left_out: whether to skip a file, or a folder with all of its contents, given its name.
-        suffix: what the names of the files must end in.
-
-    Raises:
-        DataError: there are no such files.
-    """
-    files: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not left_out(name)]
-        files.extend(Path(folder, name) for name in names if name.endswith(suffix) and not left_out(name))
-    if not files:
-        raise DataError(f"no data files in the folder {root}")
-    return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return read_text(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); convert it, or give JSON Lines or parquet") from error
-
-
 def _no_documents(name: str, split: Split) -> str:
-    if split == "train":
-        return f"{name!r} holds no text to train on"
+    if split != "validation":
+        return f"{name!r} holds no text to train on: give files with text in them"
     return (
         f"{name!r} holds no validation text: about one document in twenty is held out, chosen by hash, and none of "
         "these was; give more documents, or a folder with files train* and validation* as hf:FOLDER"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_lowrank.data.errors import DataError
-from ds_lowrank.data.files import record_text
+from ds_lowrank.data.files import files_below, is_hidden
+from ds_lowrank.data.records import record_text
 from ds_lowrank.data.split import Split
 
 
@@ -37,12 +38,8 @@ class TextStream:
         Raises:
             DataError: the data set cannot be found or reached, or it does not have the split.
         """
-        name, _, config = spec.removeprefix("hf:").partition(":")
-        if name.startswith((".", "/", "~")):
-            name = os.path.expanduser(name)
-            if not os.path.isdir(name):
-                raise DataError(f"{spec!r}: no folder {name}")
-        builder = _load_builder(spec, name, config or None)
+        name, config = name_and_config(spec)
+        builder = _load_builder(spec, name, config)
         if split not in builder.config.data_files:
             found = ", ".join(map(str, builder.config.data_files))
             raise DataError(f"{spec!r} has no {split!r} split (it has: {found}); add files named {split}*")
@@ -81,6 +78,7 @@ class StreamReader:
         self._dataset = stream.builder.as_streaming_dataset(split=stream.split)
         if state is not None:
             self._dataset.load_state_dict(state)
+        self._read = 0 if state is None else None  # records; their number is not in the state
         # Until the first record is read, ``datasets`` reports the start of the data, not the state it was given.
         self._state_before_reading = state
         self._records = iter(self._dataset)
@@ -96,7 +94,8 @@ class StreamReader:
             record = self._next_record()
             if record is None:
                 break
-            if text := record_text(record, self._stream.text_field, self._stream.name):
+            # A mark at the start of a text file, which ``datasets`` does not remove.
+            if text := record_text(record, self._stream.text_field, self._where()).removeprefix("\ufeff"):
                 documents.append(text)
         return documents
 
@@ -108,16 +107,46 @@ class StreamReader:
         return state
 
     def _next_record(self) -> dict[str, Any] | None:
-        from datasets.exceptions import DatasetsError
-
         self._state_before_reading = None
         try:
             record: dict[str, Any] | None = next(self._records, None)
-        except (DatasetsError, OSError, EOFError, ValueError) as error:
+        except Exception as error:  # its own classes, or those of its readers and of the hub's client
             raise DataError(
-                f"{self._stream.name!r}: cannot be read any further, it may be damaged or unreachable ({error})"
+                f"{self._where()}: cannot be read any further, it may be damaged or unreachable ({_cause(error)})"
             ) from error
+        if self._read is not None:
+            self._read += 1
         return record
+
+    def _where(self) -> str:
+        place = f"{self._stream.name!r}, {self._stream.split} split"
+        return place if self._read is None else f"{place}, record {max(0, self._read - 1)}"
+
+
+def name_and_config(spec: str) -> tuple[str, str | None]:
+    """The folder or hub name, and the configuration if there is one, in ``hf:NAME[:CONFIG]``.
+
+    Raises:
+        DataError: there is no name, or no such folder, or a part of the folder cannot be read, which ``datasets`` would
+            leave out without a word.
+    """
+    name, _, config = spec.removeprefix("hf:").partition(":")
+    if not name:
+        raise DataError(f"{spec!r} names no data set: give hf:NAME, or a folder as hf:./FOLDER")
+    if name.startswith((".", "/", "~")):
+        name = os.path.expanduser(name)
+        if not os.path.isdir(name):
+            raise DataError(f"{spec!r}: no folder {name}")
+        files_below(Path(name), is_hidden)
+    return name, config or None
+
+
+def _cause(error: BaseException) -> str:
+    """The error that names the file: that of the reader inside, if ``datasets`` wrapped it."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    return "; ".join(dict.fromkeys(f"{type(one).__name__}: {one}" for one in causes))
 
 
 def _load_builder(spec: str, name: str, config: str | None) -> Any:
@@ -130,7 +159,7 @@ def _load_builder(spec: str, name: str, config: str | None) -> Any:
             f"{spec!r}: the Hugging Face hub cannot be reached ({error}); check the network and HF_HUB_OFFLINE, "
             "or give a local folder as hf:./FOLDER"
         ) from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # its own classes, or those of the hub's client and of its readers
         raise DataError(f"{spec!r} cannot be opened as a data set: {error}") from error
 
 

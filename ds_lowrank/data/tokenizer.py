@@ -102,25 +102,6 @@ def load_tokenizer(
         return _published(spec)
 
 
-def check_vocabulary(tokenizer_vocab: int, model_vocab: int) -> None:
-    """Check that the model has an embedding for every token id that the data can contain.
-
-    Args:
-        tokenizer_vocab: one more than the largest id of the data.
-        model_vocab: the number of embeddings.
-
-    Raises:
-        DataError: there are not enough embeddings.
-    """
-    if tokenizer_vocab > model_vocab:
-        padded = -(-tokenizer_vocab // 128) * 128
-        raise DataError(
-            f"the data use {tokenizer_vocab} token ids but the model's vocab_size is {model_vocab}: set it to at least "
-            f"{tokenizer_vocab} in the model config (a multiple of 128 is fastest: {padded}), "
-            "or use a smaller tokenizer"
-        )
-
-
 def _wrapped(tokenizer: tokenizers.Tokenizer, name: str) -> TextTokenizer:
     return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT), name)
 

@@ -9,8 +9,9 @@ from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer, load_example_tokenizer
 from ds_lowrank.data.examples import Example, fingerprint
-from ds_lowrank.data.rows import Row, open_rows
-from ds_lowrank.data.tokenizer import check_vocabulary
+from ds_lowrank.data.records import Row
+from ds_lowrank.data.rows import open_rows
+from ds_lowrank.data.vocabulary import check_id
 from ds_lowrank.finetuning.metrics import LOWER_IS_BETTER
 from ds_lowrank.finetuning.model import Source
 from ds_lowrank.finetuning.tasks import Task, make_task
@@ -51,18 +52,25 @@ def open_inputs(arguments: Namespace, source: Source) -> Inputs:
     with raise_on_all_ranks():
         task = make_task(arguments, rows)
         best_metric = _best_metric(arguments.best_metric, task)
-    spec = arguments.tokenizer or ("bpe" if source.random else source.name)
+    spec = arguments.tokenizer
+    if spec is None:
+        spec = "bpe" if source.random else source.name
     tokenizer = load_example_tokenizer(spec, task.texts(rows.train), source.vocab_size, arguments.cache)
     with raise_on_all_ranks():
-        check_vocabulary(tokenizer.vocab_size, source.vocab_size)
         _check_length(arguments.max_length, source, tokenizer)
         segments = getattr(source.config, "type_vocab_size", 0) > 1
 
         def encode(part: list[Row]) -> list[Example]:
-            return task.encode(part, tokenizer, arguments.max_length, segments)
+            examples = task.encode(part, tokenizer, arguments.max_length, segments)
+            for row, example in zip(part, examples, strict=True):
+                check_id(int(example.input_ids.max()), source.vocab_size, row.where, tokenizer.decode)
+            return examples
 
         train = encode(rows.train)
         validation = {prefix: encode(part) for prefix, part in rows.validation.items()}
+        pad_id = _pad_id(source, tokenizer)
+        if len({len(example.input_ids) for part in (train, *validation.values()) for example in part}) > 1:
+            check_id(pad_id, source.vocab_size, "the padding of shorter examples", tokenizer.decode)
     own = [fingerprint(part) for part in (train, *validation.values())]
     first = broadcast_from_rank0(lambda: own)
     with raise_on_all_ranks():
@@ -70,7 +78,7 @@ def open_inputs(arguments: Namespace, source: Source) -> Inputs:
             raise DataError(
                 "the examples differ between the ranks of this job; give every node the same files and packages"
             )
-    return Inputs(task, tokenizer, train, validation, _pad_id(source, tokenizer), best_metric)
+    return Inputs(task, tokenizer, train, validation, pad_id, best_metric)
 
 
 def _best_metric(chosen: str | None, task: Task) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.records import Row
+
+LARGEST = 3.4e38  # of fp32, in which losses are computed
 
 
 @dataclass(frozen=True)
@@ -41,36 +46,43 @@ class Labels:
         value = _typed(value)
         if not isinstance(value, str | int) or value not in self.numbers:
             known = ", ".join(map(str, list(self.numbers)[:8]))
-            raise DataError(f"{where}: label {value!r} is not among the classes of the training rows ({known}, ...)")
+            raise DataError(
+                f"{where}: label {reprlib.repr(value)} is not among the classes of the training rows ({known}, ...)"
+            )
         return self.numbers[value]
 
 
-def labels_of(values: Sequence[Any], names: Sequence[str] | None, what: str) -> Labels:
+def labels_of(rows: Sequence[Row], column: str, names: Sequence[str] | None) -> Labels:
     """Find out whether labels are classes (all strings or all integers, sorted) or numbers to predict.
 
     Args:
-        values: the labels of the training rows.
+        rows: the training rows.
+        column: the column of the labels.
         names: the names of integer classes, if the data set provides them.
-        what: names the column in error messages.
 
     Raises:
-        DataError: a label is missing, the labels are of different kinds, or there is only one class.
+        DataError: a label is missing or not finite, the labels are of different kinds, or there is only one class.
     """
-    typed = [_typed(value) for value in values]
-    missing = [row for row, value in enumerate(typed) if value is None or value == ""]
+    typed = [_typed(row[column]) for row in rows]
+    what = f"column {column!r}"
+    missing = [number for number, value in enumerate(typed) if value is None or value == ""]
     if missing:
-        raise DataError(f"{what} has no label in {len(missing)} rows, first in row {missing[0]}; remove these rows")
+        first = rows[missing[0]].where
+        raise DataError(f"{what} has no label in {len(missing)} rows, first in {first}; remove these rows")
     if names is not None:
         return Labels(tuple(names), {number: number for number in range(len(names))})
     kinds = {type(value) for value in typed}
     if kinds <= {int, float} and float in kinds:
+        for row, value in zip(rows, typed, strict=True):
+            _float(value, row.where)
         return Labels((), {})
     if len(kinds) > 1 or not kinds <= {int, str}:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        firsts = {type(value).__name__: row.where for row, value in zip(reversed(rows), reversed(typed), strict=True)}
+        found = ", ".join(f"{kind} in {where}" for kind, where in sorted(firsts.items()))
         raise DataError(f"{what} mixes kinds of labels ({found}): give text, or whole numbers, or numbers")
     distinct = sorted(set(typed))
     if len(distinct) < 2:
-        raise DataError(f"{what} has only one class, {distinct[0]!r}: give data with two or more")
+        raise DataError(f"{what} has only one class, {distinct[0]!r}, from {rows[0].where} on: give two or more")
     return Labels(tuple(map(str, distinct)), {value: number for number, value in enumerate(distinct)})
 
 
@@ -89,6 +101,13 @@ def _typed(value: Any) -> Any:
 
 def _float(value: Any, where: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{where}: label {value!r} is not a number, but those of the training rows are") from None
+        raise DataError(
+            f"{where}: label {reprlib.repr(value)} is not a number, but those of the training rows are"
+        ) from None
+    except OverflowError:
+        number = math.inf
+    if not abs(number) < LARGEST:
+        raise DataError(f"{where}: label {reprlib.repr(value)} is not finite in fp32; correct or remove the row")
+    return number

@@ -9,7 +9,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer
 from ds_lowrank.data.examples import UNLABELLED, Example, HeldOut
 from ds_lowrank.data.glue import GLUE
-from ds_lowrank.data.rows import Row, Rows
+from ds_lowrank.data.records import Row, checked_text
+from ds_lowrank.data.rows import Rows
 from ds_lowrank.finetuning.evaluation import predictions_of_all, summed_loss
 from ds_lowrank.finetuning.labels import Labels, labels_of
 from ds_lowrank.finetuning.metrics import measure
@@ -88,10 +89,10 @@ class Classification:
         """Encode rows as examples with one label each; see :meth:`Task.encode`."""
         columns = [[row[column] for row in rows] for column in self.columns]
         examples = []
-        for number, (row, found) in enumerate(zip(rows, tokenizer.encode(columns, max_length, segments), strict=True)):
+        for row, found in zip(rows, tokenizer.encode(columns, max_length, segments), strict=True):
             if not len(found["input_ids"]):
-                raise DataError(f"row {number} has no text in {' and '.join(self.columns)}; remove it")
-            label = self.labels.number(row[self.label_column], f"row {number}")
+                raise DataError(f"{row.where} has no text in {' and '.join(self.columns)}; remove it")
+            label = self.labels.number(row[self.label_column], row.where)
             examples.append(Example(found["input_ids"], label, found.get("token_type_ids")))
         return examples
 
@@ -134,7 +135,7 @@ class CausalLM:
         closing = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int32)
         parts = [tokenizer.plain([row[column] for row in rows]) for column in self.columns]
         examples = []
-        for number, (*prompts, target) in enumerate(zip(*parts, strict=True)):
+        for row, (*prompts, target) in zip(rows, zip(*parts, strict=True), strict=True):
             completion = np.concatenate([target, closing])[: max_length - len(opening)]
             # The end of a prompt says more about the completion than its beginning.
             room = max_length - len(opening) - len(completion)
@@ -143,7 +144,7 @@ class CausalLM:
             unlabelled = np.full(len(prompt), UNLABELLED, dtype=np.int32)
             example = Example(tokens, np.concatenate([unlabelled, completion]))
             if not example.targets:
-                raise DataError(f"row {number} has nothing to predict in {self.columns[-1]!r}; remove it")
+                raise DataError(f"{row.where} has nothing to predict in {self.columns[-1]!r}; remove it")
             examples.append(example)
         return examples
 
@@ -174,9 +175,9 @@ def make_task(arguments: Namespace, rows: Rows) -> Task:
         return CausalLM(columns)
     _check_columns(rows, (arguments.label_column,), "--label-column")
     _check_text(rows, columns)
-    values = [row[arguments.label_column] for row in rows.train]
-    labels = labels_of(values, rows.classes.get(arguments.label_column), f"column {arguments.label_column!r}")
-    return Classification(columns, arguments.label_column, labels, glue.metrics if glue else _metrics(labels))
+    label_column = arguments.label_column
+    labels = labels_of(rows.train, label_column, rows.classes.get(label_column))
+    return Classification(columns, label_column, labels, glue.metrics if glue else _metrics(labels))
 
 
 def _metrics(labels: Labels) -> tuple[str, ...]:
@@ -187,11 +188,11 @@ def _metrics(labels: Labels) -> tuple[str, ...]:
 
 def _check_columns(rows: Rows, columns: Sequence[str], flag: str) -> None:
     for split in (rows.train, *rows.validation.values()):
-        for number, row in enumerate(split):
+        for row in split:
             for column in columns:
                 if column not in row:
                     raise DataError(
-                        f"row {number} has no column {column!r} (it has: {', '.join(map(str, row))}); name another "
+                        f"{row.where} has no column {column!r} (it has: {', '.join(map(str, row))}); name another "
                         f"with {flag}"
                     )
 
@@ -199,8 +200,6 @@ def _check_columns(rows: Rows, columns: Sequence[str], flag: str) -> None:
 def _check_text(rows: Rows, columns: Sequence[str]) -> None:
     _check_columns(rows, columns, "--text-column")
     for split in (rows.train, *rows.validation.values()):
-        for number, row in enumerate(split):
+        for row in split:
             for column in columns:
-                value: Any = row[column]
-                if not isinstance(value, str):
-                    raise DataError(f"row {number}: column {column!r} contains {value!r}, which is not text")
+                checked_text(row[column], f"{row.where}, column {column!r}")

@@ -12,7 +12,7 @@ from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.indexed import IndexedTokens
 from ds_lowrank.data.packing import PackedBlocks, PackedStream, pack
 from ds_lowrank.data.sources import Source, open_source
-from ds_lowrank.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
+from ds_lowrank.data.tokenizer import TextTokenizer, load_tokenizer
 
 Packed = PackedBlocks | PackedStream
 
@@ -76,24 +76,23 @@ def open_text(
         vocab_size: the most entries of a ``bpe`` tokenizer.
         model_vocab: the number of the model's embeddings.
         sequence_length: tokens per sequence.
-        held_out: whether to open the validation split too.
+        held_out: whether to hold the validation split out and open it too; otherwise all documents are for training,
+            except for ``hf:``, whose splits are the data set's own.
         cache: the folder for tokenizers and tokenized text.
 
     Raises:
-        DataError: the data cannot be used, or contain more token ids than the model has embeddings.
+        DataError: the data cannot be used, or contain token ids for which the model has no embedding.
         ValueError: the nodes of the job have different data.
     """
     with raise_on_all_ranks():
-        sources = {split: open_source(data, split) for split in (("train", "validation") if held_out else ("train",))}
-    loaded = _load(sources["train"], tokenizer, vocab_size, cache)
-    packed = {
-        split: pack(source, loaded, sequence_length=sequence_length, cache_dir=cache)
-        for split, source in sources.items()
-    }
-    with raise_on_all_ranks():
-        for split in packed.values():
-            check_vocabulary(split.vocab_size, model_vocab)
-    return Text(packed["train"], packed.get("validation"), loaded)
+        train = open_source(data, "train" if held_out else "all")
+        validation = open_source(data, "validation") if held_out else None
+    loaded = _load(train, tokenizer, vocab_size, cache)
+
+    def packed(source: Source) -> Packed:
+        return pack(source, loaded, sequence_length=sequence_length, cache_dir=cache, model_vocab=model_vocab)
+
+    return Text(packed(train), None if validation is None else packed(validation), loaded)
 
 
 def _load(source: Source, tokenizer: str | None, vocab_size: int, cache: Path) -> TextTokenizer | None:
@@ -105,4 +104,5 @@ def _load(source: Source, tokenizer: str | None, vocab_size: int, cache: Path) -
                 f"{source.name!r} contains token ids, but bpe is trained on text; name the tokenizer of the data"
             )
         return load_tokenizer(tokenizer, lambda: iter(()), cache_dir=cache)
-    return load_tokenizer(tokenizer or "bpe", source.documents, vocab_size=vocab_size, cache_dir=cache)
+    spec = "bpe" if tokenizer is None else tokenizer
+    return load_tokenizer(spec, source.documents, vocab_size=vocab_size, cache_dir=cache)

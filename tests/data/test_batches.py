@@ -1,6 +1,7 @@
 """The promise of `batches`, on every kind of source: the same global batches for any number of ranks, exact resume."""
 
 import io
+import json
 from collections import Counter
 
 import numpy as np
@@ -20,7 +21,7 @@ GLOBAL, LENGTH = 12, 16
 def blocks(count: int, *, fingerprint: str = "data", sequence_length: int = LENGTH) -> PackedBlocks:
     """`count` sequences, number `n` holding `n * LENGTH` and on, and a few tokens more."""
     tokens = np.arange(count * sequence_length + 5, dtype=np.uint32)
-    return PackedBlocks("made", tokens, sequence_length, len(tokens), fingerprint)
+    return PackedBlocks("made", tokens, sequence_length, len(tokens) - 1, fingerprint)
 
 
 def numbers(rows: torch.Tensor) -> list[int]:
@@ -210,3 +211,17 @@ def test_validation_split_shorter_than_a_sequence_is_refused():
         validation_batches(blocks(0), max_sequences=4, micro_batch_size=1, rank=0, world_size=1)
     with pytest.raises(DataError, match="max_sequences and micro_batch_size must be 1 or more"):
         validation_batches(blocks(9), max_sequences=0, micro_batch_size=1, rank=0, world_size=1)
+
+
+def test_a_stream_is_compared_with_the_model_while_it_is_read(hf_folder, byte_tokenizer, cache_dir):
+    """The third document contains the only byte above 200."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("a" * 300, "b" * 300, "ü", "c" * 300)]
+    for shard in range(3):
+        (hf_folder / f"train-{shard}.jsonl").write_text("\n".join(lines if shard == 0 else lines[:1]), encoding="utf-8")
+    source = open_source(f"hf:{hf_folder}", "train")
+    byte_tokenizer.eos_id = 10  # below 200, as all but one
+    packed = pack(source, byte_tokenizer, sequence_length=LENGTH, cache_dir=cache_dir, model_vocab=190)
+    with pytest.raises(DataError, match=r"hf' uses token id 195 .* vocab_size is 190"):
+        open_stream(packed).next_step()
+    packed = pack(source, byte_tokenizer, sequence_length=LENGTH, cache_dir=cache_dir, model_vocab=196)
+    assert open_stream(packed, micro=GLOBAL).next_step()[0].shape == (GLOBAL, LENGTH)

@@ -141,7 +141,7 @@ def test_unusable_data_stops_every_rank(tmp_path, cache_dir):
     for number, work in enumerate((train, packed)):
         (tmp_path / str(number)).mkdir()
         own, *others = on_ranks(tmp_path / str(number), work)
-        assert own[0] == "DataError" and "record 1: no text in the field 'text'" in own[1]
+        assert own[0] == "DataError" and "bad.jsonl, line 2: no text in the field 'text'" in own[1]
         assert others == [("RemoteError", f"another rank failed; rank 0: DataError: {own[1]}")] * 2
 
 

@@ -29,10 +29,10 @@ def test_packed_without_a_tokenizer_as_they_are_and_with_one_ended_by_its_eos(
     spec = f"megatron:{megatron_prefix(DOCUMENTS)}"
     plain = pack(open_source(spec, "train"), None, sequence_length=8, cache_dir=cache_dir)
     assert plain.tokens.tolist() == joined(of_split("train"))
-    assert plain.vocab_size == 1 + max(map(max, of_split("train")))
+    assert plain.largest_id == max(map(max, of_split("train")))
     ended = pack(open_source(spec, "train"), byte_tokenizer, sequence_length=8, cache_dir=cache_dir)
     assert ended.tokens.tolist() == joined(of_split("train"), 256)
-    assert ended.vocab_size == 257
+    assert ended.largest_id == 256
 
 
 def test_document_that_ends_in_eos_gets_no_second_one(megatron_prefix, byte_tokenizer, cache_dir):
@@ -65,6 +65,22 @@ def test_damaged_or_missing_files_are_clear_errors(megatron_prefix):
     data.write_bytes(whole)
     index.write_bytes(b"not an index" * 9)
     with pytest.raises(DataError, match="empty or damaged"):
+        open_source(f"megatron:{prefix}", "train")
+
+
+@pytest.mark.parametrize("field", ["sequence_lengths", "sequence_pointers", "document_indices"])
+def test_an_index_that_contradicts_itself_is_refused(megatron_prefix, field):
+    prefix = megatron_prefix([[1, 2, 3, 4], [5, 6, 7, 8]])  # four sequences of two
+    assert len(list(open_source(f"megatron:{prefix}", "all").documents())) == 2
+    path = Path(f"{prefix}.idx")
+    whole = bytearray(path.read_bytes())
+    start = {"sequence_lengths": 34, "sequence_pointers": 34 + 4 * 4, "document_indices": 34 + 4 * 4 + 4 * 8}[field]
+    size = 4 if field == "sequence_lengths" else 8
+    whole[start : start + 2 * size] = whole[start + size : start + 2 * size] + whole[start : start + size]
+    if field == "sequence_lengths":  # the same sum
+        whole[start : start + 8] = np.array([5, -1], np.int32).tobytes()
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"indexed.idx is damaged: its sequences or documents overlap"):
         open_source(f"megatron:{prefix}", "train")
 
 

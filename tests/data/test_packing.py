@@ -1,10 +1,12 @@
 import logging
 import os
+import signal
 
 import numpy as np
 import pytest
 
 from ds_lowrank.data import packing
+from ds_lowrank.data.cache import ensure_built
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.packing import pack
 from ds_lowrank.data.sources import open_source
@@ -21,7 +23,7 @@ def test_documents_are_joined_by_eos_and_cut_into_blocks(jsonl, byte_tokenizer, 
     data = pack(open_source(str(jsonl), split), byte_tokenizer, sequence_length=16, cache_dir=cache_dir)
     tokens = expected_tokens(split)
     assert data.tokens.tolist() == tokens and data.tokens.dtype == np.uint16
-    assert (len(data), data.vocab_size) == (len(tokens) // 16, 257)
+    assert (len(data), data.largest_id) == (len(tokens) // 16, 256)
     rows = data.rows(np.array([3, 0]))
     assert rows.dtype.is_floating_point is False and rows.element_size() == 8
     assert rows.tolist() == [tokens[48:64], tokens[:16]]
@@ -83,6 +85,40 @@ def test_interrupted_build_leaves_nothing_behind(jsonl, byte_tokenizer, cache_di
     with pytest.raises(KeyboardInterrupt):
         pack(open_source(str(jsonl), "train"), byte_tokenizer, sequence_length=16, cache_dir=cache_dir)
     assert calls == [50, 50, 50] and list(cache_dir.iterdir()) == []
+
+
+def test_an_id_without_an_embedding_is_refused_also_from_the_cache(jsonl, byte_tokenizer, cache_dir):
+    source = open_source(str(jsonl), "train")
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"records.jsonl' uses token id 256 \('<\|endoftext\|>'\), .* is 256: use the"
+        ):
+            pack(source, byte_tokenizer, sequence_length=16, cache_dir=cache_dir, model_vocab=256)
+    byte_tokenizer.vocab_size = 999  # more tokens than the data use
+    assert pack(source, byte_tokenizer, sequence_length=16, cache_dir=cache_dir, model_vocab=257).largest_id == 256
+
+
+def test_what_a_killed_build_left_is_removed_and_what_others_build_is_not(jsonl, byte_tokenizer, cache_dir):
+    source = open_source(str(jsonl), "train")
+    running, parent = os.pipe(), os.getpid()
+
+    def stopped_inside(_):
+        os.write(running[1], b"x")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    child = os.fork()
+    if child == 0:
+        ensure_built(cache_dir / "other", stopped_inside)
+        os._exit(0)
+    assert os.getpid() == parent and os.read(running[0], 1) == b"x"
+    foreign = cache_dir / ".building-mine"
+    foreign.mkdir()
+    pack(source, byte_tokenizer, sequence_length=16, cache_dir=cache_dir)
+    assert len(list(cache_dir.glob(".building-*"))) == 2  # the child is alive
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pack(source, byte_tokenizer, sequence_length=16, cache_dir=cache_dir)
+    assert list(cache_dir.glob(".building-*")) == [foreign]
 
 
 def test_text_without_a_tokenizer_and_tiny_sequences_are_refused(jsonl, byte_tokenizer, cache_dir):

@@ -32,6 +32,21 @@ def test_formats_hold_the_same_rows(tmp_path):
     assert opened(tmp_path / "a.csv", tmp_path / "b.jsonl").train == [r | {"label": str(r["label"])} for r in RECORDS]
 
 
+def test_every_row_says_where_it_is(tmp_path):
+    rows = opened(write_jsonl(tmp_path / "a.jsonl"), write_jsonl(tmp_path / "train.jsonl", RECORDS[:3]))
+    assert [row.where for row in rows.validation[""]] == [f"{tmp_path}/train.jsonl, line {line}" for line in (1, 2, 3)]
+    held_out = opened(tmp_path / "a.jsonl", held_out=0.5)
+    for row in held_out.train:  # the line in the file, not the number in the split
+        assert row.where == f"{tmp_path}/a.jsonl, line {int(row['text'].split()[1]) + 1}"
+    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",1\n\nthree,2\n')
+    assert [row.where for row in opened(tmp_path / "a.csv", tmp_path / "a.csv").train] == [
+        f"{tmp_path}/a.csv, line {line}" for line in (3, 5)
+    ]
+    (tmp_path / "a.jsonl").unlink()
+    write_jsonl(tmp_path / "validation.jsonl", RECORDS[:1])
+    assert opened(f"hf:{tmp_path}").train[1].where == f"'hf:{tmp_path}', train split, row 1"
+
+
 def test_the_held_out_share_depends_on_the_seed_and_keeps_equal_rows_together(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS * 2)
     parts = {seed: opened(path, held_out=0.2, seed=seed) for seed in (0, 1)}
@@ -46,12 +61,19 @@ def test_the_held_out_share_depends_on_the_seed_and_keeps_equal_rows_together(tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\nhalf of, a sentence,1\n", "record 0: not as many values as columns in the first line"),
-        ("a.csv", "text,label\nno label\n", "record 0: not as many values"),
-        ("a.jsonl", '{"text": "a"}\n[', "a.jsonl, from line 2: not JSON"),
-        ("a.jsonl", "3\n", "record 0: expected an object with columns, found int"),
+        (
+            "a.csv",
+            "text,label\nhalf of, a sentence,1\n",
+            "a.csv, line 2: not as many values as columns in the first",
+        ),
+        ("a.csv", "text,label\nno label\n", "a.csv, line 2: not as many values"),
+        ("a.jsonl", '{"text": "a"}\n[', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", "3\n", "a.jsonl, line 1: expected an object with columns, found int"),
         ("a.jsonl", "", "holds no rows to train on"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),
+        ("a.csv", "text,text\na,b\n", "a.csv: several columns are called 'text'"),
+        ("a.csv", 'text,label\na,b\n"open,c\nd,e\n', "a.csv, line 4: not CSV"),
+        ("a.csv", 'text,label\n"a" b,c\n', "a.csv, line 2: not CSV"),
         ("a.txt", "text", "not a format with columns; give .jsonl, .json, .parquet, .csv"),
     ],
 )

@@ -1,6 +1,8 @@
+import errno
 import gzip
 import hashlib
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -100,7 +102,7 @@ def test_text_field_is_a_choice(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"content": text}) + "\n" for text in RECORDS))
     assert documents(path, "train", text_field="content") == of_split("train", path.name)
-    with pytest.raises(DataError, match=r"record 0: no text in the field 'text' \(fields: content\)"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: no text in the field 'text' \(fields: content\)"):
         documents(path, "train")
 
 
@@ -118,7 +120,7 @@ def test_folder_is_walked_sorted_and_dealt_by_path(tmp_path, caplog):
     texts["a/zip.md.gz"] = "packed"
     for split in SPLITS:
         assert documents(tmp_path, split) == [texts[key] for key in sorted(texts) if split_of(key) == split]
-    assert "latin.txt is not UTF-8 text: left out" in caplog.text
+    assert "left out, " in caplog.text
 
 
 def test_single_text_is_cut_into_blocks_that_are_dealt_by_their_text(tmp_path):
@@ -137,7 +139,7 @@ def test_single_text_is_cut_into_blocks_that_are_dealt_by_their_text(tmp_path):
 def test_block_without_blank_lines_ends_after_16384_characters_at_a_line():
     line = "x" * 99 + "\n"
     text = "".join(f"{number:05}" + line for number in range(4000))
-    pieces = [piece for split in SPLITS for piece in text_blocks(text, split)]
+    pieces = [piece for split in SPLITS for piece in text_blocks(text.splitlines(keepends=True), split)]
     assert sum(map(len, pieces)) == len(text)
     assert all(len(piece) % (105 * 157) == 0 for piece in pieces if not text.endswith(piece))  # 157 lines: 16485
 
@@ -164,11 +166,11 @@ BAD_FILES = {
     "not.jsonl.gz": (b"plain text", "damaged or cut short"),
     "not.parquet": (b"plain text", "cannot be read as parquet"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken.jsonl, line 2: not JSON"),
-    "broken.json": (b'[{"text": "a"}, ', r"broken.json, from line 1: not JSON"),
-    "number.jsonl": (b'{"text": 3}\n', "record 0: no text in the field 'text'"),
+    "broken.json": (b'[{"text": "a"}, ', r"broken.json, record 1: not JSON"),
+    "number.jsonl": (b'\n{"text": 3}\n', "number.jsonl, line 2: no text in the field 'text'"),
     "list.jsonl": (b'"just a string"\n', "expected an object with a 'text' field, found str"),
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
-    "latin.txt": ("caf\xe9".encode("latin-1"), "not UTF-8 text"),
+    "latin.txt": ("a\nb\ncaf\xe9".encode("latin-1"), "latin.txt, line 3: not UTF-8 text"),
     "empty.txt": (b"", "holds no text to train on"),
     "empty.jsonl": (b"\n", "holds no text to train on"),
 }
@@ -201,3 +203,59 @@ def test_missing_or_empty_data_and_unknown_splits_are_clear_errors(tmp_path):
     (tmp_path / "few.txt").write_text("one short text")
     with pytest.raises(DataError, match="holds no validation text: about one document in twenty"):
         documents(tmp_path / "few.txt", "validation")
+
+
+def test_all_documents_are_those_of_both_splits(tmp_path, jsonl):
+    text = "".join(f"paragraph {number}\n" + "some more words\n" * 300 + "\n" for number in range(300))
+    (tmp_path / "book.txt").write_text(text)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02}.txt").write_text(f"text {number}")
+    assert documents(jsonl, "all") == RECORDS
+    assert documents(folder, "all") == [f"text {number}" for number in range(60)]
+    both = [text for split in SPLITS for text in documents(tmp_path / "book.txt", split)]
+    assert sorted(documents(tmp_path / "book.txt", "all")) == sorted(both)
+    assert "".join(documents(tmp_path / "book.txt", "all")) == text
+
+
+def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    scan = os.scandir
+
+    def refuse(path):  # as to root a folder is never closed
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for spec in (f"{tmp_path}", f"hf:{tmp_path}"):
+        with pytest.raises(
+            DataError, match=r"the folder .*closed cannot be read \(Permission denied\): make it readable"
+        ):
+            open_source(spec, "train")
+
+
+def test_links_are_followed_and_what_leads_nowhere_is_an_error(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for made in (folder, elsewhere):
+        made.mkdir()
+    (folder / "a.txt").write_text("here")
+    (elsewhere / "b.txt").write_text("there")
+    (folder / "linked").symlink_to(elsewhere)
+    assert documents(folder, "all") == ["here", "there"]
+    (elsewhere / "back").symlink_to(folder)
+    with pytest.raises(DataError, match="back is a link to a folder that it is in itself"):
+        documents(folder, "all")
+    (elsewhere / "back").unlink()
+    (folder / "broken.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"broken.txt is neither a file nor a folder, or a broken link"):
+        documents(folder, "all")
+    (folder / "broken.txt").unlink()
+    os.mkfifo(folder / "pipe.txt")  # reading it would wait for ever
+    with pytest.raises(DataError, match=r"pipe.txt is neither a file nor a folder"):
+        documents(folder, "all")
+    with pytest.raises(DataError, match="no data at ''"):
+        open_source("", "train")

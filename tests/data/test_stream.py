@@ -82,7 +82,7 @@ def test_missing_data_and_splits_are_clear_errors(hf_folder, tmp_path):
     with pytest.raises(DataError, match=r"has no 'validation' split \(it has: train\); add files named validation\*"):
         open_source(f"hf:{hf_folder}", "validation")
     (tmp_path / "void").mkdir()
-    with pytest.raises(DataError, match="cannot be opened as a data set"):
+    with pytest.raises(DataError, match="no data files in the folder"):
         open_source(f"hf:{tmp_path / 'void'}", "train")
 
 

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ds_lowrank.data.errors import DataError
-from ds_lowrank.data.tokenizer import check_vocabulary, load_tokenizer
+from ds_lowrank.data.tokenizer import load_tokenizer
+from ds_lowrank.data.vocabulary import check_id
 
 TEXTS = ["the cat sat on the mat\n" * 30, "a dog, a cat and a mat: naïve 日本\n" * 20, "    indented = code()\n" * 25]
 ODD_TEXT = "naïve <|endoftext|> \t日本\n\n  two  spaces , dot .\0 don't"
@@ -135,7 +136,11 @@ def test_unwritable_cache_is_a_clear_error(tmp_path):
         load_tokenizer("bpe", texts, vocab_size=300, cache_dir=tmp_path / "file")
 
 
-def test_vocabulary_larger_than_the_model_is_refused():
-    check_vocabulary(257, 257)
-    with pytest.raises(DataError, match=r"use 4100 token ids .* vocab_size is 4096: .* at least 4100 .*: 4224"):
-        check_vocabulary(4100, 4096)
+def test_an_id_without_an_embedding_is_refused_and_named():
+    check_id(256, 257, "data")
+    check_id(10**6, None, "data")
+    message = r"^'x' uses token id 4100 \('abc'\), .* vocab_size is 4096: use the .* at least 4101 .*: 4224\)$"
+    with pytest.raises(DataError, match=message):
+        check_id(4100, 4096, "'x'", lambda ids: "abc")
+    with pytest.raises(DataError, match="token id 300, but"):
+        check_id(300, 300, "'x'")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.records import Row
 from ds_lowrank.finetuning.arguments import parse
 from ds_lowrank.finetuning.labels import labels_of
 from tests.engines.pool import run_ranks
@@ -31,14 +32,32 @@ def folder(tmp_path_factory):
         folder / "unlabelled.jsonl", [row | {"label": None if row["label"] == "hot" else "cold"} for row in rows(40)]
     )
     write_jsonl(folder / "few.jsonl", rows(5))
+    write_jsonl(folder / "rare.jsonl", [*rows(2), rows(1)[0] | {"text": "a word142"}, *rows(40)])
+    write_jsonl(
+        folder / "nan.jsonl", [row | {"number": float("nan") if n == 20 else n % 3} for n, row in enumerate(rows(40))]
+    )
     write_jsonl(folder / "others.jsonl", [row | {"label": "icy"} for row in rows(9)])
     write_jsonl(folder / "no_text.jsonl", [row | {"text": ""} for row in rows(40)])
+    make_wide_tokenizers(folder)
     return folder
 
 
+def make_wide_tokenizers(folder):
+    from transformers import PreTrainedTokenizerFast
+
+    from ds_lowrank.data.tokenizer import load_tokenizer
+
+    bytes_ = load_tokenizer("bytes", lambda: iter(()), cache_dir=folder).tokenizer
+    wide = PreTrainedTokenizerFast(tokenizer_object=bytes_.backend_tokenizer, eos_token="<|endoftext|>")
+    wide.add_tokens([f"word{number}" for number in range(143)])
+    wide.save_pretrained(folder / "wide")
+    wide.add_special_tokens({"pad_token": "<pad>"})
+    wide.save_pretrained(folder / "padded")
+
+
 REFUSED = [
-    (["--label-column", "sentiment"], "row 0 has no column 'sentiment' (it has: text, other, label, number)"),
-    (["--text-column", "sentence"], "row 0 has no column 'sentence'"),
+    (["--label-column", "sentiment"], "line 1 has no column 'sentiment' (it has: text, other, label, number)"),
+    (["--text-column", "sentence"], "line 1 has no column 'sentence'"),
     (["--text-column", "number"], "column 'number' contains 0.5, which is not text"),
     (["--model", "{}/roberta", "--task", "causal-lm"], "is a RobertaForMaskedLM, which does not predict the next"),
     (["--model", "{}/empty"], "is not a checkpoint: the folder has no config.json"),
@@ -48,16 +67,24 @@ REFUSED = [
     (["--model", "{}/without_weights"], "the weights cannot be read"),
     (["--model", "{}/damaged"], "the weights cannot be read"),
     (["--model", "{}/mislabelled"], "is not a checkpoint of a RobertaForSequenceClassification: it has no fitting"),
-    (["--model", "{}/llama", "--tokenizer", "{}/wide"], "the data use 400 token ids but the model's vocab_size is 300"),
+    (
+        ["--tokenizer", "{}/wide", "--data", "{}/rare.jsonl"],
+        "rare.jsonl, line 3 uses token id 399 ('word142'), but the model's vocab_size is 300",
+    ),
+    (["--tokenizer", "{}/padded"], "the padding of shorter examples uses token id 400 ('<pad>'), but"),
     (["--max-length", "65"], "--max-length 65 is above the limit of 64 tokens of the model"),
     (["--data", "{}/few.jsonl"], "5 training examples are fewer than one batch of 8"),
     (["--data", "{}/none.jsonl"], "no data at"),
     (["--data", "{}/none.txt"], "no data at"),
     (["--data", "{}/one_class.jsonl"], "has only one class, 'cold'"),
-    (["--data", "{}/unlabelled.jsonl"], "has no label in 13 rows, first in row 1"),
-    (["--data", "{}/no_text.jsonl"], "row 0 has no text in text; remove it"),
-    (["--validation", "{}/others.jsonl"], "row 0: label 'icy' is not among the classes of the training rows"),
+    (["--data", "{}/unlabelled.jsonl"], "unlabelled.jsonl, line 2; remove these rows"),
+    (["--data", "{}/no_text.jsonl"], "line 1 has no text in text; remove it"),
+    (
+        ["--validation", "{}/others.jsonl"],
+        "others.jsonl, line 1: label 'icy' is not among the classes",
+    ),
     (["--data", "stdlib-functions"], "'stdlib-functions' has its own validation split"),
+    (["--data", "{}/nan.jsonl", "--label-column", "number"], "nan.jsonl, line 21: label nan is not finite in fp32"),
     (["--best-metric", "f1"], "--best-metric f1: this task measures accuracy, mcc, loss"),
     (["--lora-rank", "4", "--model", "{}/model.json"], "--lora-rank adapts trained weights"),
     (["--lora-rank", "4", "--lora-targets", "nothing"], "--lora-targets ['nothing']: No modules were targeted"),
@@ -70,19 +97,17 @@ def set_up_errors(command_lines):
 
 
 def test_what_cannot_be_trained_is_refused_on_both_ranks(folder):
-    from transformers import PreTrainedTokenizerFast
-
-    from ds_lowrank.data.tokenizer import load_tokenizer
-
-    bytes_ = load_tokenizer("bytes", lambda: iter(()), cache_dir=folder).tokenizer
-    wide = PreTrainedTokenizerFast(tokenizer_object=bytes_.backend_tokenizer, eos_token="<|endoftext|>")
-    wide.add_tokens([f"word{number}" for number in range(143)])
-    wide.save_pretrained(folder / "wide")
     starts = [command_line(folder, "refused", *(flag.format(folder) for flag in flags)) for flags, _ in REFUSED]
     for messages in run_ranks(2, set_up_errors, starts):
         for (flags, expected), message in zip(REFUSED, messages, strict=True):
             assert expected in message, flags
     assert not (folder / "refused").exists()
+
+
+def test_tokens_beyond_the_model_that_the_data_do_not_use_are_no_reason_to_refuse(folder):
+    # 400 tokens for a model of 300.
+    (message,) = run_ranks(1, set_up_error, command_line(folder, "wide", "--tokenizer", str(folder / "wide")))
+    assert message == "nothing refused"
 
 
 def set_up_error_of_own_command(command_lines):
@@ -120,6 +145,10 @@ def test_flags_that_contradict_each_other_end_in_usage(folder, more, message, ca
     assert message in capsys.readouterr().err
 
 
+def labelled(values):
+    return [Row({"label": value}, f"row {number}") for number, value in enumerate(values)]
+
+
 @pytest.mark.parametrize(
     ("values", "names", "classes", "numbers"),
     [
@@ -133,18 +162,27 @@ def test_flags_that_contradict_each_other_end_in_usage(folder, more, message, ca
     ],
 )
 def test_labels_are_classes_or_numbers(values, names, classes, numbers):
-    labels = labels_of(values, names, "column 'label'")
+    labels = labels_of(labelled(values), "label", names)
     assert labels.classes == classes
     assert [labels.number(value, "row") for value in values] == numbers
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [(["a", 1], "mixes kinds of labels"), ([[1], [2]], "mixes kinds"), ([1, 1], "one class"), (["a", ""], "no label")],
+    [
+        (["a", "b", 1], r"mixes kinds of labels \(int in row 2, str in row 0\)"),
+        ([[1], [2]], "mixes kinds"),
+        ([1, 1], "one class"),
+        (["a", ""], "no label in 1 rows, first in row 1"),
+        ([1, float("nan"), 2], "^row 1: label nan is not finite"),
+        (["0.5", "inf"], "^row 1: label inf is not finite"),
+        ([0.5, 1e39], "^row 1: label 1e"),
+        ([0.5, 10**400], "^row 1: label 1000"),
+    ],
 )
 def test_other_labels_are_refused(values, message):
     with pytest.raises(DataError, match=message):
-        labels_of(values, None, "column 'label'")
+        labels_of(labelled(values), "label", None)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):

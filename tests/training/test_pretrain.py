@@ -94,7 +94,7 @@ def test_a_model_without_room_for_the_tokenizer_is_refused(workspace):
     model.write_text(json.dumps(json.loads((workspace.path / "model.json").read_text()) | {"vocab_size": 200}))
     run = workspace.run([*workspace.arguments("refused"), "--model", str(model)])
     assert run.returncode == 1
-    assert run.stderr.startswith("error: the data use 257 token ids but the model's vocab_size is 200")
+    assert "uses token id 256 ('<|endoftext|>'), but the model's vocab_size is 200" in run.stderr
     assert run.stderr.count("\n") == 1
     assert not (workspace.path / "refused").exists()
 
