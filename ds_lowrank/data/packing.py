@@ -127,7 +127,7 @@ def pack(
     ensure_built_on_nodes(path, lambda aside: _write_tokens(aside, source, tokenizer))
     tokens: Tokens = np.load(path, mmap_mode="r")
     largest = once_per_node(lambda: _largest(tokens), "the largest token id")
-    check_id(largest, model_vocab, repr(source.name), tokenizer and tokenizer.decode)
+    check_id(largest, model_vocab, repr(source.name), None if tokenizer is None else tokenizer.decode)
     return PackedBlocks(source.name, tokens, sequence_length, largest, fingerprint)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,9 +21,12 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ds_lowrank.errors import ConfigError, closest_name
+
+logger = logging.getLogger("ds_lowrank")
 
 REQUIRED = (
     "vocab_size",
@@ -32,10 +36,10 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+# What the constructor turns into fields, for the nearest name of a misspelt key.
+OLDER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "model_type", "num_labels")
 WeightSource = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Returns the whole weight for a parameter's name in the model and its shape."""
-# Keys that Hugging Face writes into a config.json in addition to the fields of LlamaConfig.
-DESCRIPTIVE = ("model_type", "architectures", "torch_dtype", "transformers_version")
 
 
 def load_config(path: str | Path) -> LlamaConfig:
@@ -46,19 +50,9 @@ def load_config(path: str | Path) -> LlamaConfig:
         ValueError: it is not a complete LLaMA configuration; the message names the file and the key.
     """
     path = Path(path)
-    try:
-        entries = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no model configuration at {path}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} must contain one JSON object, not a {type(entries).__name__}")
+    entries = _entries(path)
     _check_keys(entries, path)
-    try:
-        return LlamaConfig(**{"use_cache": False} | entries)
-    except Exception as error:  # its validators raise classes of their own
-        raise ValueError(f"{path} is not a valid LLaMA configuration: {error}") from error
+    return _config(entries, path)
 
 
 def config_of_folder(folder: Path) -> LlamaConfig:
@@ -71,28 +65,71 @@ def config_of_folder(folder: Path) -> LlamaConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it has no config.json")
+    entries = _entries(path)
+    if entries.get("model_type") != "llama":
+        raise ValueError(f"{path}: model_type is {entries.get('model_type')!r}, but only 'llama' can be built")
+    return _config(entries, path)
+
+
+def _entries(path: Path) -> dict[str, Any]:
     try:
-        kind = json.loads(path.read_text()).get("model_type")
-        config = LlamaConfig.from_pretrained(folder, use_cache=False) if kind == "llama" else None
+        entries = json.loads(path.read_bytes())  # which finds out the encoding, also by a byte order mark
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no model configuration at {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must contain one JSON object, not a {type(entries).__name__}")
+    return entries
+
+
+def _config(entries: dict[str, Any], path: Path) -> LlamaConfig:
+    """The configuration, by the constructor that Hugging Face's own loading of a folder calls."""
+    try:
+        config = LlamaConfig(**entries | {"use_cache": False})
     except Exception as error:  # its validators raise classes of their own
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if config is None:
-        raise ValueError(f"{path}: model_type is {kind!r}, but only 'llama' can be built")
+        raise ValueError(f"{path} is not a valid LLaMA configuration: {error}") from error
+    rope = config.rope_parameters or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or entries.get("rope_interleaved"):
+        raise ValueError(
+            f"{path}: a LLaMA rotates all of a head, in halves: remove partial_rotary_factor and rope_interleaved"
+        )
+    kind = rope.get("rope_type", "default")
+    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"{path}: rope_type is {kind!r}; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
     return config
 
 
 def _check_keys(entries: dict[str, Any], path: Path) -> None:
-    known = {field.name for field in dataclasses.fields(LlamaConfig)} | set(DESCRIPTIVE)
-    for key in entries:
-        if key not in known:
-            closest = closest_name(key, known)
+    """Refuse keys that the constructor does not understand.
+
+    A file that transformers wrote may contain attributes of other programs, which transformers itself does not use; in
+    it only what looks like a misspelt key is refused.
+    """
+    known = {field.name for field in dataclasses.fields(LlamaConfig)} | set(OLDER_KEYS)
+    published = "transformers_version" in entries
+    ignored = []
+    for key in (key for key in entries if key not in known and not _is_understood(key, entries[key])):
+        closest = closest_name(key, known, 0.8 if published else 0.6)
+        if closest or not published:
             hint = f", did you mean {closest!r}?" if closest else "; the keys are those of Hugging Face's LlamaConfig"
             raise ValueError(f"{path}: unknown key {key!r}{hint}")
+        ignored.append(key)
+    if ignored and (not dist.is_initialized() or dist.get_rank() == 0):
+        logger.info("%s: not used, as transformers does not use it either: %s", path, ", ".join(ignored))
     missing = [key for key in REQUIRED if key not in entries]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     if entries.get("model_type", "llama") != "llama":
         raise ValueError(f"{path}: model_type is {entries['model_type']!r}, but only 'llama' can be built")
+
+
+def _is_understood(key: str, value: Any) -> bool:
+    """Whether the constructor does something with a key that is not a field, and not merely keep it as an attribute."""
+    try:
+        return key.startswith("_") or key not in vars(LlamaConfig(**{key: value}))
+    except Exception:  # of its validators: it is understood, but has another error
+        return True
 
 
 def build(

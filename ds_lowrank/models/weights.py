@@ -52,7 +52,7 @@ def _opened(folder: Path) -> list[Any]:
     """The opened files. Only their headers are read; weights are read on request."""
     index = folder / INDEX
     try:
-        entries = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": SINGLE}
+        entries = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {"": SINGLE}
         return [safe_open(folder / file, framework="pt") for file in dict.fromkeys(entries.values())]
     except FileNotFoundError:
         raise ValueError(

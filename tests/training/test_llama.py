@@ -5,7 +5,7 @@ import deepspeed
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_lowrank.models.llama import build, config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
@@ -61,6 +61,13 @@ def model_file(tmp_path):
     ("changes", "message"),
     [
         ({"hiden_size": 32}, "unknown key 'hiden_size', did you mean 'hidden_size'"),
+        ({"rope_tetha": 1e6}, "unknown key 'rope_tetha', did you mean 'rope_theta'"),
+        ({"kv_heads": 2}, "unknown key 'kv_heads'; the keys are those of"),
+        ({"num_key_value_head": 2, "transformers_version": "4.43.0"}, "did you mean 'num_key_value_heads'"),
+        ({"rope_interleaved": True, "transformers_version": "4.43.0"}, "remove partial_rotary_factor and rope_inter"),
+        ({"partial_rotary_factor": 0.5}, "remove partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "lama3", "factor": 2.0}}, "rope_type is 'lama3'; known are default, .*llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "not a valid LLaMA .*low_freq_factor"),
         ({"vocab_size": ...}, "missing vocab_size"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"num_attention_heads": 3}, "not a valid LLaMA configuration"),
@@ -72,6 +79,70 @@ def test_unusable_configurations_are_refused_by_name(model_file, changes, messag
     with pytest.raises(ValueError, match=message) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
+
+
+SIZES = {  # of a model that is built in a moment
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_type": "llama3",
+}
+COMMON = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "initializer_range": 0.02, "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "use_cache": True,
+}  # fmt: skip
+PUBLISHED = {
+    "Llama 2": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 4,
+        "max_length": 64, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0",
+    },
+    "Llama 3.1": {
+        "bos_token_id": 1, "eos_token_id": [2, 3, 4], "mlp_bias": False, "num_key_value_heads": 2,
+        "rope_scaling": LLAMA3 | {"factor": 8.0}, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0",
+    },
+    "Llama 3.2": {
+        "bos_token_id": 1, "eos_token_id": 2, "head_dim": 16, "mlp_bias": False, "num_key_value_heads": 2,
+        "rope_scaling": LLAMA3 | {"factor": 32.0}, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
+    },
+    "SmolLM2": {
+        "bos_token_id": 1, "eos_token_id": 2, "is_llama_config": True, "mlp_bias": False, "num_key_value_heads": 4,
+        "pad_token_id": 2, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    },
+    "linear scaling": {
+        "_attn_implementation_autoset": True, "max_sequence_length": 64, "num_key_value_heads": 4,
+        "rope_scaling": {"factor": 4.0, "type": "linear"}, "dtype": "bfloat16", "unsloth_fixed": True,
+        "transformers_version": "4.51.3",
+    },
+    "transformers 5": {
+        "rope_parameters": LLAMA3 | {"factor": 8.0, "rope_theta": 1e6}, "dtype": "bfloat16",
+        "transformers_version": "5.0.0", "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_published_configurations_give_the_model_of_the_folder_route(tmp_path, name, encoding):
+    """As text, in the layout and with the keys of each; the sizes are small. A byte order mark changes nothing."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(COMMON | SIZES | PUBLISHED[name]), encoding=encoding)
+    config, of_folder = load_config(path), config_of_folder(tmp_path)
+    assert config.to_dict() == of_folder.to_dict() and not config.use_cache
+    path.write_text(json.dumps(COMMON | SIZES | PUBLISHED[name]))
+    assert config.rope_parameters == LlamaConfig.from_pretrained(tmp_path).rope_parameters
+    model = build(config, 0)
+    frequencies = LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path)).model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
@@ -140,7 +211,7 @@ BAD_FOLDERS = {
     "the weights cannot be read": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "only 'llama' can be built": lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
-    "config.json cannot be read": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json is not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
 }
 
 
