@@ -20,7 +20,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.roles import check_patterns, role_of
 from ds_lowrank.placement.kinds import kinds_of, output_layers
 from ds_lowrank.placement.marks import is_partitioned
-from ds_lowrank.placement.parameter_names import Tag, matches, tag_names, tag_parameters
+from ds_lowrank.placement.parameter_names import Tag, matches, stores_transposed, tag_names, tag_parameters
 
 __all__ = ["TASK_HEADS", "AdapterLinear", "add_adapters", "has_adapters", "merge_adapters", "merged_weights"]
 
@@ -70,6 +70,7 @@ def add_adapters(
     if has_adapters(model):
         raise ConfigError("the model already has adapters: call merge_adapters first, or do not add them twice")
     saved = _saved(model, modules_to_save)
+    _check_transposed(model, saved, target_modules, exclude_modules)
     linears = _linears(model)
     weights = [f"{name}.weight" for name in linears]
     if not linears:
@@ -179,6 +180,20 @@ def _chosen(
         return name not in saved and role_of(tag, shape, targets, excludes).projected
 
     return {name: linear for name, linear in linears.items() if is_chosen(f"{name}.weight", linear)}
+
+
+def _check_transposed(
+    model: torch.nn.Module, saved: set[str], targets: Sequence[str] | None, excludes: Sequence[str]
+) -> None:
+    """Refuse to freeze a linear layer that should have an adapter and cannot."""
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if stores_transposed(module) and weight not in saved:
+            if role_of(Tag(weight, "weight"), (1, 1), targets, excludes).projected:
+                raise ConfigError(
+                    f"adapters: {name} is a Conv1D of transformers, and only torch.nn.Linear can have an adapter: set "
+                    "parametrization to 'full', or exclude the layer"
+                )
 
 
 def _adapters(model: torch.nn.Module) -> Iterator[tuple[str, AdapterLinear]]:

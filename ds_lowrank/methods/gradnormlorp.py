@@ -208,8 +208,8 @@ def is_factor(name: str) -> bool:
 
 
 def magnitude_axis(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:
-    """The dimension whose rows have a magnitude each."""
-    return shard.rows if options.norm_axis == "output" else shard.columns
+    """The dimension whose rows have a magnitude each. Output units are rows, unless the layer stores it transposed."""
+    return shard.rows if (options.norm_axis == "output") != shard.transposed else shard.columns
 
 
 def magnitudes(state: State, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

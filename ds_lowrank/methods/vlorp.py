@@ -249,7 +249,7 @@ def oriented(shape: tuple[int, int], options: VLoRPOptions) -> tuple[int, int]:
 
 def units_of(shard: MatrixShard, options: VLoRPOptions) -> Units:
     """The gradient in units of this granularity: ``H~``."""
-    if shard.side == "left" and options.left_view == "official":
+    if (shard.side == "left") != shard.transposed and options.left_view == "official":
         kept, compressed = shard.kept.size, shard.compressed.size
         return Units(viewed(shard, (int(compressed / options.c), int(kept * options.c))), Fraction(1))
     return Units(shard, options.c)

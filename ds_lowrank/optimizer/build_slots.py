@@ -12,7 +12,7 @@ from ds_lowrank.methods.blocks.full_rank_adam import full_rank_state
 from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.optimizer.logical_parameters import LogicalParameter
 from ds_lowrank.optimizer.slots import Slot
-from ds_lowrank.optimizer.step import shard_matrix
+from ds_lowrank.optimizer.step import output_first, shard_matrix
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.zero import Placement, read_intervals
 from ds_lowrank.sharding.layout import EMPTY, Part, Range
@@ -49,7 +49,10 @@ def build_slots(
         parts, peers = _parts(logical, tensor_ranks, [held[number] for held in world])
         if role.projected:
             shape = logical.shape[0], logical.shape[1]
-            shard, store = shard_matrix(method, logical.name, shape, parts, rank, parameter.options, matrices, peers)
+            options, transposed = parameter.options, parameter.tag.transposed
+            shard, store = shard_matrix(
+                method, logical.name, shape, parts, rank, options, matrices, peers, transposed=transposed
+            )
             matrices += 1
         else:
             shard, store = _elementwise(parameter, logical, parts, peers, rank)
@@ -64,13 +67,17 @@ def build_slots(
                 fragment=fragment,
                 shard=shard,
                 state_store=store,
-                rank_text=method.rank_text(shard.shape, parameter.options) if role.projected else "",
+                rank_text=_rank_text(method, shard, parameter) if role.projected else "",
                 state=parameter.state,
                 parameter=parameter.parameter,
                 logical=logical,
             )
         )
     return slots
+
+
+def _rank_text(method: type[Method], shard: MatrixShard, parameter: LogicalParameter) -> str:
+    return method.rank_text(output_first(shard.shape, shard.transposed), parameter.options)
 
 
 def _parts(logical: Logical, tensor_ranks: list[int], held: list[Range]) -> tuple[list[Part], list[int]]:

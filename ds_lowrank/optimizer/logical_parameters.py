@@ -14,6 +14,7 @@ import torch
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method, Options, State
 from ds_lowrank.optimizer.roles import Role, role_of
+from ds_lowrank.optimizer.step import output_first
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_tied_between_stages
 from ds_lowrank.placement.parameter_names import Tag
@@ -125,7 +126,7 @@ def check_shapes(method: type[Method], parameters: Iterable[LogicalParameter]) -
         if not role.projected:
             continue
         m, n = parameter.stepped_matrix(role).shape
-        problem = method.unsupported_shape((m, n), parameter.options)
+        problem = method.unsupported_shape(output_first((m, n), parameter.tag.transposed), parameter.options)
         if is_tied_between_stages(parameter.parameter):
             problem = "a weight that stages of a pipeline share is not projected, as its copies would drift apart"
         if problem is not None:

@@ -84,6 +84,7 @@ def shard_matrix(
     options: Options,
     index: int = 0,
     peers: Sequence[int] | None = None,
+    transposed: bool = False,
 ) -> tuple[MatrixShard, StateStore]:
     """One rank's part of a matrix, and the store of its state there.
 
@@ -97,11 +98,27 @@ def shard_matrix(
         index: the matrix's number among those of the optimizer: the ranks that hold it take turns as the root of its
             factorisations.
         peers: the ranks that share this copy of the matrix; None for all.
+        transposed: whether its layer stores it input x output. It is then stepped as the transpose would be.
     """
     holders = [holder for holder, part in enumerate(parts) if part.numel]
     root = holders[index % len(holders)]
-    shard = MatrixShard(name, shape, parts, rank, method.side(shape, options), root, options.block_rows, peers)
-    return shard, StateStore(name, lambda at: method.state(shard, options, at), method.rank(shape, options))
+    side = method.side(output_first(shape, transposed), options)
+    if transposed:
+        side = "left" if side == "right" else "right"
+    shard = MatrixShard(name, shape, parts, rank, side, root, options.block_rows, peers)
+    shard.transposed = transposed
+    initial = method.rank(output_first(shape, transposed), options)
+    return shard, StateStore(name, lambda at: method.state(shard, options, at), initial)
+
+
+def output_first(shape: tuple[int, int], transposed: bool) -> tuple[int, int]:
+    """The shape of a weight as ``torch.nn.Linear`` would have it, output x input, which methods are asked about.
+
+    Args:
+        shape: as the layer stores it.
+        transposed: whether the layer stores it input x output.
+    """
+    return (shape[1], shape[0]) if transposed else shape
 
 
 def all_finite(magnitudes: Sequence[float]) -> bool:

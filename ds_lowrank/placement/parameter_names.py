@@ -6,7 +6,7 @@ because their matrices have names of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from ds_lowrank.placement.kinds import Kind, kind_of_own_tensor, kinds_of
 from ds_lowrank.placement.marks import megatron_stride
-from ds_lowrank.placement.stacks import mark_stacks
+from ds_lowrank.placement.stacks import STACK, is_stored_transposed, mark_stacks
 from ds_lowrank.placement.tensor_parallel import FUSION, Fusion
 from ds_lowrank.placement.wrappers import plain_names, unwrapped
 from ds_lowrank.placement.zero import unpartitioned_shape
@@ -32,11 +32,13 @@ class Tag:
         name: its name in the model.
         kind: whether it is an embedding, an output head or any other weight.
         within: for one of the matrices in a fused weight, the name of that weight; otherwise None.
+        transposed: whether its layer stores it input x output, so that its columns are the output units.
     """
 
     name: str
     kind: Kind
     within: str | None = None
+    transposed: bool = False
 
     def matches(self, pattern: str) -> bool:
         """Whether a pattern matches the name, or the name of the fused weight that the matrix is in.
@@ -74,9 +76,9 @@ def tag_parameters(model: torch.nn.Module) -> None:
         _mark_fused(module)
         mark_stacks(module)
     names = tag_names(model)
-    kinds = kinds_of(model, names)
+    kinds, transposed = kinds_of(model, names), set(_stored_transposed(model))
     for name, parameter in torch.nn.Module.named_parameters(model):  # some wrappers' own method changes names
-        tag_as(parameter, Tag(names[name], kinds[id(parameter)]))
+        tag_as(parameter, Tag(names[name], kinds[id(parameter)], transposed=id(parameter) in transposed))
 
 
 def tag_as(parameter: torch.Tensor, tag: Tag) -> None:
@@ -133,6 +135,22 @@ def logical_names(model: torch.nn.Module) -> dict[str, str]:
     """
     names: Callable[[], dict[str, str]] = getattr(model, "logical_names", dict)
     return names()
+
+
+def stores_transposed(module: torch.nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D: a linear layer, as in GPT-2, whose weight is input x output."""
+    return any(
+        (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D") for cls in type(module).__mro__
+    )
+
+
+def _stored_transposed(model: torch.nn.Module) -> Iterator[int]:
+    """The ``id`` of every parameter whose matrices are stored input x output."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            is_weight = name == "weight" and stores_transposed(module)
+            if is_weight or (hasattr(parameter, STACK) and is_stored_transposed(module, name)):
+                yield id(parameter)
 
 
 def tag_names(model: torch.nn.Module) -> dict[str, str]:

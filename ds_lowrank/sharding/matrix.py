@@ -32,9 +32,11 @@ class MatrixShard(MatrixAxes):
 
     Attributes:
         weights: the weights of this rank's elements, flat; empty between steps.
+        transposed: whether the layer stores the matrix input x output, so that its columns are the output units.
     """
 
     weights: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
+    transposed: bool = False
     _flat: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
     _change: Callable[[torch.Tensor], torch.Tensor] | None = None
 

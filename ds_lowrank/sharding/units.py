@@ -141,9 +141,14 @@ def viewed(shard: MatrixShard, shape: tuple[int, int]) -> MatrixShard:
         shape: the new ``(m, n)``, with as many elements.
 
     Raises:
-        ConfigError: if tensor parallelism splits the columns, so that a rank's elements are not an interval of the
-            row-major matrix.
+        ConfigError: if tensor parallelism splits the columns, or the matrix is stored transposed, so that a rank's
+            elements are not an interval of the row-major matrix.
     """
+    if shard.transposed:
+        raise ConfigError(
+            f"{shard.name}: its layer stores it transposed, so it has no view of another shape; set left_view to "
+            "'transpose'"
+        )
     key = ("viewed", shape)
     if key not in shard.derived:
         parts = [_viewed_part(shard, part, shape) for part in shard.parts]

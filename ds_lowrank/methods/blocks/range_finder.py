@@ -20,8 +20,10 @@ def singular_basis(shard: MatrixShard, rank: int) -> Program[torch.Tensor]:
     Returns:
         Owned compressed rows x rank of the basis, fp32.
     """
-    gradient = yield shard.rows.reduce_to_root(shard.block())
-    own: torch.Tensor = yield shard.compressed.scatter_from_root(leading_singular_vectors(gradient, rank, shard.side))
+    gradient, side = (yield shard.rows.reduce_to_root(shard.block())), shard.side
+    if shard.transposed:  # an SVD of the transpose would have other signs
+        gradient, side = gradient.T.contiguous(), "left" if side == "right" else "right"
+    own: torch.Tensor = yield shard.compressed.scatter_from_root(leading_singular_vectors(gradient, rank, side))
     return own
 
 
