@@ -72,6 +72,8 @@ def _open_indexed(spec: str, prefix: str) -> Any:
     for suffix in ("idx", "bin"):
         if not os.path.isfile(f"{prefix}.{suffix}"):
             raise DataError(f"{spec!r}: no file {prefix}.{suffix}; give the prefix that both .bin and .idx share")
+        if not os.path.getsize(f"{prefix}.{suffix}"):
+            raise DataError(f"{spec!r}: {prefix}.{suffix} is empty; build it again")
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     except ImportError as error:
@@ -79,10 +81,12 @@ def _open_indexed(spec: str, prefix: str) -> Any:
             f"{spec!r} needs megatron-core, which cannot be imported ({error}): "
             'pip install "ds-lowrank[megatron]", or give another kind of data'
         ) from error
+    dataset = IndexedDataset.__new__(IndexedDataset)
     try:
-        dataset = IndexedDataset(prefix)
+        dataset.__init__(prefix)
     except Exception as error:  # numpy's, or those of reading an index that has other contents
-        raise DataError(f"{spec!r}: {prefix}.idx or .bin is empty or damaged ({error}); build it again") from error
+        dataset.index = dataset.bin_reader = None  # its __del__ would print a traceback
+        raise DataError(f"{spec!r}: {prefix}.idx or .bin is damaged ({error}); build it again") from error
     _check_index(dataset, prefix)
     return dataset
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import file_format
 from ds_lowrank.data.json_records import json_records
-from ds_lowrank.data.text import opened_text
+from ds_lowrank.data.text import COMPRESSIONS, opened_text
 
 PARQUET_ROWS = 1024  # that are read at a time
 
@@ -126,6 +126,8 @@ def _csv_rows(path: Path) -> list[Row]:
 
 def _parquet_records(path: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
     """Iterate over where each row is, and its values: those of one column, or all."""
+    if path.suffix.lower() in COMPRESSIONS:
+        raise DataError(f"{path}: a parquet file is compressed inside, and cannot be read from an archive: unpack it")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

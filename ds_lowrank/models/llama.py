@@ -76,7 +76,7 @@ def _entries(path: Path) -> dict[str, Any]:
         entries = json.loads(path.read_bytes())  # which finds out the encoding, also by a byte order mark
     except FileNotFoundError:
         raise FileNotFoundError(f"no model configuration at {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must contain one JSON object, not a {type(entries).__name__}")
@@ -88,7 +88,7 @@ def _config(entries: dict[str, Any], path: Path) -> LlamaConfig:
     try:
         config = LlamaConfig(**entries | {"use_cache": False})
     except Exception as error:  # its validators raise classes of their own
-        raise ValueError(f"{path} is not a valid LLaMA configuration: {error}") from error
+        raise ValueError(f"{path} is not a valid LLaMA configuration: {' '.join(str(error).split())}") from error
     rope = config.rope_parameters or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or entries.get("rope_interleaved"):
         raise ValueError(
