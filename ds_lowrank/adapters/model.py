@@ -186,14 +186,14 @@ def _check_transposed(
     model: torch.nn.Module, saved: set[str], targets: Sequence[str] | None, excludes: Sequence[str]
 ) -> None:
     """Refuse to freeze a linear layer that should have an adapter and cannot."""
-    for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if stores_transposed(module) and weight not in saved:
-            if role_of(Tag(weight, "weight"), (1, 1), targets, excludes).projected:
-                raise ConfigError(
-                    f"adapters: {name} is a Conv1D of transformers, and only torch.nn.Linear can have an adapter: set "
-                    "parametrization to 'full', or exclude the layer"
-                )
+    transposed = [name for name, module in model.named_modules() if stores_transposed(module)]
+    for name in transposed:
+        tag = Tag(f"{name}.weight", "weight")
+        if tag.name not in saved and role_of(tag, (1, 1), targets, excludes).projected:
+            raise ConfigError(
+                f"adapters: {name} is a Conv1D of transformers, and only torch.nn.Linear can have an adapter: set "
+                "parametrization to 'full', or exclude the layer"
+            )
 
 
 def _adapters(model: torch.nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
