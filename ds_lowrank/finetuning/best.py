@@ -16,6 +16,7 @@ from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.export import Savable, export
 from ds_lowrank.collectives import broadcast_from_rank0
+from ds_lowrank.errors import CheckpointError
 from ds_lowrank.finetuning.metrics import better
 
 FOLDER = "best"
@@ -71,11 +72,22 @@ class Best:
 
         Args:
             state: what ``state_dict`` returned.
+
+        Raises:
+            CheckpointError: on rank 0, best.json cannot be read.
+            RemoteError: on the other ranks.
         """
         on_disk = broadcast_from_rank0(self._read)
         self._found = state["found"] if on_disk == state["found"] else None
 
     def _read(self) -> dict[str, Any] | None:
         path = self._folder / FILE
-        found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except ValueError:
+            raise CheckpointError(
+                f"{path} is damaged: delete {self._folder} to continue without the best model so far"
+            ) from None
         return found

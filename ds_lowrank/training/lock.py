@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,6 +19,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("ds_lowrank")
 
 FILE = ".lock"
 BEAT_SECONDS = 2.0
@@ -77,6 +80,10 @@ class Lock:
 
     def _watch(self, descriptor: int, owner: dict[str, Any]) -> None:
         """Wait for a sign of life of another process that claims to own the lock."""
+        logger.info(
+            "%s was locked by process %s on %s: watching it for %.0f seconds",
+            *(self._path.parent, owner.get("process"), owner.get("host"), WATCH_SECONDS),
+        )
         seen = os.fstat(descriptor).st_mtime_ns
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ds_lowrank.errors import CheckpointError
 from ds_lowrank.finetuning import best as best_module
 from ds_lowrank.finetuning.best import Best
 from ds_lowrank.finetuning.metrics import better, measure
@@ -85,3 +86,6 @@ def test_a_resumed_run_remembers_the_best_if_its_weights_are_still_there(tmp_pat
     elsewhere.load_state_dict(state)
     elsewhere.consider(4, 0.4)
     assert exported == [2, 3, 4]
+    (tmp_path / "best" / "best.json").write_text('{"metric"')
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged: delete .*best to continue without"):
+        kept(tmp_path).load_state_dict(state)

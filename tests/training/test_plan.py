@@ -144,3 +144,7 @@ def test_a_missing_configuration_and_bad_numbers_end_in_usage(workspace: Workspa
     with pytest.raises(SystemExit):
         parse([*workspace.arguments("a"), "--steps", "0"])
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+    for flag in ("--output", "--save"):
+        with pytest.raises(SystemExit):
+            parse([*workspace.arguments("a"), flag, ""])
+        assert f"argument {flag}: the name of the folder is empty" in capsys.readouterr().err
