@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -57,13 +58,18 @@ def check_unused(directory: Path) -> None:
 
 
 def check_leftovers(directory: Path) -> None:
-    """Check that what looks like the rest of an interrupted save is one, because the next save deletes it.
+    """Check that what the next save deletes or replaces is of this package.
 
     Raises:
-        FileExistsError: it was not written by this package.
+        FileExistsError: the rest of an interrupted save, or ``latest``, is of another program.
     """
     for leftover in leftovers(directory):
         check_owned(leftover)
+    if os.path.lexists(directory / "latest") and not list_tags(directory):
+        raise FileExistsError(
+            f"{directory / 'latest'} is in the way: it names checkpoints that this program did not write; give another "
+            "--save, or delete that file"
+        )
 
 
 def leftovers(directory: Path) -> list[Path]:

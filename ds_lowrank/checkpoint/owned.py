@@ -35,6 +35,11 @@ def is_owned(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and ((folder / MARK).is_file() or not any(folder.iterdir()))
 
 
+def working_names(folder: Path) -> list[Path]:
+    """The folder and the names beside it that replacing it uses."""
+    return [folder, *(folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "removed"))]
+
+
 def check_owned(folder: Path) -> None:
     """Return if there is nothing of this name, or a folder that may be replaced.
 

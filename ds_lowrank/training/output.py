@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_lowrank.checkpoint.owned import check_owned
+from ds_lowrank.checkpoint.owned import check_owned, working_names
 from ds_lowrank.training.atomic_write import write_atomically
 from ds_lowrank.training.metrics import FILE, read_metrics
 from ds_lowrank.training.plot import plot_loss
@@ -44,7 +44,8 @@ def check_output(output: Path, resuming: bool, replaces: Iterable[str] = ()) -> 
         FileExistsError: it contains a folder that this run would replace and that no run has written.
     """
     for name in replaces:
-        check_owned(output / name)
+        for path in working_names(output / name):
+            check_owned(path)
     if resuming:
         if (output / FILE).exists():
             read_metrics(output / FILE)

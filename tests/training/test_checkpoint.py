@@ -234,6 +234,14 @@ def test_past_a_damaged_checkpoint_the_run_goes_on_from_an_older_one(tmp_path):
 def test_a_folder_of_checkpoints_is_of_one_run(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     check_unused(ours)
+    ours.mkdir()
+    (ours / "latest").write_text("epoch1")
+    for choose in (lambda: check_unused(ours), lambda: find_checkpoint(ours, "")):
+        with pytest.raises(
+            FileExistsError, match="latest is in the way: it names checkpoints that this program did not"
+        ):
+            choose()
+    (ours / "latest").unlink()
     origin = save(theirs, 3)
     with pytest.raises(CheckpointError, match=r"already has checkpoints \(global_step3\); give --resume"):
         check_unused(theirs)
@@ -255,6 +263,10 @@ def test_only_what_the_package_wrote_is_deleted(tmp_path):
     with pytest.raises(CheckpointError, match="is in the way"):
         save(tmp_path, 1)
     assert (foreign / "thesis.tex").read_text() == "draft"
+    (tmp_path / "latest").write_text("epoch1")
+    with pytest.raises(FileExistsError, match="is in the way"):
+        check_unused(tmp_path)
+    (tmp_path / "latest").unlink()
     foreign.rename(tmp_path / ".notes.partial")  # not the name of anything of ours
     (save(tmp_path, 1) / "notes.txt").write_text("the best run")
     for step in (2, 3, 4):

@@ -135,6 +135,9 @@ def test_checkpoints_and_folders_of_others_are_not_touched(workspace, saved):
     with pytest.raises(FileExistsError, match="d/export is in the way: this program did not write it"):
         plan(workspace, "d", "--export")
     assert plan(workspace, "d").checkpoint is None
+    export.rename(export.with_name(".export.partial"))
+    with pytest.raises(FileExistsError, match=r"d/\.export\.partial is in the way"):
+        plan(workspace, "d", "--export")
 
 
 def test_a_missing_configuration_and_bad_numbers_end_in_usage(workspace: Workspace, capsys):
