@@ -31,7 +31,9 @@ def settings_of(args: Any, config: str | dict[str, Any] | None) -> tuple[dict[st
         raise ConfigError("no DeepSpeed configuration: pass config=..., or --deepspeed_config on the command line")
     if isinstance(source, dict):
         return source, "the DeepSpeed configuration"
-    return _read(source), str(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"the DeepSpeed configuration must be a dict or the path of a file, not {json_type(source)}")
+    return _read(os.fspath(source)), str(source)
 
 
 def _read(source: str) -> dict[str, Any]:

@@ -154,6 +154,11 @@ UNSUPPORTED_SETTINGS = (
         "DeepSpeed does not average over these ranks. Remove it and pass "
         "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp to ds_lowrank.initialize",
     ),
+    UnsupportedSetting(
+        "data_parallel_size",
+        lambda c: "data_parallel_size" in c,
+        "remove it: DeepSpeed takes it for sequence parallelism of another kind",
+    ),
     UnsupportedSetting("expert_parallel", _enabled("expert_parallel"), "remove it: experts are not split over ranks"),
     UnsupportedSetting("managed_gradient_accumulation = false", _false("managed_gradient_accumulation"), "remove it"),
     UnsupportedSetting("compile.deepcompile", _true("compile", "deepcompile"), "remove it, and use engine.compile()"),
@@ -179,8 +184,8 @@ def check_supported(config: Mapping[str, Any], method: str, *, has_mpu: bool = F
         ConfigError: it has such settings; the message says for each key what to change. Every rank reads the same
             configuration, so every rank raises.
     """
-    repeated = has_mpu and "data_parallel_size" not in config
-    config = {key: value for key, value in config.items() if not (repeated and key == "sequence_parallel_size")}
+    if has_mpu:
+        config = {key: value for key, value in config.items() if key != "sequence_parallel_size"}
     found = [setting for setting in UNSUPPORTED_SETTINGS if setting.is_set(config)]
     if found:
         lines = [f"  {setting.key} is not supported with {method}: {setting.advice}" for setting in found]

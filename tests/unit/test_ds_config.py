@@ -246,6 +246,11 @@ def test_comments_are_left_out_at_every_level(tmp_path):
     assert read_file(path) == without_comments(given) == {"zero_optimization": {"stage": 1}, "comments": 3}
 
 
+def test_a_configuration_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="must be a dict or the path of a file, not a number"):
+        ds_lowrank.initialize(model=torch.nn.Linear(2, 2), config=3)
+
+
 def test_initialize_reads_files_as_deepspeed_does(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{"optimizer": {"type": "GaLore"}, "gradient_cliping": 1}  // Hjson', encoding="utf-8-sig")

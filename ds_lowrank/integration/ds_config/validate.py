@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.autotp_config import AutoTPConfig, AutoTPPresets, TPLayerSpec
 from deepspeed.runtime.config import DtypeEnum
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
 from ds_lowrank.collectives import global_rank
-from ds_lowrank.environment.packages import is_importable
+from ds_lowrank.environment.packages import is_importable, one_line
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.ds_config.optimizer_block import optimizer_problems
 from ds_lowrank.integration.ds_config.scheduler_block import scheduler_problems
@@ -83,7 +86,7 @@ def _device(config: Mapping[str, Any]) -> list[str]:
 def _finish(config: Mapping[str, Any], found: Findings, name: str) -> None:
     """Check what several keys say together, and raise one error for everything that was found."""
     if not found.problems:
-        found.problems += [*_contradictions(config), *_missing_packages(config)]
+        found.problems += [*_contradictions(config), *_missing_packages(config), *_partition_problems(config)]
         if "scheduler" in config:
             found.problems += scheduler_problems(config)
     if len(found.problems) == 1:
@@ -133,3 +136,30 @@ def _missing_packages(config: Mapping[str, Any]) -> list[str]:
         for monitor, package in MONITORS.items()
         if is_enabled(config, monitor) and not is_importable(package)
     ]
+
+
+def _partition_problems(config: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed's own parser says against AutoTP's rules, and keys that it would ignore."""
+    block = section(config, "tensor_parallel")
+    given = section(block, "partition_config")
+    rules = given.get("layer_specs", [])
+    found = _unknown("tensor_parallel.partition_config", given, AutoTPConfig)
+    if isinstance(rules, list):
+        for number, rule in enumerate(rules):
+            if isinstance(rule, Mapping):
+                found += _unknown(f"tensor_parallel.partition_config.layer_specs.{number}", rule, TPLayerSpec)
+    if found or not {"partition_config", "preset_model"} & block.keys():
+        return found
+    preset = block.get("preset_model")
+    if preset is not None and AutoTPPresets.get_preset(preset) is None:
+        return [f"tensor_parallel.preset_model: DeepSpeed has no preset {preset!r}: remove it, or name one that it has"]
+    try:
+        TPTrainingConfig(**block).get_partition_config_object()
+    except Exception as error:  # it fails in many ways on values of a wrong type
+        return [f"tensor_parallel: DeepSpeed cannot read partition_config or preset_model: {one_line(error)}"]
+    return []
+
+
+def _unknown(at: str, given: Mapping[str, Any], known_by: Any) -> list[str]:
+    known = {entry.name for entry in fields(known_by)}
+    return [f"{at}.{key}: unknown key. Valid: {', '.join(sorted(known))}" for key in given if key not in known]
