@@ -84,7 +84,8 @@ def test_the_keys_of_a_block_without_a_class_are_those_that_deepspeed_asks_for(k
 def test_the_keys_of_a_pipeline_are_deepspeeds_defaults():
     ((block, *_), _) = _split(_fields(Settings)["pipeline"])
     defaults = DeepSpeedConfig(dict(BATCH)).pipeline
-    assert {name: info.default for name, info in block.model_fields.items()} == defaults
+    # The pipeline's engine, not the configuration, has a default for the last one.
+    assert {name: info.default for name, info in block.model_fields.items()} == defaults | {"use_reentrant": True}
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ class Pipeline(Block):
     activation_checkpoint_interval: Count = 0
     pipe_partitioned: bool = True
     grad_partitioned: bool = True
+    use_reentrant: bool = True
 
 
 class ParallelWrite(Block):

@@ -18,7 +18,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.ds_config.optimizer_block import optimizer_problems
 from ds_lowrank.integration.ds_config.scheduler_block import scheduler_problems
 from ds_lowrank.integration.ds_config.structure import Findings, compare
-from ds_lowrank.integration.ds_config.values import is_enabled, precision, section, zero_block, zero_stage
+from ds_lowrank.integration.ds_config.values import autotp_size, is_enabled, precision, section, zero_block, zero_stage
 
 log = logging.getLogger("ds_lowrank")
 
@@ -69,6 +69,11 @@ def validate_program(config: Mapping[str, Any], name: str, filled_in: Collection
         found.problems.append(
             "tensor_parallel.autotp_size is 0: write the number of ranks that split a layer, or remove tensor_parallel"
         )
+    found.problems += [
+        f"pipeline.{key} has no effect: give --pipeline-parallel instead"
+        for key in ("stages", "partition", "seed_layers")
+        if key in section(config, "pipeline")
+    ]
     if not found.problems:
         found.problems += _contradictions(config) or [*optimizer_problems(config, without_lr=True), *_device(config)]
     _finish(config, found, name)
@@ -125,6 +130,11 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
         for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
             if config.get(key, default) != default:
                 found.append(f"{key} needs zero_optimization.reduce_scatter false at ZeRO 2: remove one of them")
+    tensor_parallel = section(config, "tensor_parallel")
+    for key in ("tp", "tensor_parallel"):
+        size = section(tensor_parallel, key).get("tp_size", 1)
+        if size not in (1, autotp_size(config)):
+            found.append(f"tensor_parallel.{key}.tp_size {size} has no effect: set tensor_parallel.autotp_size")
     if stage == 3 and config.get("gradient_allreduce_op") == "sum":
         found.append("gradient_allreduce_op 'sum' is not supported at ZeRO 3: remove it")
     return found
