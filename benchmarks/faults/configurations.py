@@ -184,6 +184,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "fp16.hysteresis": (0,),
     "tensor_parallel.autotp_size": (0, -1, "2", 1.5, "auto"),
     "tensor_parallel.partition_config": ({"layer_specs": 3}, {"layer_spec": []}, {"layer_specs": [{"patern": []}]}, 3),
+    "aio.use_gds": (True,),
     "tensor_parallel.tp": ({"tp_size": 2},),
     "pipeline.stages": (2, 0, "two"),
     "pipeline.partition": ("uniform",),

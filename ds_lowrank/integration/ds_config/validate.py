@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -9,7 +10,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.autotp_config import AutoTPConfig, AutoTPPresets, TPLayerSpec
-from deepspeed.runtime.config import DtypeEnum
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
 from ds_lowrank.collectives import global_rank
@@ -76,13 +77,27 @@ def validate_program(config: Mapping[str, Any], name: str, filled_in: Collection
     ]
     if not found.problems:
         found.problems += _contradictions(config) or [*optimizer_problems(config, without_lr=True), *_device(config)]
+    if not found.problems:
+        found.problems += _refused_by_deepspeed(config)
     _finish(config, found, name)
 
 
+def _refused_by_deepspeed(config: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed says when it reads the whole configuration; the batch sizes are settled later."""
+    batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    try:
+        DeepSpeedConfig(copy.deepcopy({**config, **batch}))
+    except Exception as error:  # assertions, TypeErrors and others, of which none may end in a traceback
+        return [f"DeepSpeed does not take it: {one_line(error)}"]
+    return []
+
+
 def _device(config: Mapping[str, Any]) -> list[str]:
-    """A precision that this device does not have."""
+    """A setting that this device does not have."""
     kind, device = precision(config), get_accelerator()
     supported = {"fp16": device.is_fp16_supported, "bf16": device.is_bf16_supported}
+    if section(config, "aio").get("use_gds") is True and device.device_name() != "cuda":
+        return ["aio.use_gds: DeepSpeed has it on CUDA devices only: set it to false"]
     if kind == "fp32" or supported[kind]():
         return []
     return [f"{kind}.enabled: DeepSpeed has no {kind} on this {device.device_name()}: set it to false"]
