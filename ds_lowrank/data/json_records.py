@@ -48,7 +48,9 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
 def _only_value(line: str, start: int, where: str) -> Any:
     try:
         value, end = _value(line, start)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at character {error.pos + 1})") from error
+    except RecursionError as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     if _after_space(line, end) < len(line):
         raise DataError(f"{where}: not JSON (more than one value: {line[end : end + 20]!r})")
