@@ -109,6 +109,8 @@ def _hub_trials(made: Callable[..., Callable[[Path], Path]]) -> Iterator[Trial]:
         "a number as text": as_jsonl([(3, "a")]), "no object": b"3\n",
     }.items():  # fmt: skip
         yield trial(f"hf: {name}", made(shard(content)), through_datasets, message="texts")
+    wide = shard(sound.decode().encode("utf-16"))
+    yield trial("hf: UTF-16", made(wide), through_datasets, message="train.jsonl: UTF-16 text")
     yield trial("hf: an empty folder", lambda folder: folder, through_datasets)
 
 

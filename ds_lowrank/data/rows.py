@@ -27,7 +27,7 @@ from ds_lowrank.data.functions import standard_library_functions
 from ds_lowrank.data.glue import GLUE, HUB_NAME
 from ds_lowrank.data.records import Row, read_rows
 from ds_lowrank.data.split import split_of
-from ds_lowrank.data.stream import name_and_config
+from ds_lowrank.data.stream import cause, name_and_config
 
 FUNCTIONS = "stdlib-functions"
 FUNCTIONS_HELD_OUT = 0.2
@@ -134,8 +134,8 @@ def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping
         found = datasets.load_dataset(name, config)
     except Exception as error:  # its own classes, or those of ``requests`` or the hub's client
         raise DataError(
-            f"{spec!r} cannot be loaded ({type(error).__name__}: {error}); check the name and the network, or download "
-            "it elsewhere and give the files"
+            f"{spec!r} cannot be loaded ({cause(error)}); check the name and the network, or download it elsewhere and "
+            "give the files"
         ) from error
     for split in ("train", *validation.values()):
         if split not in found:
@@ -147,6 +147,11 @@ def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping
     }
 
     def rows(split: str) -> list[Row]:
-        return _numbered(found[split].to_list(), f"{spec!r}, {split} split")
+        # Without the mark at the start of a text file, which ``datasets`` does not remove.
+        unmarked = (
+            {column: value.removeprefix("\ufeff") if isinstance(value, str) else value for column, value in row.items()}
+            for row in found[split].to_list()
+        )
+        return _numbered(unmarked, f"{spec!r}, {split} split")
 
     return Rows(rows("train"), {prefix: rows(split) for prefix, split in validation.items()}, classes)

@@ -13,6 +13,9 @@ from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import files_below, is_hidden
 from ds_lowrank.data.records import record_text
 from ds_lowrank.data.split import Split
+from ds_lowrank.data.text import marked_encoding
+
+TEXT_FORMATS = (".csv", ".json", ".jsonl", ".tsv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class StreamReader:
             record: dict[str, Any] | None = next(self._records, None)
         except Exception as error:  # its own classes, or those of its readers and of the hub's client
             raise DataError(
-                f"{self._where()}: cannot be read any further, it may be damaged or unreachable ({_cause(error)})"
+                f"{self._where()}: cannot be read any further, it may be damaged or unreachable ({cause(error)})"
             ) from error
         if self._read is not None:
             self._read += 1
@@ -127,8 +130,8 @@ def name_and_config(spec: str) -> tuple[str, str | None]:
     """The folder or hub name, and the configuration if there is one, in ``hf:NAME[:CONFIG]``.
 
     Raises:
-        DataError: there is no name, or no such folder, or a part of the folder cannot be read, which ``datasets`` would
-            leave out without a word.
+        DataError: there is no name, or no such folder; or a file in it cannot be read as text, or a part of it not at
+            all, which ``datasets`` would leave out without a word.
     """
     name, _, config = spec.removeprefix("hf:").partition(":")
     if not name:
@@ -137,16 +140,27 @@ def name_and_config(spec: str) -> tuple[str, str | None]:
         name = os.path.expanduser(name)
         if not os.path.isdir(name):
             raise DataError(f"{spec!r}: no folder {name}")
-        files_below(Path(name), is_hidden)
+        for path in files_below(Path(name), is_hidden):
+            _check_encoding(path)
     return name, config or None
 
 
-def _cause(error: BaseException) -> str:
-    """The error that names the file: that of the reader inside, if ``datasets`` wrapped it."""
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    return "; ".join(dict.fromkeys(f"{type(one).__name__}: {one}" for one in causes))
+def _check_encoding(path: Path) -> None:
+    encoding = marked_encoding(path) if path.suffix.lower() in TEXT_FORMATS else "utf-8"
+    if not encoding.startswith("utf-8"):
+        raise DataError(f"{path}: {encoding.upper()} text, which datasets cannot read: convert it to UTF-8")
+
+
+def cause(error: BaseException) -> str:
+    """An error and those that it was raised from, in one line: ``datasets`` wraps those of its readers.
+
+    Args:
+        error: the error.
+    """
+    chain = [error]
+    while (inner := chain[-1].__cause__) is not None:
+        chain.append(inner)
+    return "; ".join(dict.fromkeys(" ".join(f"{type(one).__name__}: {one}".split()) for one in chain))
 
 
 def _load_builder(spec: str, name: str, config: str | None) -> Any:
@@ -160,7 +174,7 @@ def _load_builder(spec: str, name: str, config: str | None) -> Any:
             "or give a local folder as hf:./FOLDER"
         ) from error
     except Exception as error:  # its own classes, or those of the hub's client and of its readers
-        raise DataError(f"{spec!r} cannot be opened as a data set: {error}") from error
+        raise DataError(f"{spec!r} cannot be opened as a data set: {cause(error)}") from error
 
 
 def _file_identity(file: str) -> str:

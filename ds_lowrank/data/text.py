@@ -56,14 +56,27 @@ def opened_text(path: Path, newline: str = "\n") -> Iterator[io.TextIOWrapper]:
         DataError: the file cannot be read.
     """
     with opened_bytes(path) as file:
-        head = cast(Any, file).peek(4)[:4]
-        encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+        encoding = _encoding(cast(Any, file).peek(4))
         try:
             with io.TextIOWrapper(file, encoding, newline=newline) as text:
                 yield text
         except UnicodeError as error:
             where, kind = (path, encoding.upper()) if encoding != "utf-8" else (_first_bad_line(path), "UTF-8")
             raise NotTextError(f"{where}: not {kind} text ({error}); convert the file to UTF-8") from error
+
+
+def marked_encoding(path: Path) -> str:
+    """The encoding of an uncompressed file by its byte order mark: ``utf-8`` if it has none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with opened_bytes(path) as file:
+        return _encoding(file.read(4))
+
+
+def _encoding(head: bytes) -> str:
+    return next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
 
 
 @contextmanager
