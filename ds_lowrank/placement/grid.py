@@ -74,7 +74,7 @@ def grid_of(mpu: Any) -> Grid:
         return Grid(_group(mpu, TENSOR), pipeline)
     # Megatron's first units had no other axis. DeepSpeed's parallel_state_sp returns its sequence group here.
     named = _group(mpu, MODEL)
-    others = [group for group in (pipeline, _group(mpu, SEQUENCE)) if group is not None]
+    others = [group for group in (pipeline, _sequence_group(mpu)) if group is not None]
     is_other = named is not None and any(ranks_of(named) == ranks_of(other) for other in others)
     return Grid(None if is_other else named, pipeline)
 
@@ -85,7 +85,7 @@ def sequence_size(mpu: Any) -> int:
     Args:
         mpu: the model-parallel unit, or None.
     """
-    group = None if mpu is None else _group(mpu, SEQUENCE)
+    group = None if mpu is None else _sequence_group(mpu)
     return 1 if group is None else dist.get_world_size(group)
 
 
@@ -161,6 +161,14 @@ def _group(mpu: Any, getters: Sequence[str]) -> dist.ProcessGroup | None:
     getter: Callable[[], Any] | None = next((getattr(mpu, name) for name in getters if hasattr(mpu, name)), None)
     group = None if getter is None else getter()
     return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def _sequence_group(mpu: Any) -> dist.ProcessGroup | None:
+    """The group over which each sequence is split; None without, or if the unit was made without such groups."""
+    try:
+        return _group(mpu, SEQUENCE)
+    except AssertionError:
+        return None
 
 
 # The process groups that joined() has made, by their ranks, and the world they belong to. A module global, because

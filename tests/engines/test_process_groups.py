@@ -176,6 +176,18 @@ def sizes_of_units():
     return {name: (grid.tensor_size, grid.pipeline_size) for name, grid in grids.items()}
 
 
+def test_a_unit_made_without_sequence_groups_has_none():
+    assert run_ranks(1, sequence_size_of_a_unit_without) == [1]
+
+
+def sequence_size_of_a_unit_without():
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    from ds_lowrank.placement.grid import sequence_size
+
+    return sequence_size(parallel_state_sp)
+
+
 def test_a_size_of_sequence_groups_that_the_groups_do_not_have_is_refused():
     for errors in run_ranks(2, with_sizes):
         assert "call initialize_sequence_parallel(2)" in errors[0]
