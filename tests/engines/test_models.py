@@ -75,6 +75,7 @@ def train_groups(settings, steps, schedule, client):
 
     built = {"model_parameters": groups_of(model)}
     if client:
+        ds_lowrank.tag_parameters(model)
         built = {"optimizer": ds_lowrank.GaLore(groups_of(model), **settings.pop("optimizer")["params"])}
     engine, *_ = ds_lowrank.initialize(model=model, config=settings, lr_scheduler=scheduler, **built)
     groups = engine.basic_optimizer.param_groups
