@@ -90,6 +90,7 @@ def alone(name: str) -> Weights:
         assert optimizer.metrics()["lowrank/failed_ascents"] == 0
     else:
         grouped = name == "parameter_groups"
+        ds_lowrank.tag_parameters(model)
         galore_alone(example, model, example.make_groups(model) if grouped else model)
     return dict(model.named_parameters())
 
@@ -127,6 +128,7 @@ def test_an_example_takes_the_steps_of_the_optimizer_alone(name, ranks):
 def test_a_group_has_its_own_options():
     example = load("parameter_groups")
     model = example.make_model()
+    ds_lowrank.tag_parameters(model)
     optimizer = ds_lowrank.GaLore(example.make_groups(model), **example.CONFIG["optimizer"]["params"])
     assert [(g["rank"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
         (16, 0.01, 0.1),
