@@ -165,7 +165,7 @@ class ParameterGroups:
     def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
         tag = tag_of(parameter)
         if tag is None and name is not None:
-            tag = tag_of_own_tensor(name, unpartitioned_shape(parameter))
+            tag = tag_of_own_tensor(name, parameter)
         if tag is None:
             raise ConfigError(
                 f"{self._method.name} got {name or 'a parameter'} without its model, and neither name nor shape tells "

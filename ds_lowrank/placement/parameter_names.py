@@ -97,19 +97,20 @@ def tag_of(parameter: torch.Tensor) -> Tag | None:
     return tag
 
 
-def tag_of_own_tensor(name: str, shape: tuple[int, ...]) -> Tag | None:
+def tag_of_own_tensor(name: str, parameter: torch.Tensor) -> Tag | None:
     """Make a tag for a named parameter that nothing was written on, if it is not that of a layer.
 
     Args:
         name: the parameter's.
-        shape: its shape.
+        parameter: of any shape; a declared stack has the kind of its matrices.
 
     Returns:
         None for a weight of a layer, or of several: only the layer's type tells what it is. Vectors are never
         projected, and a matrix of any other name is what :func:`tag_parameters` would say of a module's own tensor.
     """
-    is_matrix_of_a_layer = len(shape) == 2 and name.rpartition(".")[2] == "weight"
-    return None if is_matrix_of_a_layer or len(shape) > 2 else Tag(name, kind_of_own_tensor(name))
+    dimensions = len(unpartitioned_shape(parameter)) - hasattr(parameter, STACK)
+    is_matrix_of_a_layer = dimensions == 2 and name.rpartition(".")[2] == "weight"
+    return None if is_matrix_of_a_layer or dimensions > 2 else Tag(name, kind_of_own_tensor(name))
 
 
 def tag_fused(parameter: torch.Tensor, heights: Mapping[str, int]) -> None:

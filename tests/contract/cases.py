@@ -81,7 +81,7 @@ def perturbed(context: Callable[[], Any], options: dict[str, Any]) -> list[torch
             return model(inputs).square().mean()
 
     with context():
-        optimizer = OPTIMIZERS["Lorenza"](model.named_parameters(), lr=1e-2, **{"rank": 3, **options})
+        optimizer = OPTIMIZERS["Lorenza"](model, lr=1e-2, **{"rank": 3, **options})
     for _ in range(4):
         model.zero_grad()
         with context(), perturbed_weights(optimizer, lambda: [loss()], torch.device("cpu"), None) as perturbation:

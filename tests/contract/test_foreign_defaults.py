@@ -105,7 +105,7 @@ def adapted(context, axis, dtype=torch.float32):
         add_adapters(model, adapter_rank=3, norm_axis=axis, target_modules=["0"])
     start = copy_of(model)
     options = {"parametrization": "adapter", "rank": 2, "lr": 1e-2}
-    optimizer = ds_lowrank.GradNormLoRP([(n, p) for n, p in model.named_parameters() if p.requires_grad], **options)
+    optimizer = ds_lowrank.GradNormLoRP(model, **options)
     for step in range(2):
         inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).to(dtype)
         model.zero_grad()

@@ -159,7 +159,7 @@ def test_parameters_that_another_library_stores_in_its_own_way_are_refused(kind)
 def refusal_of(kind):
     model = FOREIGN[kind][0](torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)))
     try:
-        ds_lowrank.GaLore(model.named_parameters(), rank=2)
+        ds_lowrank.GaLore(model, rank=2)
     except ConfigError as error:
         return str(error)
     return "accepted"
@@ -171,7 +171,7 @@ def test_an_optimizer_whose_parameters_were_given_to_fsdp_later_is_refused_in_it
 
 def wrapped_later():
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
-    optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2)
+    optimizer = ds_lowrank.GaLore(model, rank=2)
     wrapped = sharded_by_fsdp1(model, use_orig_params=True)
     wrapped(torch.ones(2, 6)).sum().backward()
     try:
@@ -184,5 +184,5 @@ def wrapped_later():
 def test_a_frozen_parameter_may_be_stored_in_any_way():
     model = quantized(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)))
     model[0].weight.requires_grad_(False)
-    optimizer = ds_lowrank.GaLore(model.named_parameters(), rank=2)
+    optimizer = ds_lowrank.GaLore(model, rank=2)
     assert [slot.tag.name for slot in optimizer.slots] == ["0.bias", "1.weight", "1.bias"]

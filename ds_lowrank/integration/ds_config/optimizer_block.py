@@ -155,8 +155,8 @@ def _place(config: Mapping[str, Any], name: str) -> list[str]:
 def _trial(name: str, params: Mapping[str, Any]) -> list[str]:
     """What the optimizer itself says when it is built and stepped with these parameters; DeepSpeed's are not tried."""
     lower = name.lower()
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    parameter.grad = torch.zeros(2, 2)
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
+    parameter.grad = torch.zeros_like(parameter)
     if lower in ("adam", "adamw"):
         optimizer: Any = torch.optim.AdamW
         params = {key: value for key, value in params.items() if key in ("lr", "betas", "eps", "weight_decay")}

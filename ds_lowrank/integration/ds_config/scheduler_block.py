@@ -86,8 +86,8 @@ def _is_number(value: Any) -> bool:
 
 def _trial(name: str, scheduler: Any, params: Mapping[str, Any]) -> list[str]:
     """What the scheduler itself says when it is built and stepped."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+    parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
