@@ -67,7 +67,7 @@ def foreign_sharding(parameter: Any) -> str | None:
 
 
 def refuse_foreign_sharding(parameter: torch.Tensor, name: str) -> None:
-    """Refuse a parameter that is trained and whose elements are stored in a way that is not read here.
+    """Refuse a parameter that is trained and whose elements are stored or split in a way that is not read here.
 
     Args:
         parameter: as the caller gave it.
@@ -81,4 +81,9 @@ def refuse_foreign_sharding(parameter: torch.Tensor, name: str) -> None:
         raise ConfigError(
             f"{name} is {found}: give ds_lowrank plain parameters. DeepSpeed's ZeRO, which it reads, splits a model "
             "over ranks like FSDP"
+        )
+    if parameter.requires_grad and is_expert(parameter):
+        raise ConfigError(
+            f"{name} is split over expert ranks (its allreduce is False), and expert parallelism is not supported: use "
+            "experts that are whole on every rank, such as those of transformers"
         )

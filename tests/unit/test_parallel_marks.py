@@ -181,6 +181,13 @@ def wrapped_later():
     return "accepted"
 
 
+def test_experts_that_are_split_over_expert_ranks_are_refused_on_every_way_in():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    model[1].weight.allreduce = False
+    with pytest.raises(ConfigError, match=r"1\.weight is split over expert ranks"):
+        ds_lowrank.GaLore(model, rank=2)
+
+
 def test_a_frozen_parameter_may_be_stored_in_any_way():
     model = quantized(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)))
     model[0].weight.requires_grad_(False)
