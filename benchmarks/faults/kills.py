@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,9 +17,10 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from benchmarks.faults.one_rank import workspace
+from benchmarks.faults.one_rank import raises, workspace
 from benchmarks.faults.programs import LAUNCH, Running, run
 from benchmarks.faults.trial import Outcome, Trial
 
@@ -34,6 +36,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     },
 }
+FULL = OSError(errno.ENOSPC, "No space left on device")
+WRITES: dict[str, tuple[str, Exception, int]] = {
+    "the metrics": ("ds_lowrank.training.metrics:json.dumps", FULL, 8),
+    "the plot": ("ds_lowrank.training.output:plot_loss", FULL, 1),
+    "the summary": ("ds_lowrank.training.output:json.dumps", FULL, 12),
+    "the export": (
+        "transformers:PreTrainedModel.save_pretrained",
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        1,
+    ),
+}
+"""What is written outside checkpoints: what raises, and at its how-manieth call."""
 ATTEMPTS = 3
 """How often a command line is given at most: a kill hits once, so the second time has to do."""
 
@@ -126,8 +140,26 @@ def _compare(folder: Path) -> Outcome:
     return Outcome("other result", f"weights {names[:3]}") if names else Outcome("same result")
 
 
-def _ranks_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children(recursive=True) if "pretrain.py" in " ".join(child.cmdline())]
+def full_disk(folder: Path, target: str, error: Exception, calls: int) -> Outcome:
+    """A disk is full for rank 0, outside a checkpoint; with room again, the same command line finishes the run.
+
+    Args:
+        folder: an empty folder.
+        target: the function that writes, as ``module:name``.
+        error: what it raises.
+        calls: from which call on.
+    """
+    whole = run("pretrain", _command(folder / "whole", "ZeRO 2"), 2, folder / "whole")
+    if not whole.succeeded:
+        return Outcome("cannot go on", f"with room: {whole.err[-300:]}")
+    arguments = _command(folder / "killed", "ZeRO 2")
+    running = Running("pretrain", arguments, 2, folder / "killed", partial(raises, target, error, calls, 0))
+    outcome = running.finish(60).refusal()
+    if outcome.verdict != "refused":
+        return outcome
+    if not outcome.detail.startswith("rank 0: error: ") or "--resume" not in outcome.detail:
+        return Outcome("no message", outcome.detail)
+    return _again(folder, arguments)
 
 
 def launcher_signalled(folder: Path, launcher: Sequence[str], number: int) -> Outcome:
@@ -157,7 +189,7 @@ def launcher_signalled(folder: Path, launcher: Sequence[str], number: int) -> Ou
     if not _until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2, 120):
         process.kill()
         return Outcome("cannot go on", (folder / "out").read_text()[-300:])
-    ranks = [child for child in process.children(recursive=True) if "pretrain.py" in " ".join(child.cmdline())]
+    ranks = process.children(recursive=True)
     process.send_signal(number)
     _, alive = psutil.wait_procs([process, *ranks], timeout=60)
     for left in alive:
@@ -255,6 +287,10 @@ def trials() -> list[Trial]:
     for number in (signal.SIGTERM, signal.SIGKILL):
         found.append(Trial(f"{number.name} to deepspeed", partial(_deepspeed, number=number)))
     found.append(Trial("SIGTERM to torchrun", partial(_torchrun, number=signal.SIGTERM)))
+    found += [
+        Trial(f"a full disk at {what}", partial(full_disk, target=t, error=e, calls=n), what == "the export")
+        for what, (t, e, n) in WRITES.items()
+    ]
     found += [
         Trial(f"a second {number.name} while rank 1 is stopped", partial(stopped_rank, number=number), index == 0)
         for index, number in enumerate((signal.SIGTERM, signal.SIGINT))

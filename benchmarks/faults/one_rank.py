@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
@@ -48,11 +49,17 @@ def workspace(folder: Path, steps: int, *more: str, config: dict[str, Any] | Non
     ]
 
 
-def _raises(target: str, error: Exception, calls: int, rank: int) -> None:
-    """Make the function named ``target`` raise from its ``calls``-th call on, on rank 1."""
-    from pkgutil import resolve_name
+def raises(target: str, error: Exception, calls: int, victim: int, rank: int) -> None:
+    """Make a function raise on one rank.
 
-    if rank != 1:
+    Args:
+        target: the function, as ``module:name``.
+        error: what it raises.
+        calls: from which call on.
+        victim: the rank on which it raises.
+        rank: this rank.
+    """
+    if rank != victim:
         return
     original = resolve_name(target)
     count = 0
@@ -101,7 +108,7 @@ def alone(folder: Path, target: str, error: Exception, calls: int) -> Outcome:
         calls: from which call on.
     """
     arguments = workspace(folder, 6, "--save-interval", "4", "--eval-interval", "3", "--export")
-    return _judge(folder, arguments, partial(_raises, target, error, calls), str(error))
+    return _judge(folder, arguments, partial(raises, target, error, calls, 1), str(error))
 
 
 def resuming(folder: Path) -> Outcome:
@@ -111,14 +118,14 @@ def resuming(folder: Path) -> Outcome:
         return Outcome("cannot go on", first.err[-300:])
     arguments = workspace(folder, 4, "--resume")
     target = "ds_lowrank.data.batches:BatchStream.load_state_dict"
-    return _judge(folder, arguments, partial(_raises, target, FULL, 1), str(FULL))
+    return _judge(folder, arguments, partial(raises, target, FULL, 1, 1), str(FULL))
 
 
 def bug(folder: Path) -> Outcome:
     """An error of rank 1 that nobody foresaw: a traceback, of which every line has the rank."""
     arguments = workspace(folder, 4)
     target = "ds_lowrank.training.train:train_step"
-    running = Running("pretrain", arguments, 2, folder, partial(_raises, target, KeyError("unforeseen"), 2))
+    running = Running("pretrain", arguments, 2, folder, partial(raises, target, KeyError("unforeseen"), 2, 1))
     finished = running.finish()
     lines = [line for line in finished.err.splitlines() if "another rank failed" not in line]
     if finished.hung or finished.succeeded:

@@ -6,7 +6,7 @@ Such a run does not recover. It is ended, and what it has become is neither save
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +16,6 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from ds_lowrank.checkpoint.store import list_checkpoints
 from ds_lowrank.collectives import any_rank
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.placement.zero import forward_weights
@@ -42,12 +41,12 @@ class Health:
     Args:
         engine: the engine of the model.
         step: the step after which the run starts or resumes.
-        checkpoints: the folder of the run's checkpoints, for messages.
+        newest: returns the newest checkpoint that was saved or loaded, for messages; None for none.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, step: int, checkpoints: Path) -> None:
+    def __init__(self, engine: DeepSpeedEngine, step: int, newest: Callable[[], Path | None]) -> None:
         self._engine = engine
-        self._checkpoints = checkpoints
+        self._newest = newest
         self._sound = step  # the last step with a finite loss and gradient
         self._trained = step  # the last step with a finite loss, whose update may have been skipped
         self._skipped = self._skips()
@@ -128,8 +127,8 @@ class Health:
         raise self._error(step, "the weights, or the loss that they give, are not finite")
 
     def _error(self, step: int, found: str) -> BrokenRunError:
-        saved = list_checkpoints(self._checkpoints)
-        good = f"{saved[-1]} is the newest good checkpoint" if saved else "no checkpoint was saved before"
+        newest = self._newest()
+        good = "no checkpoint was saved before" if newest is None else f"{newest} is the newest good checkpoint"
         return BrokenRunError(f"step {step}: {found}, and the run was ended; {REMEDY}, in another --output. {good}")
 
     def is_sound(self, batch: Mapping[str, Tensor]) -> bool:
@@ -149,7 +148,7 @@ class Health:
         own, _ = forward_weights(parameter)
         elements = own.store.detach().reshape(-1)[own.offset : own.offset + own.end - own.start]
         norm: Tensor = torch.linalg.vector_norm(elements, dtype=torch.float32)
-        return norm.isfinite().to(self._engine.device)
+        return norm.isfinite().to(torch.device(self._engine.device))
 
     @torch.no_grad()
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:

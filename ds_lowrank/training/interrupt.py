@@ -37,7 +37,8 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, _wake)
         signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_restore)  # or a signal to a forked helper would count as one to this rank
+        # Or a signal to a forked helper would count as one to this rank.
+        os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_restore)
         threading.Thread(target=self._watch, args=(reads,), name="signals", daemon=True).start()
 
     @property
@@ -47,11 +48,9 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Why :attr:`received` is true, for a message; empty if it is not."""
-        if self._first is not None:
-            return "asked to stop"
-        lost = self._launchers.lost()
-        return "" if lost is None else f"{lost} is gone"
+        """Why the run stops, for a message. It may also be that another rank was asked."""
+        lost = None if self._first is not None else self._launchers.lost()
+        return "asked to stop" if lost is None else f"{lost} is gone: stopped"
 
     def _watch(self, pipe: int) -> None:
         while received := os.read(pipe, 1):
@@ -73,10 +72,19 @@ def _wake(number: int, frame: FrameType | None) -> None:
     """Do nothing: a Python handler must be installed for the interpreter to write to the pipe."""
 
 
+def _block() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _restore() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    _unblock()
 
 
 def _tell(text: str) -> None:

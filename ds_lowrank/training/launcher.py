@@ -61,7 +61,7 @@ class Launchers:
     """
 
     def __init__(self) -> None:
-        self._alive = [(name, parent) for parent in psutil.Process().parents() if (name := _launcher(parent))]
+        self._alive = [(name, parent) for parent in _parents() if (name := _launcher(parent))]
         self._lost: str | None = None
         self._next_look = 0.0
 
@@ -72,6 +72,14 @@ class Launchers:
             self._next_look = now + SECONDS_BETWEEN_LOOKS
             self._lost = next((name for name, parent in self._alive if not _runs(parent)), None)
         return self._lost
+
+
+def _parents() -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = psutil.Process().parents()
+    except psutil.Error:  # processes of other users are hidden here, and with them their ends
+        return []
+    return found
 
 
 def _launcher(process: psutil.Process) -> str | None:

@@ -58,6 +58,7 @@ class Run:
         parts: further parts to save in checkpoints, in addition to engine, data and random states.
         facts: returns further entries of the summary at the end of the run.
         progress: how far the run is.
+        checkpoint: the newest checkpoint that was saved or loaded; None for none.
     """
 
     arguments: Namespace
@@ -70,6 +71,7 @@ class Run:
     parts: dict[str, Stateful] = field(default_factory=dict)
     facts: Callable[[], Mapping[str, Any]] = dict
     progress: Progress = field(default_factory=Progress)
+    checkpoint: Path | None = None
 
     def resume(self, checkpoint: Path | None) -> None:
         """Continue from a checkpoint. Collective.
@@ -98,6 +100,7 @@ class Run:
         set_aside_newer(save, self.progress.step)
         if self.progress.step >= self.steps and dist.get_rank() == 0:
             logger.info("%s is at the last step: only the results are written again", checkpoint)
+        self.checkpoint = checkpoint
 
     def save(self) -> Path:
         """Save a checkpoint and return its folder. Collective.
@@ -109,9 +112,9 @@ class Run:
             own = {name: part.state_dict() for name, part in self._stateful().items()}
             own["random"] = get_random_state()
         directory, keep = self.arguments.save, self.arguments.keep_checkpoints
-        saved = save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
+        self.checkpoint = save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
         broadcast_from_rank0(lambda: record_save(self.arguments.output, directory))
-        return saved
+        return self.checkpoint
 
     def _stateful(self) -> dict[str, Stateful]:
         return {"data": self.data, **self.parts}

@@ -54,7 +54,7 @@ def due(step: int, interval: int) -> bool:
 class _Training:
     def __init__(self, run: Run, report: Reporter, stop: StopRequest) -> None:
         self._run, self._report, self._stop = run, report, stop
-        self._health = Health(run.engine, run.progress.step, run.arguments.save)
+        self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint)
         self._last_record = replace(run.progress)
         self._save_is_due = False
 
@@ -92,7 +92,7 @@ class _Training:
             if final and not sound:
                 self._health.end(step)
             if sound and self._save_is_due:
-                self._save()
+                self._save(asked and not final)
                 return asked and not final
         return False
 
@@ -118,12 +118,12 @@ class _Training:
             return error
         return None
 
-    def _save(self) -> None:
+    def _save(self, stops: bool) -> None:
         saved, run = self._run.save(), self._run
         self._save_is_due = False
         with raise_on_all_ranks():
             self._report.say(f"saved {saved}")
-            if self._stop.received and run.progress.step < run.steps:
+            if stops:
                 self._report.say(
                     f"{self._stop.reason} at step {run.progress.step} of {run.steps}; --resume continues from here"
                 )

@@ -11,14 +11,14 @@ from ds_lowrank.training.health import BROKEN_STEPS, SCALE_SEARCH_STEPS, BrokenR
 from tests.training.runs import deepspeed_config
 
 
-def health(tmp_path, fp16=False, step=0):
+def health(fp16=False, step=0, newest=None):
     engine = SimpleNamespace(skipped_steps=0, basic_optimizer=None, fp16_enabled=lambda: fp16)
-    return Health(engine, step, tmp_path)
+    return Health(engine, step, lambda: newest)
 
 
-def broken_at(tmp_path, steps, **more):
+def broken_at(steps, **more):
     """The step at which a run ends whose steps have these flags: loss and gradient not finite; None if it does not."""
-    watched = health(tmp_path, **more)
+    watched = health(**more)
     for step, (loss, gradient) in enumerate(steps, more.get("step", 0) + 1):
         try:
             watched.note(step, loss, gradient)
@@ -31,23 +31,23 @@ def broken_at(tmp_path, steps, **more):
 FINE, NO_LOSS, SKIPPED = (False, False), (True, True), (False, True)
 
 
-def test_so_many_broken_steps_in_a_row_end_a_run_and_fewer_do_not(tmp_path):
+def test_so_many_broken_steps_in_a_row_end_a_run_and_fewer_do_not():
     few, many = BROKEN_STEPS - 1, BROKEN_STEPS
     for kind in (NO_LOSS, SKIPPED, (True, False)):
-        assert broken_at(tmp_path, [*[kind] * few, FINE, *[kind] * few, FINE]) is None
-        assert broken_at(tmp_path, [FINE, FINE, *[kind] * many]) == many + 2
-        assert broken_at(tmp_path, [kind] * many, step=100) == 100 + many
-    assert broken_at(tmp_path, [NO_LOSS, SKIPPED] * many) == many  # the weights have not changed since
+        assert broken_at([*[kind] * few, FINE, *[kind] * few, FINE]) is None
+        assert broken_at([FINE, FINE, *[kind] * many]) == many + 2
+        assert broken_at([kind] * many, step=100) == 100 + many
+    assert broken_at([NO_LOSS, SKIPPED] * many) == many  # the weights have not changed since
 
 
-def test_fp16_may_search_its_loss_scale_but_not_for_ever(tmp_path):
-    assert broken_at(tmp_path, [SKIPPED] * 33, fp16=True) is None  # 2**32 down to 1
-    assert broken_at(tmp_path, [SKIPPED] * SCALE_SEARCH_STEPS, fp16=True) == SCALE_SEARCH_STEPS
-    assert broken_at(tmp_path, [NO_LOSS] * SCALE_SEARCH_STEPS, fp16=True) == BROKEN_STEPS
+def test_fp16_may_search_its_loss_scale_but_not_for_ever():
+    assert broken_at([SKIPPED] * 33, fp16=True) is None  # 2**32 down to 1
+    assert broken_at([SKIPPED] * SCALE_SEARCH_STEPS, fp16=True) == SCALE_SEARCH_STEPS
+    assert broken_at([NO_LOSS] * SCALE_SEARCH_STEPS, fp16=True) == BROKEN_STEPS
 
 
-def test_symptoms_are_the_loss_the_norm_and_skipped_updates(tmp_path):
-    watched = health(tmp_path)
+def test_symptoms_are_the_loss_the_norm_and_skipped_updates():
+    watched = health()
 
     def symptoms(loss=1.0, norm=1.0):
         found = watched.symptoms(SimpleNamespace(loss=torch.tensor(loss), grad_norm=norm))
@@ -59,16 +59,14 @@ def test_symptoms_are_the_loss_the_norm_and_skipped_updates(tmp_path):
     assert symptoms() == (False, True) and symptoms() == (False, False)
 
 
-def test_the_message_says_what_to_change_and_what_is_left(tmp_path):
+def test_the_message_says_what_to_change_and_what_is_left():
     with pytest.raises(BrokenRunError, match=r"lower the learning rate .* no checkpoint was saved before"):
-        health(tmp_path).end(7)
-    (tmp_path / "global_step3").mkdir()
-    (tmp_path / "global_step3" / "manifest.json").write_text("{}")
+        health().end(7)
     with pytest.raises(BrokenRunError, match=r"step 7: .*global_step3 is the newest good checkpoint"):
-        health(tmp_path).end(7)
+        health(newest="run/checkpoints/global_step3").end(7)
     with (
         pytest.raises(BrokenRunError, match="step 9: the gradient overflows fp16 at the smallest loss scale"),
-        health(tmp_path).step(9),
+        health().step(9),
     ):
         raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
 
@@ -117,7 +115,7 @@ def test_a_run_that_is_broken_at_its_last_step_is_no_success(workspace, optimize
     assert not (workspace.path / name / "export").exists()
 
 
-def test_a_broken_model_is_never_the_best(tmp_path):
+def test_a_broken_model_is_never_the_best():
     considered = []
     best = SimpleNamespace(metric="accuracy", consider=lambda step, value: considered.append((step, value)))
     losses = iter([0.5, math.nan])

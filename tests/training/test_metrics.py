@@ -1,10 +1,12 @@
+import errno
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 from matplotlib import image
 
-from ds_lowrank.training.metrics import Reporter, read_metrics
+from ds_lowrank.training.metrics import OutputError, Reporter, read_metrics
 from ds_lowrank.training.output import begin_output, check_output, write_results
 from ds_lowrank.training.plot import plot_loss
 
@@ -48,6 +50,24 @@ def test_what_is_not_finite_is_null_in_the_file_and_skipped_steps_are_shown(tmp_
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record(1, loss=None, grad_norm=None, skipped_steps=2)
     line = capsys.readouterr().out
     assert "loss nan" in line and "grad norm inf" in line and "2 skipped" in line
+
+
+def test_a_full_disk_is_said_in_one_line_that_names_the_file(tmp_path, monkeypatch):
+    def fail(*written):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = SimpleNamespace(write=fail, flush=fail, close=fail)
+    with Reporter(tmp_path, engine(), steps=10) as report:
+        monkeypatch.setattr(report, "_file", full)
+        with pytest.raises(OutputError, match=r"metrics.jsonl cannot be written: No space left on device; make room"):
+            report.record(record(1))
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match=r"^the console output cannot be written: No space left on device"):
+            report.say("saved")
+        monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/metrics.jsonl cannot be written: .*continue with --resume"):
+        Reporter(tmp_path / "file", engine(), steps=10)
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

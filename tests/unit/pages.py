@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication")
+NAMES = (
+    *("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication"),
+    "clusters",
+)
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
 
 

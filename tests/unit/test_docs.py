@@ -159,6 +159,7 @@ def test_commands_parse_and_name_files_that_exist(command):
 
 def test_every_flag_that_is_mentioned_exists(parsers):
     elsewhere = {"--num_gpus", "--hostfile", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend"}
+    elsewhere |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--init", "--time"}
     elsewhere |= {
         "--rdzv_endpoint",
         "--constraint",
