@@ -9,9 +9,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,6 @@ def killed(folder: Path, layout: str, moment: str, victim: str, seed: int) -> Ou
         victim: one of ``VICTIMS``.
         seed: of the exact moment.
     """
-    whole = run("pretrain", _command(folder / "whole", layout), 2, folder / "whole")
-    if not whole.succeeded:
-        return Outcome("cannot go on", f"without a kill: {whole.err[-300:]}")
     arguments = _command(folder / "killed", layout)
     running = Running("pretrain", arguments, 2, folder / "killed")
     _wait_for_moment(running, moment, folder / "killed", random.Random(seed))
@@ -114,23 +112,34 @@ def killed(folder: Path, layout: str, moment: str, victim: str, seed: int) -> Ou
         return Outcome("hang", finished.err[-300:])
     if "Traceback" in finished.err or "gloo" in finished.err:
         return Outcome("traceback", finished.err[-300:])
-    return _again(folder, arguments)
+    return _again(folder, arguments, layout)
 
 
-def _again(folder: Path, arguments: Sequence[str]) -> Outcome:
-    """Give the command line until the run in ``killed`` is finished; compare it with that in ``whole``."""
+@cache
+def _undisturbed(layout: str) -> tuple[dict[int, dict[str, Any]], dict[str, torch.Tensor]]:
+    """The result of a run that nothing disturbs."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "whole"
+        finished = run("pretrain", _command(folder, layout), 2, folder)
+        if not finished.succeeded:
+            raise ValueError(f"without a fault: {finished.err[-300:]}")
+        return _result(folder)
+
+
+def _again(folder: Path, arguments: Sequence[str], layout: str) -> Outcome:
+    """Give the command line until the run in ``killed`` is finished; compare it with an undisturbed one."""
     for _ in range(ATTEMPTS):
         finished = run("pretrain", arguments, 2, folder / "killed")
         if finished.succeeded:
-            return _compare(folder)
+            return _compare(folder, layout)
         if finished.hung:
             break
     return Outcome("hang" if finished.hung else "cannot go on", finished.err[-400:])
 
 
-def _compare(folder: Path) -> Outcome:
+def _compare(folder: Path, layout: str) -> Outcome:
     try:
-        (records, weights), (again, reached) = _result(folder / "whole"), _result(folder / "killed")
+        (records, weights), (again, reached) = _undisturbed(layout), _result(folder / "killed")
     except (OSError, ValueError) as error:
         return Outcome("other result", str(error))
     if records != again:
@@ -149,9 +158,6 @@ def full_disk(folder: Path, target: str, error: Exception, calls: int) -> Outcom
         error: what it raises.
         calls: from which call on.
     """
-    whole = run("pretrain", _command(folder / "whole", "ZeRO 2"), 2, folder / "whole")
-    if not whole.succeeded:
-        return Outcome("cannot go on", f"with room: {whole.err[-300:]}")
     arguments = _command(folder / "killed", "ZeRO 2")
     running = Running("pretrain", arguments, 2, folder / "killed", partial(raises, target, error, calls, 0))
     outcome = running.finish(60).refusal()
@@ -159,20 +165,17 @@ def full_disk(folder: Path, target: str, error: Exception, calls: int) -> Outcom
         return outcome
     if not outcome.detail.startswith("rank 0: error: ") or "--resume" not in outcome.detail:
         return Outcome("no message", outcome.detail)
-    return _again(folder, arguments)
+    return _again(folder, arguments, "ZeRO 2")
 
 
 def launcher_signalled(folder: Path, launcher: Sequence[str], number: int) -> Outcome:
-    """Signal the launcher alone: the ranks save, end, and the run goes on from there to the same result.
+    """Signal the launcher alone: the ranks save, and end.
 
     Args:
         folder: an empty folder.
         launcher: the module and its arguments.
         number: the signal.
     """
-    whole = run("pretrain", _command(folder / "whole", "ZeRO 2"), 2, folder / "whole")
-    if not whole.succeeded:
-        return Outcome("cannot go on", f"without a signal: {whole.err[-300:]}")
     arguments = _command(folder / "killed", "ZeRO 2")
     position = arguments.index("--steps") + 1
     endless = [*arguments[:position], "100000", *arguments[position + 1 :], "--save-interval", "100000"]
