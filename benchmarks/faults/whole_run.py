@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import shutil
@@ -83,6 +84,7 @@ def workspace() -> Path:
     """A folder with a model's configuration and data for both programs, made once per process."""
     folder = Path(tempfile.mkdtemp(prefix="faults-")) / "work"  # the outputs of the programs are written beside it
     folder.mkdir()
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     (folder / "model.json").write_text(json.dumps(MODEL))
     (folder / "text").mkdir()
     for number in range(60):
