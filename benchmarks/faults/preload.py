@@ -21,5 +21,7 @@ import ds_lowrank.finetuning.tasks
 import ds_lowrank.models.llama_parallel
 import ds_lowrank.training.script
 
+# As in tests/engines/preload.py: in a test process, its ranks may be forked from this server.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
 _ = deepspeed.ops, scipy.stats, sklearn.metrics, transformers.LlamaForCausalLM, ds_lowrank
