@@ -124,7 +124,7 @@ def test_what_one_rank_finds_wrong_ends_both(folder):
 
 def test_two_kinds_of_adapters_are_refused(folder):
     config = deepspeed_config()
-    config["optimizer"]["params"]["parametrization"] = "adapter"
+    config["optimizer"] = {"type": "GradNormLoRP", "params": {"lr": 0.01, "parametrization": "adapter"}}
     (message,) = run_ranks(1, set_up_error, command_line(folder, "twice", "--lora-rank", "4", config=config))
     assert "--lora-rank and parametrization 'adapter' are two kinds of adapters" in message
 

@@ -85,8 +85,9 @@ def validate_program(config: Mapping[str, Any], name: str, filled_in: Collection
 def _refused_by_deepspeed(config: Mapping[str, Any]) -> list[str]:
     """What DeepSpeed says when it reads the whole configuration; the batch sizes are settled later."""
     batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    zero = {"zero_optimization": dict(zero_block(config))}  # DeepSpeed prints a page about the short form
     try:
-        DeepSpeedConfig(copy.deepcopy({**config, **batch}))
+        DeepSpeedConfig(copy.deepcopy({**config, **batch, **zero}))
     except Exception as error:  # assertions, TypeErrors and others, of which none may end in a traceback
         return [f"DeepSpeed does not take it: {one_line(error)}"]
     return []
