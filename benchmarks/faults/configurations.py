@@ -21,6 +21,7 @@ from unittest import mock
 
 from pydantic import BaseModel
 
+from benchmarks.faults.malformed import FILES, NUMBERS, OPTIMIZERS, SCHEDULERS, VALUES, WHOLE
 from benchmarks.faults.programs import run
 from benchmarks.faults.trial import Outcome, Trial
 from ds_lowrank.finetuning import arguments as finetuning
@@ -157,68 +158,6 @@ def _types() -> Iterator[Trial]:
                 yield _wrong(f"{at} is true", _with(at, True), key)
 
 
-VALUES: dict[str, tuple[Any, ...]] = {
-    "gradient_clipping": (-1, "1.0", "auto", None, True, 1e400),
-    "train_batch_size": (0, -1, 1.5, "8", True, 3.7),
-    "gradient_accumulation_steps": (0, -2, "2"),
-    "steps_per_print": (0, -1),
-    "gradient_predivide_factor": (0, -1.0),
-    "communication_data_type": ("fp8", 16),
-    "gradient_allreduce_op": ("max",),
-    "log_level": ("loud",),
-    "sequence_parallel_size": (0, 2),
-    "zero_optimization.stage": (-1, 4, "auto", "2", 1.5, True, None),
-    "zero_optimization.sub_group_size": (0, -1, "auto"),
-    "zero_optimization.reduce_bucket_size": (0, -1, "auto", "5e8"),
-    "zero_optimization.allgather_bucket_size": (0, -5),
-    "zero_optimization.zero_hpz_partition_size": (0, 2),
-    "zero_optimization.mics_shard_size": (2,),
-    "zero_optimization.compute_grad_norm": (False,),
-    "zero_optimization.offload_optimizer": ({"device": "gpu"}, {"devce": "cpu"}, {"device": "cpu"}, 3),
-    "bf16.enabled": ("auto", "true", 1, None),
-    "bf16.bf16_master_weights_and_grads": (True,),
-    "bf16.bf16_optimizer_states": (True,),
-    "fp16.enabled": ("auto", "yes"),
-    "fp16.loss_scale": (-1, "dynamic", True),
-    "fp16.initial_scale_power": (-1, 5000, 1.5),
-    "fp16.hysteresis": (0,),
-    "tensor_parallel.autotp_size": (0, -1, "2", 1.5, "auto"),
-    "tensor_parallel.partition_config": ({"layer_specs": 3}, {"layer_spec": []}, {"layer_specs": [{"patern": []}]}, 3),
-    "aio.use_gds": (True,),
-    "tensor_parallel.tp": ({"tp_size": 2},),
-    "pipeline.stages": (2, 0, "two"),
-    "pipeline.partition": ("uniform",),
-    "tensor_parallel.preset_model": ("lama", 3),
-    "data_types.grad_accum_dtype": ("fp8", "bf16", 32),
-    "data_types.param_dtype": ("fp16",),
-    "wandb.enabled": (True,),
-    "comet.enabled": (True,),
-    "checkpoint.tag_validation": ("perhaps",),
-    "checkpoint.use_node_local_storage": (True,),
-    "checkpoint.load_universal": (True,),
-    "activation_checkpointing.number_checkpoints": (0, "auto"),
-    "flops_profiler.profile_step": (0,),
-    "hybrid_engine.enabled": (True,),
-    "compile.deepcompile": (True,),
-    "expert_parallel.enabled": (True,),
-    "data_efficiency.enabled": (True,),
-    "autotuning.enabled": (True,),
-    "managed_gradient_accumulation": (False,),
-    "amp": ({}, {"enabled": True}),
-    "elasticity": ({"enabled": False},),
-    "curriculum_learning": ({},),
-    "compression_training": ({},),
-    "progressive_layer_drop": ({},),
-    "sparse_gradients": (True,),
-    "optimizer.params.lr": (True, "1e-3", "auto", -1, None, [1], 1e400),
-    "optimizer.params.rank": (0, "4", 1.5, "auto", True),
-    "optimizer.params.betas": ([0.9], "auto", [0.9, 1.5]),
-    "optimizer.parms": ({},),
-    "optimizer.lr": (0.1,),
-    "optimizer.type": ("galore", "GaLoree", "AdmW", "", 3, None),
-}
-
-
 def _values() -> Iterator[Trial]:
     for path, values in VALUES.items():
         for value in values:
@@ -231,71 +170,11 @@ def _values() -> Iterator[Trial]:
     yield _wrong("fp16 and bf16", both, "fp16.enabled", "bf16.enabled")
 
 
-WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 10}
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "no type": {"params": WARMUP},
-    "no params": {"type": "WarmupLR"},
-    "empty": {},
-    "unknown type": {"type": "WarmupRL", "params": WARMUP},
-    "a module's other name": {"type": "Optimizer", "params": {}},
-    "a key beside params": {"type": "WarmupLR", "params": WARMUP, "warmup_num_steps": 10},
-    "misspelt parameter": {"type": "WarmupLR", "params": {"warmup_steps": 10}},
-    "auto": {"type": "WarmupLR", "params": {**WARMUP, "warmup_max_lr": "auto"}},
-    "zero steps": {"type": "WarmupLR", "params": {**WARMUP, "warmup_num_steps": 0}},
-    "half a step": {"type": "WarmupLR", "params": {**WARMUP, "warmup_num_steps": 1.5}},
-    "negative rate": {"type": "WarmupLR", "params": {**WARMUP, "warmup_max_lr": -1}},
-    "a string": {"type": "WarmupLR", "params": {**WARMUP, "warmup_max_lr": "0.01"}},
-    "true": {"type": "WarmupLR", "params": {**WARMUP, "warmup_max_lr": True}},
-    "unknown shape": {"type": "WarmupLR", "params": {**WARMUP, "warmup_type": "cubic"}},
-    "no total": {"type": "WarmupDecayLR", "params": WARMUP},
-    "no total of a cosine": {"type": "WarmupCosineLR", "params": {}},
-    "no rates": {"type": "OneCycle", "params": {}},
-    "no step size": {"type": "StepLR", "params": {}},
-    "step size 0": {"type": "StepLR", "params": {"step_size": 0}},
-    "a function": {"type": "LambdaLR", "params": {"lr_lambda": "x"}},
-    "needs a metric": {"type": "ReduceLROnPlateau", "params": {}},
-}
-OPTIMIZERS: dict[str, tuple[dict[str, Any], str]] = {
-    "misspelt parameter": ({"type": "AdamW", "params": {"lr": 0.1, "bettas": [0.9, 0.9]}}, "did you mean 'betas'"),
-    "clipping": ({"type": "AdamW", "params": {"lr": 0.1, "max_grad_norm": 1}}, "gradient_clipping"),
-    "betas": ({"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 1.0]}}, "betas"),
-    "one beta": ({"type": "Adam", "params": {"lr": 0.1, "betas": 0.9}}, "betas"),
-    "a string": ({"type": "SGD", "params": {"lr": 0.1, "momentum": "0.9"}}, "momentum"),
-    "auto": ({"type": "AdamW", "params": {"lr": 0.1, "weight_decay": "auto"}}, "'auto'"),
-    "untested": ({"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer"),
-    "needs a closure": ({"type": "LBFGS", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer"),
-    "a GPU's": ({"type": "Lion", "params": {"lr": 0.1}}, "GPU"),
-    "not installed": ({"type": "MuAdam", "params": {"lr": 0.1}}, "mup"),
-    "a key beside params": ({"type": "AdamW", "params": {"lr": 0.1}, "weight_decay": 0.1}, "weight_decay"),
-    "params is a list": ({"type": "AdamW", "params": [0.1]}, "params"),
-}
-
-
 def _optimizers() -> Iterator[Trial]:
     for name, block in SCHEDULERS.items():
         yield _wrong(f"scheduler: {name}", {**good(), "scheduler": block}, "scheduler")
     for name, (block, words) in OPTIMIZERS.items():
         yield _wrong(f"optimizer: {name}", {**good(), "optimizer": block}, words)
-
-
-FILES = {
-    "empty": "",
-    "blanks": " \n",
-    "truncated": '{"train_batch_size": 8, "optim',
-    "no comma": '{"train_batch_size": 8 "steps_per_print": 1}',
-    "trailing comma": '{"train_batch_size": 8,}',
-    "a list": "[]",
-    "null": "null",
-    "a number": "3",
-    "a string": '"GaLore"',
-    "an empty object": "{}",
-    "a key twice": '{"train_batch_size": 8, "train_batch_size": 9}',
-    "a key twice in a block": '{"optimizer": {"type": "GaLore", "type": "AdamW"}}',
-    "NaN": '{"gradient_clipping": NaN}',
-    "Infinity": '{"gradient_clipping": Infinity}',
-    "nested a thousand times": "[" * 100_000,
-    "Python": "{'optimizer': {'type': 'GaLore'}}",
-}
 
 
 def _files() -> Iterator[Trial]:
@@ -313,10 +192,6 @@ def _files() -> Iterator[Trial]:
 
     yield Trial("file: a folder", folder_for_file, compact=True)
     yield Trial("file: binary", binary, compact=True)
-
-
-NUMBERS = ("", "abc", "nan", "inf", "-1", "1_000", "٣", "1e999", "0x10", "1,5")
-WHOLE = ("", "abc", "-1", "1.5", "1_000", "٣", "1" * 30, "0x10", "1e3", "nan", str(2**64))
 
 
 def _parsers() -> Iterator[tuple[str, Any, argparse.ArgumentParser]]:
