@@ -37,6 +37,7 @@ class Bulletin:
         # store may be gone.
         self._store, self._watched = (self._connect(store) for _ in range(2))
         self._claim = threading.Lock()
+        self._closed = False
 
     def _connect(self, store: Any) -> Any:
         return store.clone() if self._ranks > 1 else store
@@ -44,6 +45,10 @@ class Bulletin:
     def claim(self) -> bool:
         """Whether the caller is the first of this process, and hence the one that ends it."""
         return self._claim.acquire(blocking=False)
+
+    def close(self) -> None:
+        """Stop watching, as the ranks are about to end one after the other."""
+        self._closed = True
 
     def watch(self, end: Callable[[dict[int, Failure]], None]) -> None:
         """Call a function in a thread if another rank fails and this one has not ended some seconds later.
@@ -71,15 +76,15 @@ class Bulletin:
         return dict(found)
 
     def _watch(self, end: Callable[[dict[int, Failure]], None]) -> None:
+        found: dict[int, Failure] = {}
         try:
-            store = self._watched
-            while not store.check([ANY]):
+            while not self._watched.check([ANY]):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-            found = self._read(store)
-        except RuntimeError:  # the store is gone: this rank learns of it in its next collective
-            return
+            found = self._read(self._watched)
+        except RuntimeError:
+            pass  # the store is gone, and with it the rank or the launcher that kept it
         time.sleep(SECONDS_FOR_OTHERS)
-        if self.claim():
+        if not self._closed and self.claim():
             end(found)
 
     def _exchange(self, failure: Failure, found: dict[int, Failure]) -> None:

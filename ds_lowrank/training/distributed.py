@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -122,6 +123,7 @@ def fail(
         bulletin: where the ranks post their errors; None if this process could not join the others.
         timeout: the time limit of collectives in seconds, for messages.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which launchers end the others once the first has ended
     failure = Failure.of(error, expected)
     if bulletin is None:
         _print_and_end(_before_joining(failure, error))

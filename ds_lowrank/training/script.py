@@ -60,6 +60,7 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
             if train(run, launchers):
                 finish(run)
         folders.release()
+        bulletin.close()
         distributed.leave()
     except Exception as error:
         folders.release()
