@@ -33,15 +33,28 @@ class RoleChecks:
 
     Attributes:
         method: of the optimizer.
-        names: of all parameters, and of the matrices fused in them.
+        names: of all parameters, and of the matrices in them; the keys of a dict, in order.
         unprojectable: why, for every name of a parameter that no option lets be projected.
         patterns: those that wait: the names that they may match, the option they come from, the glob.
     """
 
     method: type[Method]
-    names: list[str] = field(default_factory=list)
+    names: dict[str, None] = field(default_factory=dict)
     unprojectable: dict[str, str] = field(default_factory=dict)
     patterns: list[tuple[list[str], str, str]] = field(default_factory=list)
+
+    def add_names(self, names: Sequence[str]) -> None:
+        """Note the names of a parameter and of the matrices in it.
+
+        Args:
+            names: all different.
+
+        Raises:
+            ConfigError: another parameter has one of them.
+        """
+        if twice := next((name for name in names if name in self.names), None):
+            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name: give each parameter its own")
+        self.names |= dict.fromkeys(names)
 
     def add(self, parameters: Iterable[LogicalParameter]) -> None:
         """Note which of some trained parameters are no matrices.

@@ -172,10 +172,7 @@ class ParameterGroups:
                 "an embedding or a head from a weight. Pass the model itself, or call ds_lowrank.tag_parameters(model) "
                 "first"
             )
-        names = matchable_names(parameter, tag)
-        if twice := next((name for name in names if name in self._checks.names), None):
-            raise ConfigError(f"{twice}: given twice. State and seeds belong to a name: give each parameter its own")
-        self._checks.names += names
+        self._checks.add_names(matchable_names(parameter, tag))
         return tag
 
     def check(self, options: Options) -> None:
@@ -190,7 +187,7 @@ class ParameterGroups:
         """
         if problem := self._method.missing_requirement(self._checks.names, options):
             raise ConfigError(f"{self._method.name}: {problem}")
-        self._checks.check_patterns(self._checks.names, {key: getattr(options, key) for key in PATTERNS})
+        self._checks.check_patterns(list(self._checks.names), {key: getattr(options, key) for key in PATTERNS})
         self._checks.check_projected(lambda: [*self._roles(), *self._roles(frozen=True)])
 
     def check_roles(self, pipeline: dist.ProcessGroup | None, may_unfreeze: bool) -> None:

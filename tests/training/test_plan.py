@@ -150,4 +150,4 @@ def test_a_missing_configuration_and_bad_numbers_end_in_usage(workspace: Workspa
     for flag in ("--output", "--save"):
         with pytest.raises(SystemExit):
             parse([*workspace.arguments("a"), flag, ""])
-        assert f"argument {flag}: the name of the folder is empty" in capsys.readouterr().err
+        assert f"argument {flag}: it is empty" in capsys.readouterr().err
