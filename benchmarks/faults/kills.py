@@ -56,7 +56,7 @@ ATTEMPTS = 3
 def _command(folder: Path, layout: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     # --resume from the first time on, as in a script that a cluster starts again and again.
-    more = ("--save-interval", str(INTERVAL), "--eval-interval", "4", "--export", "--resume")
+    more = ("--save-interval", str(INTERVAL), "--eval-interval", "4", "--export", "--timeout", "20", "--resume")
     return workspace(folder, STEPS, *more, config=LAYOUTS[layout])
 
 
