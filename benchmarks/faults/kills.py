@@ -39,7 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 FULL = OSError(errno.ENOSPC, "No space left on device")
 WRITES: dict[str, tuple[str, Exception, int]] = {
-    "the metrics": ("ds_lowrank.training.metrics:json.dumps", FULL, 8),
+    "the metrics": ("ds_lowrank.training.metrics:_finite", FULL, 40),
     "the plot": ("ds_lowrank.training.output:plot_loss", FULL, 1),
     "the summary": ("ds_lowrank.training.output:json.dumps", FULL, 12),
     "the export": (
@@ -160,10 +160,12 @@ def full_disk(folder: Path, target: str, error: Exception, calls: int) -> Outcom
     """
     arguments = _command(folder / "killed", "ZeRO 2")
     running = Running("pretrain", arguments, 2, folder / "killed", partial(raises, target, error, calls, 0))
-    outcome = running.finish(60).refusal()
+    finished = running.finish(60)
+    outcome = finished.refusal()
     if outcome.verdict != "refused":
         return outcome
-    if not outcome.detail.startswith("rank 0: error: ") or "--resume" not in outcome.detail:
+    lines = finished.err.splitlines()
+    if not any(line.startswith("rank 0: error: ") and "--resume" in line for line in lines):
         return Outcome("no message", outcome.detail)
     return _again(folder, arguments, "ZeRO 2")
 

@@ -9,44 +9,15 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto import modeling_auto
 
 import ds_lowrank
+from benchmarks.roles import architectures
 from ds_lowrank.placement.parameter_names import tag_of, tag_parameters
 from tests.engines.pool import run_ranks
 
-MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM")
-DEPTH = re.compile(r"(num_)?(hidden_|encoder_|decoder_)?layers?|n_layers?|(en|de)coder_layers|num_blocks|depth")
 HEADS_WITHOUT_BASE = ("classifier", "decoder.cls.predictions.transform.dense")
 AT_LEAST = 300  # of about 380 classes; the others need packages or settings
 ATTENTION = re.compile("attention|attn", re.I)
-
-
-def shrink(config):
-    """Two layers of everything, so that a model is built in milliseconds."""
-    for key, value in list(vars(config).items()):
-        if isinstance(value, transformers.PretrainedConfig):
-            shrink(value)
-        elif DEPTH.fullmatch(key) and isinstance(value, int) and value > 2:
-            setattr(config, key, 2)
-        elif key == "layer_types" and value:
-            setattr(config, key, value[:2])
-
-
-def architectures():
-    """One model after another, without memory for its weights."""
-    names = {name for task in MAPPINGS for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()}
-    for name in sorted(n for entry in names for n in ([entry] if isinstance(entry, str) else entry)):
-        try:
-            cls = getattr(transformers, name)
-            if any(base.__name__.startswith("GenericFor") for base in cls.__mro__):
-                continue  # a head that 90 models share
-            config = cls.config_class()
-            shrink(config)
-            with torch.device("meta"):
-                yield name, cls(config)
-        except Exception:  # a package or a setting is missing: counted below
-            continue
 
 
 def kinds(model):
