@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from benchmarks.common import options, provenance, table, write_json
+from benchmarks.common import hardware, options, provenance, table, write_json
 from ds_lowrank.placement.parameter_names import Tag, tag_of, tag_parameters
 from ds_lowrank.placement.stacks import stack_of
 
@@ -115,7 +115,7 @@ def main() -> None:
     print(table(shares))
     if arguments.json is not None:
         record = {"architectures": built, "changed_by_compile": changed, "shares": shares, "mixtures": mixtures}
-        write_json(arguments.json, {**provenance("benchmarks.roles", arguments), **record})
+        write_json(arguments.json, {**provenance("benchmarks.roles", arguments), "hardware": hardware(), **record})
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ UNSUPPORTED_SETTINGS = (
         "sequence_parallel_size",
         _above_one("sequence_parallel_size"),
         "DeepSpeed does not average over these ranks. Remove it and pass "
-        "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp to ds_lowrank.initialize",
+        "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, after its initialize_sequence_parallel, to "
+        "ds_lowrank.initialize",
     ),
     UnsupportedSetting(
         "data_parallel_size",

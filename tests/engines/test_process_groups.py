@@ -190,7 +190,7 @@ def sequence_size_of_a_unit_without():
 
 def test_a_size_of_sequence_groups_that_the_groups_do_not_have_is_refused():
     for errors in run_ranks(2, with_sizes):
-        assert "call initialize_sequence_parallel(2)" in errors[0]
+        assert "parallel_state_sp, after its initialize_sequence_parallel, to ds_lowrank.initialize" in errors[0]
         assert "but the mpu has sequence groups of 2" in errors[1]
         assert errors[2] == ""
 

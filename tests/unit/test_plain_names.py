@@ -93,6 +93,19 @@ def test_names_in_ddp_and_in_an_engine():
     assert run_ranks(1, names_of_engines) == [[NAMES, NAMES]]
 
 
+def steps_under_ddp():
+    plain, wrapped = small_model(), nn.parallel.DistributedDataParallel(small_model())
+    optimizers = [ds_lowrank.GaLore(model, lr=1e-2, rank=2) for model in (plain, wrapped)]
+    for optimizer, model in zip(optimizers, (plain, wrapped), strict=True):
+        run(optimizer, model, range(3))
+    assert_equal(plain.parameters(), wrapped.parameters())
+    return [list(optimizer.state_dict()["state"]) for optimizer in optimizers]
+
+
+def test_a_model_in_ddp_takes_the_same_steps():
+    assert run_ranks(1, steps_under_ddp) == [[NAMES, NAMES]]
+
+
 @pytest.mark.slow
 def test_peft_around_a_model_and_injected_into_it_give_the_same_names():
     peft = pytest.importorskip("peft")
