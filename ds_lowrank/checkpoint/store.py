@@ -75,7 +75,7 @@ def save_checkpoint(
         if global_rank() == 0 and is_owned(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{directory / tag} was not saved: {error}; is the disk full? Earlier checkpoints are intact"
+            f"{directory / tag} was not saved: {error}{_advice(error)}. Earlier checkpoints are intact"
         ) from error
     try:
         _on_first_rank(lambda: _prune(directory, keep))
@@ -84,6 +84,14 @@ def save_checkpoint(
             f"{directory / tag} was saved, but an older checkpoint was not deleted: {error}"
         ) from error
     return directory / tag
+
+
+def _advice(error: Exception) -> str:
+    """What to do where a disk is full, and what may be the reason where torch does not say why it could not write."""
+    text = str(error)
+    if "No space left on device" in text or "Disk quota exceeded" in text:
+        return "; make room on the disk"
+    return "; is the disk full?" if "PytorchStreamWriter" in text or "file write failed" in text else ""
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:

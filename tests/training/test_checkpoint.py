@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,14 +41,14 @@ IDENTITY = Identity(
 
 
 class Files:
-    """The part of DeepSpeed's checkpoint engine that is used; `full` makes every write fail as on a full disk."""
+    """The part of DeepSpeed's checkpoint engine that is used; `error` is raised by every write."""
 
-    full = False
+    error = None
 
     def save(self, state_dict, path):
-        if self.full:
+        if self.error:
             Path(path).write_bytes(b"cut sh")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise self.error
         torch.save(state_dict, path)
 
     def load(self, path, map_location=None):
@@ -94,17 +95,26 @@ def test_the_newest_are_kept_in_order_of_their_step(tmp_path):
     assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "global_step9")) == tmp_path / "global_step9"
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "; make room on the disk"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "; is the disk full?"),
+        (PermissionError(errno.EACCES, "Permission denied"), ""),
+    ],
+)
+def test_a_failed_write_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, error, advice):
     save(tmp_path, 1)
     before = names(tmp_path)
     engine = Engine()
-    engine.checkpoint_engine.full = True
-    with pytest.raises(CheckpointError, match=r"global_step2 was not saved: .*No space left on device"):
+    engine.checkpoint_engine.error = error
+    message = f"global_step2 was not saved: {error}{advice}. Earlier checkpoints are intact"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         save(tmp_path, 2, engine)
     assert names(tmp_path) == before
     assert (tmp_path / "latest").read_text() == "global_step1"
     check_whole(find_checkpoint(tmp_path, ""), tmp_path)
-    engine.checkpoint_engine.full = False
+    engine.checkpoint_engine.error = None
     assert save(tmp_path, 2, engine).name == "global_step2"
 
 
