@@ -186,3 +186,31 @@ def test_experts_that_are_whole_on_every_rank_of_autotp_step_as_on_one(stage):
         oracle.step(step)
     weights = run_ranks(4, train_autotp, config(stage, 2), STEPS)[0]
     assert max_relative_difference(weights, oracle.weights()) < AFTER_ALL
+
+
+def train_interrupted(settings, folder):
+    """Four steps, and two and two with a checkpoint and a new engine between them."""
+    import ds_lowrank
+
+    def start():
+        return ds_lowrank.initialize(model=make_mixtral(), config=settings)[0]
+
+    whole = start()
+    for step in range(4):
+        train_step(whole, step)
+    first = start()
+    for step in range(2):
+        train_step(first, step)
+    first.save_checkpoint(folder)
+    second = start()
+    second.load_checkpoint(folder)
+    for step in range(2, 4):
+        train_step(second, step)
+    return full_weights(whole), full_weights(second)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resumed_mixture_goes_on_bit_for_bit(stage, tmp_path):
+    settings = config(stage, 2, params={"state_dtype": "int8"})
+    for whole, resumed in run_ranks(2, train_interrupted, settings, str(tmp_path)):
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)

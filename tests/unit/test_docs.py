@@ -341,7 +341,7 @@ NOT_OURS = {"script.py", "zero_to_fp32.py"}
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_modules_that_are_mentioned_exist(page):
     quoted = re.findall(r"`([^`\n]+)`", page.read_text())
-    folders = [ROOT, ROOT / "ds_lowrank", ROOT / "ds_lowrank/sharding"]
+    folders = [ROOT, ROOT / "ds_lowrank", *(ROOT / "ds_lowrank" / room for room in ("sharding", "placement"))]
     for path in {word for text in quoted for word in re.findall(r"[\w/]+\.py\b", text)} - NOT_OURS:
         assert any((folder / path).is_file() for folder in folders), path
     for name in {word for text in quoted for word in re.findall(r"\bds_lowrank(?:\.\w+)+", text)}:
