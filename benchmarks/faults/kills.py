@@ -41,7 +41,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 WRITES: dict[str, tuple[str, Exception, int]] = {
     "the metrics": ("ds_lowrank.training.metrics:_finite", FULL, 40),
     "the plot": ("ds_lowrank.training.output:plot_loss", FULL, 1),
-    "the summary": ("ds_lowrank.training.output:json.dumps", FULL, 12),
+    "the summary": ("ds_lowrank.training.output:write_atomically", FULL, 2),
     "the export": (
         "transformers:PreTrainedModel.save_pretrained",
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
