@@ -1,6 +1,6 @@
 """Try every fault, and print how each ended: ``python -m benchmarks.faults``.
 
-All take about an hour on two cores; ``--subjects damage kills`` tries some, and ``--quick`` the selection that
+All take about ten minutes on two cores; ``--subjects damage kills`` tries some, and ``--quick`` the selection that
 ``make test`` runs.
 """
 
