@@ -43,9 +43,9 @@ def main() -> int:
             subject: {"trials": len(of), "verdicts": _verdicts(of), "median_seconds": _median_seconds(of)}
             for subject, of in found.items()
         }
-        write_json(
-            arguments.json, {**provenance("benchmarks.faults", arguments), "hardware": hardware(), "subjects": tried}
-        )
+        starts = {name: one for of in found.values() for name, one in of.items() if name.startswith("started: ")}
+        record = {"hardware": hardware(), "refused_start_median_seconds": _median_seconds(starts), "subjects": tried}
+        write_json(arguments.json, {**provenance("benchmarks.faults", arguments), **record})
     return int(any(not outcome.is_acceptable for of in found.values() for outcome, _ in of.values()))
 
 
@@ -63,7 +63,7 @@ def _verdicts(found: dict[str, tuple[Outcome, float]]) -> dict[str, int]:
 
 
 def _median_seconds(found: dict[str, tuple[Outcome, float]]) -> float:
-    return round(median(seconds for _, seconds in found.values()), 3)
+    return round(median([seconds for _, seconds in found.values()] or [0.0]), 3)
 
 
 def _report(subject: str, found: dict[str, tuple[Outcome, float]]) -> None:
