@@ -15,7 +15,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        partial.write_bytes(text.encode(errors="surrogateescape"))  # so that a text can name every path
         flush(partial)
         partial.replace(path)
     except OSError:

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from transformers.utils.logging import disable_progress_bar
 
 from ds_lowrank.training.bulletin import Bulletin
+from ds_lowrank.training.console import ConsoleHandler, explained
 from ds_lowrank.training.failures import Failure, Kind, message, quoted
 from ds_lowrank.training.launcher import check_environment
 
@@ -78,7 +79,7 @@ def _show_roles() -> None:
     log = logging.getLogger("ds_lowrank")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers = [ConsoleHandler()]
 
 
 def leave() -> NoReturn:
@@ -88,7 +89,8 @@ def leave() -> NoReturn:
     ``atexit`` (such as a monitor's last upload) still run. The interpreter's own teardown is skipped: DeepSpeed keeps
     process groups alive until then, and gloo's threads occasionally abort it.
     """
-    sys.stdout.flush()  # where its disk is full, this raises
+    with explained():
+        sys.stdout.flush()
     dist.barrier()
     dist.destroy_process_group()
     atexit._run_exitfuncs()
@@ -145,7 +147,9 @@ def _before_joining(failure: Failure, error: Exception) -> str:
 
 def _print_and_end(text: str | None) -> NoReturn:
     if text is not None:
-        os.write(2, f"{text.rstrip()}\n".encode())  # one call, so that lines of several ranks are not mixed
+        os.write(
+            2, f"{text.rstrip()}\n".encode(errors="backslashreplace")
+        )  # one call, so that lines of several ranks are not mixed
     _end(1)  # no teardown: with gloo, the last ranks would abort with messages of their own
 
 

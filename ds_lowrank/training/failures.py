@@ -49,12 +49,12 @@ class Failure:
             text = str(lost).lower()
             return cls(Kind.SILENT if "timeout" in text or "timed out" in text else Kind.GONE)
         if isinstance(error, RemoteError):
-            return cls(Kind.REMOTE, str(error))
+            return cls(Kind.REMOTE, _text(error))
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             first = str(error).partition("\n")[0] or "out of memory"
             return cls(Kind.OWN, f"{first}; lower --micro-batch-size or --sequence-length, or raise the ZeRO stage")
         if isinstance(error, expected):
-            return cls(Kind.OWN, str(error))
+            return cls(Kind.OWN, _text(error))
         what = f"{type(error).__name__}, which is a bug; please report it with these lines:\n"
         return cls(Kind.OWN, what + "".join(traceback.format_exception(error)))
 
@@ -118,6 +118,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _text(error: Exception) -> str:
+    """An error's message, without the half characters that stand for bytes of a path which are not UTF-8."""
+    return str(error).encode(errors="backslashreplace").decode()
 
 
 def _is_from_network(error: BaseException) -> bool:

@@ -23,6 +23,8 @@ from typing import Any
 logger = logging.getLogger("ds_lowrank")
 
 FILE = ".lock"
+START = b'{"host"'
+"""With which the file of every lock starts; other files of that name are left alone."""
 BEAT_SECONDS = 2.0
 WATCH_SECONDS = 15.0
 
@@ -100,9 +102,12 @@ class Lock:
         )
 
     def _owner(self, descriptor: int) -> dict[str, Any]:
+        content = os.pread(descriptor, 4096, 0)
+        if content.strip(b"\0") and not content.startswith(START):  # zeros are what a power cut may leave
+            raise FileExistsError(errno.EEXIST, f"{self._path} is in the way: this program did not write it")
         try:
-            found = json.loads(os.pread(descriptor, 4096, 0))
-        except ValueError:
+            found = json.loads(content)
+        except ValueError:  # cut short
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -5,38 +5,44 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
 from tqdm import tqdm
 
 from ds_lowrank.training.atomic_write import write_atomically
+from ds_lowrank.training.console import explained
 
 FILE = "metrics.jsonl"
-
-
-class OutputError(RuntimeError):
-    """A file in the output folder cannot be written."""
+NEEDED = {
+    **dict.fromkeys(("step", "tokens", "skipped_steps"), (int,)),
+    **dict.fromkeys(("seconds", "memory_gib"), (int, float)),
+    "loss": (int, float, NoneType),
+}
+"""What plot and summary read of every record, and its types."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the records of a metrics file, ignoring a last line that a crash truncated.
 
     Raises:
-        ValueError: another line is not JSON.
+        ValueError: another line is not a record.
     """
     records = []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # not JSON, or not text
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove that line") from None
+            continue
+        if not isinstance(record, dict) or not all(type(record.get(key)) in kinds for key, kinds in NEEDED.items()):
+            raise ValueError(f"{path}, line {number}: not a record of a step; repair or remove that line")
+        records.append(record)
     return records
 
 
@@ -60,7 +66,7 @@ class Reporter:
         if not self._writes:
             return
         self._path = output / FILE
-        with self._explained():
+        with explained(self._path):
             output.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 _keep_until(self._path, resumed_at)
@@ -94,7 +100,7 @@ class Reporter:
         """
         if not self._writes:
             return
-        with self._explained():
+        with explained(self._path):
             self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
             self._file.flush()
         self.say(console_line(record, self._steps))
@@ -114,18 +120,9 @@ class Reporter:
             OutputError: the console is a file on a full disk, or a pipe whose reader is gone.
         """
         if self._writes:
-            with self._explained("the console output"):
+            with explained():
                 self._bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
-
-    @contextmanager
-    def _explained(self, what: str | None = None) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{what or self._path} cannot be written: {error.strerror}; make room, and continue with --resume"
-            ) from error
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -120,7 +120,10 @@ def saved_in(output: Path) -> Path | None:
     """Where the run in an output folder saved its checkpoints; None if it saved none."""
     if not (output / SAVED).exists():
         return None
-    return (output / (output / SAVED).read_text().strip()).resolve()
+    where = (output / SAVED).read_bytes().decode(errors="surrogateescape").removesuffix("\n")
+    if "\0" in where:
+        raise ValueError(f"{output / SAVED} is damaged: delete it to continue the run with its --save")
+    return (output / where).resolve()
 
 
 def begin_output(output: Path) -> None:

@@ -16,15 +16,15 @@ from ds_lowrank.collectives import RemoteError, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.errors import CheckpointError, ConfigError
 from ds_lowrank.training import distributed
+from ds_lowrank.training.console import OutputError, open_console
 from ds_lowrank.training.folders import Folders
 from ds_lowrank.training.health import BrokenRunError
 from ds_lowrank.training.launcher import Launchers
-from ds_lowrank.training.metrics import OutputError
 from ds_lowrank.training.output import AlreadyFinishedError, write_results
 from ds_lowrank.training.run import Run
 from ds_lowrank.training.train import train
 
-AT_START: tuple[type[Exception], ...] = (ValueError, OSError, RemoteError, DeepSpeedConfigError)
+AT_START: tuple[type[Exception], ...] = (ValueError, OSError, OutputError, RemoteError, DeepSpeedConfigError)
 LATER: tuple[type[Exception], ...] = (
     *(BrokenRunError, CheckpointError, ConfigError, DataError, OSError, OutputError, RemoteError),
 )
@@ -40,6 +40,7 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
         arguments: the command line of the program.
         set_up: makes the run.
     """
+    open_console()
     # Until training handles it, Ctrl-C ends the process, also where it waits for another rank in a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launchers = Launchers()

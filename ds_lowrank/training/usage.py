@@ -38,8 +38,8 @@ class JobParser(argparse.ArgumentParser):
         """
         if message:
             self._print_message(message, sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+            stream.flush()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
             with suppress(Exception):  # the message is printed; if a rank is missing, end all the same
                 _wait_for_all()

@@ -61,6 +61,20 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
+def test_the_lock_of_another_program_is_left_alone_and_what_a_crash_left_of_ours_is_not(tmp_path):
+    path = tmp_path / ".lock"
+    path.write_text("4711\n")
+    with pytest.raises(
+        ValueError, match=r"--output .*cannot be written \(.*\.lock is in the way: this program did not"
+    ):
+        folders(tmp_path).claim()
+    assert path.read_text() == "4711\n"
+    for ours in (b"", b"\0" * 80, b'{"host": "no'):
+        path.write_bytes(ours)
+        Lock(tmp_path).release()
+        assert not path.exists()
+
+
 @pytest.mark.parametrize("locks_work", [True, False])
 @pytest.mark.parametrize("alive", [True, False])
 def test_the_lock_of_another_host_is_watched_for_a_sign_of_life(tmp_path, monkeypatch, alive, locks_work):

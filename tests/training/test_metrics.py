@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from matplotlib import image
 
-from ds_lowrank.training.metrics import OutputError, Reporter, read_metrics
+from ds_lowrank.training.console import OutputError
+from ds_lowrank.training.metrics import Reporter, read_metrics
 from ds_lowrank.training.output import begin_output, check_output, write_results
 from ds_lowrank.training.plot import plot_loss
 
@@ -87,9 +88,17 @@ def test_a_resumed_run_drops_later_records_and_a_line_cut_short(tmp_path):
 
 
 def test_damage_elsewhere_in_the_file_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\nnot json\n{}\n")
-    with pytest.raises(ValueError, match="line 2: not a JSON object"):
-        check_output(tmp_path, resuming=True)
+    for damaged, message in (
+        (b"not json", "not a JSON object"),
+        (b"\xff\xfe", "not a JSON object"),
+        (b"5", "not a record of a step"),
+        (b'{"step": "2"}', "not a record of a step"),
+        (b"{}", "not a record of a step"),
+    ):
+        good = json.dumps(record(1)).encode()
+        (tmp_path / "metrics.jsonl").write_bytes(good + b"\n" + damaged + b"\n" + good + b"\n")
+        with pytest.raises(ValueError, match=f"metrics.jsonl, line 2: {message}; repair or remove that line"):
+            check_output(tmp_path, resuming=True)
 
 
 def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path):

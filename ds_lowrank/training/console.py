@@ -1,0 +1,75 @@
+"""The console of a run: streams that may be closed or full, or a pipe whose reader is gone."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class OutputError(RuntimeError):
+    """A file in the output folder, or the console, cannot be written."""
+
+
+@contextmanager
+def explained(what: Path | str = "the console output") -> Iterator[None]:
+    """Turn an ``OSError`` into an ``OutputError`` that says what to do.
+
+    Args:
+        what: what is written.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.EPIPE: "its reader has ended: send it to a file or to a reader that stays, and",
+            errno.ENOSPC: "make room, and",
+            errno.EDQUOT: "make room, and",
+        }.get(error.errno or 0, "mend that, and")
+        raise OutputError(f"{what} cannot be written: {error.strerror}; {advice} continue with --resume") from error
+
+
+class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """A handler for standard output that leaves an error to the next line of the run, which all ranks learn of."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report an error of the program, and none of the stream."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def open_console() -> None:
+    """Replace standard streams that are closed, and make the others take every path.
+
+    A program that is started with a closed stream (``2>&-``) would give its descriptor to the next file it opens, and
+    its error messages would end up in that file.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            _occupy(descriptor)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _occupy(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened != descriptor:
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        os.set_inheritable(descriptor, True)
