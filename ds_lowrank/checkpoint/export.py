@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from ds_lowrank.adapters import lora
 from ds_lowrank.adapters.model import merged_weights
-from ds_lowrank.checkpoint.disk import flush_folder
 from ds_lowrank.checkpoint.gather import whole_weights
 from ds_lowrank.checkpoint.owned import delete_owned, make_owned, replace_owned
 from ds_lowrank.collectives import global_rank, raise_on_all_ranks
@@ -60,5 +59,4 @@ def export(
                 tokenizer.save(aside)
             for name, text in (notes or {}).items():
                 (aside / name).write_text(text)
-            flush_folder(aside)
             replace_owned(aside, directory)

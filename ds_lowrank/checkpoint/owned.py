@@ -1,18 +1,23 @@
 """Folders that this package wrote and may therefore replace or delete, recognised by a file in them.
 
 A folder is created with the file as its first entry and deleted with it as its last, so that what a kill leaves behind
-is recognised too. Nothing else is ever deleted.
+is recognised too. Nothing else is ever deleted. A finished folder lists its files there: if one has been added,
+it is not deleted but renamed.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
-from ds_lowrank.checkpoint.disk import flush
+from ds_lowrank.checkpoint.disk import flush, flush_folder
+
+logger = logging.getLogger("ds_lowrank")
 
 MARK = ".ds_lowrank"
 TEXT = "ds_lowrank wrote this folder, and replaces or deletes it as a whole. Remove this file to keep the folder.\n"
+LIST = "It consists of:\n"
 
 
 def mark(folder: Path) -> None:
@@ -72,10 +77,12 @@ def delete_owned(folder: Path) -> None:
 
 
 def replace_owned(aside: Path, folder: Path) -> None:
-    """Rename a finished folder to its place, where an earlier one of this package may be.
+    """Flush a finished folder and rename it to its place, where an earlier one of this package may be.
+
+    An earlier one to which somebody has added a file is renamed to FOLDER.1 and so on; others are deleted.
 
     Args:
-        aside: the finished folder, flushed to the disk.
+        aside: the finished folder.
         folder: where it belongs, in the same parent folder.
 
     Raises:
@@ -83,10 +90,36 @@ def replace_owned(aside: Path, folder: Path) -> None:
         OSError: it cannot be renamed or deleted.
     """
     check_owned(folder)
+    (aside / MARK).write_text(TEXT + LIST + "".join(f"{name}\n" for name in sorted(_files(aside))))
+    flush_folder(aside)
     removed = folder.with_name(f".{folder.name}.removed")
     delete_owned(removed)
-    if folder.exists():
+    if folder.exists() and _is_extended(folder):
+        _keep(folder)
+    elif folder.exists():
         folder.rename(removed)
     aside.rename(folder)
     flush(folder.parent)
     delete_owned(removed)
+
+
+def _files(folder: Path) -> set[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in found} - {MARK}
+
+
+def _is_extended(folder: Path) -> bool:
+    """Whether a finished folder has a file that it did not have when it was finished."""
+    if not (folder / MARK).is_file():  # it is empty
+        return False
+    _, listed, names = (folder / MARK).read_text(errors="replace").partition(LIST)
+    return bool(listed) and not _files(folder) <= set(names.splitlines())
+
+
+def _keep(folder: Path) -> None:
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists() or kept.is_symlink():
+        number += 1
+    folder.rename(kept)
+    (kept / MARK).unlink()
+    logger.info("%s has files that this program did not write: renamed to %s", folder, kept.name)

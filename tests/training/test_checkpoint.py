@@ -18,6 +18,7 @@ import torch
 from ds_lowrank.checkpoint import disk, manifest, store
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, set_aside_newer
 from ds_lowrank.checkpoint.manifest import FILE, Identity, Progress, check_identity, read_manifest, seal
+from ds_lowrank.checkpoint.owned import delete_owned, make_owned, replace_owned
 from ds_lowrank.checkpoint.random_state import get_random_state, seed_everything, set_random_state
 from ds_lowrank.checkpoint.store import list_checkpoints, load_checkpoint, save_checkpoint
 from ds_lowrank.errors import CheckpointError
@@ -283,6 +284,32 @@ def test_only_what_the_package_wrote_is_deleted(tmp_path):
         save(tmp_path, step)
     kept = [".notes.partial", "global_step1", "global_step3", "global_step4", "latest", "zero_to_fp32.py"]
     assert names(tmp_path) == kept
+
+
+def test_a_replaced_folder_to_which_a_file_was_added_is_kept(tmp_path):
+    folder, aside = tmp_path / "export", tmp_path / ".export.partial"
+
+    def replace(content):
+        make_owned(aside)
+        (aside / "weights").mkdir()
+        (aside / "weights" / "model").write_text(content)
+        replace_owned(aside, folder)
+
+    replace("1")
+    replace("2")
+    assert names(tmp_path) == ["export"]
+    (folder / "weights" / "run").mkdir()
+    (folder / "weights" / "run" / "metrics.jsonl").write_text("{}")
+    replace("3")
+    (folder / "notes").symlink_to(tmp_path)
+    replace("4")
+    assert names(tmp_path) == ["export", "export.1", "export.2"]
+    contents = [(tmp_path / name / "weights" / "model").read_text() for name in names(tmp_path)]
+    assert contents == ["4", "2", "3"]
+    assert (tmp_path / "export.1" / "weights" / "run" / "metrics.jsonl").read_text() == "{}"
+    for kept in ("export.1", "export.2"):
+        with pytest.raises(FileExistsError, match="is in the way"):
+            delete_owned(tmp_path / kept)
 
 
 class Bomb:
