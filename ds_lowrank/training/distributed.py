@@ -19,6 +19,7 @@ import deepspeed.ops
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import set_log_level_from_string
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from transformers.utils.logging import disable_progress_bar
 
@@ -61,11 +62,24 @@ def join(timeout: float = TIMEOUT) -> None:
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = accelerator.communication_backend_name()
+    limit_later_groups(timeout)
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=timeout))
 
 
+def limit_later_groups(timeout: float) -> None:
+    """Give groups that are made without a time limit, as DeepSpeed makes them, this one instead of torch's own.
+
+    It also ends the wait for a rank that is gone when a group is made, of which no connection tells.
+
+    Args:
+        timeout: in seconds.
+    """
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
+    distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
+
+
 def limit_collectives(timeout: float) -> None:
-    """Give every process group the time limit of :func:`join`; those made since then have torch's own.
+    """Give every process group the time limit of :func:`join`, also those that were made with another one.
 
     Args:
         timeout: in seconds.

@@ -1,12 +1,16 @@
 """Which line each rank prints when a run ends with an error."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from ds_lowrank.collectives import RemoteError
 from ds_lowrank.errors import CheckpointError
+from ds_lowrank.training.distributed import limit_later_groups
 from ds_lowrank.training.failures import Failure, Kind, message, quoted
+from tests.engines.pool import run_ranks
 
 EXPECTED = (ValueError, RemoteError)
 PEER = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
@@ -45,6 +49,21 @@ def caused(error, cause):
 )
 def test_the_kind_of_an_error(error, failure):
     assert Failure.of(error, EXPECTED) == failure
+
+
+def _makes_a_group_without_rank_1():
+    limit_later_groups(1)
+    if dist.get_rank() == 1:
+        return None
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="(?i)timeout"):
+        dist.new_group()
+    return time.monotonic() - started
+
+
+def test_the_time_limit_holds_for_a_rank_that_is_gone_when_a_group_is_made():
+    seconds = run_ranks(2, _makes_a_group_without_rank_1)[0]
+    assert 0.9 < seconds < 20  # torch's own limit is 1800
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_every_line_has_the_rank():
