@@ -67,8 +67,8 @@ def check_leftovers(directory: Path) -> None:
         check_owned(leftover)
     if os.path.lexists(directory / "latest") and not list_tags(directory):
         raise FileExistsError(
-            f"{directory / 'latest'} is in the way: it names checkpoints that this program did not write; give another "
-            "--save, or delete that file"
+            f"{directory / 'latest'} is in the way: it names a checkpoint that is not there, or another program's; "
+            "give another --save, or delete that file"
         )
 
 

@@ -18,6 +18,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk is full; libraries raise other types than ``OSError``, with its text."""
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
 def flush(path: Path) -> None:
     """Wait until a file's bytes, or the names in a folder, are on the disk and not only in memory.
 

@@ -24,7 +24,7 @@ from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.checkpoint.choose import leftovers, list_tags
 from ds_lowrank.checkpoint.deferred import DeferredErrors
-from ds_lowrank.checkpoint.disk import flush
+from ds_lowrank.checkpoint.disk import flush, is_full
 from ds_lowrank.checkpoint.manifest import FILE, Identity, Progress, Sealed, read_manifest, seal, write_manifest
 from ds_lowrank.checkpoint.owned import MARK, delete_owned, is_owned, make_owned, mark
 from ds_lowrank.checkpoint.restricted_load import read_data, restricted
@@ -89,7 +89,7 @@ def save_checkpoint(
 def _advice(error: Exception) -> str:
     """What to do where a disk is full, and what may be the reason where torch does not say why it could not write."""
     text = str(error)
-    if "No space left on device" in text or "Disk quota exceeded" in text:
+    if is_full(error):
         return "; make room on the disk"
     return "; is the disk full?" if "PytorchStreamWriter" in text or "file write failed" in text else ""
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ds_lowrank.checkpoint.disk import is_full
+
 
 class OutputError(RuntimeError):
     """A file in the output folder, or the console, cannot be written."""
@@ -29,12 +31,12 @@ def explained(what: Path | str = "the console output") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = {
-            errno.EPIPE: "its reader has ended: send it to a file or to a reader that stays, and",
-            errno.ENOSPC: "make room, and",
-            errno.EDQUOT: "make room, and",
-        }.get(error.errno or 0, "mend that, and")
-        raise OutputError(f"{what} cannot be written: {error.strerror}; {advice} continue with --resume") from error
+        advice = "make room" if is_full(error) else "mend that"
+        if error.errno == errno.EPIPE:
+            advice = "its reader has ended: send it to a file or to a reader that stays"
+        raise OutputError(
+            f"{what} cannot be written: {error.strerror}; {advice}, and continue with --resume"
+        ) from error
 
 
 class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfigError
 from safetensors import SafetensorError
 
+from ds_lowrank.checkpoint.disk import is_full
 from ds_lowrank.checkpoint.export import export
 from ds_lowrank.collectives import RemoteError, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
@@ -95,8 +96,9 @@ def finish(run: Run) -> None:
 
 
 def _unwritten(run: Run, what: str, error: Exception) -> str:
+    first = "make room" if is_full(error) else "mend that"
     if run.arguments.save_interval:
-        later = "make room, and run the same command with --resume: it only writes what is missing"
+        later = "run the same command with --resume: it only writes what is missing"
     else:
-        later = "make room and train again, with --save-interval, so that the last step is saved"
-    return f"{what}: {error}; {later}"
+        later = "train again, with --save-interval, so that the last step is saved"
+    return f"{what}: {error}; {first}, and {later}"

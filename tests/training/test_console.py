@@ -7,10 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from ds_lowrank.training.console import ConsoleHandler, OutputError, explained, open_console
 from ds_lowrank.training.failures import Failure, Kind
 from ds_lowrank.training.output import record_save, saved_in
+from ds_lowrank.training.script import _unwritten
 
 
 def test_files_do_not_get_the_descriptors_of_closed_streams(tmp_path):
@@ -30,11 +32,23 @@ def test_files_do_not_get_the_descriptors_of_closed_streams(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "advice"), [(errno.EPIPE, "its reader has ended"), (errno.ENOSPC, "make room, and continue")]
+    ("number", "advice"),
+    [
+        (errno.EPIPE, "its reader has ended"),
+        (errno.EDQUOT, "make room, and continue"),
+        (errno.EISDIR, "mend that, and continue"),
+    ],
 )
 def test_what_to_do_depends_on_why_it_cannot_be_written(number, advice):
     with pytest.raises(OutputError, match=f"^the console output cannot be written: .*; {advice}"), explained():
         raise OSError(number, os.strerror(number))
+
+
+def test_room_is_asked_for_where_it_is_missing():
+    run = SimpleNamespace(arguments=SimpleNamespace(save_interval=5))
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "; make room, and run the same command" in _unwritten(run, "export", full)
+    assert "; mend that, and run the same command" in _unwritten(run, "export", IsADirectoryError(errno.EISDIR, "x"))
 
 
 def test_a_log_line_without_a_reader_is_no_traceback(monkeypatch, capsys):

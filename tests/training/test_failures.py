@@ -56,7 +56,7 @@ def _makes_a_group_without_rank_1():
     if dist.get_rank() == 1:
         return None
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="(?i)timeout"):
+    with pytest.raises(RuntimeError, match=r"(?i)timeout"):
         dist.new_group()
     return time.monotonic() - started
 
