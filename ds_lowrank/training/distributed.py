@@ -20,7 +20,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import set_log_level_from_string
 from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout, _world
+from torch.distributed.rendezvous import rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 from ds_lowrank.training.bulletin import Bulletin
@@ -63,7 +64,19 @@ def join(timeout: float = TIMEOUT) -> None:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = accelerator.communication_backend_name()
     limit_later_groups(timeout)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        _join_again(backend, timedelta(seconds=timeout))
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=timeout))
+
+
+def _join_again(backend: str, timeout: timedelta) -> None:
+    """Initialise ``torch.distributed`` after ``torchrun --max-restarts`` has started the ranks again.
+
+    ``torchrun`` of torch 2.13 keeps its store. Under the same keys, ranks would find the addresses of dead ones there.
+    """
+    store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+    own = PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def limit_later_groups(timeout: float) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
+from benchmarks.faults.one_rank import raises
+from benchmarks.faults.one_rank import workspace as small_run
+from benchmarks.faults.programs import Running
 from ds_lowrank.training.lock import Lock
 from tests.training import forked_script
 from tests.training.finetuning import command_line, make_workspace
@@ -119,6 +125,27 @@ def test_a_folder_in_use_and_one_that_cannot_be_written_end_in_one_line(workspac
     run = workspace.run_forked([*workspace.arguments("x"), "--output", str(workspace.path / "a_file")], ranks=2)
     assert run.returncode == 1 and "a_file cannot be written (it is not a folder)" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def as_torchrun_does(port, restart, rank):
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart)
+    if not restart and rank == 1:
+        raises("ds_lowrank.training.train:train_step", OSError("a fault of the node"), 5, 1, rank)
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_find_each_other_and_not_the_dead(tmp_path):
+    """``torchrun --max-restarts`` keeps the store through which the ranks exchange their addresses."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    arguments = small_run(folder, 6, "--save-interval", "3", "--resume", "--timeout", "20")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restart, codes in ((0, (1, 1)), (1, (0, 0))):
+        prepare = functools.partial(as_torchrun_does, store.port, restart)
+        assert Running("pretrain", arguments, 2, folder, prepare).finish(60).codes == codes
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
