@@ -7,6 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal.
@@ -21,6 +23,11 @@ def sha256(path: Path) -> str:
 def is_full(error: Exception) -> bool:
     """Whether an error says that a disk is full; libraries raise other types than ``OSError``, with its text."""
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def is_of_a_write(error: Exception) -> bool:
+    """Whether an error is about writing a file: ``OSError``, or what safetensors and tokenizers raise in its place."""
+    return isinstance(error, OSError | SafetensorError) or is_full(error)
 
 
 def flush(path: Path) -> None:

@@ -18,6 +18,7 @@ from ds_lowrank.checkpoint.export import Savable, export
 from ds_lowrank.collectives import broadcast_from_rank0
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.finetuning.metrics import better
+from ds_lowrank.training.console import explained
 
 FOLDER = "best"
 FILE = "best.json"
@@ -54,11 +55,16 @@ class Best:
         Args:
             step: the number of the step just taken.
             value: the metric, the same number on every rank.
+
+        Raises:
+            OutputError: it cannot be written.
+            RemoteError: another rank failed.
         """
         if not better(self.metric, value, None if self._found is None else self._found["value"]):
             return
         self._found = {"metric": self.metric, "value": value, "step": step}
-        export(self._engine, self._tokenizer, self._folder, {FILE: json.dumps(self._found, indent=2) + "\n"})
+        with explained(self._folder):
+            export(self._engine, self._tokenizer, self._folder, {FILE: json.dumps(self._found, indent=2) + "\n"})
 
     def state_dict(self) -> dict[str, Any]:
         """Metric, value and step of the best model, for a checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ds_lowrank.checkpoint.disk import is_full
+from ds_lowrank.checkpoint.disk import is_full, is_of_a_write
 
 
 class OutputError(RuntimeError):
@@ -20,7 +19,7 @@ class OutputError(RuntimeError):
 
 @contextmanager
 def explained(what: Path | str = "the console output") -> Iterator[None]:
-    """Turn an ``OSError`` into an ``OutputError`` that says what to do.
+    """Turn the error of a write into an ``OutputError`` that says what to do.
 
     Args:
         what: what is written.
@@ -30,13 +29,14 @@ def explained(what: Path | str = "the console output") -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not is_of_a_write(error):
+            raise
         advice = "make room" if is_full(error) else "mend that"
-        if error.errno == errno.EPIPE:
+        if isinstance(error, BrokenPipeError):
             advice = "its reader has ended: send it to a file or to a reader that stays"
-        raise OutputError(
-            f"{what} cannot be written: {error.strerror}; {advice}, and continue with --resume"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{what} cannot be written: {reason}; {advice}, and continue with --resume") from error
 
 
 class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]

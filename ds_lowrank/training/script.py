@@ -9,9 +9,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfigError
-from safetensors import SafetensorError
 
-from ds_lowrank.checkpoint.disk import is_full
+from ds_lowrank.checkpoint.disk import is_full, is_of_a_write
 from ds_lowrank.checkpoint.export import export
 from ds_lowrank.collectives import RemoteError, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
@@ -84,7 +83,9 @@ def finish(run: Run) -> None:
         folder = arguments.output / "export"
         try:
             export(run.engine, run.tokenizer, folder)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            if not is_of_a_write(error):
+                raise
             raise OutputError(_unwritten(run, f"{folder} was not exported", error)) from error
     with raise_on_all_ranks():
         if dist.get_rank() == 0:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
+from ds_lowrank.finetuning.best import Best
 from ds_lowrank.training.console import ConsoleHandler, OutputError, explained, open_console
 from ds_lowrank.training.failures import Failure, Kind
 from ds_lowrank.training.output import record_save, saved_in
@@ -42,6 +43,17 @@ def test_files_do_not_get_the_descriptors_of_closed_streams(tmp_path):
 def test_what_to_do_depends_on_why_it_cannot_be_written(number, advice):
     with pytest.raises(OutputError, match=f"^the console output cannot be written: .*; {advice}"), explained():
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors, of tokenizers
+def test_a_best_model_that_does_not_fit_on_the_disk_is_said_in_one_line(tmp_path, monkeypatch, kind):
+    def fail(*_):
+        raise kind("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("ds_lowrank.finetuning.best.export", fail)
+    kept = Best(None, None, tmp_path, "accuracy")
+    with pytest.raises(OutputError, match=r"best cannot be written: .*device.*; make room, and continue"):
+        kept.consider(3, 0.5)
 
 
 def test_room_is_asked_for_where_it_is_missing():
