@@ -88,7 +88,7 @@ def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
     from ds_lowrank.models import llama_parallel
 
     tensor, pipeline = plan.grid.tensor, plan.grid.pipeline
-    mpu = make_grid(tensor, pipeline)
+    mpu = make_grid(tensor, pipeline, arguments.timeout)
     model = llama_parallel.build(
         plan.model,
         arguments.seed,

@@ -78,7 +78,7 @@ def check_grid(world: int, tensor: int, pipeline: int, megatron: bool = True) ->
         )
 
 
-def make_grid(tensor: int, pipeline: int) -> Any:
+def make_grid(tensor: int, pipeline: int, timeout: float = 1800.0) -> Any:
     """Initialise megatron-core's process groups, unless they exist. Collective over all ranks.
 
     ``torch.distributed`` must be initialised before.
@@ -86,6 +86,7 @@ def make_grid(tensor: int, pipeline: int) -> Any:
     Args:
         tensor: the degree of tensor parallelism.
         pipeline: the number of pipeline stages.
+        timeout: the time limit of the groups' collectives in seconds, also for making the groups.
 
     Returns:
         The ``mpu`` for :func:`ds_lowrank.initialize`. A ``PipelineModule`` does not need it.
@@ -97,7 +98,9 @@ def make_grid(tensor: int, pipeline: int) -> Any:
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=timeout / 60
+        )
     found = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
