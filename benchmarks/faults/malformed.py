@@ -15,7 +15,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "log_level": ("loud",),
     "sequence_parallel_size": (0, 2),
     "zero_optimization.stage": (-1, 4, "auto", "2", 1.5, True, None),
-    "zero_optimization.sub_group_size": (0, -1, "auto"),
+    "zero_optimization.sub_group_size": (-1, 0.5, "auto"),
     "zero_optimization.reduce_bucket_size": (0, -1, "auto", "5e8"),
     "zero_optimization.allgather_bucket_size": (0, -5),
     "zero_optimization.zero_hpz_partition_size": (0, 2),

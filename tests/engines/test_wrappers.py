@@ -19,6 +19,8 @@ REDUCTIONS = {
     "small_bucket": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
     "round_robin": {"round_robin_gradients": True},
     "small_sub_groups": {"sub_group_size": 9000, "stage3_param_persistence_threshold": 0},
+    # Axolotl's files have these zeros: every parameter is a sub-group, and nothing is kept after its use.
+    "zeros": {"sub_group_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
 }
 
 AXES = {
@@ -39,7 +41,7 @@ def valid(case):
         return False  # DeepSpeed refuses this mix
     if case["reduction"] == "all_reduce" and case["stage"] == 3:
         return False  # DeepSpeed's stage 3 always reduce-scatters
-    if case["reduction"] == "small_sub_groups":
+    if case["reduction"] in ("small_sub_groups", "zeros"):
         return case["stage"] == 3
     return case["reduction"] == "default" or case["stage"] in (1, 2) or case["reduction"] in ("overlap", "scattered")
 

@@ -128,7 +128,7 @@ def test_stage_precision_and_tensor_parallelism_are_read_as_deepspeed_reads_them
         ({"gradient_clipping": "1.0"}, "gradient_clipping: .*, got '1.0': this is a string, write 1.0 without quotes"),
         ({"gradient_clipping": float("nan")}, "gradient_clipping must be a finite number, not nan"),
         ({"tensor_parallel": {"dtype": "bf16"}}, "tensor_parallel.dtype: cannot be set in JSON, remove it"),
-        ({"zero_optimization": {"sub_group_size": 0}}, "zero_optimization.sub_group_size must be at least 1, not 0"),
+        ({"zero_optimization": {"allgather_bucket_size": 0}}, "zero_optimization.allgather_bucket_size must be at"),
         ({"nebula": {}}, "nebula: Nebula checkpointing has been removed."),
         ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto': only the Hugging Face Trainer fills it in"),
         ({"scheduler": {"type": "WarmupRL", "params": {}}}, "scheduler.type: 'WarmupRL' .*did you mean 'WarmupLR'"),

@@ -234,7 +234,6 @@ class Settings(Block):
 
 
 RANGES: dict[str, tuple[float, float]] = {
-    "zero_optimization.sub_group_size": (1, float("inf")),
     "zero_optimization.allgather_bucket_size": (1, float("inf")),
     "zero_optimization.zero_hpz_partition_size": (1, float("inf")),
     "fp16.initial_scale_power": (0, 127),
