@@ -25,6 +25,11 @@ METHOD = METHODS["GaLore"]
         ({"rank": 0}, r"params.rank .*greater than 0, got 0"),
         ({"rank": 1.5}, r"params.rank .*valid integer, got 1.5"),
         ({"rank": "auto"}, r"params.rank .*only the Hugging Face Trainer fills in 'auto'"),
+        ({"rank": "4"}, r"params.rank .*valid integer, got '4'"),
+        ({"seed": True}, r"params.seed .*valid integer, got True"),
+        ({"lr": "1e-3"}, r"params.lr .*valid number, got '1e-3'"),
+        ({"weight_decay": False}, r"params.weight_decay .*valid number, got False"),
+        ({"betas": ["0.9", 0.99]}, r"params.betas .*valid number, got \['0.9', 0.99\]"),
         ({"proj_type": "both"}, r"params.proj_type .*'std', 'reverse_std', 'left' or 'right'"),
         ({"projector": "qr"}, r"params.projector .*'randomized' or 'svd'"),
         ({"betas": [0.9, 1.0]}, r"betas must lie in \[0, 1\)"),
@@ -39,6 +44,12 @@ METHOD = METHODS["GaLore"]
 def test_a_bad_option_says_where_and_what_is_valid(params, message):
     with pytest.raises(ConfigError, match=message):
         parse_options(METHOD, params)
+
+
+def test_a_float_that_is_whole_is_a_whole_number():
+    options = parse_options(METHOD, {"rank": 64.0, "update_proj_gap": 1e3, "lr": 1, "seed": 2.0})
+    assert (options.rank, options.update_proj_gap, options.lr, options.seed) == (64, 1000, 1.0, 2)
+    assert all(isinstance(value, int) for value in (options.rank, options.update_proj_gap, options.seed))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ds_lowrank.linalg.quantization import FP32, BFloat16, Int8, Quantizer
 from ds_lowrank.methods.blocks.ascent import Ascent
@@ -37,6 +38,21 @@ class Options(BaseModel):
     state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """How moments are stored. Methods compute with them in fp32."""
     seed: int = Field(0, ge=0)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_numbers_as_json(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take numbers as JSON has them: a string or a boolean is none, and 200.0 is a whole number.
+
+        Raises:
+            ValueError: a number is needed and this is none.
+        """
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if not {int, float} & kinds or not kinds <= {int, float, NoneType, Ellipsis}:
+            return value
+        if any(isinstance(number, str | bool) for number in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"Input should be a valid {'number' if float in kinds else 'integer'}")
+        return int(value) if float not in kinds and isinstance(value, float) and value.is_integer() else value
 
     def model_post_init(self, context: Any) -> None:
         """Check what a single value cannot tell.
@@ -92,3 +108,9 @@ class Options(BaseModel):
     def effective_lr(self) -> float:
         """The learning rate of this step, ``lr * lr_scale``."""
         return self.lr * self.lr_scale
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, such as ``float`` of ``tuple[float, float]``."""
+    parts = get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
