@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 
 import psutil
+from deepspeed.utils.logging import log_levels
 
 from ds_lowrank.errors import ConfigError
 
@@ -35,12 +37,17 @@ def check_environment(environment: Mapping[str, str]) -> None:
         environment: the environment variables of the process.
 
     Raises:
-        ConfigError: this is one of several tasks without a rank, or some of a rank's variables are missing.
+        ConfigError: this is one of several tasks without a rank, some of a rank's variables are missing or no numbers
+            that make sense, or DeepSpeed has no such log level.
     """
+    level = environment.get("DS_LOG_LEVEL", "warning")
+    if level.lower() not in log_levels:
+        raise ConfigError(f"the environment variable DS_LOG_LEVEL is {level!r}: it must be {', '.join(log_levels)}")
     missing = [name for name in RANK_VARIABLES if name not in environment]
     if "RANK" in environment and missing:
         raise ConfigError(f"RANK is set but not {', '.join(missing)}: start with deepspeed or torchrun, or set all")
     if "RANK" in environment:
+        _check_numbers(environment)
         return
     for starter, variables in TASKS.items():
         tasks = next((environment[name] for name in variables if name in environment), "1")
@@ -52,6 +59,24 @@ def check_environment(environment: Mapping[str, str]) -> None:
                 "own: start one task per node that runs torchrun, or export RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
                 "and MASTER_PORT in every task; for a single process, start one task"
             )
+
+
+def _check_numbers(environment: Mapping[str, str]) -> None:
+    """Refuse ranks that cannot be: torch would raise without their name, or wait for ranks that do not exist."""
+    limits = {"WORLD_SIZE": 2**31, "MASTER_PORT": 2**16, "LOCAL_RANK": 2**31, "RANK": 2**31}
+    for name, limit in limits.items():
+        least = 1 if name in ("WORLD_SIZE", "MASTER_PORT") else 0
+        text = environment[name]
+        if not re.fullmatch(r"\d{1,10}", text.strip(), re.ASCII) or not least <= int(text) < limit:
+            raise ConfigError(
+                f"the environment variable {name} is {text!r}: it must be a whole number of at least {least}"
+                + (" and at most 65535" if name == "MASTER_PORT" else "")
+            )
+    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+        raise ConfigError(
+            f"the environment variable RANK is {environment['RANK']}, but WORLD_SIZE is {environment['WORLD_SIZE']}: "
+            "ranks are numbered from 0 to WORLD_SIZE - 1"
+        )
 
 
 class Launchers:

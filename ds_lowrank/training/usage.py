@@ -40,8 +40,8 @@ class JobParser(argparse.ArgumentParser):
             self._print_message(message, sys.stderr)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
             stream.flush()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-            with suppress(Exception):  # the message is printed; if a rank is missing, end all the same
+        with suppress(Exception):  # the message is printed; if a rank is missing, or is no number, end all the same
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
                 _wait_for_all()
         sys.exit(status)
 

@@ -129,11 +129,14 @@ def test_the_end_of_a_launcher_is_noticed_and_that_of_a_shell_is_not(monkeypatch
     assert launchers.lost() == "deepspeed"
 
 
+RANK_OF_TWO = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("environment", "refused"),
     [
         ({}, None),
-        (dict.fromkeys(launcher.RANK_VARIABLES, "1") | {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, None),
+        (RANK_OF_TWO | {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, None),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "one of 4 tasks of srun and RANK is not set"),
         ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
         ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
@@ -141,7 +144,16 @@ def test_the_end_of_a_launcher_is_noticed_and_that_of_a_shell_is_not(monkeypatch
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "one of 2 tasks of mpirun and RANK is not set"),
         ({"PMI_SIZE": "8"}, "start one task per node that runs torchrun, or export RANK, LOCAL_RANK"),
         ({"PMI_SIZE": "1"}, None),
+        ({"DS_LOG_LEVEL": "INFO"}, None),
+        ({"DS_LOG_LEVEL": "loud"}, "DS_LOG_LEVEL is 'loud': it must be debug, info, warning, error, critical"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (RANK_OF_TWO | {"RANK": "abc"}, "variable RANK is 'abc': it must be a whole number of at least 0"),
+        (RANK_OF_TWO | {"RANK": "-1"}, "RANK is '-1'"),
+        (RANK_OF_TWO | {"RANK": ""}, "RANK is ''"),
+        (RANK_OF_TWO | {"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2: ranks are numbered from 0"),
+        (RANK_OF_TWO | {"LOCAL_RANK": "1.0"}, "LOCAL_RANK is '1.0'"),
+        (RANK_OF_TWO | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0': it must be a whole number of at least 1"),
+        (RANK_OF_TWO | {"MASTER_PORT": "99999"}, "MASTER_PORT is '99999': .* at least 1 and at most 65535"),
     ],
 )
 def test_several_tasks_without_ranks_are_refused(environment, refused):
