@@ -132,6 +132,10 @@ def test_stage_precision_and_tensor_parallelism_are_read_as_deepspeed_reads_them
         ({"nebula": {}}, "nebula: Nebula checkpointing has been removed."),
         ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto': only the Hugging Face Trainer fills it in"),
         ({"scheduler": {"type": "WarmupRL", "params": {}}}, "scheduler.type: 'WarmupRL' .*did you mean 'WarmupLR'"),
+        (
+            {"scheduler": {"type": "ExponentialLR", "params": {"gamma": -1}}},
+            r"scheduler.params \(ExponentialLR\): they make the learning rate -0.001",
+        ),
         ({"comet": {"enabled": True}}, "comet.enabled needs the package comet_ml: pip install comet_ml"),
         ({"data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype is 'fp16', but the model trains in fp32"),
         (
@@ -144,6 +148,23 @@ def test_stage_precision_and_tensor_parallelism_are_read_as_deepspeed_reads_them
 def test_an_error_names_file_key_and_what_is_right(config, message):
     with pytest.raises(ConfigError, match=f"(?s)^(ds.json: )?{message}"):
         validate(GALORE | config, "ds.json")
+
+
+def test_many_or_long_errors_do_not_fill_the_screen():
+    with pytest.raises(ConfigError, match=r"(?s)^ds.json has 100 errors:\n  key0: unknown.*\n  and 80 more$") as many:
+        validate(GALORE | {f"key{number}": 1 for number in range(100)}, "ds.json")
+    assert "key20:" not in str(many.value)
+    with pytest.raises(ConfigError, match=r"^ds.json: kkk.* \.\.\. .*unknown key") as long:
+        validate(GALORE | {"k" * 100_000: 1}, "ds.json")
+    assert len(str(long.value)) < 2100
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_a_file_that_is_nested_too_deeply_is_refused(tmp_path, depth):
+    file = tmp_path / "ds.json"
+    file.write_text('{"wandb": ' + '{"a": ' * depth + "1" + "}" * depth + "}")
+    with pytest.raises(ConfigError, match=r"ds.json is not a valid DeepSpeed configuration: it is nested too deeply"):
+        read_file(file)
 
 
 def test_auto_is_absent_where_deepspeed_takes_it_so_but_is_named(caplog):
@@ -202,7 +223,7 @@ SCHEDULERS = {
     "LRRangeTest": {"lr_range_test_min_lr": 1e-4, "lr_range_test_step_size": 10, "lr_range_test_step_rate": 5},
     "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "decay_lr_rate": 1e-3, "cycle_first_step_size": 10},
     "WarmupLR": {"warmup_min_lr": [0], "warmup_max_lr": [0.01], "warmup_num_steps": 4},
-    "WarmupCosineLR": {"total_num_steps": 9, "warmup_num_steps": 4, "cos_min_ratio": 0.1},
+    "WarmupCosineLR": {"total_num_steps": 1e4, "warmup_num_steps": 4, "cos_min_ratio": 0.1},
     "StepLR": {"step_size": 3},
     "MultiStepLR": {"milestones": [3, 5], "gamma": 0.5},
     "ExponentialLR": {"gamma": 0.9},

@@ -30,18 +30,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is a folder, not a DeepSpeed configuration: name the JSON file in it")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        config = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        config = without_comments(json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant))
     except FileNotFoundError:
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a valid DeepSpeed configuration: it is not text in UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        problem = "it is empty" if not path.read_bytes().strip() else error
+    except RecursionError:
+        raise ConfigError(f"{path} is not a valid DeepSpeed configuration: it is nested too deeply") from None
+    except ValueError as error:
+        problem = error if text.strip() else "it is empty"
         raise ConfigError(f"{path} is not a valid DeepSpeed configuration: {problem}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must contain one JSON object, not {json_type(config)}")
-    found: dict[str, Any] = without_comments(config)
-    return found
+    return config
 
 
 def json_type(value: Any) -> str:

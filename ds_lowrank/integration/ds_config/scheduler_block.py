@@ -66,11 +66,8 @@ def _value_problem(key: str, value: Any, default: Any) -> str | None:
         return None if isinstance(value, bool) else "must be true or false"
     if key.endswith(("_num_steps", "_step_size")) and value is not None:
         least = 0 if key == "decay_step_size" else 1
-        return (
-            None
-            if _is_number(value) and isinstance(value, int) and value >= least
-            else (f"must be a whole number of at least {least}")
-        )
+        whole = _is_number(value) and value == int(value) and value >= least
+        return None if whole else f"must be a whole number of at least {least}"
     if key.endswith(("_lr", "_ratio", "_rate")) or isinstance(default, int | float):
         values = value if isinstance(value, list) else [value]
         if not all(_is_number(v) or (v is None and default is None) for v in values):
@@ -96,6 +93,9 @@ def _trial(name: str, scheduler: Any, params: Mapping[str, Any]) -> list[str]:
             for _ in range(2):
                 optimizer.step()
                 built.step()
+                rate = float(optimizer.param_groups[0]["lr"])
+                if not 0 <= rate < math.inf:
+                    return [f"scheduler.params ({name}): they make the learning rate {rate}"]
         except Exception as error:  # whatever a foreign constructor raises is an error of the configuration
             return [f"scheduler.params ({name}): {' '.join(str(error).split())}"]
     return []

@@ -23,6 +23,10 @@ from ds_lowrank.integration.ds_config.values import autotp_size, is_enabled, pre
 
 log = logging.getLogger("ds_lowrank")
 
+MOST_PROBLEMS = 20
+LONGEST_PROBLEM = 2000
+"""How many errors are listed, and how many characters each has at most."""
+
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """The package that each of DeepSpeed's monitors needs."""
 
@@ -110,10 +114,20 @@ def _finish(config: Mapping[str, Any], found: Findings, name: str) -> None:
         found.problems += [*_contradictions(config), *_missing_packages(config), *_partition_problems(config)]
         if "scheduler" in config:
             found.problems += scheduler_problems(config)
+    if not found.problems:
+        return
+    shown = [_shortened(problem) for problem in found.problems[:MOST_PROBLEMS]]
     if len(found.problems) == 1:
-        raise ConfigError(f"{name}: {found.problems[0]}")
-    if found.problems:
-        raise ConfigError(f"{name} has {len(found.problems)} errors:\n  " + "\n  ".join(found.problems))
+        raise ConfigError(f"{name}: {shown[0]}")
+    if len(found.problems) > MOST_PROBLEMS:
+        shown.append(f"and {len(found.problems) - MOST_PROBLEMS} more")
+    raise ConfigError(f"{name} has {len(found.problems)} errors:\n  " + "\n  ".join(shown))
+
+
+def _shortened(problem: str) -> str:
+    """A problem without the middle of a key or value that would fill the screen."""
+    half = LONGEST_PROBLEM // 2
+    return problem if len(problem) <= LONGEST_PROBLEM else f"{problem[:half]} ... {problem[-half:]}"
 
 
 def _contradictions(config: Mapping[str, Any]) -> list[str]:
