@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
-from ds_lowrank.data.tokenizer import load_tokenizer
+from ds_lowrank.data.tokenizer import check_vocabulary, load_tokenizer
 
 SEPARATOR = "\n"  # between the two texts of a pair, if the tokenizer has no special tokens for pairs
 
@@ -112,8 +112,11 @@ def load_example_tokenizer(spec: str, texts: Iterator[str], vocab_size: int, cac
 
 def _published(spec: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise DataError(
-            f"no tokenizer in {spec!r} ({error}); put the checkpoint's own files there, or name it as --tokenizer"
+            f"no tokenizer in {spec!r} ({' '.join(str(error).split())}); put the checkpoint's own files there, or name "
+            "it as --tokenizer"
         ) from error
+    check_vocabulary(tokenizer, spec)
+    return tokenizer

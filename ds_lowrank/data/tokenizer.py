@@ -114,9 +114,28 @@ def _published(spec: str) -> TextTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise DataError(
-            f"tokenizer {spec!r} cannot be loaded ({error}); use 'bpe', 'bytes', or a folder or hub name"
+            f"tokenizer {spec!r} cannot be loaded ({' '.join(str(error).split())}); use 'bpe', 'bytes', or a folder or "
+            "hub name"
         ) from error
+    check_vocabulary(tokenizer, spec)
     return TextTokenizer(tokenizer, spec)
+
+
+def check_vocabulary(tokenizer: Any, spec: str) -> None:
+    """Refuse the empty tokenizer that transformers 5 makes of a model's folder without tokenizer files.
+
+    Args:
+        tokenizer: Hugging Face's tokenizer.
+        spec: where it was loaded from, for the message.
+
+    Raises:
+        DataError: it has special tokens only, so that every text would be empty.
+    """
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:
+        raise DataError(
+            f"no tokenizer in {spec!r} (its vocabulary is empty); put the checkpoint's own files there, or name it as "
+            "--tokenizer"
+        )
 
 
 def _trained_bpe(documents: Iterator[str], vocab_size: int, characters: int, cache_dir: Path) -> str:

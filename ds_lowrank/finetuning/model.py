@@ -90,7 +90,8 @@ def find_model(name: str, task: str) -> Source:
     try:
         config = AutoConfig.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
     except Exception as error:  # the hub's client and the validators raise unrelated classes
-        raise ValueError(f"--model {name} cannot be read ({error}); give a Hugging Face folder or hub name") from error
+        cause = " ".join(str(error).split())
+        raise ValueError(f"--model {name} cannot be read ({cause}); give a Hugging Face folder or hub name") from error
     _check_architecture(name, config, task)
     return Source(os.path.expanduser(name), config, random=False)
 

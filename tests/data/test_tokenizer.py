@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ds_lowrank.data.errors import DataError
+from ds_lowrank.data.example_tokenizer import load_example_tokenizer
 from ds_lowrank.data.tokenizer import load_tokenizer
 from ds_lowrank.data.vocabulary import check_id
 
@@ -119,6 +120,12 @@ def test_unusable_tokenizers_are_clear_errors(tmp_path, cache_dir, byte_tokenize
         load_tokenizer("./nowhere", texts, cache_dir=cache_dir)
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path), texts, cache_dir=cache_dir)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text('{"model_type": "roberta"}')  # and no tokenizer
+    with pytest.raises(DataError, match=r"no tokenizer in '.*weights' \(its vocabulary is empty\)"):
+        load_tokenizer(str(tmp_path / "weights"), texts, cache_dir=cache_dir)
+    with pytest.raises(DataError, match=r"no tokenizer in '.*weights' \(its vocabulary is empty\)"):
+        load_example_tokenizer(str(tmp_path / "weights"), iter(()), 0, cache_dir)
     byte_tokenizer.save(tmp_path / "cut")
     (tmp_path / "cut" / "tokenizer.json").write_text('{"version": "1.0", ')
     with pytest.raises(DataError, match="cannot be loaded"):
