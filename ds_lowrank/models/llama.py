@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -36,6 +37,7 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+SIZES = (*REQUIRED, "num_key_value_heads", "head_dim")
 # What the constructor turns into fields, for the nearest name of a misspelt key.
 OLDER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "model_type", "num_labels")
 WeightSource = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -97,7 +99,27 @@ def _config(entries: dict[str, Any], path: Path) -> LlamaConfig:
     kind = rope.get("rope_type", "default")
     if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"{path}: rope_type is {kind!r}; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
+    _check_values(config, path)
     return config
+
+
+def _check_values(config: LlamaConfig, path: Path) -> None:
+    """Refuse values of the right type with which a model cannot be built, or computes only NaN."""
+    for key in SIZES:
+        if not 1 <= getattr(config, key) < 2**31:
+            raise ValueError(f"{path}: {key} is {getattr(config, key)}: it must be at least 1 and below 2^31")
+    heads, shared, pad = config.num_attention_heads, config.num_key_value_heads, config.pad_token_id
+    theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
+    for wrong, problem in (
+        (heads % shared, f"num_key_value_heads {shared} does not divide num_attention_heads {heads}"),
+        (config.hidden_act not in ACT2FN, f"hidden_act is {config.hidden_act!r}; known are {', '.join(ACT2FN)}"),
+        (not 0 <= config.attention_dropout <= 1, f"attention_dropout is {config.attention_dropout}, not from 0 to 1"),
+        (not config.rms_norm_eps >= 0, f"rms_norm_eps is {config.rms_norm_eps}, below 0"),
+        (not theta > 0, f"rope_theta is {theta}: it must be above 0"),
+        (pad is not None and pad >= config.vocab_size, f"pad_token_id {pad} is no id below vocab_size"),
+    ):
+        if wrong:
+            raise ValueError(f"{path}: {problem}")
 
 
 def _check_keys(entries: dict[str, Any], path: Path) -> None:

@@ -24,7 +24,7 @@ class FolderWeights:
         config: sizes of the LLaMA that the weights are for.
 
     Raises:
-        ValueError: weights are missing or have other shapes. This is checked before any weight is read.
+        ValueError: a file or weights are missing, or have other shapes. This is checked before any weight is read.
     """
 
     def __init__(self, folder: Path, config: LlamaConfig) -> None:
@@ -53,10 +53,11 @@ def _opened(folder: Path) -> list[Any]:
     index = folder / INDEX
     try:
         entries = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {"": SINGLE}
-        return [safe_open(folder / file, framework="pt") for file in dict.fromkeys(entries.values())]
-    except FileNotFoundError:
-        raise ValueError(
-            f"--model {folder} has no {SINGLE}: save the model with transformers' save_pretrained"
-        ) from None
-    except (SafetensorError, KeyError, ValueError) as error:
+        files = list(dict.fromkeys(entries.values()))
+        for file in files:
+            if not (folder / file).is_file():
+                advice = f"{INDEX} names it" if index.is_file() else "save the model with transformers' save_pretrained"
+                raise ValueError(f"--model {folder} has no {file}: {advice}")
+        return [safe_open(folder / file, framework="pt") for file in files]
+    except (SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"--model {folder}: the weights cannot be read ({error})") from error

@@ -72,6 +72,15 @@ def model_file(tmp_path):
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"num_attention_heads": 3}, "not a valid LLaMA configuration"),
         ({"hidden_size": "wide"}, "not a valid LLaMA configuration"),
+        ({"hidden_size": 0}, "hidden_size is 0: it must be at least 1"),
+        ({"intermediate_size": -4}, "intermediate_size is -4: it must be at least 1"),
+        ({"vocab_size": 10**13}, "vocab_size is 10000000000000: it must be at least 1 and below 2"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_att.* 4"),
+        ({"hidden_act": "swish2"}, "hidden_act is 'swish2'; known are .*silu"),
+        ({"attention_dropout": 2.0}, "attention_dropout is 2.0, not from 0 to 1"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, below 0"),
+        ({"rope_theta": 0}, "rope_theta is 0: it must be above 0"),
+        ({"pad_token_id": 10**6}, "pad_token_id 1000000 is no id below vocab_size"),
     ],
 )
 def test_unusable_configurations_are_refused_by_name(model_file, changes, message):
@@ -207,6 +216,9 @@ BAD_FOLDERS = {
     r"model.norm.weight is \(7,\) in the weights, but \(32,\) by config.json": lambda folder: rewrite(
         folder, lambda weights: weights.update({NORM: torch.ones(7)})
     ),
+    "has no model-9.safetensors: model.safetensors.index.json names it": lambda folder: (
+        folder / "model.safetensors.index.json"
+    ).write_text('{"weight_map": {"a": "model-9.safetensors"}}'),
     "cannot be read": lambda folder: [path.write_bytes(b"x" * 99) for path in folder.glob("*.safetensors")],
     "the weights cannot be read": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
