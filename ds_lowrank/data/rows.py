@@ -86,6 +86,8 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Row
     else:
         rows = _held_out(_file(path), held_out, seed)
     for split, found in {"train": rows.train, **rows.validation}.items():
+        if not found and split != "train" and validation is not None:
+            raise DataError(f"--validation {str(validation)!r} holds no rows: give more data")
         if not found:
             raise DataError(
                 f"{spec!r} holds no rows {'to train on' if split == 'train' else 'for validation'}: give more data, "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_lowrank.collectives import global_rank
@@ -128,6 +129,8 @@ def set_learning_rate(
         raise ValueError(f"{source}: optimizer.params.lr is {rate!r}, a string: write it without quotes, or give --lr")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
         raise ValueError(f"{source}: optimizer.params.lr must be a finite number of at least 0, not {json.dumps(rate)}")
+    if rate > torch.finfo(torch.float32).max:
+        raise ValueError(f"the learning rate {rate} is more than fp32 can hold: lower optimizer.params.lr or --lr")
 
 
 def set_batch_sizes(config: dict[str, Any], ranks: int, total: int | None, micro: int | None) -> BatchSizes:

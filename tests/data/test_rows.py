@@ -83,6 +83,13 @@ def test_unusable_files_are_named(tmp_path, name, content, message):
         opened(tmp_path / name)
 
 
+def test_an_empty_file_of_validation_rows_is_named(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "a"}'), ("b.jsonl", "\n")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=r"--validation '.*b.jsonl' holds no rows"):
+        opened(tmp_path / "a.jsonl", validation=tmp_path / "b.jsonl")
+
+
 @pytest.fixture(scope="module")
 def functions():
     return standard_library_functions()

@@ -66,6 +66,7 @@ def test_learning_rate_of_the_command_line_wins():
         ("1e-3", "ds.json: optimizer.params.lr is '1e-3', a string: write it without quotes, or give --lr"),
         (True, "ds.json: optimizer.params.lr must be a finite number of at least 0, not true"),
         (-1, "ds.json: optimizer.params.lr must be a finite number of at least 0, not -1"),
+        (1e308, "the learning rate 1e+308 is more than fp32 can hold: lower optimizer.params.lr or --lr"),
         (float("inf"), "ds.json: optimizer.params.lr must be a finite number of at least 0, not Infinity"),
     ],
 )

@@ -28,6 +28,7 @@ METHOD = METHODS["GaLore"]
         ({"rank": "4"}, r"params.rank .*valid integer, got '4'"),
         ({"seed": True}, r"params.seed .*valid integer, got True"),
         ({"lr": "1e-3"}, r"params.lr .*valid number, got '1e-3'"),
+        ({"lr": 1e308}, r"params.lr .*a number that fp32 can hold, got 1e\+308"),
         ({"weight_decay": False}, r"params.weight_decay .*valid number, got False"),
         ({"betas": ["0.9", 0.99]}, r"params.betas .*valid number, got \['0.9', 0.99\]"),
         ({"proj_type": "both"}, r"params.proj_type .*'std', 'reverse_std', 'left' or 'right'"),

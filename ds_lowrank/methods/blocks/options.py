@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ds_lowrank.linalg.quantization import FP32, BFloat16, Int8, Quantizer
 from ds_lowrank.methods.blocks.ascent import Ascent
 from ds_lowrank.methods.blocks.state_spec import TensorSpec
 from ds_lowrank.sharding.axis import Axis
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Options(BaseModel):
@@ -45,13 +49,16 @@ class Options(BaseModel):
         """Take numbers as JSON has them: a string or a boolean is none, and 200.0 is a whole number.
 
         Raises:
-            ValueError: a number is needed and this is none.
+            ValueError: a number is needed and this is none, or none of fp32, in which the arithmetic is done.
         """
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if not {int, float} & kinds or not kinds <= {int, float, NoneType, Ellipsis}:
             return value
-        if any(isinstance(number, str | bool) for number in (value if isinstance(value, list | tuple) else [value])):
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, str | bool) for number in numbers):
             raise ValueError(f"Input should be a valid {'number' if float in kinds else 'integer'}")
+        if float in kinds and any(isinstance(n, int | float) and LARGEST < abs(n) < math.inf for n in numbers):
+            raise ValueError("Input should be a number that fp32 can hold")
         return int(value) if float not in kinds and isinstance(value, float) and value.is_integer() else value
 
     def model_post_init(self, context: Any) -> None:
