@@ -216,7 +216,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.bind()
         assert self._slots is not None
-        refuse_gradients(self._groups, f"the {self.wrapper} of DeepSpeed" if self.wrapper != "none" else "a grid")
+        arranged = f"the {self.wrapper} of DeepSpeed" if self.wrapper != "none" else "a grid"
+        ranks = self._executor.group if isinstance(self._executor, Distributed) else None
+        refuse_gradients(self._groups, arranged, ranks)
         if self._perturbation is not None:
             self._perturbation.restore()  # within a PipelineEngine's step nobody else could
         stores = [store for group in self.param_groups for store in group["params"]]

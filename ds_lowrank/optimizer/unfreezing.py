@@ -7,10 +7,13 @@ more. DeepSpeed's partitions are made once and for all: there, its gradient is a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ds_lowrank.collectives import all_gather_object
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method
 from ds_lowrank.optimizer.build_slots import build_slots
@@ -48,20 +51,25 @@ def with_late(
     return {id(parameter): both[id(parameter)] for trained in groups.parameters for parameter in trained}
 
 
-def refuse_gradients(groups: ParameterGroups, wrapper: str) -> None:
-    """Refuse a gradient of a parameter that was left out because it was frozen.
+def refuse_gradients(groups: ParameterGroups, wrapper: str, ranks: dist.ProcessGroup | None) -> None:
+    """Refuse a gradient of a parameter that was left out because it was frozen. Collective once one is not frozen.
 
     Args:
         groups: the optimizer's.
         wrapper: how DeepSpeed has arranged the other parameters.
+        ranks: those that step together: data of one rank alone may reach the parameter. None for this rank alone.
 
     Raises:
-        ConfigError: there is one; the message has its name.
+        ConfigError: there is one on any of the ranks; the message has its name.
     """
-    late = [parameter for parameter in groups.left_out() if parameter.requires_grad and parameter.grad is not None]
-    if late:
+    late = [parameter for parameter in groups.left_out() if parameter.requires_grad]
+    if not late:
+        return
+    own = [groups.name_of(parameter) for parameter in late if parameter.grad is not None]
+    found = own if ranks is None else list(dict.fromkeys(chain.from_iterable(all_gather_object(own, ranks))))
+    if found:
         raise ConfigError(
-            f"{groups.name_of(late[0])} was frozen when the optimizer was set up, and has a gradient now "
-            f"({len(late)} such parameters in all), but nothing can be added to {wrapper}: unfreeze before the engine "
+            f"{found[0]} was frozen when the optimizer was set up, and has a gradient now "
+            f"({len(found)} such parameters in all), but nothing can be added to {wrapper}: unfreeze before the engine "
             "is built, build a new engine, or keep it frozen"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.engines.grids import PIPELINE, Grid, initialize_error, plain_pipeline, settings_of
 from tests.engines.pool import run_ranks
@@ -31,6 +32,39 @@ def test_a_gradient_of_a_layer_that_was_frozen_at_start_stops_every_rank(stage, 
         assert error.startswith("model.layers.0.self_attn.q_proj.weight was frozen when the optimizer was set up, and")
         assert "(9 such parameters in all)" in error
         assert "unfreeze before the engine is built, build a new engine, or keep it frozen" in error
+
+
+class Branch(torch.nn.Module):
+    """A layer, and another one that only some of the data reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x, further):
+        x = self.always(x)
+        return (self.sometimes(x) if further else x).square().mean()
+
+
+def unfreeze_for_rank_0(settings):
+    """The error after a layer was unfrozen that only the data of rank 0 reach."""
+    import torch.distributed as dist
+
+    import ds_lowrank
+
+    model = Branch()
+    engine, *_ = ds_lowrank.initialize(model=model, config=settings)
+    model.sometimes.requires_grad_(True)
+    engine.backward(engine(torch.ones(2, 8), dist.get_rank() == 0))
+    with pytest.raises(ds_lowrank.ConfigError) as error:
+        engine.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_one_rank_alone_has_stops_every_rank(stage):
+    for error in run_ranks(2, unfreeze_for_rank_0, config(stage, 2), timeout=60):
+        assert error.startswith("sometimes.weight was frozen when the optimizer was set up, and has a gradient now (2 ")
 
 
 def test_without_a_wrapper_the_layer_is_trained_from_then_on():
