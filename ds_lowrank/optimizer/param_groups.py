@@ -26,7 +26,7 @@ from ds_lowrank.optimizer.logical_parameters import (
 )
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.placement.grid import Grid
-from ds_lowrank.placement.marks import refuse_foreign_sharding
+from ds_lowrank.placement.marks import refuse_foreign_sharding, refuse_uninitialized
 from ds_lowrank.placement.parameter_names import Tag, tag_of, tag_of_own_tensor
 from ds_lowrank.placement.tensor_parallel import refuse_empty_shards
 from ds_lowrank.placement.zero import unpartitioned_shape
@@ -164,6 +164,7 @@ class ParameterGroups:
 
     def _checked_tag(self, name: str | None, parameter: torch.nn.Parameter) -> Tag:
         tag = tag_of(parameter)
+        refuse_uninitialized(parameter, name or "a parameter")
         if tag is None and name is not None:
             tag = tag_of_own_tensor(name, parameter)
         if tag is None:

@@ -21,8 +21,8 @@ from ds_lowrank.placement.zero import unpartitioned_shape
 
 Kind = Literal["weight", "embedding", "head", "vectors"]
 
-TABLES = ("*embed*", "*_emb", "emb", "wte", "wpe")
-"""Globs of the names of lookup tables that are a module's own parameters, and so have no type."""
+TABLES = ("*embed*", "*_emb", "emb", "wte", "wpe", "trainable_tokens*")
+"""Globs of the names of lookup tables that are a module's own parameters, and so have no type; the last is PEFT's."""
 HEADS = (
     "lm_head",
     "embed_out",

@@ -47,6 +47,23 @@ def megatron_stride(parameter: Any) -> int:
     return int(getattr(parameter, "partition_stride", 1))
 
 
+def refuse_uninitialized(parameter: torch.Tensor, name: str) -> None:
+    """Refuse a parameter of a lazy module that has no shape yet.
+
+    Args:
+        parameter: as the caller gave it.
+        name: the parameter's name in the model.
+
+    Raises:
+        ConfigError: it is such a parameter.
+    """
+    if torch.nn.parameter.is_lazy(parameter):
+        raise ConfigError(
+            f"{name} has no shape yet, as its module is lazy: run the model's forward once before the optimizer is "
+            "built"
+        )
+
+
 def foreign_sharding(parameter: Any) -> str | None:
     """What a parameter is whose elements are stored in a way that is not read here; None if they are.
 

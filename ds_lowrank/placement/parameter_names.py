@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ds_lowrank.placement.kinds import Kind, kind_of_own_tensor, kinds_of
-from ds_lowrank.placement.marks import megatron_stride
+from ds_lowrank.placement.marks import megatron_stride, refuse_uninitialized
 from ds_lowrank.placement.stacks import STACK, is_stored_transposed, mark_stacks
 from ds_lowrank.placement.tensor_parallel import FUSION, Fusion
 from ds_lowrank.placement.wrappers import plain_names, unwrapped
@@ -22,6 +22,9 @@ from ds_lowrank.placement.zero import unpartitioned_shape
 
 TAG = "ds_lowrank_tag"
 """The attribute of a parameter that has its :class:`Tag`."""
+
+OF_LAYERS = ("weight", "*.weight", "*weight_orig", "*weight_[gv]", "*parametrizations.weight.*")
+"""Globs of the names of layers' weights, which may be pruned, normalised or parametrised."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ def tag_parameters(model: torch.nn.Module) -> None:
         model: the model, before DeepSpeed wraps it. Other wrappers, such as ``torch.compile`` and DDP, change no name.
 
     Raises:
-        ConfigError: without wrappers two parameters have the same name.
+        ConfigError: without wrappers two parameters have the same name, or one has no shape yet.
     """
+    names = tag_names(model)
+    for name, parameter in torch.nn.Module.named_parameters(model):
+        refuse_uninitialized(parameter, names[name])
     for module in model.modules():
         _mark_fused(module)
         mark_stacks(module)
-    names = tag_names(model)
     kinds, transposed = kinds_of(model, names), set(_stored_transposed(model))
     for name, parameter in torch.nn.Module.named_parameters(model):  # some wrappers' own method changes names
         tag_as(parameter, Tag(names[name], kinds[id(parameter)], transposed=id(parameter) in transposed))
@@ -109,7 +114,7 @@ def tag_of_own_tensor(name: str, parameter: torch.Tensor) -> Tag | None:
         projected, and a matrix of any other name is what :func:`tag_parameters` would say of a module's own tensor.
     """
     dimensions = len(unpartitioned_shape(parameter)) - hasattr(parameter, STACK)
-    is_matrix_of_a_layer = dimensions == 2 and name.rpartition(".")[2] == "weight"
+    is_matrix_of_a_layer = dimensions == 2 and any(fnmatchcase(name, layer) for layer in OF_LAYERS)
     return None if is_matrix_of_a_layer or dimensions > 2 else Tag(name, kind_of_own_tensor(name))
 
 

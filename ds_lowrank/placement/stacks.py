@@ -27,6 +27,8 @@ STACK = "ds_lowrank_stack"
 """The attribute of a parameter in which :func:`tag_stack` stores a :class:`Stack`."""
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_experts", "n_routed_experts", "n_shared_experts")
 """Attributes in which modules say how many experts they hold."""
+STORED_AS_ROWS = frozenset({"DbrxExpertGLU"})
+"""Modules whose experts' matrices are one above the other. No other: a router may have as many rows as they would."""
 STORED_TRANSPOSED = frozenset(
     {
         ("Llama4TextExperts", "gate_up_proj"),
@@ -114,9 +116,9 @@ def mark_stacks(module: torch.nn.Module) -> None:
         shape = unpartitioned_shape(parameter)
         if hasattr(parameter, STACK) or isinstance(module, torch.nn.modules.conv._ConvNd):
             continue
-        if len(shape) == 3 and ("expert" in kind.lower() or count == shape[0]) and not name.endswith("bias"):
+        if len(shape) == 3 and ("expert" in kind.lower() or count == shape[0]) and not _holds_biases(name, shape):
             tag_stack(parameter)
-        elif len(shape) == 2 and "expert" in kind.lower() and count and shape[0] > count and shape[0] % count == 0:
+        elif len(shape) == 2 and kind in STORED_AS_ROWS and count and shape[0] % count == 0:
             tag_stack(parameter, count)
 
 
@@ -128,6 +130,11 @@ def holds_vectors(name: str, shape: tuple[int, ...]) -> bool:
         shape: its shape.
     """
     return len(shape) == 2 and name.endswith("bias")
+
+
+def _holds_biases(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of three dimensions holds a vector for each expert."""
+    return name.endswith("bias") or 1 in shape[1:]
 
 
 def is_stored_transposed(module: torch.nn.Module, name: str) -> bool:

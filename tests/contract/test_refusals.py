@@ -22,6 +22,10 @@ def test_parameters_without_their_model_are_refused_and_tags_are_enough(name):
             OPTIMIZERS[name](given, **of(name).small)
     with pytest.raises(ds_lowrank.ConfigError, match="params of a group is a module: "):
         OPTIMIZERS[name]([{"params": model}], **of(name).small)
+    for change in (torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm):
+        changed = torch.nn.Sequential(change(torch.nn.Embedding(9, 8)))
+        with pytest.raises(ds_lowrank.ConfigError, match=r"Pass the model itself, or call ds_lowrank\.tag_parameters"):
+            OPTIMIZERS[name](changed.named_parameters(), **of(name).small)
     ds_lowrank.tag_parameters(model)
     for given in (model.parameters(), model.named_parameters(), model):
         assert len(OPTIMIZERS[name](given, **of(name).small).slots) == 4

@@ -258,6 +258,7 @@ def step_with_a_sparse_gradient():
 
 REFUSED = {
     "a weight of a layer without its model": lambda: ds_lowrank.GaLore(torch.nn.Linear(4, 4).named_parameters()),
+    "a parameter of a lazy module": lambda: ds_lowrank.GaLore(torch.nn.LazyLinear(4)),
     "two parameters of one name, or one parameter twice": lambda: ds_lowrank.GaLore(weights((4, 4)) * 2),
     "an fp64 (or integer) parameter": lambda: ds_lowrank.GaLore(weights((4, 4), dtype=torch.float64)),
     "a parameter of PyTorch's FSDP or tensor parallelism, or of another tensor subclass": lambda: ds_lowrank.GaLore(

@@ -106,6 +106,19 @@ def test_names_decide_only_what_has_no_type_and_never_within_a_layer():
     assert len(found) == 3 + 2 * 4
 
 
+def test_the_rows_of_an_embedding_that_peft_trains_are_one():
+    import peft
+
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), adapter)
+    found = {name: kind for name, kind in kinds(model).items() if "token_adapter.train" in name or "lora" in name}
+    assert found.pop("model.embed_tokens.token_adapter.trainable_tokens_delta.default") == "embedding"
+    assert len(found) == 2 and set(found.values()) == {"weight"}
+
+
 def small_t5():
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}

@@ -183,15 +183,31 @@ def test_the_experts_of_megatron_core_are_stacks():
     assert is_stored_transposed(module, "weight1")
 
 
-def test_convolutions_and_position_embeddings_are_no_stacks():
-    class Positions(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.positions = torch.nn.Parameter(torch.empty(1, 7, 5))
+class Positions(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions = torch.nn.Parameter(torch.empty(1, 7, 5))
 
-    for module in (torch.nn.Conv1d(3, 4, 5), Positions()):
-        mark_stacks(module)
-        assert all(stack_of(p, tuple(p.shape)) is None for p in module.parameters())
+
+class ExpertsWithRouter(torch.nn.Module):
+    """What is beside the experts in a module of theirs: a router with a column for each, and vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.router = 4, torch.nn.Parameter(torch.empty(8, 4))
+        self.b1, self.scales = torch.nn.Parameter(torch.empty(4, 1, 8)), torch.nn.Parameter(torch.empty(4, 8, 1))
+
+
+class ExpertLinear(torch.nn.Linear):
+    """The layer of one of four experts."""
+
+    num_experts = 4
+
+
+@pytest.mark.parametrize("module", [torch.nn.Conv1d(3, 4, 5), Positions(), ExpertsWithRouter(), ExpertLinear(6, 8)])
+def test_what_is_like_a_stack_in_shape_or_name_is_none(module):
+    mark_stacks(module)
+    assert all(stack_of(p, tuple(p.shape)) is None for p in module.parameters())
 
 
 @pytest.mark.parametrize(
