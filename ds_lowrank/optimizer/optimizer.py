@@ -352,4 +352,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             CheckpointError: it belongs to another method, model, layout or configuration; the message says which.
         """
         fixed = self.method.Options.fixed_on_resume
-        self._counts = load_state(self.method.name, self.slots, self._groups.param_groups, state_dict, fixed)
+        slots, groups = self.slots, self._groups
+        frozen = [groups.name_of(parameter) for parameter in groups.left_out()]
+        self._counts = load_state(self.method.name, slots, groups.param_groups, state_dict, fixed, frozen)

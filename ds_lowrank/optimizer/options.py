@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,9 @@ def parse_options(method: type[Method], params: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: a key is unknown (the message suggests the closest valid one), or a value is invalid.
     """
+    for key, value in params.items():
+        if isinstance(value, Iterator):  # whoever reads it second would find nothing in it
+            raise ConfigError(f"optimizer.params.{key} ({method.name}): a list, not a {type(value).__name__}")
     try:
         return method.Options.model_validate(dict(params))
     except ValidationError as error:

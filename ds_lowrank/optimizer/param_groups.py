@@ -74,14 +74,15 @@ class ParameterGroups:
             ConfigError: an option is wrong, a parameter has no name or a dtype that is not trained, or a matrix does
                 not fit the method.
         """
-        given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
-        options = parse_options(self._method, {**self._given, **given})
         named = self._named(group["params"])
         tags = [self._checked_tag(name, parameter) for name, parameter in named]
         for (_, parameter), tag in zip(named, tags, strict=True):
             refuse_empty_shards(parameter, tag.name)
             refuse_foreign_sharding(parameter, tag.name)
         self._tags |= {parameter: tag for (_, parameter), tag in zip(named, tags, strict=True)}
+        # Behind the parameters: DeepSpeed gives a group of experts, which are refused, a key of its own.
+        given = {key: value for key, value in group.items() if key not in UNVALIDATED_GROUP_KEYS}
+        options = parse_options(self._method, {**self._given, **given})
         present = [p for _, p in named if 0 not in unpartitioned_shape(p)]
         trained = [p for p in present if p.requires_grad]
         self._check_trained(trained, group, options)

@@ -48,6 +48,7 @@ def load_state(
     groups: Sequence[dict[str, Any]],
     saved: dict[str, Any],
     fixed_on_resume: Iterable[str],
+    frozen: Sequence[str],
 ) -> dict[str, int]:
     """Load a saved state into slots and parameter groups.
 
@@ -57,6 +58,7 @@ def load_state(
         groups: its parameter groups, in order; their options are replaced.
         saved: what :func:`dump_state` returned on the same layout.
         fixed_on_resume: options that must have the same values in the saved groups and in these.
+        frozen: names of the parameters that have no slots because they are frozen.
 
     Returns:
         The saved counters, by name.
@@ -65,7 +67,7 @@ def load_state(
         CheckpointError: the state does not fit this optimizer; nothing was changed.
     """
     _check_origin(method, saved)
-    _check_names({slot.tag.name for slot in slots}, set(saved["layout"]))
+    _check_names({slot.tag.name for slot in slots}, set(saved["layout"]), frozen)
     _check_groups(slots, groups, saved["param_groups"], fixed_on_resume)
     for slot in slots:
         _check_slot(slot, saved)
@@ -107,7 +109,13 @@ def _check_origin(method: str, saved: dict[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint has state format {saved['format']}, this version reads {FORMAT}")
 
 
-def _check_names(own: set[str], saved: set[str]) -> None:
+def _check_names(own: set[str], saved: set[str], frozen: Sequence[str]) -> None:
+    late = sorted(name for name in saved - own if any(f"{name}.".startswith(f"{given}.") for given in frozen))
+    if late and set(late) == saved - own:
+        raise CheckpointError(
+            f"{late[0]} is frozen, but was trained in the run that saved the checkpoint ({len(late)} such parameters "
+            "in all): unfreeze them before loading"
+        )
     if own != saved:
         missing, extra = sorted(own - saved)[:3], sorted(saved - own)[:3]
         raise CheckpointError(

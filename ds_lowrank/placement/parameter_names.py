@@ -153,9 +153,10 @@ def stores_transposed(module: torch.nn.Module) -> bool:
 def _stored_transposed(model: torch.nn.Module) -> Iterator[int]:
     """The ``id`` of every parameter whose matrices are stored input x output."""
     for module in model.modules():
+        if stores_transposed(module):  # pruned, normalised or parametrised too
+            yield from (id(weight) for weight in module.parameters() if len(unpartitioned_shape(weight)) == 2)
         for name, parameter in module._parameters.items():
-            is_weight = name == "weight" and stores_transposed(module)
-            if is_weight or (hasattr(parameter, STACK) and is_stored_transposed(module, name)):
+            if hasattr(parameter, STACK) and is_stored_transposed(module, name):
                 yield id(parameter)
 
 

@@ -60,6 +60,14 @@ def test_a_target_that_matches_only_what_is_never_projected_is_refused(name, in_
 
 
 @EVERY
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_patterns_that_can_be_read_only_once_are_refused(name, key):
+    """They are read more than once, and the second reader would find none."""
+    with pytest.raises(ds_lowrank.ConfigError, match=rf"optimizer\.params\.{key} .*: a list, not a generator"):
+        OPTIMIZERS[name](small_model(), **of(name).small, **{key: (pattern for pattern in ["0.*"])})
+
+
+@EVERY
 def test_name_or_parameter_given_twice_is_refused(name):
     first, second = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
     ds_lowrank.tag_parameters(first)

@@ -39,7 +39,11 @@ def test_an_unfrozen_layer_is_trained_from_then_on(name, after):
     assert saved["layout"] == expected.state_dict()["layout"]
     again = small_model()
     again.load_state_dict(model.state_dict())
+    again[0].requires_grad_(False)
     resumed = build(name, again)
+    with pytest.raises(ds_lowrank.CheckpointError, match=r"0\.bias is frozen, .* \(2 .* unfreeze them before loading"):
+        resumed.load_state_dict(saved)
+    again[0].requires_grad_(True)
     resumed.load_state_dict(saved)
     run(optimizer, model, range(5, 7))
     run(resumed, again, range(5, 7))

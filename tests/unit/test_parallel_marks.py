@@ -186,6 +186,9 @@ def test_experts_that_are_split_over_expert_ranks_are_refused_on_every_way_in():
     model[1].weight.allreduce = False
     with pytest.raises(ConfigError, match=r"1\.weight is split over expert ranks"):
         ds_lowrank.GaLore(model, rank=2)
+    group = {"params": [model[1].weight], "name": "experts", "moe": True}  # as DeepSpeed makes it from its layers
+    with pytest.raises(ConfigError, match=r"1\.weight is split over expert ranks"):
+        ds_lowrank.GaLore([group, {"params": [model[0].weight]}], rank=2)
 
 
 def test_a_frozen_parameter_may_be_stored_in_any_way():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,23 @@ def test_conv1d_is_trained_as_linear_is(name, options):
         found = both[1][layer].weight.detach().T
         # fp32 sums in another order over four steps; measured up to 4e-7.
         assert (found - linear.weight.detach()).norm() < 1e-5 * linear.weight.norm(), layer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: torch.nn.utils.prune.identity(layer, "weight"),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+    ],
+)
+def test_a_changed_conv1d_stores_its_weights_transposed_too(change):
+    model = torch.nn.Sequential(Conv1D(3, 4), torch.nn.Linear(3, 4))
+    for layer in model:
+        change(layer)
+    ds_lowrank.tag_parameters(model)
+    matrices = {name: tag_of(p).transposed for name, p in model.named_parameters() if p.ndim == 2}
+    assert matrices == {name: name.startswith("0.") for name in matrices}
 
 
 def test_the_official_view_of_a_wide_matrix_needs_it_in_its_own_order():
