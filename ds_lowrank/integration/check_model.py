@@ -9,7 +9,7 @@ import torch
 
 from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.integration.ds_config.values import autotp_size
+from ds_lowrank.integration.ds_config.values import autotp_size, precision, zero_stage
 from ds_lowrank.integration.unsupported_settings import check_stage
 from ds_lowrank.placement.averaging import check_leftovers, check_unit
 from ds_lowrank.placement.grid import grid_of, initialized_tensor_group, sequence_size
@@ -54,6 +54,12 @@ def check_model(model: Any, mpu: Any, config: Mapping[str, Any], method: str) ->
     tensor = autotp if unit is None else grid_of(unit).tensor_size
     check_stage(config, tensor, in_pipeline)
     _check_parameters(model, tensor, in_pipeline, method)
+    is_arranged = zero_stage(config) > 0 or precision(config) != "fp32"
+    if is_arranged and not in_pipeline and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"{method} has nothing to train, every parameter of the model is frozen: unfreeze some before the engine "
+            "is built, as DeepSpeed takes up none later"
+        )
 
 
 def model_parallel_unit(model: Any, mpu: Any) -> Any:

@@ -91,6 +91,16 @@ def test_nothing_to_project_stops_every_rank():
         assert "14 x exclude_modules '*.layers.*' (model.layers.0.self_attn.q_proj.weight, " in error
 
 
+def all_frozen(settings):
+    return initialize_error(make_model().requires_grad_(False), settings)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_a_model_that_is_frozen_as_a_whole_stops_every_rank(stage, dtype):
+    for error in run_ranks(2, all_frozen, config(stage, 2, dtype)):
+        assert "every parameter of the model is frozen: unfreeze some before the engine is built" in error
+
+
 def pipeline_without_matrices(stage, excluded):
     settings = settings_of(Grid(1, 1, 2, stage), params={"exclude_modules": excluded})
     return initialize_error(plain_pipeline(), settings)
