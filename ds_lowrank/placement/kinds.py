@@ -97,7 +97,8 @@ def _told(model: nn.Module, getter: str) -> Iterator[nn.Module]:
     for module in model.modules():
         get = getattr(module, getter, None)
         if callable(get):
-            with suppress(NotImplementedError, AttributeError):  # so do models say that they have none
+            # So do models say that they have none; a method of that name that needs arguments is another one.
+            with suppress(NotImplementedError, AttributeError, TypeError):
                 found = get()
                 if isinstance(found, nn.Module):
                     yield found

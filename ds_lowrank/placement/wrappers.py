@@ -84,12 +84,12 @@ def plain_paths(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Mod
 
 def _wrapped(module: torch.nn.Module) -> str | None:
     """The attribute in which a wrapper keeps its module; None if it is no wrapper."""
-    own = next((name for name in WRAPPED if name in module._modules), None)
+    own = next((name for name in WRAPPED if module._modules.get(name) is not None), None)
     if own is not None:
         return own
     # By name: the classes belong to packages that may not be installed.
     known = (WRAPPERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in WRAPPERS)
-    return next((name for name in known if name in module._modules), None)
+    return next((name for name in known if module._modules.get(name) is not None), None)
 
 
 def _join(path: str, attribute: str) -> str:

@@ -106,6 +106,19 @@ def test_names_decide_only_what_has_no_type_and_never_within_a_layer():
     assert len(found) == 3 + 2 * 4
 
 
+def test_names_of_ones_own_model_that_others_use_are_no_error():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(9, 8), nn.Linear(8, 8)
+            self.register_module("_orig_mod", None)
+
+        def get_input_embeddings(self, ids):
+            return self.embed(ids)
+
+    assert kinds(Own()) == {"embed.weight": "embedding", "layer.weight": "weight"}
+
+
 def test_the_rows_of_an_embedding_that_peft_trains_are_one():
     import peft
 
