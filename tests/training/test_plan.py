@@ -12,6 +12,14 @@ from ds_lowrank.training.plan import make_plan
 from tests.training.runs import Workspace, deepspeed_config
 
 
+def record(step):
+    """A line of metrics.jsonl."""
+    return (
+        json.dumps({"step": step, "tokens": 8, "skipped_steps": 0, "seconds": 1.0, "memory_gib": 0.1, "loss": 2.0})
+        + "\n"
+    )
+
+
 def plan(workspace, output, *more, config=None, ranks=2, steps=6):
     return make_plan(parse([*workspace.arguments(output, config=config, steps=steps), *more]), ranks)
 
@@ -91,7 +99,7 @@ def test_resume_starts_a_run_that_never_saved_and_no_other(workspace, saved):
     assert plan(workspace, "c", "--resume").checkpoint is None
     output = workspace.path / "c"
     output.mkdir()
-    (output / "metrics.jsonl").write_text('{"step": 2}\n')
+    (output / "metrics.jsonl").write_text(record(2))
     assert plan(workspace, "c").checkpoint is None and plan(workspace, "c", "--resume").checkpoint is None
     (output / "summary.json").write_text('{"finished": true, "step": 6}')
     with pytest.raises(AlreadyFinishedError, match="has finished: it is at --steps 6"):
@@ -111,7 +119,7 @@ def test_a_checkpoint_does_not_continue_the_metrics_of_another_run(workspace, sa
     output = workspace.path / "e"
     output.mkdir()
     resume = ("--resume", str(saved))
-    (output / "metrics.jsonl").write_text('{"step": 9}\n')
+    (output / "metrics.jsonl").write_text(record(9))
     assert plan(workspace, "e", *resume).checkpoint == saved  # an interrupted start, which is kept aside
     assert is_new(output, output / "checkpoints", saved)
     record_save(output, output / "checkpoints")
