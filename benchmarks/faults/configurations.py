@@ -22,7 +22,7 @@ from unittest import mock
 from pydantic import BaseModel
 
 from benchmarks.faults.malformed import FILES, NUMBERS, OPTIMIZERS, SCHEDULERS, VALUES, WHOLE
-from benchmarks.faults.programs import run
+from benchmarks.faults.programs import MODEL, run
 from benchmarks.faults.trial import Outcome, Trial
 from ds_lowrank.finetuning import arguments as finetuning
 from ds_lowrank.integration.ds_config.schema import Settings
@@ -30,14 +30,6 @@ from ds_lowrank.integration.ds_config.structure import _fields, _split
 from ds_lowrank.training import arguments as pretraining
 from ds_lowrank.training.plan import make_plan
 
-MODEL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 ONE = ("--data", "text.txt", "--tokenizer", "bytes", "--cache", "cache", "--steps", "2", "--sequence-length", "16")
 START = ("--deepspeed_config", "ds.json", "--model", "model.json", "--output", "out", *ONE)
 NAMED_BY_TYPE = ("optimizer", "scheduler")

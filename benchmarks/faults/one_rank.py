@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.faults.programs import Running, run
+from benchmarks.faults.programs import MODEL, Running, run
 from benchmarks.faults.trial import Outcome, Trial
 
 SECONDS = 15.0
@@ -29,8 +29,7 @@ def workspace(folder: Path, steps: int, *more: str, config: dict[str, Any] | Non
         more: further arguments.
         config: entries of the DeepSpeed configuration to replace.
     """
-    model = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    (folder / "model.json").write_text(json.dumps({**model, "num_attention_heads": 2, "max_position_embeddings": 64}))
+    (folder / "model.json").write_text(json.dumps(MODEL))
     settings = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,

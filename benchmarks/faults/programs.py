@@ -21,6 +21,15 @@ from typing import Any
 from benchmarks.faults.trial import Outcome
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""A model that steps in milliseconds."""
 PRELOAD = ["benchmarks.faults.preload"]
 
 

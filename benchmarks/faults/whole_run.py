@@ -11,18 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.programs import run
+from benchmarks.faults.programs import MODEL, run
 from benchmarks.faults.trial import Outcome
 
 RANKS = 2
-MODEL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def workspace() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="faults-")) / "work"  # the outputs of the programs are written beside it
     folder.mkdir()
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
-    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "model.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 1}))
     (folder / "text").mkdir()
     for number in range(60):
         (folder / "text" / f"{number}.txt").write_text(" ".join(str(number * step % 97) for step in range(100)))
