@@ -91,8 +91,8 @@ def initialize(
     mpu = as_mpu(mpu)
     if low_rank:
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
+        check_mesh(mesh_param)  # before the model gets adapters
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
-        check_mesh(mesh_param)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=without_path(args),
         model=model,
