@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from benchmarks.faults.trial import Outcome
 
@@ -95,7 +94,18 @@ class Running:
         context.set_forkserver_preload(PRELOAD)
         self.processes: list[BaseProcess] = [
             context.Process(
-                target=_rank, args=(program, list(arguments), rank, ranks, port, folder, self.out, self.err, prepare)
+                target=run_as_rank,
+                args=(
+                    LAUNCH / f"{program}.py",
+                    list(arguments),
+                    rank,
+                    ranks,
+                    port,
+                    folder,
+                    self.out,
+                    self.err,
+                    prepare,
+                ),
             )
             for rank in range(ranks)
         ]
@@ -163,8 +173,30 @@ def run(program: str, arguments: Sequence[str], ranks: int, folder: Path, timeou
     return Running(program, arguments, ranks, folder).finish(timeout)
 
 
-def _rank(*found: Any) -> None:
-    program, arguments, rank, ranks, port, folder, out, err, prepare = found
+def run_as_rank(
+    script: Path,
+    arguments: list[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    folder: Path,
+    out: Path,
+    err: Path,
+    prepare: Callable[[int], None] | None = None,
+) -> None:
+    """Run a script in this process as ``torchrun`` would start a rank.
+
+    Args:
+        script: the script.
+        arguments: its command line.
+        rank: this process's rank, also on its node.
+        ranks: how many there are.
+        port: of rank 0, on this machine.
+        folder: the working directory.
+        out: file to which standard output is appended.
+        err: file to which standard error is appended.
+        prepare: called with the rank before the script; None for nothing.
+    """
     for descriptor, path in ((1, out), (2, err)):
         with path.open("a") as file:
             os.dup2(file.fileno(), descriptor)
@@ -173,6 +205,5 @@ def _rank(*found: Any) -> None:
     os.chdir(folder)
     if prepare is not None:
         prepare(rank)
-    script = LAUNCH / f"{program}.py"
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

@@ -5,15 +5,13 @@ Imports take five seconds per process, while a script of ``launch/`` steps the t
 
 from __future__ import annotations
 
-import os
-import runpy
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.faults.programs import run_as_rank
 from tests.engines.pool import warm_context
 
 
@@ -34,7 +32,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as logs:
         out, err = Path(logs, "out"), Path(logs, "err")
         workers = [
-            warm_context().Process(target=_rank, args=(script, arguments, rank, ranks, port, folder, out, err))
+            warm_context().Process(target=run_as_rank, args=(script, arguments, rank, ranks, port, folder, out, err))
             for rank in range(ranks)
         ]
         for worker in workers:
@@ -48,16 +46,3 @@ def run_script(
         assert not hanging, f"{len(hanging)} ranks did not end in time: {err.read_text()}"
         code = max(abs(worker.exitcode or 0) for worker in workers)
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
-
-
-def _rank(
-    script: Path, arguments: list[str], rank: int, ranks: int, port: int, folder: Path, out: Path, err: Path
-) -> None:
-    for descriptor, path in ((1, out), (2, err)):
-        with path.open("a") as file:
-            os.dup2(file.fileno(), descriptor)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.chdir(folder)
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
