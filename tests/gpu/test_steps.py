@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.agreement import BOUNDS, exact_products, largest_difference, train
-from benchmarks.gpu.cases import method_options
+from benchmarks.gpu.cases import method_options, tagged
 from ds_lowrank.environment.apex import apex_adamw, find_apex
 from ds_lowrank.linalg.moments import fused_adamw
 from ds_lowrank.methods import METHODS
@@ -72,12 +72,14 @@ def test_vectors_are_stepped_as_by_torchs_fused_adamw():
         torch.nn.Parameter(torch.randn(1000, device=CUDA, generator=torch.Generator(CUDA).manual_seed(0)))
         for _ in range(2)
     )
+    projected = torch.nn.Parameter(torch.zeros(8, 8, device=CUDA))
+    named = [("model.norm.weight", ours), ("model.layers.0.self_attn.q_proj.weight", projected)]
     optimizers = (
-        OPTIMIZERS["GaLore"]([("norm.weight", ours)], **options),
+        OPTIMIZERS["GaLore"](tagged(dict(named)), rank=4, **options),
         torch.optim.AdamW([theirs], fused=True, **options),
     )
     for _ in range(3):
-        ours.grad = torch.randn(1000, device=CUDA)
+        ours.grad, projected.grad = torch.randn(1000, device=CUDA), torch.randn(8, 8, device=CUDA)
         theirs.grad = ours.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
