@@ -1,4 +1,8 @@
-"""How much of a matrix's squared norm a subspace captures, and the smallest subspace that captures enough."""
+"""How much of a matrix's squared norm a subspace captures, and the smallest subspace that captures enough.
+
+Everything here is of a stack of L matrices, and nothing waits for the device or depends on what a matrix's neighbors
+are.
+"""
 
 from __future__ import annotations
 
@@ -11,65 +15,79 @@ RESOLUTION = 1e-6
 
 
 def spectrum(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Singular values and right singular vectors of a tall matrix.
+    """Singular values and right singular vectors of tall matrices.
 
     Args:
-        tall: p x k, fp32, p >= k.
+        tall: L x p x k, fp32, p >= k.
 
     Returns:
-        The k singular values, descending, and the k x k right singular vectors as columns; fp64. Both are NaN if
-        ``tall`` is not finite or the iteration does not converge, because an exception on the root would leave the
-        other ranks waiting.
+        The singular values, L x k, descending, and the right singular vectors as columns, L x k x k; fp64. Both are NaN
+        for a matrix that is not finite or whose iteration does not converge, because an exception on the root would
+        leave the other ranks waiting.
     """
-    k = tall.shape[1]
-    failed = tall.new_full((k,), torch.nan, dtype=torch.float64), tall.new_full((k, k), torch.nan, dtype=torch.float64)
-    if not tall.isfinite().all():
-        return failed
-    triangle = torch.linalg.qr(tall, mode="r").R
+    finite = tall.isfinite().all(-1).all(-1)
+    triangles = torch.linalg.qr(torch.where(finite[:, None, None], tall, 0), mode="r").R.double()
+    values, vectors = _singular(triangles)
+    failed = ~finite
+    return values.masked_fill(failed[:, None], torch.nan), vectors.masked_fill(failed[:, None, None], torch.nan)
+
+
+def _singular(square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values and right singular vectors of L x k x k; NaN for matrices whose iteration does not converge."""
     try:
-        _, values, transposed = torch.linalg.svd(triangle.double())
+        _, values, transposed = torch.linalg.svd(square)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return failed
-    return values, transposed.T
+        if len(square) == 1:
+            return torch.full_like(square[:, 0], torch.nan), torch.full_like(square, torch.nan)
+        alone = [_singular(matrix) for matrix in torch.split(square, 1)]
+        return torch.cat([values for values, _ in alone]), torch.cat([vectors for _, vectors in alone])
+    return values, transposed.mT
 
 
-def smallest_rank(values: torch.Tensor, whole: torch.Tensor, residual_tol: float) -> int:
+def smallest_rank(values: torch.Tensor, whole: torch.Tensor, residual_tol: float) -> torch.Tensor:
     """The smallest number of leading directions whose residual is at most a share of the squared norm.
 
     Args:
-        values: singular values within the subspace, descending, fp64.
-        whole: squared Frobenius norm of the whole matrix, a scalar, fp64.
+        values: singular values within each subspace, L x k, descending, fp64.
+        whole: squared Frobenius norm of each whole matrix, L, fp64.
         residual_tol: the largest allowed share of the squared norm; at least ``RESOLUTION`` is used.
 
     Returns:
-        A rank from 1 to ``len(values) + 1``; the latter means that all of the directions are not enough.
+        A rank from 1 to ``k + 1`` for each matrix, L, int64; the latter means that all of the directions are not
+        enough.
     """
-    whole = whole.cpu()
-    residual = whole - values.cpu().square().cumsum(0)  # on CUDA not every torch has a deterministic one
-    return int((residual > max(residual_tol, RESOLUTION) * whole).sum()) + 1
+    squares = values.square().unsqueeze(-2)
+    captured = squares.expand(-1, values.shape[-1], -1).tril().sum(-1)  # cumsum is not deterministic on every CUDA
+    residual = whole.unsqueeze(-1) - captured
+    return (residual > max(residual_tol, RESOLUTION) * whole.unsqueeze(-1)).sum(-1) + 1
 
 
-def numerical_rank(values: torch.Tensor) -> int:
-    """Number of singular values that are more than fp32 rounding.
+def numerical_rank(values: torch.Tensor) -> torch.Tensor:
+    """Number of singular values of each matrix that are more than fp32 rounding.
 
     Args:
-        values: singular values, descending, at least one.
+        values: singular values, L x k, descending, k >= 1.
+
+    Returns:
+        L, int64.
     """
-    return int((values > RANK_TOLERANCE * values[0]).sum())
+    return (values > RANK_TOLERANCE * values[:, :1]).sum(-1)
 
 
-def leading_coordinates(vectors: torch.Tensor, rank: int) -> torch.Tensor:
-    """An orthonormal basis of the span of the first few orthonormal vectors.
+def leading_coordinates(vectors: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Orthonormal bases of the spans of the first few of orthonormal vectors.
 
     The vectors themselves would do, but their signs, and their order where singular values are close, are accidents of
     rounding. This basis is a continuous function of the subspace alone.
 
     Args:
-        vectors: k x k, orthonormal columns.
-        rank: how many of the columns span the subspace.
+        vectors: L x k x k, orthonormal columns.
+        ranks: how many of the columns of each matrix span its subspace: L, int64.
 
     Returns:
-        k x rank, fp32.
+        L x k x k, fp32, whose columns from each rank on are zero; NaN for a matrix whose vectors are.
     """
-    leading = vectors[:, :rank]
-    return orthonormal(leading @ leading[:rank].T).float()
+    is_leading = torch.arange(vectors.shape[-1], device=vectors.device) < ranks.unsqueeze(-1)
+    leading = torch.where(is_leading.unsqueeze(-2), vectors, 0)
+    projector = torch.where(is_leading.unsqueeze(-2), leading @ leading.mT, 0)
+    return orthonormal(projector).float()

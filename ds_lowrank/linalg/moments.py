@@ -20,7 +20,7 @@ def adam(
     ``M / (1 - beta1^t) / (sqrt(V / (1 - beta2^t)) + eps)``.
 
     Args:
-        exp_avg: the first moment ``M``, fp32, updated in place.
+        exp_avg: the first moment ``M``, of any shape, fp32, updated in place.
         exp_avg_sq: the second moment ``V``, same shape, fp32, updated in place.
         gradient: ``G``, same shape, fp32.
         betas: ``(beta1, beta2)``.
@@ -50,7 +50,7 @@ def fused_adamw(
     """One AdamW step of many tensors with torch's fused kernel; weights and moments are updated in place.
 
     Args:
-        weights: the weights, fp32.
+        weights: the weights, fp32, at least one, all on one device.
         gradients: one per weight, same shapes, fp32.
         exp_avgs: first moments, same shapes, fp32.
         exp_avg_sqs: second moments, same shapes, fp32.
@@ -60,13 +60,15 @@ def fused_adamw(
         eps: added to the root of the corrected second moment.
         weight_decay: decoupled weight decay; multiplied by ``lr``.
     """
+    # To the device in one piece, and without waiting for what the device still has to do.
+    counts = torch.tensor(steps, dtype=torch.float32, device="cpu").to(weights[0].device, non_blocking=True)
     adamw(
         weights,
         gradients,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.full((), step, dtype=torch.float32, device=w.device) for step, w in zip(steps, weights, strict=True)],
+        list(counts.unbind()),
         fused=True,
         amsgrad=False,
         maximize=False,
@@ -82,8 +84,8 @@ def rotate_first(moment: torch.Tensor, rotation: torch.Tensor) -> None:
     """Carry a first moment from one basis into another, in place: ``M <- M rotation``, because it is linear.
 
     Args:
-        moment: p x r, fp32.
-        rotation: r x r, fp32: the old basis transposed times the new basis.
+        moment: p x r or a stack, L x p x r, fp32.
+        rotation: r x r or a stack, L x r x r, fp32: the old basis transposed times the new basis.
     """
     moment.copy_(moment @ rotation)
 
@@ -94,7 +96,7 @@ def rotate_second(moment: torch.Tensor, rotation: torch.Tensor) -> None:
     That is how variances of independent coordinates change. The linear rule of the first moment could make it negative.
 
     Args:
-        moment: p x r, fp32.
-        rotation: r x r, fp32: the old basis transposed times the new basis.
+        moment: p x r or a stack, L x p x r, fp32.
+        rotation: r x r or a stack, L x r x r, fp32: the old basis transposed times the new basis.
     """
     moment.copy_(moment @ rotation.square())

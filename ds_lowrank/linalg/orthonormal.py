@@ -6,6 +6,8 @@ import torch
 
 RANK_TOLERANCE = 1e-6
 """A direction shorter than this, relative to the longest one, is fp32 rounding."""
+GRAM_TOLERANCE = 1e-4
+"""The shortest new direction, relative to the longest, for which a Gram matrix in fp64 is exact enough."""
 
 
 def orthonormal(tall: torch.Tensor) -> torch.Tensor:
@@ -16,38 +18,68 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     every layout, that an adaptive optimizer scales to full size. For the same reason a row of zeros stays zero.
 
     Args:
-        tall: p x k, fp32, ``p >= k``; returned as it is if it has no rows (on ranks other than the root).
+        tall: p x k or a stack, L x p x k, fp32, ``p >= k``; returned as it is if it has no elements (on ranks other
+            than the root).
 
     Returns:
-        p x k, fp32: columns that are orthonormal or zero; NaN if ``tall`` is not finite.
+        Same shape, fp32: columns that are orthonormal or zero; NaN for a matrix that is not finite.
     """
-    if tall.shape[0] == 0:
+    if tall.numel() == 0:
         return tall
-    q, r = torch.linalg.qr(tall / tall.abs().max().clamp_min(torch.finfo(tall.dtype).tiny))
-    diagonal = torch.diagonal(r)
+    largest = tall.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(tall.dtype).tiny)
+    q, diagonal = (_by_gram_matrix if tall.is_cuda else _by_householder)(tall / largest)
     lengths = diagonal.abs()
-    independent = lengths > RANK_TOLERANCE * lengths.max()
-    basis: torch.Tensor = q * (torch.sign(diagonal) * independent) * (tall != 0).any(1, keepdim=True)
+    independent = lengths > RANK_TOLERANCE * lengths.amax(-1, keepdim=True)
+    unless_infinite = largest * 0  # NaN otherwise: finite entries over an infinite one would be an ordinary zero
+    signs = (torch.sign(diagonal) * independent).unsqueeze(-2) + unless_infinite
+    basis: torch.Tensor = q * signs * (tall != 0).any(-1, keepdim=True)
     return basis
+
+
+def _by_householder(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The QR decomposition: Q, and the diagonal of R."""
+    q, r = torch.linalg.qr(tall)
+    return q, torch.diagonal(r, dim1=-2, dim2=-1)
+
+
+def _by_gram_matrix(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by a Cholesky decomposition ``A^T A = R^T R`` in fp64, which a card has much faster than reflections.
+
+    The Gram matrix has the square of the condition: in fp64 it still tells apart what fp32 does. Where a column nearly
+    depends on those before it, that matrix is decomposed by reflections.
+    """
+    wide = tall.double()
+    lower, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
+    diagonal = torch.diagonal(lower, dim1=-2, dim2=-1)
+    q = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False).to(tall.dtype)
+    found = diagonal.to(tall.dtype)
+    weak = (failed != 0) | ~(diagonal.amin(-1) > GRAM_TOLERANCE * diagonal.amax(-1))
+    if weak.any():  # one wait for the card, when a basis is found
+        if tall.ndim == 2:
+            return _by_householder(tall)
+        q[weak], found[weak] = _by_householder(tall[weak])
+    return q, found
 
 
 def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torch.Tensor:
     """The first ``rank`` singular vectors of a matrix, by an exact SVD.
 
     Args:
-        matrix: m x n, fp32 or fp64; without elements on ranks other than the root.
+        matrix: m x n or a stack, L x m x n, fp32 or fp64; without elements on ranks other than the root.
         rank: number of vectors, at most ``min(m, n)``.
         side: ``right`` for right singular vectors, ``left`` for left ones.
 
     Returns:
-        n x rank (right) or m x rank (left), fp32, with vectors as columns; 0 x rank for a matrix without elements.
-        Vectors of singular values that are rounding are zero, and so are entries that belong to a row or column of
-        zeros. If the iteration does not converge in fp32, it is repeated in fp64 on the normalized matrix. The result
-        is NaN if that does not converge either or the matrix is not finite, because an exception on the root would
-        leave the other ranks waiting.
+        n x rank (right) or m x rank (left), of each matrix of a stack, fp32, with vectors as columns; 0 x rank for
+        matrices without elements. Vectors of singular values that are rounding are zero, and so are entries that
+        belong to a row or column of zeros. If the iteration does not converge in fp32, it is repeated in fp64 on the
+        normalized matrix. The result is NaN if that does not converge either or the matrix is not finite, because an
+        exception on the root would leave the other ranks waiting.
     """
     if matrix.numel() == 0:
-        return matrix.new_zeros(0, rank)
+        return matrix.new_zeros(*matrix.shape[:-2], 0, rank)
+    if matrix.ndim == 3:
+        return torch.stack([leading_singular_vectors(one, rank, side) for one in matrix])
     if not matrix.isfinite().all():
         return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan)
     try:

@@ -27,7 +27,8 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import safe_scale_of
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, project_on
+from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
+from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
@@ -54,6 +55,8 @@ class AdaRankGradOptions(Options):
     """The most optimizer steps that a subspace lasts."""
     second_moment: Literal["abs", "clamp", "squared"] = "squared"
     """What a change of basis C does to V: ``|V C|``, ``max(V C, 0)`` or ``V (C * C)``."""
+    basis_placement: BasisPlacement = "partitioned"
+    """Whether a rank stores the rows of a basis that it owns, or keeps all that it computes with between refreshes."""
     scale: float = Field(0.25, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
 
@@ -75,14 +78,19 @@ class AdaptiveProjection(Projection):
     """A projection on a new subspace.
 
     Attributes:
-        rank: the rank that was chosen for it.
+        ranks: the rank that was chosen for each matrix; columns beyond it are zero.
     """
 
-    rank: int = field(kw_only=True)
+    ranks: list[int] = field(kw_only=True)
+
+    @property
+    def tells_apart(self) -> list[int]:
+        """Matrices of different ranks have states of different sizes."""
+        return self.ranks
 
 
 class AdaRankGradMethod(Method):
-    """AdaRankGrad on one matrix."""
+    """AdaRankGrad on the matrices of a stack."""
 
     name: ClassVar[str] = "AdaRankGrad"
     Options: ClassVar[type[AdaRankGradOptions]] = AdaRankGradOptions
@@ -114,37 +122,40 @@ class AdaRankGradMethod(Method):
         """``R = H Q``, on a new subspace if the last one is used up."""
         if state["used_up"]:
             return (yield from new_subspace(shard, options, state["rank"], state["step"]))
-        return (yield from project_on(shard, state["basis"], due=False))  # R = H Q
+        return (yield from project_on(shard, state["basis"], False, options))  # R = H Q
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: AdaRankGradOptions, found: Projection) -> Program[Update]:
         """Adam in the subspace, and whether it is used up. A change that finds only zeros is tried again next time."""
-        basis, projected = (yield from basis_of_step(shard, state, found)), found.projected
+        basis, projected = (yield from basis_of_step(shard, state, options, found)), found.projected
         if found.is_zero:
-            projected = projected.new_zeros(projected.shape[0], state["rank"])
+            projected = projected.new_zeros(*projected.shape[:2], state["rank"])
         elif isinstance(found, AdaptiveProjection):
+            rank = found.ranks[0]  # the same for all
+            basis, projected = basis[..., :rank].contiguous(), projected[..., :rank].contiguous()
+            shard.held_basis = basis if options.keeps_bases_gathered else None
             yield from change_subspace(shard, state, options, found)
         moments = state["exp_avg"], state["exp_avg_sq"]
         direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N = Adam(R)
-        squares = projected.square().sum().view(1, 1)
+        squares = projected.square().sum((1, 2), keepdim=True)
         direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
         state["age"] += 1
         # All ranks were sent the same bits, and so decide alike.
-        converged = squares.sqrt().item() <= options.grad_norm_tol
-        state["used_up"] = int(converged or state["age"] >= options.update_proj_gap)
+        used_up = (squares.sqrt() <= options.grad_norm_tol) | (state["age"] >= options.update_proj_gap)
+        state["used_up"] = used_up.view(-1).int().tolist()
         return Factors(direction, basis, options.scale)  # scale * N Q^T
 
 
 def new_subspace(
     shard: MatrixShard, options: AdaRankGradOptions, present: int, step: int
 ) -> Program[AdaptiveProjection]:
-    """The smallest subspace of the gradient that leaves out at most ``residual_tol``.
+    """The smallest subspace of each gradient that leaves out at most ``residual_tol``.
 
     A range of ``rank_max`` columns is found once; the singular values of the gradient within it give the residual of
     every smaller rank. The root chooses the rank and broadcasts it.
 
     Args:
-        shard: the matrix, with this step's gradient.
+        shard: the stack, with this step's gradient.
         options: with ``rank_max`` and the rules for the rank.
         present: the rank of the subspace that is used up.
         step: the number of steps so far, which seeds the range finder.
@@ -155,56 +166,54 @@ def new_subspace(
         safe_scale_of(shard),
     )
     basis = yield shard.compressed.all_gather(own)
-    squared_norms = shard.squared_norms(shard.kept, shard.flat_gradient, safe_scale)
-    projected, squared_norms = yield (
-        shard.kept.reduce_scatter(shard.times(basis)),
-        shard.kept.reduce_scatter(squared_norms),
-    )
-    whole, squared_norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(squared_norms)
-    within = torch.zeros(0, most, dtype=torch.float32, device=shard.device)
-    rank = torch.zeros(1, 1, dtype=torch.float32, device=shard.device)
-    if shard.rank == shard.root:
-        within, chosen = fitting_subspace(whole / safe_scale, squared_norms, options, present)  # IASS
-        rank.fill_(chosen)
-    within, rank = yield shard.replicated_axis(most).broadcast_from_root(within), shard.all_reduce(rank)
-    chosen = int(rank.item())
-    within = shard.or_zeros(within, most)[:, :chosen]
-    return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, rank=chosen)
+    norms = squared_norms(shard, shard.kept, shard.gradient, safe_scale)
+    projected, norms = yield shard.kept.reduce_scatter(shard.times(basis)), shard.kept.reduce_scatter(norms)
+    whole, norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(norms)
+    ranks = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
+    rooted = torch.tensor(shard.rooted, dtype=torch.int64, device=shard.device)
+    within, chosen = fitting_subspace(whole / safe_scale[rooted], norms, options, present)  # IASS
+    ranks[rooted] = chosen.float().view(-1, 1, 1)
+    within, ranks = yield shard.replicated_axis(most).broadcast_from_root(within), shard.all_reduce(ranks)
+    within = shard.or_zeros(within, most)
+    chosen_ranks = [int(rank) for rank in ranks.view(-1).tolist()]
+    return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, ranks=chosen_ranks)
 
 
 def fitting_subspace(
     projected: torch.Tensor, norms: torch.Tensor, options: AdaRankGradOptions, present: int
-) -> tuple[torch.Tensor, int]:
-    """Choose the rank (IASS), and the coordinates of the subspace within the range that was found.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the ranks (IASS), and the coordinates of the subspaces within the ranges that were found.
 
     Args:
-        projected: the whole gradient on that range, over its safe scale: kept x most, fp32.
-        norms: squared norms of the gradient's rows, over the same scale squared: kept x 1, fp32.
+        projected: whole gradients on these ranges, over their safe scales: matrices x kept x most, fp32.
+        norms: squared norms of the gradients' rows, over the same scales squared: matrices x kept x 1, fp32.
         options: with the rules for the rank.
         present: a rank that ``never_grow`` may not exceed.
 
     Returns:
-        The coordinates, most x most, whose first ``rank`` columns are used, and the rank.
+        The coordinates, matrices x most x most, NaN where a gradient is not finite, and zero from column ``rank`` on;
+        and the ranks, one for each matrix, int64.
     """
-    most = projected.shape[1]
+    most = projected.shape[2]
     values, vectors = spectrum(projected)
-    if not values.isfinite().all():
-        return projected.new_full((most, most), torch.nan), most
-    rank = max(smallest_rank(values, norms.double().sum(), options.residual_tol), options.rank_min)
-    rank = -(-rank // options.rank_multiple) * options.rank_multiple
+    ranks = smallest_rank(values, norms.double().sum((1, 2)), options.residual_tol).clamp_min(options.rank_min)
+    ranks = -(-ranks // options.rank_multiple) * options.rank_multiple
     if options.never_grow:
-        rank = min(rank, max(present, options.rank_min))
-    rank = max(1, min(rank, most, numerical_rank(values)))
-    within = projected.new_zeros(most, most)
-    within[:, :rank] = leading_coordinates(vectors, rank)
-    return within, rank
+        ranks = ranks.clamp_max(max(present, options.rank_min))
+    ranks = torch.minimum(ranks.clamp_max(most), numerical_rank(values)).clamp_min(1)
+    finite = values.isfinite().all(1)
+    ranks = torch.where(finite, ranks, most)
+    within = torch.where(finite.view(-1, 1, 1), leading_coordinates(vectors, ranks), torch.nan)
+    return within, ranks
 
 
 def change_subspace(
     shard: MatrixShard, state: State, options: AdaRankGradOptions, found: AdaptiveProjection
 ) -> Program[None]:
     """Carry both moments into the new subspace; the state takes its rank."""
-    rotation = yield from shard.replicated_sum(state["basis"].T @ found.own)  # C = Q_old^T Q_r
+    rank = found.ranks[0]  # the same for all
+    own = found.own[..., :rank].contiguous()
+    rotation = yield from shard.replicated_sum(state["basis"].mT @ own)  # C = Q_old^T Q_r
     first = state["exp_avg"] @ rotation  # M C
     second = state["exp_avg_sq"]
     match options.second_moment:
@@ -215,4 +224,4 @@ def change_subspace(
         case "squared":
             second = second @ rotation.square()  # V (C * C)
     state["exp_avg"], state["exp_avg_sq"] = first, second
-    state["basis"], state["rank"], state["age"] = found.own, found.rank, 0
+    state["basis"], state["rank"], state["age"] = own, rank, 0

@@ -26,9 +26,10 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import held_sketch
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
-from ds_lowrank.sharding.updates import Dense, Update
+from ds_lowrank.sharding.updates import ScaledGradient, Update
 
 
 class ApolloOptions(Options):
@@ -62,7 +63,7 @@ class ApolloOptions(Options):
 
 
 class ApolloMethod(Method):
-    """APOLLO on one matrix."""
+    """APOLLO on the matrices of a stack."""
 
     name: ClassVar[str] = "Apollo"
     Options: ClassVar[type[ApolloOptions]] = ApolloOptions
@@ -90,8 +91,8 @@ class ApolloMethod(Method):
         moments, safe_scale = (state["exp_avg"], state["exp_avg_sq"]), found.safe_scale
         adapted = adam(*moments, found.projected, options.betas, options.eps, state["step"] + 1)  # R~ = Adam(R)
         factors = yield from scaling_factors(shard, options, adapted, found.projected / safe_scale)  # s
-        factors = yield from limited(shard, state, options, factors, safe_scale)
-        return Dense(lambda: shard.scaled(shard.kept, factors, shard.flat_gradient), options.scale / safe_scale)
+        factors = yield from limited(shard, state, options, factors, found)
+        return ScaledGradient(factors, [options.scale / each for each in found.host_safe_scales])
 
 
 def scaling_factors(
@@ -100,42 +101,42 @@ def scaling_factors(
     """``s_i = |R~_i| / |R_i|``; Mini: one ``s = |R~| / |R|``. Zero where the projected gradient is zero.
 
     Args:
-        shard: the matrix.
+        shard: the stack.
         options: with ``mini``.
-        adapted: ``R~``, owned kept rows x rank, fp32.
-        projected: ``R``, owned kept rows x rank, fp32.
+        adapted: ``R~``, matrices x owned kept rows x rank, fp32.
+        projected: ``R``, matrices x owned kept rows x rank, fp32.
 
     Returns:
-        held kept rows x 1, fp32.
+        matrices x held kept rows x 1, fp32.
     """
     if options.mini:
-        norms = yield shard.all_reduce(torch.stack([adapted.square().sum(), projected.square().sum()]).view(2, 1))
-        lengths = norms.sqrt().expand(2, shard.kept.held[1] - shard.kept.held[0])
-        return safe_ratio(lengths[0], lengths[1]).unsqueeze(1)
-    own = safe_ratio(torch.linalg.vector_norm(adapted, dim=1), torch.linalg.vector_norm(projected, dim=1))
-    factors: torch.Tensor = yield shard.kept.all_gather(own.unsqueeze(1))
+        squares = torch.cat([x.square().sum((1, 2), keepdim=True) for x in (adapted, projected)], dim=1)
+        lengths = (yield shard.all_reduce(squares)).sqrt()
+        return safe_ratio(lengths[:, :1], lengths[:, 1:]).expand(-1, shard.kept.held_rows, -1)
+    own = safe_ratio(*(torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in (adapted, projected)))
+    factors: torch.Tensor = yield shard.kept.all_gather(own)
     return factors
 
 
 def limited(
-    shard: MatrixShard, state: State, options: ApolloOptions, factors: torch.Tensor, safe_scale: float
+    shard: MatrixShard, state: State, options: ApolloOptions, factors: torch.Tensor, found: ProjectedGradient
 ) -> Program[torch.Tensor]:
     """The norm-growth limiter: ``S <- S * gamma |S_before| / |S|`` if ``|S| > gamma |S_before|``.
 
     Args:
-        shard: the matrix, with this step's gradient.
+        shard: the stack, with this step's gradient.
         state: with ``|S_before|``, which becomes the norm of the limited ``S``.
         options: with ``norm_growth_limit``, gamma; None switches the limiter off.
-        factors: ``s`` for ``H / safe_scale``: held kept rows x 1, fp32.
-        safe_scale: of the gradient.
+        factors: ``s`` for ``H / safe_scale``: matrices x held kept rows x 1, fp32.
+        found: with the safe scale of the gradients.
 
     Returns:
         The factors of the limited ``S``.
     """
     if options.norm_growth_limit is None:
         return factors
-    row_norms = shard.squared_norms(shard.kept, shard.flat_gradient, safe_scale)
-    squares = (factors.square() * row_norms).sum().view(1, 1)
+    row_norms = squared_norms(shard, shard.kept, shard.gradient, found.safe_scale, found.are_ordinary)
+    squares = (factors.square() * row_norms).sum((1, 2), keepdim=True)
     squares, before = yield shard.all_reduce(squares), shard.replicated_axis(1).all_gather(state["scaled_norm"])
     norm, allowed = squares.sqrt(), options.norm_growth_limit * shard.or_zeros(before, 1)
     factor = torch.where((allowed > 0) & (norm > allowed), allowed / norm, 1.0)

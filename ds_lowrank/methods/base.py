@@ -1,7 +1,8 @@
 """What every method provides.
 
-A method is one paper's algorithm for one matrix: a class with the options it understands, the state it keeps, and a
-step written as two generators. It knows a :class:`MatrixShard`, its state and its options; it knows neither ZeRO nor
+A method is one paper's algorithm: a class with the options it understands, the state it keeps, and a step written as
+two generators. It steps a stack of matrices that are cut alike, with a leading dimension for them in every tensor, and
+reads like the step of one. It knows a :class:`MatrixShard`, its state and its options; it knows neither ZeRO nor
 DeepSpeed nor process groups. Whatever must be summed over ranks it yields, and is sent the sum.
 
 ``project`` looks at the gradient and may not change the state. Between the two, the optimizer decides on all ranks
@@ -11,7 +12,7 @@ whether every gradient was finite. ``update`` then changes the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from typing import Any, ClassVar
 
 from ds_lowrank.methods.blocks.directions import Directions
@@ -99,9 +100,20 @@ class Method(ABC):
         return None
 
     @staticmethod
+    def phase(name: str, step: int, options: Any) -> Hashable:
+        """What, besides the numbers in their states, tells apart matrices that cannot be stepped together.
+
+        Args:
+            name: of a matrix.
+            step: the number of steps so far.
+            options: of the matrix's group, as they are now.
+        """
+        return None
+
+    @staticmethod
     @abstractmethod
     def state(shard: MatrixShard, options: Any, rank: int) -> StateSpec:
-        """What is kept for one matrix at that rank, in addition to ``step``. Every number starts at zero."""
+        """What is kept for each matrix at that rank, in addition to ``step``. Every number starts at zero."""
 
     @staticmethod
     @abstractmethod
@@ -109,10 +121,10 @@ class Method(ABC):
         """Look at the gradient: find the basis of this step and project. Nothing is changed.
 
         Args:
-            shard: holds this step's gradient, which need not be finite.
+            shard: holds this step's gradients, which need not be finite.
             state: as the last step left it, with ``step``, the number of steps so far. Moments, which this half has no
-                use for, may be quantized.
-            options: of the matrix's group, as they are now.
+                use for, may be quantized. Integers are the same for all matrices of the stack.
+            options: of the matrices' group, as they are now.
 
         Returns:
             A :class:`ProjectedGradient`.
@@ -124,9 +136,10 @@ class Method(ABC):
         """Update the state and return the direction.
 
         Args:
-            shard: holds this step's gradient.
-            state: every tensor is fp32, and may be changed or replaced. ``step`` is the number of steps so far.
-            options: of the matrix's group, as they are now.
+            shard: holds this step's gradients.
+            state: every tensor is fp32, and may be changed or replaced. ``step`` is the number of steps so far. A list
+                of integers, one for each matrix, may replace an integer.
+            options: of the matrices' group, as they are now.
             found: what ``project`` returned: finite, and not zero in the first step.
         """
 

@@ -20,6 +20,7 @@ from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
+    BasisPlacement,
     Projection,
     SubspaceOptions,
     basis_of_step,
@@ -41,6 +42,8 @@ class GaLoreOptions(SubspaceOptions):
     """How the leading subspace is found: by a randomized range finder, or by an exact SVD on one rank."""
     moments: Literal["keep", "rotate"] = "keep"
     """What a refresh does to Adam's moments: the official code keeps them in the old coordinates."""
+    basis_placement: BasisPlacement = "partitioned"
+    """Whether a rank stores the rows of a basis that it owns, or keeps all that it computes with between refreshes."""
     stagger: bool = Field(False, strict=True)
     """Spread the refreshes of the matrices over the interval instead of doing them all in one step."""
 
@@ -52,10 +55,15 @@ class GaLoreOptions(SubspaceOptions):
 
 
 class GaLoreMethod(Method):
-    """GaLore on one matrix."""
+    """GaLore on the matrices of a stack."""
 
     name: ClassVar[str] = "GaLore"
     Options: ClassVar[type[GaLoreOptions]] = GaLoreOptions
+
+    @staticmethod
+    def phase(name: str, step: int, options: GaLoreOptions) -> bool:
+        """Whether a staggered refresh is due."""
+        return options.stagger and refresh_due(name, options, step)
 
     @staticmethod
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
@@ -65,14 +73,14 @@ class GaLoreMethod(Method):
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
-        due = refresh_due(shard.name, options, state["step"])
+        due = refresh_due(shard.names[0], options, state["step"])  # the same for all
         own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
-        return (yield from project_on(shard, own, due))  # R = H Q
+        return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: GaLoreOptions, found: Projection) -> Program[Factors | Dense]:
         """Store a new basis, and descend along ``scale * N Q^T``."""
-        basis = yield from basis_of_step(shard, state, found)
+        basis = yield from basis_of_step(shard, state, options, found)
         if found.refreshed:
             yield from change_basis(shard, state, options, found.own)
         return (yield from descend(shard, state, options, found.projected, basis))  # N = rho(R)
@@ -88,7 +96,7 @@ def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
 
 
 def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[torch.Tensor]:
-    """An orthonormal basis of the gradient's leading subspace: owned compressed rows x rank, fp32."""
+    """An orthonormal basis of the gradient's leading subspace: matrices x owned compressed rows x rank, fp32."""
     rank = min(options.rank, *shard.shape)
     if options.projector == "svd":
         return (yield from singular_basis(shard, rank))
@@ -99,12 +107,12 @@ def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: 
     """Store a new basis and, if asked, rotate the moments into it.
 
     Args:
-        shard: the matrix.
+        shard: the stack.
         state: with the old basis.
         options: with ``moments``.
-        new: owned compressed rows x rank, fp32.
+        new: matrices x owned compressed rows x rank, fp32.
     """
     if options.moments == "rotate" and state["step"] > 0:
-        rotation = yield from shard.replicated_sum(state["basis"].T @ new)  # Q_old^T Q
+        rotation = yield from shard.replicated_sum(state["basis"].mT @ new)  # Q_old^T Q
         options.inner_optimizer.rotate(state, rotation)
     state["basis"].copy_(new)

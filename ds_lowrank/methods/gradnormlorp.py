@@ -36,8 +36,10 @@ from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
+from ds_lowrank.methods.blocks.weight_norm import Frame, MovedDirections, Tangent, gather_frame
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.elementwise import dots, squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import NewWeights, Update
@@ -85,38 +87,25 @@ class GradNormLoRPOptions(GaLoreOptions):
         return Adam(self, prefix="magnitude_")
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What leads from W to v and from G to dL/dv, one number per unit.
-
-    Attributes:
-        g_over_v: ``g / |v|``: held units x 1, fp32.
-        a: ``<G, W> / |W|^2``: held units x 1, fp32.
-        v_over_w: ``sign(g) |v| / |W|``: held units x 1, fp32.
-    """
-
-    g_over_v: torch.Tensor
-    a: torch.Tensor
-    v_over_w: torch.Tensor
-
-
 @dataclass
 class TangentProjection(Projection):
     """A projection of dL/dv.
 
     Attributes:
         frame: on the units that this rank holds.
-        norms: ``|W|`` before the step: owned units x 1, fp32.
-        dg: dL/dg: owned units x 1, fp32.
+        weight_squares: this rank's contribution to ``|W|^2``: matrices x held units x 1, fp32.
+        norms: ``|W|`` before the step: matrices x owned units x 1, fp32.
+        dg: dL/dg: matrices x owned units x 1, fp32.
     """
 
     frame: Frame = field(kw_only=True)
+    weight_squares: torch.Tensor = field(kw_only=True)
     norms: torch.Tensor = field(kw_only=True)
     dg: torch.Tensor = field(kw_only=True)
 
 
 class GradNormLoRPMethod(Method):
-    """GradNormLoRP on one matrix: a whole weight, or a factor of an adapter."""
+    """GradNormLoRP on the matrices of a stack: whole weights, or factors of adapters."""
 
     name: ClassVar[str] = "GradNormLoRP"
     Options: ClassVar[type[GradNormLoRPOptions]] = GradNormLoRPOptions
@@ -139,6 +128,11 @@ class GradNormLoRPMethod(Method):
         return None
 
     @staticmethod
+    def phase(name: str, step: int, options: GradNormLoRPOptions) -> bool:
+        """Whether a staggered refresh is due."""
+        return GaLoreMethod.phase(name, step, options)
+
+    @staticmethod
     def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> StateSpec:
         """GaLore's state, and for whole weights g and ``|v|`` with the moments of g, one number per unit each."""
         spec = subspace_state(shard, options, rank)
@@ -154,9 +148,10 @@ class GradNormLoRPMethod(Method):
         if options.parametrization == "adapter":
             return (yield from GaLoreMethod.project(shard, state, options))
         axis = magnitude_axis(shard, options)
-        squares, dots = yield (
-            axis.reduce_scatter(shard.squared_norms(axis, shard.weights)),  # |W|^2
-            axis.reduce_scatter(shard.dots(axis, shard.flat_gradient, shard.weights)),  # <G, W>
+        weight_squares = squared_norms(shard, axis, shard.weights, are_ordinary=True)
+        squares, inner = yield (
+            axis.reduce_scatter(weight_squares),  # |W|^2
+            axis.reduce_scatter(dots(shard, axis, shard.gradient, shard.weights)),  # <G, W>
         )
         norms = squares.sqrt()
         g, v = magnitudes(state, norms)
@@ -164,14 +159,20 @@ class GradNormLoRPMethod(Method):
         frame = yield from gather_frame(
             axis,
             torch.where(norms == 0, 1.0, g / v),
-            safe_ratio(dots, squares),
+            safe_ratio(inner, squares),
             safe_ratio(sign * v, norms, otherwise=1.0),
         )
-        tangent = shard.with_gradient(lambda G: dv(shard, axis, G, frame))
-        found = yield from GaLoreMethod.project(tangent, state, options)
-        dg = safe_ratio(sign * dots, norms)  # dL/dg = sign(g) <G, W> / |W|
+        found = yield from GaLoreMethod.project(Tangent(shard, axis, frame), state, options)
+        dg = safe_ratio(sign * inner, norms)  # dL/dg = sign(g) <G, W> / |W|
         return TangentProjection(
-            found.projected, found.due, own=found.own, basis=found.basis, frame=frame, norms=norms, dg=dg
+            found.projected,
+            found.due,
+            own=found.own,
+            basis=found.basis,
+            frame=frame,
+            weight_squares=weight_squares,
+            norms=norms,
+            dg=dg,
         )
 
     @staticmethod
@@ -186,20 +187,14 @@ class GradNormLoRPMethod(Method):
         direction = yield from inner.direction(shard, axis, state, found.dg, state["step"] + 1)  # Adam(dL/dg)
         if lr == 0:
             state["magnitude"], state["direction_norm"] = g, v
-            return NewWeights(shard.weights.float)
+            return NewWeights(lambda piece: piece.values)
         kept = 1 - lr * options.weight_decay
         g = kept * g - lr * direction
-        stretch = found.frame.v_over_w * kept
-
-        def new_v() -> torch.Tensor:
-            """``v <- v - lr * scale * N Q^T``, on the elements that this rank holds: flat, fp32."""
-            return lift.dense(shard).mul_(-lr).add_(shard.scaled(axis, stretch, shard.weights))
-
-        v = (yield axis.reduce_scatter(shard.squared_norms(axis, new_v()))).sqrt()
+        moved = MovedDirections(shard, axis, lift, found.frame, found.weight_squares, kept, lr)
+        v = (yield axis.reduce_scatter(moved.squared_lengths())).clamp_min(0).sqrt()
         g = torch.where(found.norms == 0, v, g)  # a unit of zeros
         state["magnitude"], state["direction_norm"] = g, v
-        g_over_v = yield axis.all_gather(safe_ratio(g, v))
-        return NewWeights(lambda: shard.scaled(axis, g_over_v, new_v()))  # W = g v / |v|
+        return moved.of_lengths((yield axis.all_gather(safe_ratio(g, v))))  # W = g v / |v|
 
 
 def is_factor(name: str) -> bool:
@@ -213,17 +208,5 @@ def magnitude_axis(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:
 
 
 def magnitudes(state: State, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``g`` and ``|v|``, owned units x 1: as stored, and before the first step the norms of W."""
+    """``g`` and ``|v|``, matrices x owned units x 1: as stored, and before the first step the norms of W."""
     return (norms, norms) if state["step"] == 0 else (state["magnitude"], state["direction_norm"])
-
-
-def gather_frame(axis: Axis, g_over_v: torch.Tensor, a: torch.Tensor, v_over_w: torch.Tensor) -> Program[Frame]:
-    """The frame on the held units from its three columns on the owned ones, by one all_gather."""
-    held = yield axis.all_gather(torch.cat([g_over_v, a, v_over_w], dim=1))
-    return Frame(*held.split(1, dim=1))
-
-
-def dv(shard: MatrixShard, axis: Axis, gradient: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """``dL/dv = g / |v| * (G - a W)`` on the elements that this rank holds: flat, fp32."""
-    tangent = gradient.float() - shard.scaled(axis, frame.a, shard.weights)
-    return shard.scaled(axis, frame.g_over_v, tangent)

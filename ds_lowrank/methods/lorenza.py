@@ -35,8 +35,10 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, project_on
+from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
 from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.elements import Piece
+from ds_lowrank.sharding.elementwise import along, largest_magnitudes
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.updates import Dense, Factors, Update
@@ -69,6 +71,8 @@ class LorenzaOptions(Options):
     """What a refresh does to the moments."""
     accumulation: Literal["per_step", "per_micro_batch"] = "per_step"
     """Whether the micro-batches of a step share one perturbation, or each has its own."""
+    basis_placement: BasisPlacement = "partitioned"
+    """Whether a rank stores the rows of a basis that it owns, or keeps all that it computes with between refreshes."""
     orthogonal_component: bool = Field(False, strict=True)
     """Lorenza+: what the subspace leaves out of the gradient is added to the update."""
     orthogonal_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["norm_ratio"] = 1.0
@@ -107,7 +111,7 @@ class LorenzaOptions(Options):
 
 
 class LorenzaMethod(PerturbingMethod):
-    """LORENZA on one matrix."""
+    """LORENZA on the matrices of a stack."""
 
     name: ClassVar[str] = "Lorenza"
     Options: ClassVar[type[LorenzaOptions]] = LorenzaOptions
@@ -143,12 +147,12 @@ class LorenzaMethod(PerturbingMethod):
         """``Pi = F diag(u) Q^T``, ``U Q^T`` or, without a rank, a matrix of normal numbers."""
         if options.rank is None:
             return FullSpace(target, options.seed)
-        lengths = state["basis"].square().sum(0, keepdim=True)
+        lengths = state["basis"].square().sum(1, keepdim=True)
         if options.probe_form == "gaussian":
             basis, squares = yield for_target(shard, target, "compressed", state["basis"]), shard.all_reduce(lengths)
             basis = rows_of_target(shard, target, "compressed", basis)
-            return GaussianInSubspace(target, options.seed, basis, squares.squeeze(0))
-        lengths = torch.cat([lengths, state["right_factor"].square().sum(0, keepdim=True)])
+            return GaussianInSubspace(target, options.seed, basis, squares.squeeze(1))
+        lengths = torch.cat([lengths, state["right_factor"].square().sum(1, keepdim=True)], dim=1)
         basis, factor, squares = yield (
             for_target(shard, target, "compressed", state["basis"]),
             for_target(shard, target, "kept", state["right_factor"]),
@@ -156,26 +160,27 @@ class LorenzaMethod(PerturbingMethod):
         )
         basis = rows_of_target(shard, target, "compressed", basis)
         factor = rows_of_target(shard, target, "kept", factor)
-        return Diagonal(target, options.seed, basis, factor, squares.prod(0))
+        return Diagonal(target, options.seed, basis, factor, squares.prod(1))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
         """Find ``Q`` if it is due, and project: ``R = H Q``. Without a rank the gradient itself is what is found."""
         if options.rank is None:
-            return ProjectedGradient(shard.flat_gradient, due=False)
+            return ProjectedGradient(largest_magnitudes(shard), due=False)
         due = state["step"] % options.update_proj_gap == 0
         own = state["basis"]
         if due:
             rank = LorenzaMethod.rank(shard.shape, options)
             own = yield from randomized_range(shard, rank, options.seed, state["step"])
-        return (yield from project_on(shard, own, due))  # R = H Q
+        return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: LorenzaOptions, found: ProjectedGradient) -> Program[Update]:
         """``N <- Adam(R)``, and the update ``scale * N Q^T``."""
         if not isinstance(found, Projection):
-            return (yield from full_rank_adam(shard, state, options, shard.flat_gradient.float))
-        basis = yield from basis_of_step(shard, state, found)
+            gradient = shard.gradient
+            return (yield from full_rank_adam(shard, state, options, lambda piece: gradient.values_at(piece).float()))
+        basis = yield from basis_of_step(shard, state, options, found)
         if found.refreshed:
             yield from change_subspace(shard, state, options, found)
         state["age"] += 1
@@ -203,7 +208,7 @@ def rows_of_target(
 ) -> Tensor:
     """Those of the rows that :func:`for_target` brought which ``target`` holds: held rows x r, fp32."""
     held: tuple[int, int] = getattr(target, axis).held
-    return rows if target is shard else rows[slice(*held)]
+    return rows if target is shard else rows[:, slice(*held)]
 
 
 def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, found: Projection) -> Program[None]:
@@ -213,7 +218,7 @@ def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, f
         state["exp_avg_sq"].zero_()
         state["age"] = 0
     if options.moment_on_refresh == "rotate" and state["step"] > 0:
-        rotation = yield from shard.replicated_sum(state["basis"].T @ found.own)  # Q_old^T Q
+        rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # Q_old^T Q
         Adam(options).rotate(state, rotation)
     state["basis"].copy_(found.own)
     if options.probe_form == "diagonal":
@@ -227,24 +232,23 @@ def add_orthogonal_component(
     """Lorenza+: ``scale N Q^T + s (H - R Q^T)``, as one product ``(scale N - s R) Q^T`` and ``s H``.
 
     Args:
-        shard: the matrix, with this step's gradient.
+        shard: the stack, with this step's gradient.
         options: with ``scale`` and ``orthogonal_scale``, s.
         found: with ``R``, owned kept rows x r.
         direction: ``N``, owned kept rows x r, fp32.
         basis: ``Q``, held compressed rows x r, fp32.
     """
-    safe_scale = found.safe_scale if options.orthogonal_scale == "norm_ratio" else 1.0
-    projected = found.projected / safe_scale
+    projected = found.projected
     if options.orthogonal_scale == "norm_ratio":
-        s = safe_ratio(torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(projected, dim=1))
+        lengths = torch.linalg.vector_norm(projected / found.safe_scale, dim=2, keepdim=True)
+        s = safe_ratio(torch.linalg.vector_norm(direction, dim=2, keepdim=True), lengths) / found.safe_scale
     else:
-        s = torch.full_like(projected[:, 0], options.orthogonal_scale)
-    s = s.unsqueeze(1)
-    held = yield shard.kept.all_gather(torch.cat([options.scale * direction - s * projected, s], dim=1))
-    inside, s = held[:, :-1], held[:, -1:]
+        s = torch.full_like(projected[..., :1], options.orthogonal_scale)
+    held = yield shard.kept.all_gather(torch.cat([options.scale * direction - s * projected, s], dim=2))
+    inside, s = held[..., :-1], held[..., -1:]
 
-    def update() -> Tensor:
-        flat = Factors(inside, basis, 1.0).lifted(shard)
-        return flat.add_(shard.scaled(shard.kept, s, shard.flat_gradient.float() / safe_scale))
+    def update(piece: Piece) -> Tensor:
+        gradient = shard.gradient.values_at(piece).float()
+        return Factors(inside, basis, 1.0).lifted(shard, piece).addcmul_(gradient, along(shard, shard.kept, piece, s))
 
     return Dense(update, 1.0)

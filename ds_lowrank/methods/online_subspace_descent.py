@@ -18,12 +18,13 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.linalg.orthonormal import orthonormal
-from ds_lowrank.linalg.sketch import gaussian
+from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
+from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Update
@@ -52,7 +53,7 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
 
 
 class OnlineSubspaceDescentMethod(Method):
-    """Online Subspace Descent on one matrix."""
+    """Online Subspace Descent on the matrices of a stack."""
 
     name: ClassVar[str] = "OnlineSubspaceDescent"
     Options: ClassVar[type[OnlineSubspaceDescentOptions]] = OnlineSubspaceDescentOptions
@@ -71,7 +72,7 @@ class OnlineSubspaceDescentMethod(Method):
         """``R = H Q``, in the first step on a basis that is found in this gradient."""
         first = state["step"] == 0
         own = (yield from first_basis(shard, options)) if first else state["basis"]
-        return (yield from project_on(shard, own, due=first))  # R = H Q
+        return (yield from project_on(shard, own, first, options))  # R = H Q
 
     @staticmethod
     def update(
@@ -89,23 +90,26 @@ class OnlineSubspaceDescentMethod(Method):
 
 
 def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Program[torch.Tensor]:
-    """An orthonormal basis for the first step: owned compressed rows x rank, fp32.
+    """An orthonormal basis for the first step: matrices x owned compressed rows x rank, fp32.
 
     A direction that the first gradient does not have is random: a zero column would stay zero forever.
     """
     rank = OnlineSubspaceDescentMethod.rank(shard.shape, options)
-    random = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
+    size = shard.compressed.size
     if options.basis_init == "random":
-        everything = orthonormal(random) if shard.rank == shard.root else random[:0]
-        own: torch.Tensor = yield shard.compressed.scatter_from_root(everything)
+        rooted = [shard.names[i] for i in shard.rooted]
+        random = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))
+        own: torch.Tensor = yield shard.compressed.scatter_from_root(random)
         return own
     if options.basis_init == "svd":
         own = yield from singular_basis(shard, rank)
     else:
         own = yield from randomized_range(shard, rank, options.seed, 0)
-    squares = yield shard.all_reduce(own.square().sum(0).unsqueeze(1))
-    missing = squares.T < 0.5  # of columns whose length is one or zero
-    filled: torch.Tensor = own + missing * shard.compressed.own(random) / math.sqrt(shard.compressed.size)
+    squares = yield shard.all_reduce(own.square().sum(1, keepdim=True))
+    missing = squares < 0.5  # of columns whose length is one or zero
+    owned = shard.compressed.owned or [(0, 0)]
+    drawn = [normal(options.seed, shard.names, 0, span, (0, rank), shard.device) for span in owned]
+    filled: torch.Tensor = own + missing * torch.cat(drawn, dim=1) / math.sqrt(size)
     return filled
 
 
@@ -117,7 +121,9 @@ def move_basis(
     The state gets a new tensor: the old basis is still needed for W.
     """
     basis = state["basis"]
-    gradient = yield from pca_gradient(shard, basis, found.projected, options.pca_lambda, found.safe_scale)
+    gradient = yield from pca_gradient(
+        shard, basis, found.projected, options.pca_lambda, found.safe_scale, found.are_ordinary
+    )
     state["basis_steps"] += 1
     inner = options.basis_inner_optimizer
     direction = yield from inner.direction(shard, shard.compressed, state, gradient, state["basis_steps"])  # rho_P
@@ -127,7 +133,12 @@ def move_basis(
 
 
 def pca_gradient(
-    shard: MatrixShard, basis: torch.Tensor, projected: torch.Tensor, pca_lambda: float, safe_scale: float = 1.0
+    shard: MatrixShard,
+    basis: torch.Tensor,
+    projected: torch.Tensor,
+    pca_lambda: float,
+    safe_scale: torch.Tensor,
+    are_ordinary: bool = False,
 ) -> Program[torch.Tensor]:
     """The gradient of Equation 6 in closed form, without a compressed x compressed product.
 
@@ -136,20 +147,21 @@ def pca_gradient(
     ``H^T R`` is linear in ``H`` once ``R`` has been summed over ranks.
 
     Args:
-        shard: the matrix, with this step's gradient.
-        basis: ``Q``, owned compressed rows x rank, fp32.
-        projected: ``R`` as summed over all ranks, owned kept rows x rank, fp32.
+        shard: the stack, with this step's gradient.
+        basis: ``Q``, matrices x owned compressed rows x rank, fp32.
+        projected: ``R`` as summed over all ranks, matrices x owned kept rows x rank, fp32.
         pca_lambda: the paper's lambda.
-        safe_scale: of the gradient.
+        safe_scale: of the gradients, matrices x 1 x 1.
+        are_ordinary: whether the gradients can be squared in fp32.
 
     Returns:
-        owned compressed rows x rank, fp32.
+        matrices x owned compressed rows x rank, fp32.
     """
-    rank = basis.shape[1]
+    rank = basis.shape[2]
     projected = projected / safe_scale
-    norm = torch.linalg.vector_norm(shard.flat_gradient, dtype=torch.float64) / safe_scale
+    norms = squared_norms(shard, shard.kept, shard.gradient, safe_scale, are_ordinary).sum((1, 2), keepdim=True)
     # R^T R, Q^T Q and |H|^2 travel as one small tensor, next to R and to H^T R: two rounds in all.
-    squares = torch.cat([projected.T @ projected, basis.T @ basis, norm.square().float().expand(1, rank)])
+    squares = torch.cat([projected.mT @ projected, basis.mT @ basis, norms.expand(-1, 1, rank)], dim=1)
     small = shard.replicated_axis(2 * rank + 1)
     tall, squares = yield (
         shard.kept.all_gather(projected),
@@ -159,7 +171,7 @@ def pca_gradient(
         shard.compressed.reduce_scatter(shard.transposed_times(tall) / safe_scale),  # H^T R
         small.all_gather(squares),
     )
-    rtr, qtq, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1])
+    rtr, qtq, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1], dim=1)
     identity = torch.eye(rank, dtype=basis.dtype, device=basis.device)
     reconstruction = basis @ rtr + back @ (qtq - 2 * identity)  # Q (R^T R) + (H^T R) (Q^T Q) - 2 H^T R
     gradient: torch.Tensor = 2 / norm_square * reconstruction

@@ -17,6 +17,7 @@ ProjFactor divides it by the root of a second moment that is kept in the origina
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -26,17 +27,20 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.linalg.moments import adam, rotate_first
-from ds_lowrank.linalg.sketch import gaussian, rademacher
+from ds_lowrank.linalg.sketch import normal, signs
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.granularity import Granularity, divisors
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.unit_squares import squares_by_rows, sums_of_squares
+from ds_lowrank.sharding.elements import Piece
+from ds_lowrank.sharding.elementwise import along
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program, Request
+from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.units import Units, viewed
-from ds_lowrank.sharding.updates import Dense, Update
+from ds_lowrank.sharding.updates import Dense, Quotient, Update
 
 
 class VLoRPOptions(Options):
@@ -93,19 +97,19 @@ class VLoRPOptions(Options):
 
 @dataclass
 class ProjectedUnits(ProjectedGradient):
-    """The gradient's units under a random projection: ``projected`` is owned groups x (units per group * rank).
+    """The gradients' units under random projections.
+
+    ``projected`` is matrices x owned groups x (units per group * rank).
 
     Attributes:
-        units: the gradient in units.
-        projection: ``P``, entries of a unit x rank, fp32.
+        projection: ``P``, matrices x entries of a unit x rank, fp32.
     """
 
-    units: Units = field(kw_only=True)
     projection: torch.Tensor = field(kw_only=True)
 
 
 class VLoRPMethod(Method):
-    """VLoRP on one matrix."""
+    """VLoRP on the matrices of a stack."""
 
     name: ClassVar[str] = "VLoRP"
     Options: ClassVar[type[VLoRPOptions]] = VLoRPOptions
@@ -149,76 +153,94 @@ class VLoRPMethod(Method):
         units, step = units_of(shard, options), state["step"]
         projection = draw(units, options, step // options.update_proj_gap)  # P
         projected = yield units.axis.reduce_scatter(units.times(projection))  # R = H~ P
-        return ProjectedUnits(projected, step % options.update_proj_gap == 0, units=units, projection=projection)
+        return ProjectedUnits(projected, step % options.update_proj_gap == 0, projection=projection)
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
         """The update of the chosen scheme, after what a new projection does to the moments."""
         if found.refreshed and state["step"] > 0:  # before the first projection there was none
-            resample(state, options, found)
+            resample(shard, state, options, found)
         match options.update_scheme:
             case "projfactor":
                 return (yield from projfactor(shard, state, options, found))
             case "subspace":
-                return (yield from in_subspace(state, options, found))
+                return (yield from in_subspace(shard, state, options, found))
         return (yield from in_original_space(shard, state, options, found))
 
 
 def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
     """ProjFactor: ``M P^T`` over the root of a second moment in two factors."""
-    units, projection = found.units, found.projection
+    units, projection = units_of(shard, options), found.projection
     beta1, beta2 = options.betas
     moment = state["exp_avg"].lerp_(found.projected, 1 - beta1)  # M <- beta1 M + (1 - beta1) R
-    projected, moment = yield units.axis.all_gather(found.projected), units.axis.all_gather(moment)
-    row_sums, column_sums = yield sums_of_squares(shard, units.lift(projected, projection))  # of H^ = R P^T
+    if units.are_in_rows:
+        moment, kept_sums, compressed_sums = yield from squares_by_rows(
+            shard, units, found.projected, projection, moment
+        )
+        by_side = (kept_sums, compressed_sums) if shard.side == "right" else (compressed_sums, kept_sums)
+        row_sums, column_sums = by_side
+    else:
+        projected, moment = yield units.axis.all_gather(found.projected), units.axis.all_gather(moment)
+        row_sums, column_sums = yield sums_of_squares(shard, partial(units.lift, projected, projection))  # of R P^T
     row_squares, column_squares = state["row_squares"], state["column_squares"]
     row_squares.lerp_(row_sums, 1 - beta2)  # v_row
     column_squares.lerp_(column_sums, 1 - beta2)  # v_col
     row_squares, column_squares, total = yield (
         shard.rows.all_gather(row_squares),
         shard.columns.all_gather(column_squares),
-        shard.all_reduce(row_squares.sum().view(1, 1)),
+        shard.all_reduce(row_squares.sum((1, 2), keepdim=True)),
     )
     # Squares of a projected gradient that is not zero may still underflow to zero, all of them.
     row_shares = row_squares / total.clamp_min(torch.finfo(torch.float32).tiny)
 
-    def direction() -> torch.Tensor:
-        variance = shard.outer(row_shares, column_squares)  # v_row v_col / sum v_row
-        inside = options.eps_position == "inside"
-        root = variance.add_(options.eps).sqrt_() if inside else variance.sqrt_().add_(options.eps)
-        return units.lift(moment, projection).div_(root)  # M P^T / (sqrt(v) + eps)
+    eps = torch.full((), options.eps, dtype=torch.float32, device=shard.device)
+    inside = options.eps_position == "inside"
+    if not inside:
+        row_shares, column_squares = row_shares.sqrt(), column_squares.sqrt()
 
+    def root(piece: Piece) -> torch.Tensor:
+        """``sqrt(v) + eps`` or ``sqrt(v + eps)`` with ``v = v_row v_col / sum v_row``."""
+        by_row, by_column = (
+            along(shard, axis, piece, numbers)
+            for axis, numbers in ((shard.rows, row_shares), (shard.columns, column_squares))
+        )
+        found = torch.addcmul(eps, by_row, by_column)
+        return found.sqrt_() if inside else found
+
+    def by_matrix() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``M P^T`` and ``sqrt(v) + eps`` of one matrix after the other."""
+        lifted = units.lifted_singles(moment, projection)
+        assert lifted is not None
+        for numerator, by_row, by_column in zip(lifted, row_shares, column_squares.mT, strict=True):
+            found = torch.addcmul(eps, by_row, by_column)
+            yield numerator, found.sqrt_() if inside else found
+
+    singles = units.lifted_singles(moment, projection) is not None
     second = 1 - beta2 ** (state["step"] + 1)
     correction = (second if options.bias_correction == "linear" else second**0.5) / (1 - beta1 ** age(options, state))
-    return Dense(direction, correction)
+    lifted = partial(units.lift, moment, projection)
+    return Quotient(lifted, root, correction, by_matrix if singles else None)  # M P^T / (sqrt(v) + eps)
 
 
-def sums_of_squares(shard: MatrixShard, lifted: torch.Tensor) -> tuple[Request, Request]:
-    """Ask for the squared norms of a matrix's rows and of its columns; ``lifted`` is this rank's elements, flat."""
-    return (
-        shard.rows.reduce_scatter(shard.squared_norms(shard.rows, lifted)),
-        shard.columns.reduce_scatter(shard.squared_norms(shard.columns, lifted)),
-    )
-
-
-def in_subspace(state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
+def in_subspace(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
     """Adam on ``R``, lifted: ``N P^T``."""
-    units, moments = found.units, (state["exp_avg"], state["exp_avg_sq"])
+    units, moments = units_of(shard, options), (state["exp_avg"], state["exp_avg_sq"])
     direction = adam(*moments, found.projected, options.betas, options.eps, age(options, state))  # N = Adam(R)
     direction = yield units.axis.all_gather(direction)
-    return Dense(lambda: units.lift(direction, found.projection), 1.0)  # N P^T
+    return Dense(partial(units.lift, direction, found.projection), 1.0)  # N P^T
 
 
 def in_original_space(
     shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits
 ) -> Program[Update]:
     """Adam of full size on ``R P^T``, the gradient projected and lifted again."""
-    projected = yield found.units.axis.all_gather(found.projected)
-    lifted = partial(found.units.lift, projected, found.projection)
+    units = units_of(shard, options)
+    projected = yield units.axis.all_gather(found.projected)
+    lifted = partial(units.lift, projected, found.projection)
     return (yield from full_rank_adam(shard, state, options, lifted))
 
 
-def resample(state: State, options: VLoRPOptions, found: ProjectedUnits) -> None:
+def resample(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> None:
     """What a new projection does to the moments of ``R``.
 
     ``reproject`` is Flora's rule (arXiv 2402.03293), ``M <- M P_old^T P_new``, over ``sqrt(1 + (L + 1) / r)``, by which
@@ -230,10 +252,10 @@ def resample(state: State, options: VLoRPOptions, found: ProjectedUnits) -> None
             if key in state:
                 state[key].zero_()
     if options.moment_on_resample == "reproject":
-        old = draw(found.units, options, state["step"] // options.update_proj_gap - 1)  # P_old
-        length, rank = old.shape
-        rotation = old.T @ found.projection / math.sqrt(1 + (length + 1) / rank)
-        rotate_first(state["exp_avg"].view(-1, rank), rotation)
+        old = draw(units_of(shard, options), options, state["step"] // options.update_proj_gap - 1)  # P_old
+        _, length, rank = old.shape
+        rotation = old.mT @ found.projection / math.sqrt(1 + (length + 1) / rank)
+        rotate_first(state["exp_avg"].view(len(old), -1, rank), rotation)
 
 
 def age(options: VLoRPOptions, state: State) -> int:
@@ -248,18 +270,17 @@ def oriented(shape: tuple[int, int], options: VLoRPOptions) -> tuple[int, int]:
 
 
 def units_of(shard: MatrixShard, options: VLoRPOptions) -> Units:
-    """The gradient in units of this granularity: ``H~``."""
+    """The gradients in units of this granularity: ``H~``."""
     if (shard.side == "left") != shard.transposed and options.left_view == "official":
         kept, compressed = shard.kept.size, shard.compressed.size
-        return Units(viewed(shard, (int(compressed / options.c), int(kept * options.c))), Fraction(1))
+        return Units(viewed(shard, (int(compressed / options.c), int(kept * options.c))), Fraction(1), is_view=True)
     return Units(shard, options.c)
 
 
 def draw(units: Units, options: VLoRPOptions, counter: int) -> torch.Tensor:
-    """``P``, entries of a unit x rank, fp32; nothing on a rank without elements, which needs none."""
+    """``P``, matrices x entries of a unit x rank, fp32; nothing on a rank without elements, which needs none."""
     rank = min(options.rank, units.length)
     shard = units.shard
-    if not shard.part.numel:
-        return torch.empty(units.length, rank, dtype=torch.float32, device=shard.device)
-    sample = gaussian if options.distribution == "gaussian" else rademacher
-    return sample(options.seed, shard.name, counter, units.length, rank, shard.device) / math.sqrt(rank)
+    entries = (0, units.length if shard.part.numel else 0)
+    sample = normal if options.distribution == "gaussian" else signs
+    return sample(options.seed, shard.names, counter, entries, (0, rank), shard.device) / math.sqrt(rank)

@@ -7,6 +7,7 @@ The exception are int8 moments: if two ranks hold elements of one block, one of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -15,29 +16,33 @@ from ds_lowrank.linalg.moments import fused_adamw
 from ds_lowrank.methods.base import Options
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam
 from ds_lowrank.optimizer.slots import Slot, groups_of
-from ds_lowrank.optimizer.step import buckets
+from ds_lowrank.optimizer.stack import Stack
+from ds_lowrank.optimizer.stacks import Stacks
+from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.reduce import Rounds, lockstep
 
 
-def adamw_step(slots: Sequence[Slot], options: Mapping[int, Options]) -> Rounds[None]:
+def adamw_step(slots: Sequence[Slot], options: Mapping[int, Options], stacks: Stacks) -> Rounds[None]:
     """One AdamW step on each slot, by a fused kernel if everything is fp32: apex's or torch's.
 
     Args:
         slots: not projected; those of the same parameters on all ranks.
         options: of each parameter group, by the group's ``id``.
+        stacks: remembers which parameters are stepped together.
     """
     fused = [slot for slot in slots if _is_fp32(slot)]
     for group in groups_of(fused):
-        _fused_step([slot for slot in fused if slot.group is group and slot.shard.part.numel], options[id(group)])
-    for bucket in buckets([slot for slot in slots if not _is_fp32(slot)]):
-        yield from _quantized_step(bucket, options)
-    for slot in slots:
+        _fused_step([slot for slot in fused if slot.group is group and slot.geometry.part.numel], options[id(group)])
+    for slot in fused:
         slot.state["step"] += 1
+    for bucket in stacks.buckets([slot.matrix for slot in slots if not _is_fp32(slot)]):
+        yield from _stacked_step(bucket)
 
 
 def _is_fp32(slot: Slot) -> bool:
     """Whether a fused kernel can step it. The same on all ranks, also on those that hold nothing of the parameter."""
-    return slot.is_fp32 and slot.fragment.gradient.dtype == torch.float32
+    gradient = slot.fragment.store.grad
+    return slot.is_fp32 and gradient is not None and gradient.dtype == torch.float32
 
 
 def _fused_step(slots: Sequence[Slot], options: Options) -> None:
@@ -60,17 +65,24 @@ def _fused_step(slots: Sequence[Slot], options: Options) -> None:
         slot.fragment.put(stepped)
 
 
-def _quantized_step(slots: Sequence[Slot], options: Mapping[int, Options]) -> Rounds[None]:
+def _stacked_step(stacks: Sequence[Stack]) -> Rounds[None]:
     """A step whose moments, weights or gradients are not all fp32, in fp32 and rounded once."""
-    states = [slot.state_store.decode(slot.state) for slot in slots]
-    updates = yield from lockstep(
-        full_rank_adam(slot.shard, state, options[id(slot.group)], slot.fragment.gradient.float)
-        for slot, state in zip(slots, states, strict=True)
-    )
-    for slot, state, update in zip(slots, states, updates, strict=True):
-        own = options[id(slot.group)]
-        slot.shard.attach(slot.shard.flat_gradient, slot.fragment.weights)
-        update.write_to(slot.shard, own.effective_lr, own.effective_lr * own.weight_decay)
-        slot.fragment.put(slot.shard.weights)
-        slot.shard.detach()
-        slot.state_store.encode(slot.state, state)
+    try:
+        for stack in stacks:
+            stack.attach()
+        states = [stack.state_store.decode(stack.state) for stack in stacks]
+        updates = yield from lockstep(
+            full_rank_adam(stack.shard, state, stack.options, partial(_gradient, stack))
+            for stack, state in zip(stacks, states, strict=True)
+        )
+        for stack, state, update in zip(stacks, states, updates, strict=True):
+            lr = stack.options.effective_lr
+            update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
+            stack.store(state)
+    finally:
+        for stack in stacks:
+            stack.detach()
+
+
+def _gradient(stack: Stack, piece: Piece) -> torch.Tensor:
+    return stack.shard.gradient.values_at(piece).float()

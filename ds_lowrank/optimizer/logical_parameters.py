@@ -13,8 +13,8 @@ import torch
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods.base import Method, Options, State
+from ds_lowrank.optimizer.matrices import output_first
 from ds_lowrank.optimizer.roles import Role, role_of
-from ds_lowrank.optimizer.step import output_first
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_tied_between_stages
 from ds_lowrank.placement.parameter_names import Tag

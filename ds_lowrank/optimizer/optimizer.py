@@ -24,6 +24,7 @@ from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
 from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
 from ds_lowrank.optimizer.step import all_finite, step_matrices
 from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
@@ -60,6 +61,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         tensor_parallel_projection: what is projected if tensor parallelism splits a matrix, the ``logical`` matrix (the
             default) or each rank's ``local`` shard on its own.
         state_dtype: how moments are stored, ``fp32`` (the default), ``bf16`` or ``int8``.
+        matmul_precision: in which a card multiplies with gradients and weights, ``fp32``, or ``tf32``, which is several
+            times as fast and keeps 10 bits of each factor; None leaves it to
+            ``torch.set_float32_matmul_precision``; None.
         seed: of random sketches and projections; 0.
         options: all of these except params and grid, and the method's own, by the names they have in
             ``optimizer.params`` of a DeepSpeed JSON.
@@ -83,6 +87,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.wrapper, self.grid, self._is_local = "none", Grid(), False
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._perturbation: Perturbation | None = None
+        self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
         parsed = parse_options(self.method, options)
         if isinstance(params, torch.nn.Module):
             tag_parameters(params)
@@ -251,22 +256,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     raise RuntimeError(UNPERTURBED_GRADIENT.format(self.method.name))
             return True
 
-        try:
-            matrices = [slot.in_step(options[id(slot.group)]) for slot in projected]
-            others = [slot.fragment.gradient for slot in rest]
-            report = yield from step_matrices(self.method, matrices, self._executor.size, others, proceed)
-            for slot, matrix in zip(projected, matrices, strict=True):
-                if matrix.updated:
-                    slot.fragment.put(slot.shard.weights)
-                    slot.mark_stepped()
-        finally:
-            for slot in projected:
-                slot.shard.detach()
+        for slot in slots:
+            slot.matrix.options, slot.matrix.updated = options[id(slot.group)], False
+        matrices = [slot.matrix for slot in projected]
+        others = [slot.fragment.gradient for slot in rest]
+        report = yield from step_matrices(
+            self.method, matrices, self._executor.size, others, proceed, self._stacks["projected"]
+        )
+        for slot in projected:
+            if slot.matrix.updated:
+                slot.mark_stepped()
         self._counts["skipped_updates"] += report.skipped
         self._counts["refreshes"] += report.refreshes
         sizes = zip(rest, report.other_magnitudes, strict=not report.skipped)
         live = [slot for slot, magnitude in sizes if slot.has_begun or magnitude > 0]
-        yield from adamw_step(live, options)
+        yield from adamw_step(live, options, self._stacks["rest"])
         for slot in live:
             slot.mark_stepped()
 
@@ -354,4 +358,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         fixed = self.method.Options.fixed_on_resume
         slots, groups = self.slots, self._groups
         frozen = [groups.name_of(parameter) for parameter in groups.left_out()]
+        self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}  # the old ones keep the old state
         self._counts = load_state(self.method.name, slots, groups.param_groups, state_dict, fixed, frozen)

@@ -32,6 +32,8 @@ class AdaRankGrad(LowRankOptimizer):
         update_proj_gap: the most optimizer steps that a subspace lasts; 200.
         second_moment: what a change of basis C does to V, ``abs`` for ``|V C|``, ``clamp`` for ``max(V C, 0)``, or
             ``squared`` for ``V (C * C)``, the default.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
         scale: multiplies the update of a projected matrix, not its weight decay; 0.25.
     """
 
@@ -61,6 +63,8 @@ class GaLore(LowRankOptimizer):
         scale: the paper's alpha, multiplies the update of a projected matrix, not its weight decay; 0.25.
         projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
         moments: what a refresh does to the moments, ``keep`` (the default, as the official code) or ``rotate``.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
         stagger: whether the matrices' refreshes are spread over the interval; False.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
@@ -83,6 +87,8 @@ class GradNormLoRP(LowRankOptimizer):
         scale: multiplies the update of the direction, not its weight decay; 0.25.
         projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``.
         moments: what a refresh does to the moments, ``keep`` (the default) or ``rotate``.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
         stagger: whether the matrices' refreshes are spread over the interval; False.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
@@ -115,6 +121,8 @@ class Lorenza(LowRankOptimizer):
         norm: over what ``|G_pert|`` is taken, ``global`` for all matrices (the default), or ``per_matrix``.
         moment_on_refresh: what a refresh does to the moments, ``rotate`` (the default), ``keep`` or ``reset``.
         accumulation: ``per_step`` for one perturbation for all micro-batches (the default), or ``per_micro_batch``.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
         orthogonal_component: Lorenza+: whether what the subspace leaves out of the gradient is added; False.
         orthogonal_scale: s, which multiplies that, or ``norm_ratio`` for ``|N_i| / |R_i|`` in each row; 1.0.
     """

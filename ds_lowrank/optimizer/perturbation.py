@@ -17,14 +17,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ds_lowrank.methods.base import Options, PerturbingMethod
+from ds_lowrank.methods.base import Options, PerturbingMethod, State
 from ds_lowrank.methods.blocks.ascent import Ascent, ascend
-from ds_lowrank.methods.blocks.directions import Directions
+from ds_lowrank.methods.blocks.directions import Combination, Directions, sharing_draws
 from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.placement.fragment import Fragment
 from ds_lowrank.placement.grid import Grid
-from ds_lowrank.placement.zero import Fragment, forward_weights, release_gathered
-from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Executor, Request, all_reduce_route, lockstep
+from ds_lowrank.placement.zero import forward_weights, release_gathered
+from ds_lowrank.sharding.geometry import Geometry
+from ds_lowrank.sharding.matrix import MatrixShard, shard_of
+from ds_lowrank.sharding.reduce import Executor, lockstep, sum_request
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -57,25 +59,25 @@ class PerturbedMatrix:
     copies: int
     step: int
 
-    def coordinates(self, probes: Sequence[str], shares: Sequence[float]) -> torch.Tensor:
-        """The coordinates of a weighted sum of this step's probe directions.
+    def direction(self, probes: Sequence[str], shares: Sequence[float]) -> Combination:
+        """A weighted sum of this step's probe directions.
 
         Args:
             probes: the names of the probes.
             shares: the weight of each probe's direction.
         """
-        return self.directions.combined([f"{self.step} {probe}" for probe in probes], shares)
+        return Combination([f"{self.step} {probe}" for probe in probes], shares)
 
-    def move(self, coordinates: torch.Tensor, distance: float) -> None:
+    def move(self, direction: Combination, distance: float) -> None:
         """Set the weights to saved + distance * direction.
 
         Args:
-            coordinates: of the direction.
+            direction: where to.
             distance: multiplies the direction.
         """
         weights = self.place.weights.copy_(self.saved)
-        self.shard.attach(weights, weights)
-        self.directions.to_matrix(coordinates).write_to(self.shard, -distance, 0.0)
+        self.shard.attach([weights], [weights])
+        self.directions.to_matrix(direction).write_to(self.shard, -distance, 0.0)
         self.place.put(weights)
 
     def mirror(self) -> None:
@@ -181,11 +183,11 @@ class Perturbation:
     def probe(self, name: str, distance: float) -> None:
         """Set all weights to saved + distance * direction, for the random direction with the given name."""
         for matrix in self._moved:
-            matrix.move(matrix.coordinates([name], [1.0]), distance)
+            matrix.move(matrix.direction([name], [1.0]), distance)
         self._release()
         if self._dtype != torch.float32 and not self._probe_measured:  # fp32 keeps every move
             self._probe_measured = True
-            squares = [matrix.directions.square(matrix.coordinates([name], [1.0])) for matrix in self._moved]
+            squares = [matrix.directions.square(matrix.direction([name], [1.0])) for matrix in self._moved]
             (square,) = self._sum_over_matrices(squares)
             self._realised("probe_radius", distance * math.sqrt(square))
 
@@ -197,11 +199,11 @@ class Perturbation:
 
     def climb(self, names: Sequence[str], shares: Sequence[float], radius: float, per_matrix: bool) -> None:
         """Set all weights to saved + radius * G / |G|, where G is the weighted sum of the directions."""
-        squares = [matrix.directions.square(matrix.coordinates(names, shares)) for matrix in self._moved]
+        squares = [matrix.directions.square(matrix.direction(names, shares)) for matrix in self._moved]
         total, count = self._sum_over_matrices(squares, [float(square > 0) for square in squares])
         for matrix, square in zip(self._moved, squares, strict=True):
             length = math.sqrt(square if per_matrix else total)
-            matrix.move(matrix.coordinates(names, shares), radius / length if length else 0.0)
+            matrix.move(matrix.direction(names, shares), radius / length if length else 0.0)
         self._release()
         self.norm = self._realised("perturbation_radius", radius * (math.sqrt(count) if per_matrix else 1.0))
 
@@ -210,26 +212,32 @@ class Perturbation:
         moved = [self._place(slot) for slot in slots]
         directions = self._executor.run(
             lockstep(
-                self._method.directions(slot.shard, slot.state, options[id(slot.group)], shard)
-                for slot, (_, shard, _) in zip(slots, moved, strict=True)
+                self._method.directions(own, _stacked(slot.state), options[id(slot.group)], shard)
+                for slot, (_, own, shard, _) in zip(slots, moved, strict=True)
             )
         )
         self._moved = [
             PerturbedMatrix(place, place.weights.clone(), shard, found, copies, slot.state["step"])
-            for slot, (place, shard, copies), found in zip(slots, moved, directions, strict=True)
+            for slot, (place, _, shard, copies), found in zip(slots, moved, sharing_draws(directions), strict=True)
         ]
 
-    def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, int]:
-        """The elements of a matrix that are moved here, as a shard, and the number of ranks that move them too."""
+    def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, MatrixShard, int]:
+        """The elements of a matrix that are moved here, and the number of ranks that move them too.
+
+        Returns:
+            Where the elements are, what this rank's optimizer has of the matrix, what is moved, and the number.
+        """
         interval, is_partition = forward_weights(slot.parameter)
-        place, shard, copies = interval.fragment(slot.logical), slot.shard, slot.copies
+        place, copies = interval.fragment(slot.logical), slot.copies
+        own = shard = MatrixShard(slot.geometry, [slot.matrix.member])
         if not is_partition:
             part = slot.logical.part(slot.logical.own, interval.start, interval.end)
-            shard = MatrixShard(shard.name, shard.shape, [part], 0, shard.side, 0)
+            shard = shard_of(slot.matrix.name, Geometry(own.shape, [part], 0, own.side))
             copies *= self._executor.size if self._local_group else self._executor.size // self._grid.tensor_size
         weights = place.weights
-        shard.attach(weights, weights)  # tells directions their device
-        return place, shard, copies
+        for each in (own, shard):
+            each.attach([weights], [weights])  # tells directions their device
+        return place, own, shard, copies
 
     def _realised(self, key: str, intended: float) -> float:
         """The length of a move after rounding. If little is left of it, warn once, and say which option to raise."""
@@ -250,7 +258,7 @@ class Perturbation:
                 for m in self._moved
             ]
             own = torch.stack(squares).sum().float().view(1, 1)
-            (own,) = self._executor.exchange([Request(all_reduce_route(self._executor.size, 1), own)])
+            (own,) = self._executor.exchange([sum_request(own, [0], self._executor.size)])
             total = own.item()
         return math.sqrt(*self._sum_over_groups(total))
 
@@ -277,3 +285,8 @@ class Perturbation:
 
     def _release(self) -> None:
         release_gathered(slot.parameter for slot in self.slots)
+
+
+def _stacked(state: State) -> State:
+    """The state of a stack of one matrix."""
+    return {key: value.unsqueeze(0) if isinstance(value, torch.Tensor) else value for key, value in state.items()}

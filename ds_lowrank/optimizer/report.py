@@ -15,6 +15,7 @@ from ds_lowrank.environment.apex import adamw_by
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_tied_between_stages
+from ds_lowrank.sharding.layout import length
 from ds_lowrank.sharding.reduce import Distributed, Executor
 
 logger = logging.getLogger("ds_lowrank")
@@ -76,6 +77,19 @@ def _bytes(slots: Sequence[Slot]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def gathered_bytes(slots: Sequence[Slot]) -> int:
+    """Bytes of the bases that this rank keeps gathered between refreshes, at the present ranks of the matrices.
+
+    Args:
+        slots: all slots of the optimizer.
+    """
+    numbers = 0
+    for slot in slots:
+        if "basis" in slot.state and slot.matrix.options.keeps_bases_gathered:
+            numbers += slot.rank * length(slot.geometry.compressed.held.get(slot.geometry.rank, ()))
+    return 4 * numbers
+
+
 def take_inventory(slots: Sequence[Slot], groups: Sequence[dist.ProcessGroup]) -> Inventory:
     """Take the inventory of this rank's pipeline stage. Collective over ``groups``.
 
@@ -120,16 +134,17 @@ def log_roles(title: str, slots: Sequence[Slot], executor: Executor, grid: Grid,
     stages = [inventory] if grid.pipeline is None else all_gather_object(inventory, grid.pipeline)
     if global_rank() == 0:
         ranks = executor.size * grid.pipeline_size * (grid.tensor_size if is_local else 1)
-        logger.info("%s\n%s", title, role_table(stages, state_bytes(slots), ranks))
+        logger.info("%s\n%s", title, role_table(stages, state_bytes(slots), ranks, gathered_bytes(slots)))
 
 
-def role_table(stages: Sequence[Inventory], own_bytes: tuple[int, int], ranks: int) -> str:
+def role_table(stages: Sequence[Inventory], own_bytes: tuple[int, int], ranks: int, gathered: int = 0) -> str:
     """The role table as text, and a summary in words below it.
 
     Args:
         stages: the inventory of each stage of the pipeline.
         own_bytes: this rank's :func:`state_bytes`.
         ranks: over how many ranks the state is split.
+        gathered: this rank's :func:`gathered_bytes`.
     """
     counts: dict[Row, int] = {}
     for stage in stages:
@@ -149,6 +164,7 @@ def role_table(stages: Sequence[Inventory], own_bytes: tuple[int, int], ranks: i
         f"{_mib(sum(stage.projected_bytes for stage in stages))}, "
         f"AdamW {_mib(sum(stage.adamw_bytes for stage in stages))}; "
         f"on this rank {_mib(own_bytes[0])} and {_mib(own_bytes[1])}."
+        + (f" Gathered bases take another {_mib(gathered)} on this rank." if gathered else "")
         + (f" {_mib(copied)} of this state are copies on other tensor-parallel ranks." if copied else "")
         + (f" Moments are stored in {' and '.join(dtypes)}." if dtypes else "")
     )
@@ -184,7 +200,7 @@ def _row(slot: Slot) -> Row:
         placement += ", tied: a copy on this stage"
     if not slot.is_projected:
         return Row(name, f"AdamW ({slot.role.reason}){placement}", shape, "", "")
-    return Row(name, f"projected{placement}", shape, slot.shard.side, slot.rank_text)
+    return Row(name, f"projected{placement}", shape, slot.geometry.side, slot.rank_text)
 
 
 def _mib(count: int) -> str:

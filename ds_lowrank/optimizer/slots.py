@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.methods.base import Options, State
+from ds_lowrank.methods.base import State
 from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.optimizer.roles import Role
-from ds_lowrank.optimizer.step import SteppedMatrix
+from ds_lowrank.optimizer.stack import SteppedMatrix
+from ds_lowrank.placement.fragment import Fragment
 from ds_lowrank.placement.parameter_names import Tag
-from ds_lowrank.placement.zero import Fragment
+from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.logical import Logical
-from ds_lowrank.sharding.matrix import MatrixShard
 
 
 @dataclass
@@ -27,11 +27,8 @@ class Slot:
         role: whether it is projected, and why.
         shape: the logical shape, before any kind of parallelism.
         group: the parameter group it is in.
-        fragment: where its elements are on this rank.
-        shard: this rank's part; a parameter that is not a matrix counts as one row.
-        state_store: how its state is laid out and stored.
+        matrix: as a step finds it: a parameter that is not a matrix counts as one row.
         rank_text: the rank as the role table shows it.
-        state: what the method keeps, and ``step``.
         parameter: the model's parameter; several slots share that of a fused weight.
         logical: where in the parameter the elements are that the slot steps.
         stepped: whether the last step changed it.
@@ -42,15 +39,32 @@ class Slot:
     role: Role
     shape: tuple[int, ...]
     group: dict[str, Any]
-    fragment: Fragment
-    shard: MatrixShard
-    state_store: StateStore
+    matrix: SteppedMatrix
     rank_text: str
-    state: State
     parameter: torch.nn.Parameter
     logical: Logical
     stepped: bool = False
     perturbed: bool = False
+
+    @property
+    def fragment(self) -> Fragment:
+        """Where its elements are on this rank."""
+        return self.matrix.fragment
+
+    @property
+    def geometry(self) -> Geometry:
+        """How it is cut over the ranks."""
+        return self.matrix.geometry
+
+    @property
+    def state(self) -> State:
+        """What the method keeps, and ``step``."""
+        return self.matrix.state
+
+    @property
+    def state_store(self) -> StateStore:
+        """How its state is laid out and stored."""
+        return self.matrix.state_store
 
     @property
     def is_projected(self) -> bool:
@@ -89,16 +103,7 @@ class Slot:
         A parameter waits for its first gradient that is not all zero: a zero matrix has no subspace, and DeepSpeed
         steps once with zeros while it is constructed (stage 0 in bf16 and fp16).
         """
-        return bool(self.state["step"] > 0)
-
-    def in_step(self, options: Options) -> SteppedMatrix:
-        """The slot as a step takes it, with this step's gradient and weights attached.
-
-        Args:
-            options: the current options of its group.
-        """
-        self.shard.attach(self.fragment.gradient, self.fragment.weights)
-        return SteppedMatrix(self.shard, self.state_store, self.state, options)
+        return self.matrix.has_begun
 
     def mark_stepped(self) -> None:
         """Note that the last step changed the parameter."""

@@ -83,9 +83,9 @@ def load_state(
 def _layout(slot: Slot) -> dict[str, Any]:
     return {
         "shape": list(slot.shape),
-        "side": slot.shard.side if slot.is_projected else "none",
-        "world": len(slot.shard.parts),
-        "held": [[r.row, r.col, r.height, r.width] for r in slot.shard.part.rectangles],
+        "side": slot.geometry.side if slot.is_projected else "none",
+        "world": len(slot.geometry.parts),
+        "held": [[r.row, r.col, r.height, r.width] for r in slot.geometry.part.rectangles],
     }
 
 

@@ -5,58 +5,26 @@
     update the moments, lift, decay, write
 
 Nothing is changed before the decision. This file knows neither DeepSpeed nor ``torch.optim``; its inputs are matrices
-with attached gradients and weights, wherever they came from.
+whose gradients and weights may come from anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
 
 import torch
 
-from ds_lowrank.methods.base import Method, Options, ProjectedGradient, State
-from ds_lowrank.methods.blocks.state_spec import StateStore
-from ds_lowrank.sharding.layout import Part
-from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Request, Rounds, all_reduce_route, lockstep
+from ds_lowrank.methods.base import Method
+from ds_lowrank.optimizer.stack import Stack, SteppedMatrix
+from ds_lowrank.optimizer.stacks import Stacks
+from ds_lowrank.sharding.precision import products_in
+from ds_lowrank.sharding.reduce import Rounds, lockstep, sum_request
 
-BUCKET_ELEMENTS = 2**28
-"""Matrices with up to this many elements of state (1 GiB in fp32) are in flight at a time."""
 TOO_LARGE = 1e16
 """A gradient with an element beyond it counts as not finite: sums of its squares leave the range of fp32."""
-
-
-@dataclass
-class SteppedMatrix:
-    """One matrix in one step.
-
-    Attributes:
-        shard: this rank's part, with this step's gradient and weights attached.
-        state_store: how its state is stored.
-        state: its state, with ``step``; changed in place.
-        options: the current options of its group.
-        found: what its method found in the gradient; set by the first half of the step.
-        updated: whether the step changed it.
-    """
-
-    shard: MatrixShard
-    state_store: StateStore
-    state: State
-    options: Options
-    found: ProjectedGradient = field(init=False)
-    updated: bool = False
-
-    @property
-    def state_elements(self) -> int:
-        """Elements of its initial state, summed over ranks."""
-        return self.state_store.numel
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the matrix has been stepped before. It waits for its first gradient that is not zero."""
-        return bool(self.state["step"] > 0)
+NOT_PROJECTED = 2**32
+"""Numbers from here on identify gradients that are not projected."""
 
 
 @dataclass(frozen=True)
@@ -75,52 +43,6 @@ class StepReport:
     other_magnitudes: tuple[float, ...] = ()
 
 
-def shard_matrix(
-    method: type[Method],
-    name: str,
-    shape: tuple[int, int],
-    parts: Sequence[Part],
-    rank: int,
-    options: Options,
-    index: int = 0,
-    peers: Sequence[int] | None = None,
-    transposed: bool = False,
-) -> tuple[MatrixShard, StateStore]:
-    """One rank's part of a matrix, and the store of its state there.
-
-    Args:
-        method: the method that steps the matrix.
-        name: of the matrix; seeds derive from it.
-        shape: the logical ``(m, n)``.
-        parts: what each rank of the group holds.
-        rank: this rank's position in the group.
-        options: of the matrix's group.
-        index: the matrix's number among those of the optimizer: the ranks that hold it take turns as the root of its
-            factorisations.
-        peers: the ranks that share this copy of the matrix; None for all.
-        transposed: whether its layer stores it input x output. It is then stepped as the transpose would be.
-    """
-    holders = [holder for holder, part in enumerate(parts) if part.numel]
-    root = holders[index % len(holders)]
-    side = method.side(output_first(shape, transposed), options)
-    if transposed:
-        side = "left" if side == "right" else "right"
-    shard = MatrixShard(name, shape, parts, rank, side, root, options.block_rows, peers)
-    shard.transposed = transposed
-    initial = method.rank(output_first(shape, transposed), options)
-    return shard, StateStore(name, lambda at: method.state(shard, options, at), initial)
-
-
-def output_first(shape: tuple[int, int], transposed: bool) -> tuple[int, int]:
-    """The shape of a weight as ``torch.nn.Linear`` would have it, output x input, which methods are asked about.
-
-    Args:
-        shape: as the layer stores it.
-        transposed: whether the layer stores it input x output.
-    """
-    return (shape[1], shape[0]) if transposed else shape
-
-
 def all_finite(magnitudes: Sequence[float]) -> bool:
     """Whether gradients of these magnitudes are finite, and small enough to be squared.
 
@@ -136,6 +58,7 @@ def step_matrices(
     ranks: int,
     others: Sequence[torch.Tensor] = (),
     proceed: Callable[[Sequence[float]], bool] = all_finite,
+    stacks: Stacks | None = None,
 ) -> Rounds[StepReport]:
     """One step of some matrices, in lockstep on all ranks of a group.
 
@@ -146,97 +69,122 @@ def step_matrices(
         others: gradients of parameters that are not projected, which take part in the decision.
         proceed: decides, from the magnitude of each matrix's gradient and of each other one, whether the step goes on.
             It must decide alike on all ranks, which are given the same numbers.
+        stacks: remembers which matrices are stepped together; None to find out for this step alone.
     """
-    for bucket in buckets(matrices):
-        projections = yield from lockstep(method.project(m.shard, m.state, m.options) for m in bucket)
-        for matrix, found in zip(bucket, projections, strict=True):
-            matrix.found = found
-    magnitudes = yield from magnitudes_over_ranks([*(m.found.projected for m in matrices), *others], ranks)
-    if not proceed(magnitudes):
-        return StepReport(skipped=True)
-    for matrix, magnitude in zip(matrices, magnitudes, strict=False):
-        matrix.found.magnitude = magnitude
-    refreshes = 0
-    for bucket in buckets([m for m in matrices if m.has_begun or not m.found.is_zero]):
-        refreshes += yield from _update(method, bucket)
-    return StepReport(False, refreshes, tuple(magnitudes[len(matrices) :]))
+    stacks = Stacks(method) if stacks is None else stacks
+    buckets = stacks.buckets(matrices)
+    try:
+        for bucket in buckets:
+            for stack in bucket:
+                stack.attach()
+            projections = yield from lockstep(method.project(s.shard, s.state, s.options) for s in bucket)
+            for stack, found in zip(bucket, projections, strict=True):
+                stack.found = found
+        magnitudes = yield from _decided_by([stack for bucket in buckets for stack in bucket], others, ranks)
+        by_matrix = dict(zip(magnitudes.numbers, magnitudes.values, strict=True))
+        others_found = [by_matrix[NOT_PROJECTED + i] for i in range(len(others))]
+        if not proceed([*(by_matrix[matrix.member.number] for matrix in matrices), *others_found]):
+            return StepReport(skipped=True)
+        refreshes = 0
+        for bucket in buckets:
+            refreshes += yield from _update(method, _going_on(stacks, bucket, by_matrix))
+        return StepReport(False, refreshes, tuple(others_found))
+    finally:
+        for bucket in buckets:
+            for stack in bucket:
+                stack.detach()
 
 
-def _update(method: type[Method], bucket: Sequence[SteppedMatrix]) -> Rounds[int]:
-    """The second half of a step; how many of the matrices have a new basis."""
-    states = [matrix.state_store.decode(matrix.state) for matrix in bucket]
+def _going_on(stacks: Stacks, bucket: Sequence[Stack], magnitudes: dict[int, float]) -> list[Stack]:
+    """The stacks of a bucket that are updated, cut where what was found tells their matrices apart."""
+    parts = []
+    for stack in bucket:
+        own = [magnitudes[matrix.member.number] for matrix in stack.matrices]
+        if all(own) and not stack.found.tells_apart:
+            parts.append(stack)
+            continue
+        begun = [stack.has_begun or magnitude > 0 for magnitude in own]
+        parts += stacks.split(stack, stack.found, begun)
+    return parts
+
+
+def _update(method: type[Method], stacks: Sequence[Stack]) -> Rounds[int]:
+    """The second half of a step; how many matrices have a new basis."""
+    if not stacks:
+        return 0
+    states = [stack.state_store.decode(stack.state) for stack in stacks]
     updates = yield from lockstep(
-        method.update(matrix.shard, state, matrix.options, matrix.found)
-        for matrix, state in zip(bucket, states, strict=True)
+        method.update(stack.shard, state, stack.options, stack.found)
+        for stack, state in zip(stacks, states, strict=True)
     )
-    for matrix, state, update in zip(bucket, states, updates, strict=True):
-        lr = matrix.options.effective_lr
-        update.write_to(matrix.shard, lr, lr * matrix.options.weight_decay)
-        matrix.state_store.encode(matrix.state, state)
-        matrix.state["step"] += 1
-        matrix.updated = True
-    refreshes = sum(matrix.found.refreshed for matrix in bucket)
-    for matrix in bucket:
-        del matrix.found
+    refreshes = 0
+    for stack, state, update in zip(stacks, states, updates, strict=True):
+        lr = stack.options.effective_lr
+        with products_in(stack.options.matmul_precision, stack.shard.device):
+            update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
+        refreshes += len(stack.matrices) * stack.found.refreshed
+        del stack.found
+        stack.store(state)
     return refreshes
 
 
-def magnitudes_over_ranks(tensors: Sequence[torch.Tensor], ranks: int) -> Rounds[list[float]]:
-    """Roughly the largest magnitude in each tensor over all ranks: one number per tensor, the same on all ranks.
+@dataclass(frozen=True)
+class Magnitudes:
+    """Roughly the largest magnitude of every gradient over all ranks, the same numbers on all ranks.
 
-    It is zero if all elements are, and not finite if one is not: the sum of every rank's largest magnitude, which
-    neither overflows nor underflows as a sum of squares would. On the meta device, where a step is costed and nothing
-    is computed, every tensor counts as one.
+    Attributes:
+        numbers: identifies each gradient.
+        values: the magnitudes.
+    """
+
+    numbers: list[int]
+    values: list[float]
+
+
+def _decided_by(stacks: Sequence[Stack], others: Sequence[torch.Tensor], ranks: int) -> Rounds[Magnitudes]:
+    """What decides whether the step goes on; every stack is told the magnitudes of its gradients.
+
+    A magnitude is zero if all elements are, and not finite if one is not: the sum of every rank's largest magnitude,
+    which neither overflows nor underflows as a sum of squares would. On the meta device, where a step is costed and
+    nothing is computed, every gradient counts as one.
+    """
+    numbers = [matrix.member.number for stack in stacks for matrix in stack.matrices]
+    numbers += range(NOT_PROJECTED, NOT_PROJECTED + len(others))
+    largest = [largest_magnitudes(stack.found.projected) for stack in stacks]
+    if others:
+        largest.append(largest_magnitudes_of(others))
+    (total,) = yield [sum_request(torch.cat(largest).unsqueeze(1), numbers, ranks)]
+    total = torch.ones_like(total) if total.is_meta else total
+    sizes = [*(len(stack.matrices) for stack in stacks), len(others)]
+    for stack, own in zip(stacks, torch.split(total.view(-1), sizes)[:-1], strict=True):
+        stack.found.magnitudes = own
+    values: list[float] = [1.0] * len(numbers) if total.is_meta else total.view(-1).tolist()
+    start = 0
+    for stack in stacks:
+        stack.found.host_magnitudes = values[start : start + len(stack.matrices)]
+        start += len(stack.matrices)
+    return Magnitudes(numbers, values)
+
+
+def largest_magnitudes(stacked: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in each matrix of a stack, fp32: NaN if an element is, zero if there are no elements.
 
     Args:
-        tensors: this rank's parts, any shapes and floating dtypes, in the same order on all ranks.
-        ranks: how many ranks there are.
+        stacked: matrices x rows x columns, any floating dtype.
     """
-    largest = [largest_magnitude(tensor) for tensor in tensors]
-    route = all_reduce_route(ranks, len(largest))
-    (total,) = yield [Request(route, torch.stack(largest).view(-1, 1))]
-    found: list[float] = [1.0] * len(largest) if total.is_meta else total.view(-1).tolist()
-    return found
-
-
-def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in a tensor as a scalar, fp32: NaN if an element is, zero if there are no elements.
-
-    Args:
-        tensor: of any shape and floating dtype.
-    """
-    if tensor.numel() == 0:
-        return torch.zeros((), dtype=torch.float32, device=tensor.device)
-    low, high = torch.aminmax(tensor)  # one pass, no copy; the inf-norm is forty times slower on a CPU
+    if stacked.numel() == 0:
+        return torch.zeros(stacked.shape[0], dtype=torch.float32, device=stacked.device)
+    low, high = torch.aminmax(stacked.flatten(1), dim=1)  # one pass, no copy; the inf-norm is far slower on a CPU
     return torch.maximum(-low, high).float()
 
 
-class HasState(Protocol):
-    """Anything whose state has a size."""
-
-    @property
-    def state_elements(self) -> int:
-        """Elements of its initial state, summed over ranks."""
-
-
-T = TypeVar("T", bound=HasState)
-
-
-def buckets(items: Sequence[T]) -> list[list[T]]:
-    """Cut a sequence into buckets of at most BUCKET_ELEMENTS elements of state; the same cut on all ranks.
-
-    A step gathers the basis and the direction of a matrix, which together are about as large as its initial state. The
-    rank never grows beyond the initial one.
+def largest_magnitudes_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The largest magnitude in each of several tensors, fp32, as :func:`largest_magnitudes`.
 
     Args:
-        items: in the order in which they are stepped.
+        tensors: at least one, of any shapes and floating dtypes.
     """
-    cut: list[list[T]] = []
-    size = BUCKET_ELEMENTS
-    for item in items:
-        if size + item.state_elements > BUCKET_ELEMENTS:
-            cut.append([])
-            size = 0
-        cut[-1].append(item)
-        size += item.state_elements
-    return cut
+    zero = torch.zeros((), dtype=torch.float32, device=tensors[0].device)
+    extremes = [torch.aminmax(tensor) if tensor.numel() else (zero, zero) for tensor in tensors]
+    low, high = (torch.stack([pair[i].float() for pair in extremes]) for i in (0, 1))
+    return torch.maximum(-low, high)

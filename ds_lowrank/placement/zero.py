@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.sharding.layout import Range, Spans
+from ds_lowrank.placement.fragment import Fragment
+from ds_lowrank.sharding.layout import Range
 from ds_lowrank.sharding.logical import Logical
 
 NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offload_optimizer"
@@ -67,49 +68,6 @@ class Interval:
         """
         spans = logical.spans(self.start, self.end)
         return Fragment(self.store, tuple((self.offset + lo, self.offset + hi) for lo, hi in spans))
-
-
-@dataclass
-class Fragment:
-    """The elements of one logical matrix in a store.
-
-    Attributes:
-        store: as in :class:`Interval`.
-        spans: ranges of the flat store; one, or several if the weight is fused.
-    """
-
-    store: torch.Tensor
-    spans: Spans
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """The elements, flat: a view of the store if they are one span, otherwise a copy for :meth:`put`."""
-        return self._of(self.store.data.view(-1))
-
-    @property
-    def gradient(self) -> torch.Tensor:
-        """The gradient of these elements, flat; only while the store has a gradient."""
-        gradient = self.store.grad
-        assert gradient is not None
-        return self._of(gradient.reshape(-1))
-
-    def _of(self, flat: torch.Tensor) -> torch.Tensor:
-        """Select the spans from a tensor of the store's elements: a view of one span, a copy of several."""
-        if len(self.spans) == 1:
-            return flat[slice(*self.spans[0])]
-        return torch.cat([flat[:0], *(flat[lo:hi] for lo, hi in self.spans)])
-
-    def put(self, weights: torch.Tensor) -> None:
-        """Write changed :attr:`weights` back into the store; nothing to do if they are a view of it.
-
-        Args:
-            weights: the elements, flat.
-        """
-        if len(self.spans) == 1:
-            return
-        flat = self.store.data.view(-1)
-        for (lo, hi), piece in zip(self.spans, torch.split(weights, [b - a for a, b in self.spans]), strict=True):
-            flat[lo:hi] = piece
 
 
 def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: Sequence[dict[str, Any]]) -> Placement:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, sketch
+from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis
 from ds_lowrank.reference.inner import AdamW
+from ds_lowrank.reference.sketch import sketch
 
 
 def carry(V: torch.Tensor, C: torch.Tensor, rule: str) -> torch.Tensor:

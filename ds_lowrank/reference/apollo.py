@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, sketch
+from ds_lowrank.reference.galore import compresses_columns
 from ds_lowrank.reference.inner import AdamW
+from ds_lowrank.reference.sketch import sketch
 
 
 class DenseApollo:

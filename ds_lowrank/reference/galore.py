@@ -5,28 +5,16 @@
     N <- Adam(R)     (or another inner optimizer)
     W <- W - lr * scale * N Q^T - lr * weight_decay * W
 
-H is G, or G^T if the rows are compressed: kept x compressed. Q is compressed x r. What the references share is also
-here: the random sketch, which repeats the package's definition, and the bases.
+H is G, or G^T if the rows are compressed: kept x compressed. Q is compressed x r. The bases, which references share,
+are also here.
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from ds_lowrank.reference.inner import make_inner
-
-
-def sketch(seed: int, name: str, counter: int | str, rows: int, columns: int) -> torch.Tensor:
-    """A standard normal matrix, rows x columns, fp32, as a function of (seed, name, counter)."""
-    return torch.randn(rows, columns, generator=sketch_generator(seed, name, counter))
-
-
-def sketch_generator(seed: int, name: str, counter: int | str) -> torch.Generator:
-    """A generator seeded from SHA-256 of (seed, name, counter)."""
-    digest = hashlib.sha256(f"{seed}\0{name}\0{counter}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+from ds_lowrank.reference.sketch import sketch
 
 
 def positive_qr(matrix: torch.Tensor) -> torch.Tensor:

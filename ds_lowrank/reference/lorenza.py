@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, sketch
+from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis
 from ds_lowrank.reference.inner import AdamW
+from ds_lowrank.reference.sketch import sketch
 
 
 class DenseLorenza:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, singular_basis, sketch
+from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, singular_basis
 from ds_lowrank.reference.inner import make_inner
+from ds_lowrank.reference.sketch import sketch
 
 
 def pca_loss(Q: torch.Tensor, G: torch.Tensor, pca_lambda: float) -> torch.Tensor:

@@ -18,8 +18,9 @@ from fractions import Fraction
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, sketch, sketch_generator
+from ds_lowrank.reference.galore import compresses_columns
 from ds_lowrank.reference.inner import AdamW
+from ds_lowrank.reference.sketch import sign_sketch, sketch
 
 
 class DenseVLoRP:
@@ -90,11 +91,8 @@ class DenseVLoRP:
 
     def projection(self, counter: int) -> torch.Tensor:
         """P, L x r, of variance 1/r: normal, or signs."""
-        if self.distribution == "gaussian":
-            P = sketch(self.seed, self.name, counter, self.length, self.rank)
-        else:
-            generator = sketch_generator(self.seed, self.name, counter)
-            P = torch.randint(0, 2, (self.length, self.rank), generator=generator) * 2 - 1
+        draw = sketch if self.distribution == "gaussian" else sign_sketch
+        P = draw(self.seed, self.name, counter, self.length, self.rank)
         scaled: torch.Tensor = P.to(self.weight.dtype) / self.rank**0.5
         return scaled
 

@@ -1,61 +1,130 @@
-"""One dimension of a logical matrix, and how the rows of a state tensor along it travel between ranks."""
+"""One dimension of the matrices of a stack, and how the rows of a state tensor along it travel between ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ds_lowrank.sharding.layout import Range, Spans, deal, length
-from ds_lowrank.sharding.reduce import Request
-from ds_lowrank.sharding.route import Route
+from ds_lowrank.sharding.requests import Request
+from ds_lowrank.sharding.route import Route, StackRoute
+
+MOST_STACK_ROUTES = 256
+"""Stacks, and kinds of request, whose routes are kept; the oldest is dropped."""
 
 
-class Axis:
-    """The rows of a tall tensor (a basis, a projection) along one dimension of a matrix, and how they travel.
+class AxisLayout:
+    """Which rows along one dimension each rank holds and which it owns; the same for all matrices that are cut alike.
 
     A rank *holds* the rows that its elements of the matrix touch; it computes with those. It *owns* some of the rows it
     holds and stores state for those. Every row has one owner.
 
     Args:
         size: length of the dimension.
-        held: for each rank, the range of rows that its elements touch; ``(0, 0)`` for none.
-        counts: for each rank, how many elements of the matrix it holds.
-        root: the rank that runs this matrix's factorizations.
-        rank: this rank.
+        held: for each rank with elements of the matrix, the range of rows that they touch.
+        counts: for each of these ranks, how many elements it has.
+        peers: the ranks that share the tensor.
         block_rows: how many consecutive rows, counted from row 0, have one owner.
-        peers: the ranks that share the tensor; None for all.
 
     Attributes:
-        held: the range of rows that this rank holds.
-        owned: the spans of rows that this rank owns.
+        held: the spans of rows that each rank holds, by rank.
+        owned: the spans of rows that each rank owns, by rank.
     """
 
     def __init__(
-        self,
-        size: int,
-        held: Sequence[Range],
-        counts: Sequence[int],
-        root: int,
-        rank: int,
-        block_rows: int = 1,
-        peers: Sequence[int] | None = None,
+        self, size: int, held: Mapping[int, Range], counts: Mapping[int, int], peers: Sequence[int], block_rows: int
     ) -> None:
-        self.size, self.rank = size, rank
-        self.held = held[rank]
-        touched: tuple[Spans, ...] = tuple((span,) if span[0] < span[1] else () for span in held)
-        owned = deal(held, counts, block_rows)
-        at_root: tuple[Spans, ...] = tuple(((0, size),) if i == root else () for i in range(len(held)))
-        self.owned = owned[rank]
-        self._reduce_scatter = Route(touched, owned)
-        self._all_gather = Route(owned, touched)
-        sharing = range(len(held)) if peers is None else peers
-        at_peers: tuple[Spans, ...] = tuple(((0, size),) if i in sharing else () for i in range(len(held)))
-        self._all_gather_full = Route(owned, at_peers)
-        self._gather_to_root = Route(owned, at_root)
-        self._reduce_to_root = Route(touched, at_root)
-        self._scatter_from_root = Route(at_root, owned)
-        self._broadcast_from_root = Route(at_root, touched)
+        self.size, self._peers = size, peers
+        touching = {rank: span for rank, span in held.items() if span[0] < span[1]}
+        dealt = deal(list(touching.values()), [counts[rank] for rank in touching], block_rows)
+        self.held: dict[int, Spans] = {rank: (span,) for rank, span in touching.items()}
+        self.owned: dict[int, Spans] = dict(zip(touching, dealt, strict=True))
+        self._routes: dict[str | tuple[str, int], Route] = {}
+        self._stack_routes: dict[tuple[str, int | tuple[int, ...]], StackRoute] = {}
+
+    def route(self, kind: str, root: int = 0) -> Route:
+        """The route of a kind of request; found once.
+
+        Args:
+            kind: a method of :class:`Axis`.
+            root: the root, where the kind has one.
+        """
+        key = (kind, root) if "root" in kind else kind
+        if key not in self._routes:
+            self._routes[key] = self._found(kind, root)
+        return self._routes[key]
+
+    def stack_route(self, kind: str, roots: Sequence[int]) -> StackRoute:
+        """The routes of a kind of request for a stack; the same object for stacks that are alike, as plans ask for.
+
+        Args:
+            kind: a method of :class:`Axis`.
+            roots: the root of each matrix.
+        """
+        key = (kind, tuple(roots) if "root" in kind else len(roots))
+        found = self._stack_routes.get(key)
+        if found is None:
+            if len(self._stack_routes) == MOST_STACK_ROUTES:
+                del self._stack_routes[next(iter(self._stack_routes))]
+            found = self._stack_routes[key] = self._new_stack_route(kind, roots)
+        return found
+
+    def _new_stack_route(self, kind: str, roots: Sequence[int]) -> StackRoute:
+        count = len(roots)
+        if "root" not in kind:
+            return StackRoute([(self.route(kind), range(count))], count)
+        by_root: dict[int, list[int]] = {}
+        for position, root in enumerate(roots):
+            by_root.setdefault(root, []).append(position)
+        routes = [(self.route(kind, root), positions) for root, positions in by_root.items()]
+        return StackRoute(routes, count, self.size if kind.endswith("to_root") else None)
+
+    def _found(self, kind: str, root: int) -> Route:
+        everything: Spans = ((0, self.size),)
+        match kind:
+            case "reduce_scatter":
+                return Route(self.held, self.owned)
+            case "all_gather":
+                return Route(self.owned, self.held)
+            case "all_gather_full":
+                return Route(self.owned, dict.fromkeys(self._peers, everything))
+            case "gather_to_root":
+                return Route(self.owned, {root: everything})
+            case "reduce_to_root":
+                return Route(self.held, {root: everything})
+            case "scatter_from_root":
+                return Route({root: everything}, self.owned)
+            case "broadcast_from_root":
+                return Route({root: everything}, self.held)
+        raise KeyError(kind)
+
+
+class Axis:
+    """The rows of a tall tensor (a basis, a projection) of every matrix in a stack, and how they travel.
+
+    Args:
+        layout: who holds and who owns which rows.
+        rank: this rank.
+        roots: for each matrix, the rank that runs its factorizations.
+
+    Attributes:
+        size: length of the dimension.
+        held: the range of rows that this rank holds; ``(0, 0)`` for none.
+        owned: the spans of rows that this rank owns.
+    """
+
+    def __init__(self, layout: AxisLayout, rank: int, roots: Sequence[int]) -> None:
+        self.layout, self.rank, self._roots = layout, rank, roots
+        self.size = layout.size
+        self.held: Range = layout.held.get(rank, ((0, 0),))[0]
+        self.owned: Spans = layout.owned.get(rank, ())
+        self._stack_routes: dict[str, StackRoute] = {}
+
+    @property
+    def held_rows(self) -> int:
+        """Number of rows that this rank holds."""
+        return self.held[1] - self.held[0]
 
     @property
     def owned_rows(self) -> int:
@@ -66,86 +135,91 @@ class Axis:
         """Select the rows that this rank owns from a tensor of all rows.
 
         Args:
-            all_rows: size x k, any dtype.
+            all_rows: matrices x size x k, any dtype.
 
         Returns:
-            owned rows x k, same dtype.
+            matrices x owned rows x k, same dtype.
         """
-        return torch.cat([all_rows[:0], *(all_rows[lo:hi] for lo, hi in self.owned)])
+        return torch.cat([all_rows[:, :0], *(all_rows[:, lo:hi] for lo, hi in self.owned)], dim=1)
 
     def reduce_scatter(self, held: torch.Tensor) -> Request:
         """Sum over ranks what each computed for the rows it holds.
 
         Args:
-            held: held rows x k: this rank's contribution.
+            held: matrices x held rows x k: this rank's contribution.
 
         Returns:
-            A request whose answer is the sum of this rank's rows: owned rows x k, fp32.
+            A request whose answer is the sum of this rank's rows: matrices x owned rows x k, fp32.
         """
-        return Request(self._reduce_scatter, held)
+        return self._request("reduce_scatter", held)
 
     def all_gather(self, owned: torch.Tensor) -> Request:
         """Fetch the rows that this rank holds, each from its owner.
 
         Args:
-            owned: owned rows x k.
+            owned: matrices x owned rows x k.
 
         Returns:
-            A request whose answer is held rows x k, fp32.
+            A request whose answer is matrices x held rows x k, fp32.
         """
-        return Request(self._all_gather, owned)
+        return self._request("all_gather", owned)
 
     def all_gather_full(self, owned: torch.Tensor) -> Request:
         """Fetch all rows, on every peer.
 
         Args:
-            owned: owned rows x k.
+            owned: matrices x owned rows x k.
 
         Returns:
-            A request whose answer is size x k, fp32.
+            A request whose answer is matrices x size x k, fp32.
         """
-        return Request(self._all_gather_full, owned)
+        return self._request("all_gather_full", owned)
 
     def gather_to_root(self, owned: torch.Tensor) -> Request:
-        """Collect all rows on the root.
+        """Collect all rows of each matrix on its root.
 
         Args:
-            owned: owned rows x k.
+            owned: matrices x owned rows x k.
 
         Returns:
-            A request whose answer is size x k, fp32, on the root and no rows elsewhere.
+            A request whose answer is rooted matrices x size x k, fp32: those whose root this rank is.
         """
-        return Request(self._gather_to_root, owned)
+        return self._request("gather_to_root", owned)
 
     def reduce_to_root(self, held: torch.Tensor) -> Request:
-        """Sum on the root what every rank computed for the rows it holds.
+        """Sum on each matrix's root what every rank computed for the rows it holds.
 
         Args:
-            held: held rows x k: this rank's contribution.
+            held: matrices x held rows x k: this rank's contribution.
 
         Returns:
-            A request whose answer is size x k, fp32, on the root and no rows elsewhere.
+            A request whose answer is rooted matrices x size x k, fp32: those whose root this rank is.
         """
-        return Request(self._reduce_to_root, held)
+        return self._request("reduce_to_root", held)
 
     def scatter_from_root(self, all_rows: torch.Tensor) -> Request:
-        """Send each row from the root to its owner.
+        """Send each row from the matrix's root to its owner.
 
         Args:
-            all_rows: size x k on the root; a tensor of no rows elsewhere.
+            all_rows: rooted matrices x size x k: those whose root this rank is.
 
         Returns:
-            A request whose answer is owned rows x k, fp32.
+            A request whose answer is matrices x owned rows x k, fp32.
         """
-        return Request(self._scatter_from_root, all_rows)
+        return self._request("scatter_from_root", all_rows)
 
     def broadcast_from_root(self, all_rows: torch.Tensor) -> Request:
-        """Send each row from the root to every rank that holds it.
+        """Send each row from the matrix's root to every rank that holds it.
 
         Args:
-            all_rows: size x k on the root; a tensor of no rows elsewhere.
+            all_rows: rooted matrices x size x k: those whose root this rank is.
 
         Returns:
-            A request whose answer is held rows x k, fp32.
+            A request whose answer is matrices x held rows x k, fp32.
         """
-        return Request(self._broadcast_from_root, all_rows)
+        return self._request("broadcast_from_root", all_rows)
+
+    def _request(self, kind: str, value: torch.Tensor) -> Request:
+        if kind not in self._stack_routes:
+            self._stack_routes[kind] = self.layout.stack_route(kind, self._roots)
+        return Request(self._stack_routes[kind], value)

@@ -11,7 +11,7 @@ among the ranks whose elements touch it; each gets a share in proportion to how 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -226,10 +226,8 @@ def deal(held: Sequence[Range], counts: Sequence[int], block_rows: int = 1) -> t
     if all(before[1] <= after[0] for before, after in pairwise(occupied)):
         # No row has two holders, as along single elements: every holder owns what it holds.
         return tuple((span,) if span[0] < span[1] else () for span in held)
-    bounds = sorted({edge for lo, hi in held if lo < hi for edge in (lo, hi)})
     owned: list[list[Range]] = [[] for _ in held]
-    for lo, hi in pairwise(bounds):
-        holders = [i for i, (a, b) in enumerate(held) if a <= lo and hi <= b and a < b]
+    for (lo, hi), holders in _segments(held):
         total = sum(counts[i] for i in holders)
         done, position = 0, lo
         for i in holders:
@@ -239,6 +237,21 @@ def deal(held: Sequence[Range], counts: Sequence[int], block_rows: int = 1) -> t
                 _append(owned[i], (position, end))
                 position = end
     return tuple(tuple(spans) for spans in owned)
+
+
+def _segments(held: Sequence[Range]) -> Iterator[tuple[Range, list[int]]]:
+    """Cut all held rows where a range begins or ends; each segment with the ranks that hold it, in rank order."""
+    begin: dict[int, list[int]] = {}
+    end: dict[int, list[int]] = {}
+    for i, (lo, hi) in enumerate(held):
+        if lo < hi:
+            begin.setdefault(lo, []).append(i)
+            end.setdefault(hi, []).append(i)
+    holders: set[int] = set()
+    for lo, hi in pairwise(sorted({*begin, *end})):
+        holders.update(begin.get(lo, ()))
+        holders.difference_update(end.get(lo, ()))
+        yield (lo, hi), sorted(holders)
 
 
 def length(spans: Spans) -> int:

@@ -1,8 +1,9 @@
-"""What a method sees of one matrix: its axes, products with its gradient, and the sums over ranks it may request.
+"""What a method sees of the matrices it steps: their axes, products with their gradients, and sums over ranks.
 
-A method compresses one dimension of the gradient and keeps the other. Let ``H`` be the gradient oriented so that the
-kept dimension comes first (``G`` itself on the right side, its transpose on the left side), ``Q`` the basis and ``N`` a
-direction::
+Matrices that are cut alike are stepped together, as a *stack*. Every tensor of a method has a leading dimension for the
+matrices of the stack. A method compresses one dimension of the gradient and keeps the other. Let ``H`` be the gradient
+oriented so that the kept dimension comes first (``G`` itself on the right side, its transpose on the left side), ``Q``
+the basis and ``N`` a direction; for each matrix of the stack::
 
     H: kept x compressed        R = H Q: kept x rank
     Q: compressed x rank        update of H = N Q^T
@@ -13,216 +14,276 @@ touch (*held* rows) and stores the rows that it owns (*owned* rows).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.layout import Rectangle
-from ds_lowrank.sharding.matrix_axes import MatrixAxes, Side
+from ds_lowrank.sharding.axis import Axis, AxisLayout
+from ds_lowrank.sharding.elements import Elements, Piece
+from ds_lowrank.sharding.geometry import Geometry, Side
+from ds_lowrank.sharding.layout import Part, Rectangle
+from ds_lowrank.sharding.precision import MatmulPrecision, products_in
+from ds_lowrank.sharding.requests import Program, Request
+from ds_lowrank.sharding.route import SumRoute, sum_route
 
-__all__ = ["MatrixShard", "Side"]
+__all__ = ["MatrixShard", "Member", "Side", "shard_of"]
 
 
-class MatrixShard(MatrixAxes):
-    """One rank's part of one logical matrix, with this step's gradient and weights.
-
-    The arguments are those of :class:`MatrixAxes`.
+class Member(NamedTuple):
+    """One matrix of a stack.
 
     Attributes:
-        weights: the weights of this rank's elements, flat; empty between steps.
-        transposed: whether the layer stores the matrix input x output, so that its columns are the output units.
+        name: the parameter's name; seeds derive from it.
+        root: the rank that runs its factorizations.
+        number: identifies it among all matrices that are stepped together, on all ranks.
     """
 
-    weights: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
-    transposed: bool = False
-    _flat: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
-    _change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    name: str
+    root: int = 0
+    number: int = 0
 
-    def attach(self, flat_gradient: torch.Tensor, weights: torch.Tensor) -> None:
-        """Attach this rank's elements of the gradient and the weights for one step.
+
+class MatrixShard:
+    """One rank's part of every matrix in a stack, with this step's gradients and weights.
+
+    Args:
+        geometry: how each of them is cut.
+        members: the matrices.
+
+    Attributes:
+        gradient: this rank's elements of the gradients; none between steps.
+        weights: this rank's elements of the weights; none between steps.
+        precision: in which a card multiplies with gradients and weights; None for torch's setting.
+        held_basis: a basis that a method keeps gathered, for as long as the stack consists of the same matrices:
+            matrices x held compressed rows x k, fp32. None if it is not kept, or has to be gathered again.
+        views: the same matrices viewed in other shapes, by shape.
+    """
+
+    def __init__(self, geometry: Geometry, members: Sequence[Member]) -> None:
+        self.geometry, self.members = geometry, tuple(members)
+        self.names = tuple(member.name for member in members)
+        self.rooted = tuple(i for i, member in enumerate(members) if member.root == geometry.rank)
+        self.gradient = self.weights = Elements([], [], geometry.part.rectangles)
+        self.precision: MatmulPrecision | None = None
+        self.held_basis: torch.Tensor | None = None
+        self.views: dict[tuple[int, int], MatrixShard] = {}
+        self._axes: dict[int, Axis] = {}
+        self._sums: SumRoute | None = None
+        self._device = torch.device("cpu")
+
+    def attach(
+        self,
+        gradient: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Attach this rank's elements of the gradients and the weights for one step.
 
         Args:
-            flat_gradient: ``part.numel`` elements in storage order, flat, any floating dtype.
-            weights: as many, any floating dtype; updated in place.
+            gradient: runs of consecutive matrices, as :class:`Elements` takes them, together all of the stack in order.
+            weights: likewise; updated in place.
+            sizes: how many matrices each run has; None for one.
         """
-        self._flat, self.weights = flat_gradient, weights
+        rectangles, sizes = self.geometry.part.rectangles, [1] * len(gradient) if sizes is None else sizes
+        self.gradient, self.weights = Elements(gradient, sizes, rectangles), Elements(weights, sizes, rectangles)
+        self._device = gradient[0].device
 
     def detach(self) -> None:
-        """Release the gradient and the weights at the end of a step."""
-        self._flat, self.weights = self._flat.new_empty(0), self.weights.new_empty(0)
+        """Release the gradients and the weights at the end of a step, also those of the views."""
+        self.gradient = self.weights = Elements([], [], self.geometry.part.rectangles)
+        for view in self.views.values():
+            view.detach()
 
-    def with_gradient(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MatrixShard:
-        """Copy this shard, with another gradient; this one is not changed.
+    def __len__(self) -> int:
+        """The number of matrices."""
+        return len(self.members)
 
-        Args:
-            change: maps the flat gradient to another one, fp32. It is called for each product, so that only one
-                changed gradient at a time is in memory.
-        """
-        _ = self.rows, self.columns  # computed before the copy, so that both shards have the same axes
-        shard = copy.copy(self)
-        shard._change = change
-        return shard
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The logical ``(m, n)`` of each matrix."""
+        return self.geometry.shape
+
+    @property
+    def side(self) -> Side:
+        """The side that is compressed."""
+        return self.geometry.side
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layers store the matrices input x output."""
+        return self.geometry.transposed
+
+    @property
+    def part(self) -> Part:
+        """What this rank holds of each matrix."""
+        return self.geometry.part
 
     @property
     def device(self) -> torch.device:
         """The device of the gradient."""
-        return self._flat.device
+        return self._device
 
-    @property
-    def flat_gradient(self) -> torch.Tensor:
-        """This step's gradient on this rank's elements, flat; empty between steps."""
-        return self._flat if self._change is None else self._change(self._flat)
-
-    @property
-    def gradient(self) -> list[torch.Tensor]:
-        """This step's gradient, one view per rectangle of this rank's part."""
-        return self.views(self.flat_gradient)
-
-    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """View this rank's elements of a matrix as one 2-D tensor per rectangle.
+    def axis(self, layout: AxisLayout) -> Axis:
+        """An axis of these matrices.
 
         Args:
-            flat: ``part.numel`` elements in storage order, any dtype.
+            layout: an axis of their geometry.
         """
-        return [flat[r.offset : r.offset + r.height * r.width].view(r.height, r.width) for r in self.part.rectangles]
+        found = self._axes.get(id(layout))
+        if found is None:
+            roots = [member.root for member in self.members]
+            found = self._axes[id(layout)] = Axis(layout, self.geometry.rank, roots)
+        return found
+
+    @property
+    def rows(self) -> Axis:
+        """The rows of the matrices, as an axis."""
+        return self.axis(self.geometry.rows)
+
+    @property
+    def columns(self) -> Axis:
+        """The columns of the matrices, as an axis."""
+        return self.axis(self.geometry.columns)
+
+    @property
+    def elements(self) -> Axis:
+        """The elements of the matrices, as an axis of one row each."""
+        return self.axis(self.geometry.elements)
+
+    @property
+    def kept(self) -> Axis:
+        """The dimension that is not compressed: the rows of ``H`` and of the moments."""
+        return self.axis(self.geometry.kept)
+
+    @property
+    def compressed(self) -> Axis:
+        """The dimension that is compressed: the columns of ``H``, the rows of the basis."""
+        return self.axis(self.geometry.compressed)
+
+    def replicated_axis(self, rows: int) -> Axis:
+        """The axis of a small tensor that every rank with a part of the matrix holds whole.
+
+        Args:
+            rows: number of rows of the tensor.
+        """
+        return self.axis(self.geometry.replicated(rows))
+
+    def replicated_sum(self, value: torch.Tensor) -> Program[torch.Tensor]:
+        """Sum a small tensor over the ranks that hold the matrix: a reduce_scatter and an all_gather.
+
+        Args:
+            value: matrices x rows x columns, fp32: what this rank contributes.
+
+        Returns:
+            A program whose result is the sum: matrices x rows x columns, fp32; zeros on a rank without a part.
+        """
+        axis = self.replicated_axis(value.shape[1])
+        own = yield axis.reduce_scatter(self.local_contribution(value))
+        return self.or_zeros((yield axis.all_gather(own)), value.shape[1])
+
+    def local_contribution(self, value: torch.Tensor) -> torch.Tensor:
+        """What this rank contributes to the sum of a small tensor: no rows if it has no part of the matrix.
+
+        Args:
+            value: matrices x rows x columns.
+        """
+        return value if self.part.numel else value[:, :0]
+
+    def or_zeros(self, value: torch.Tensor, rows: int) -> torch.Tensor:
+        """A small tensor that was gathered, or zeros if this rank has no part of the matrix and was sent no rows.
+
+        Args:
+            value: matrices x rows x columns, or matrices x 0 x columns.
+            rows: number of rows of the result.
+        """
+        return value if self.part.numel else value.new_zeros(value.shape[0], rows, value.shape[2])
+
+    def all_reduce(self, value: torch.Tensor) -> Request:
+        """Sum a few numbers of each matrix over all peers. Each gets the same bits, so that all decide alike.
+
+        Args:
+            value: matrices x count x k, any floating dtype.
+
+        Returns:
+            A request whose answer is matrices x count x k, fp32.
+        """
+        if self._sums is None:
+            self._sums = sum_route(tuple(member.number for member in self.members), self.geometry.peers)
+        return Request(self._sums, value)
 
     def times(self, basis: torch.Tensor) -> torch.Tensor:
         """This rank's contribution to ``H @ basis``.
 
         Args:
-            basis: held compressed rows x k, fp32.
+            basis: matrices x held compressed rows x k, fp32.
 
         Returns:
-            held kept rows x k, fp32.
+            matrices x held kept rows x k, fp32.
         """
-        return self._product(basis, from_columns=self.side == "right")
+        return self.product(self.gradient, basis)
 
     def transposed_times(self, tall: torch.Tensor) -> torch.Tensor:
         """This rank's contribution to ``H^T @ tall``.
 
         Args:
-            tall: held kept rows x k, fp32.
+            tall: matrices x held kept rows x k, fp32.
 
         Returns:
-            held compressed rows x k, fp32.
+            matrices x held compressed rows x k, fp32.
         """
-        return self._product(tall, from_columns=self.side == "left")
+        return self.product(self.gradient, tall, transposed=True)
 
-    def _product(self, factor: torch.Tensor, from_columns: bool) -> torch.Tensor:
-        """Compute ``G @ factor`` (from columns to rows) or ``G^T @ factor`` over this rank's rectangles."""
-        gradient = self.gradient
-        if len(gradient) == 1:
-            only = gradient[0].float()
-            return (only if from_columns else only.T) @ factor
-        (row0, row1), (col0, col1) = self.part.rows, self.part.cols
-        result = factor.new_zeros(row1 - row0 if from_columns else col1 - col0, factor.shape[1])
-        for rectangle, piece in zip(self.part.rectangles, gradient, strict=True):
-            rows, cols = self.held_rows(rectangle), self.held_columns(rectangle)
-            if from_columns:
-                result[rows].addmm_(piece.float(), factor[cols])
-            else:
-                result[cols].addmm_(piece.float().T, factor[rows])
-        return result
+    def dense_gradient(self, piece: Piece) -> torch.Tensor:
+        """The gradients where a piece of :attr:`gradient` is, for a factorization of whole matrices.
 
-    def held_rows(self, rectangle: Rectangle) -> slice:
-        """The rows of a rectangle, counted from the first row that this rank holds."""
-        first = rectangle.row - self.part.rows[0]
-        return slice(first, first + rectangle.height)
+        Args:
+            piece: of the gradient.
+        """
+        return piece.values
 
-    def held_columns(self, rectangle: Rectangle) -> slice:
-        """The columns of a rectangle, counted from the first column that this rank holds."""
-        first = rectangle.col - self.part.cols[0]
+    def product(self, elements: Elements, factor: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """This rank's contribution to ``X @ factor``, or to ``X^T @ factor``.
+
+        Args:
+            elements: of matrices ``X`` oriented like ``H``, any floating dtype.
+            factor: matrices x held compressed (transposed: kept) rows x k, fp32.
+            transposed: whether the transposes are multiplied.
+
+        Returns:
+            matrices x held kept (transposed: compressed) rows x k, fp32.
+        """
+        by_columns = (self.side == "right") != transposed
+        held = (self.columns if by_columns else self.rows).held, (self.rows if by_columns else self.columns).held
+        with products_in(self.precision, factor.device):
+            return elements.times(factor, *held, transposed=not by_columns)
+
+    def held(self, axis: Axis, rectangle: Rectangle) -> slice:
+        """The rows (or columns) of a rectangle, counted from the first one that this rank holds.
+
+        Args:
+            axis: :attr:`rows` or :attr:`columns`.
+            rectangle: of this rank's part.
+        """
+        if axis is self.rows:
+            first = rectangle.row - axis.held[0]
+            return slice(first, first + rectangle.height)
+        first = rectangle.col - axis.held[0]
         return slice(first, first + rectangle.width)
 
-    def scaled(self, axis: Axis, factors: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """Multiply each row (or column) of a matrix by a factor: ``diag(s) X``, or ``X diag(s)``.
 
-        Args:
-            axis: :attr:`rows` or :attr:`columns`.
-            factors: held rows of the axis x 1, fp32.
-            flat: this rank's elements of the matrix, any floating dtype.
+def shard_of(
+    name: str, geometry: Geometry, gradient: torch.Tensor | None = None, weights: torch.Tensor | None = None
+) -> MatrixShard:
+    """A stack of one matrix.
 
-        Returns:
-            This rank's elements of the product: flat, fp32.
-        """
-        result = torch.empty(self.part.numel, dtype=torch.float32, device=flat.device)
-        for rectangle, piece, out in zip(self.part.rectangles, self.views(flat), self.views(result), strict=True):
-            torch.mul(piece, self._along(axis, rectangle, factors), out=out)
-        return result
-
-    def outer(self, by_row: torch.Tensor, by_column: torch.Tensor) -> torch.Tensor:
-        """This rank's elements of the outer product of two vectors, one along the rows and one along the columns.
-
-        Args:
-            by_row: held rows x 1, fp32.
-            by_column: held columns x 1, fp32.
-
-        Returns:
-            The elements: flat, fp32.
-        """
-        result = torch.empty(self.part.numel, dtype=torch.float32, device=by_row.device)
-        for rectangle, out in zip(self.part.rectangles, self.views(result), strict=True):
-            torch.mul(by_row[self.held_rows(rectangle)], by_column[self.held_columns(rectangle)].T, out=out)
-        return result
-
-    def elements_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """Select this rank's elements of a whole matrix: flat, same dtype.
-
-        Args:
-            whole: m x n.
-        """
-        pieces = [whole[r.row : r.row + r.height, r.col : r.col + r.width].reshape(-1) for r in self.part.rectangles]
-        return torch.cat([whole.new_empty(0), *pieces])
-
-    def squared_norms(self, axis: Axis, flat: torch.Tensor, safe_scale: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """This rank's contribution to the squared norms of a matrix's rows (or columns).
-
-        Args:
-            axis: :attr:`rows` or :attr:`columns`.
-            flat: this rank's elements of the matrix, any floating dtype.
-            safe_scale: divides the norms before they are squared, so that no square leaves the range of fp32.
-
-        Returns:
-            held rows of the axis x 1, fp32.
-        """
-        sums = torch.zeros(axis.held[1] - axis.held[0], 1, dtype=torch.float32, device=flat.device)
-        for rectangle, piece in zip(self.part.rectangles, self.views(flat), strict=True):
-            norms = torch.linalg.vector_norm(piece, dim=1 if axis is self.rows else 0, dtype=torch.float64)
-            sums[self._held(axis, rectangle)] += (norms / safe_scale).square().float().view(-1, 1)
-        return sums
-
-    def dots(self, axis: Axis, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """This rank's contribution to the inner products of two matrices' rows (or columns).
-
-        Args:
-            axis: :attr:`rows` or :attr:`columns`.
-            a: this rank's elements of one matrix, flat, any floating dtype.
-            b: this rank's elements of the other matrix, flat, any floating dtype.
-
-        Returns:
-            held rows of the axis x 1, fp32.
-        """
-        sums = torch.zeros(axis.held[1] - axis.held[0], 1, dtype=torch.float32, device=a.device)
-        for rectangle, one, other in zip(self.part.rectangles, self.views(a), self.views(b), strict=True):
-            product = one.float() * other.float()
-            sums[self._held(axis, rectangle)] += product.sum(1 if axis is self.rows else 0).unsqueeze(1)
-        return sums
-
-    def _held(self, axis: Axis, rectangle: Rectangle) -> slice:
-        """The rows (or columns) of a rectangle, counted from the first one that this rank holds."""
-        return self.held_rows(rectangle) if axis is self.rows else self.held_columns(rectangle)
-
-    def _along(self, axis: Axis, rectangle: Rectangle, held: torch.Tensor) -> torch.Tensor:
-        """The entries of a held rows x 1 tensor that belong to a rectangle, shaped to multiply it."""
-        piece = held[self._held(axis, rectangle)]
-        return piece if axis is self.rows else piece.T
-
-    def block(self) -> torch.Tensor:
-        """The rows of the gradient that this rank holds, with zeros for other ranks' elements: held rows x n, fp32."""
-        row0, row1 = self.part.rows
-        block = torch.zeros(row1 - row0, self.shape[1], dtype=torch.float32, device=self.device)
-        for rectangle, piece in zip(self.part.rectangles, self.gradient, strict=True):
-            block[self.held_rows(rectangle), rectangle.col : rectangle.col + rectangle.width] = piece
-        return block
+    Args:
+        name: of the matrix.
+        geometry: how it is cut; its first holder is the root.
+        gradient: this rank's elements of the gradient, flat, any floating dtype; None for none yet.
+        weights: this rank's elements of the weights, likewise; None for the gradient's.
+    """
+    shard = MatrixShard(geometry, [Member(name, geometry.holders[0])])
+    if gradient is not None:
+        shard.attach([gradient], [gradient if weights is None else weights])
+    return shard

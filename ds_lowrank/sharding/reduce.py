@@ -3,64 +3,51 @@
 There is one kind of request: every rank has some rows of a tall tensor and wants some, and rows that several ranks have
 are summed. Reduce-scatter, all-gather, gather to one rank and the exchange of edge rows are all of this kind. All
 requests of a round travel together in one all-to-all, so the number of collectives does not depend on the number of
-matrices. Contributions are added in rank order, so two ranks that want the same row get the same bits.
+matrices. What is sent and how the answers are put together is planned once (:mod:`ds_lowrank.sharding.plan`).
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ds_lowrank.sharding.layout import Spans
-from ds_lowrank.sharding.route import Route
+from ds_lowrank.sharding.plan import Plans
+from ds_lowrank.sharding.requests import Program, Request, Rounds
+from ds_lowrank.sharding.route import sum_route
+
+__all__ = [
+    "Distributed", "Executor", "Program", "Request", "Rounds", "SingleProcess", "concurrently", "lockstep",
+    "sum_request", "without_rounds",
+]  # fmt: skip
 
 T = TypeVar("T")
 P = ParamSpec("P")
-Program = Generator["Request | tuple[Request, ...]", Any, T]
-"""What one matrix does: yields a request and is sent the answer, or yields a tuple of requests and is sent a tuple."""
-Rounds = Generator[list["Request"], list[torch.Tensor], T]
-"""What many matrices do in lockstep: yields the requests of a round and is sent their answers."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """Rows of a tall tensor to be exchanged and summed; the answer is the rows that this rank wants.
-
-    Attributes:
-        route: who has and who wants which rows.
-        value: the rows ``route.have[rank]`` x k, any floating dtype. The answer is ``route.want[rank]`` x k, fp32.
-    """
-
-    route: Route
-    value: torch.Tensor
-
-
-def all_reduce_route(ranks: int, rows: int, among: Sequence[int] | None = None) -> Route:
-    """A route on which every rank has all rows and wants their sum.
-
-    For small tensors: each rank sends the whole tensor to every other one.
+def sum_request(value: torch.Tensor, numbers: Sequence[int], ranks: int) -> Request:
+    """Sum a few numbers over all ranks of a group. Each gets the same bits, so that all reach the same decision.
 
     Args:
+        value: count x k, any floating dtype.
+        numbers: identifies each row of ``value`` on all ranks, whatever order it has on each.
         ranks: number of ranks in the group.
-        rows: number of rows of the tensor.
-        among: the ranks that take part; None for all.
+
+    Returns:
+        A request whose answer is count x 1 x k, fp32.
     """
-    participants = set(range(ranks) if among is None else among)
-    spans: tuple[Spans, ...] = tuple(((0, rows),) if rank in participants else () for rank in range(ranks))
-    return Route(spans, spans)
+    return Request(sum_route(tuple(numbers), tuple(range(ranks))), value.unsqueeze(1))
 
 
 def lockstep(programs: Iterable[Program[T]]) -> Rounds[list[T]]:
-    """Run the programs of many matrices side by side, with all their requests of a round in one list.
+    """Run the programs of many stacks side by side, with all their requests of a round in one list.
 
     Args:
-        programs: one per matrix; in the same order on all ranks.
+        programs: one per stack of matrices; in the same order on all ranks.
 
     Returns:
         The result of each program, in order.
@@ -102,7 +89,7 @@ def without_rounds(compute: Callable[P, T]) -> Callable[P, Program[T]]:
 
 
 def concurrently(*programs: Program[Any]) -> Program[tuple[Any, ...]]:
-    """Run programs of one matrix side by side, in as many rounds as the longest takes.
+    """Run programs of one stack side by side, in as many rounds as the longest takes.
 
     Args:
         *programs: in the same order on all ranks.
@@ -132,10 +119,10 @@ class Executor(ABC):
     size: int
 
     def run(self, rounds: Rounds[T]) -> T:
-        """Run many matrices to the end and return their result.
+        """Run many stacks to the end and return their result.
 
         Args:
-            rounds: the programs of all matrices, as made by :func:`lockstep`.
+            rounds: the programs of all stacks, as made by :func:`lockstep`.
         """
         answers: list[torch.Tensor] | None = None
         try:
@@ -161,8 +148,8 @@ class SingleProcess(Executor):
     rank, size = 0, 1
 
     def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
-        """Answer each request from its own value."""
-        return [receive(request, 0, {}) for request in requests]
+        """Answer each request with its own value."""
+        return [request.value.float() for request in requests]
 
 
 class Distributed(Executor):
@@ -175,101 +162,11 @@ class Distributed(Executor):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._plans = Plans(self.rank, self.size)
 
     def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
         """Answer the requests of one round by one all-to-all over the group."""
-        send, send_sizes = packed(requests, self.rank, self.size)
-        sizes = incoming_sizes(requests, self.rank, self.size)
-        received = send.new_empty(sum(sizes))
-        dist.all_to_all_single(received, send, sizes, send_sizes, group=self.group)
-        return unpacked(requests, self.rank, torch.split(received, sizes))
-
-
-def packed(requests: list[Request], rank: int, ranks: int) -> tuple[torch.Tensor, list[int]]:
-    """Pack the rows that one rank sends in a round into one buffer.
-
-    Args:
-        requests: the rank's requests of the round.
-        rank: the rank.
-        ranks: number of ranks.
-
-    Returns:
-        A flat fp32 buffer in the order of the receivers, and the number of elements for each of them.
-    """
-    by_peer: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
-    sizes = [0] * ranks
-    for request in requests:
-        value = request.value.float()
-        for peer, moves in request.route.plan(rank).sends.items():
-            for move in moves:
-                piece = value[move.source : move.source + move.count].reshape(-1)
-                by_peer[peer].append(piece)
-                sizes[peer] += piece.numel()
-    pieces = [piece for to_peer in by_peer for piece in to_peer]
-    return torch.cat(pieces) if pieces else requests[0].value.new_empty(0, dtype=torch.float32), sizes
-
-
-def incoming_sizes(requests: list[Request], rank: int, ranks: int) -> list[int]:
-    """Number of elements that each rank sends to one rank in a round.
-
-    Args:
-        requests: the receiver's requests of the round.
-        rank: the receiver.
-        ranks: number of ranks.
-    """
-    sizes = [0] * ranks
-    for request in requests:
-        columns = request.value.shape[1]
-        for peer, rows in request.route.plan(rank).received_rows.items():
-            if peer != rank:
-                sizes[peer] += rows * columns
-    return sizes
-
-
-def unpacked(requests: list[Request], rank: int, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Unpack the answers to a round's requests.
-
-    Args:
-        requests: the receiver's requests of the round.
-        rank: the receiver.
-        buffers: for each rank, the flat fp32 buffer that it sent.
-    """
-    positions = [0] * len(buffers)
-    answers = []
-    for request in requests:
-        columns = request.value.shape[1]
-        pieces = {}
-        for peer, rows in request.route.plan(rank).received_rows.items():
-            if peer != rank:
-                start = positions[peer]
-                positions[peer] = start + rows * columns
-                pieces[peer] = buffers[peer][start : positions[peer]].view(rows, columns)
-        answers.append(receive(request, rank, pieces))
-    return answers
-
-
-def receive(request: Request, rank: int, pieces: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Add up the answer to one request, in rank order.
-
-    Args:
-        request: the receiver's request.
-        rank: the receiver.
-        pieces: for each other rank that has wanted rows, its rows x k, fp32.
-
-    Returns:
-        wanted rows x k, fp32.
-    """
-    plan = request.route.plan(rank)
-    if plan.is_identity:
-        return request.value.float()
-    answer = request.value.new_zeros((plan.rows, request.value.shape[1]), dtype=torch.float32)
-    for peer, moves in plan.receives.items():
-        position = 0
-        for move in moves:
-            if peer == rank:
-                piece = request.value[move.source : move.source + move.count]
-            else:
-                piece = pieces[peer][position : position + move.count]
-                position += move.count
-            answer[move.target : move.target + move.count] += piece
-    return answer
+        plan = self._plans.plan(requests)
+        buffer, send = plan.pack(requests)
+        dist.all_to_all_single(plan.received(buffer), send, plan.receive_sizes, plan.send_sizes, group=self.group)
+        return plan.answers(requests, buffer)

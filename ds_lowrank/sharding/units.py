@@ -1,4 +1,4 @@
-"""The gradient cut into units of another granularity (VLoRP): fractions of a row, or several rows together.
+"""The gradients cut into units of another granularity (VLoRP): fractions of a row, or several rows together.
 
 Write ``H`` (kept x compressed) row by row and cut it into units of equal length. A granularity of ``c`` means ``c``
 units per row. For ``c = p / q`` in lowest terms, every ``q`` consecutive rows, called a *group*, hold ``p`` units. A
@@ -7,7 +7,6 @@ projection maps each unit to r numbers, so the projected gradient has one row of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
@@ -16,17 +15,20 @@ from typing import NamedTuple
 import torch
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.elements import Elements, Piece
+from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import EMPTY, Part, Rectangle, whole
 from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.precision import products_in
 
 
 class Units:
-    """One rank's part of a gradient, cut into units.
+    """One rank's part of the gradients of a stack, cut into units.
 
     Args:
-        shard: the matrix.
+        shard: the stack.
         granularity: units per row; ``kept * granularity`` and ``compressed / granularity`` must be integers.
+        is_view: whether the stack was :func:`viewed`; pieces are then of the original matrices.
 
     Attributes:
         per_group: units per group.
@@ -35,57 +37,136 @@ class Units:
         axis: the kept dimension in groups.
     """
 
-    def __init__(self, shard: MatrixShard, granularity: Fraction) -> None:
-        self.shard = shard
+    def __init__(self, shard: MatrixShard, granularity: Fraction, is_view: bool = False) -> None:
+        self.shard, self._is_view = shard, is_view
         self.per_group, self.rows_per_group = granularity.numerator, granularity.denominator
         self.length = shard.compressed.size * self.rows_per_group // self.per_group
-        self.axis = grouped(shard, self.rows_per_group)
+        self.axis = shard.axis(shard.geometry.grouped(self.rows_per_group))
+
+    @property
+    def are_in_rows(self) -> bool:
+        """Whether every unit is a piece of a kept row of the matrices themselves."""
+        return self.rows_per_group == 1 and not self._is_view
 
     def times(self, projection: torch.Tensor) -> torch.Tensor:
         """Project every unit: this rank's contribution to ``unit @ projection``.
 
         Args:
-            projection: length x r, fp32.
+            projection: matrices x length x r, fp32.
 
         Returns:
-            held groups x (per_group * r), fp32.
+            matrices x held groups x (per_group * r), fp32.
         """
-        groups = self.axis.held[1] - self.axis.held[0]
-        result = projection.new_zeros(groups, self.per_group, projection.shape[1])
-        for rectangle, gradient in zip(self.shard.part.rectangles, self.shard.gradient, strict=True):
-            oriented = self._oriented(gradient)
-            for piece in self._pieces(rectangle):
-                units = _stacked(oriented, piece).float()
-                factor = projection[piece.entries].expand(piece.stack, -1, -1)
-                result[piece.groups, piece.units] += torch.bmm(units, factor).transpose(0, 1)
-        return result.flatten(1)
+        with products_in(self.shard.precision, projection.device):
+            return self._times(projection)
 
-    def lift(self, projected: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-        """Lift every unit back: its r numbers times ``projection^T``, on the elements this rank holds.
+    def _times(self, projection: torch.Tensor) -> torch.Tensor:
+        rank = projection.shape[2]
+        shape = len(self.shard), self.axis.held_rows, self.per_group, rank
+        if (singles := self._singles(self.shard.gradient)) is not None:
+            result = projection.new_empty(shape)
+            if self.shard.side == "right":
+                outs = result.flatten(1, 2).unbind()
+                for matrix, factor, out in zip(singles, projection.unbind(), outs, strict=True):
+                    torch.mm(matrix.view(-1, self.length), factor, out=out)
+            else:
+                for_groups = projection.unsqueeze(1).expand(-1, self.per_group, -1, -1).unbind()
+                for matrix, factor, out in zip(singles, for_groups, result.transpose(1, 2).unbind(), strict=True):
+                    torch.bmm(matrix.view(self.per_group, self.length, -1).mT, factor, out=out)
+            return result.flatten(2)
+        result = projection.new_zeros(shape)
+        for piece in self.shard.gradient.pieces:
+            factors = projection[piece.matrices]
+            if self._in_rows(piece):
+                out = self._rows(result[piece.matrices].flatten(2), piece, rank)
+                torch.bmm(piece.values.reshape(len(out), -1, self.length).float(), factors, out=out)
+                continue
+            for cut in self._cuts_of(piece.rectangle):
+                entries = factors[:, cut.entries]
+                parts = zip(result[piece.matrices], entries, self._oriented(piece.values), strict=True)
+                for one, factor, oriented in parts:
+                    out = one[cut.groups, cut.units].transpose(0, 1)
+                    out.baddbmm_(_stacked(oriented, cut).float(), factor.expand(cut.stack, -1, -1))
+        return result.flatten(2)
+
+    def _singles(self, elements: Elements) -> list[torch.Tensor] | None:
+        """The matrices themselves, if each is in one place and every unit is a piece of a kept row of it."""
+        return elements.singles if self.are_in_rows and self._is_uncut else None
+
+    @property
+    def _is_uncut(self) -> bool:
+        """Whether this rank has whole compressed rows or columns."""
+        (r,) = self.shard.part.rectangles if len(self.shard.part.rectangles) == 1 else (None,)
+        return r is not None and (r.width if self.shard.side == "right" else r.height) == self.shard.compressed.size
+
+    def lifted_singles(self, projected: torch.Tensor, projection: torch.Tensor) -> Iterator[torch.Tensor] | None:
+        """Every unit lifted back, matrix by matrix: rows x columns, fp32; None if the matrices are cut.
 
         Args:
-            projected: held groups x (per_group * r), fp32.
-            projection: length x r, fp32.
+            projected: matrices x held groups x (per_group * r), fp32.
+            projection: matrices x length x r, fp32.
+        """
+        singles = self._singles(self.shard.weights)
+        if singles is None:
+            return None
+        low = torch.unflatten(projected, 2, (self.per_group, -1))
+        if self.shard.side == "right":
+            pairs = zip(low.flatten(1, 2).unbind(), projection.mT.unbind(), singles, strict=True)
+            return (torch.mm(units, factor).view(matrix.shape) for units, factor, matrix in pairs)
+        factors = projection.unsqueeze(1).expand(-1, self.per_group, -1, -1).unbind()
+        pairs = zip(low.permute(0, 2, 3, 1).unbind(), factors, singles, strict=True)
+        return (torch.bmm(factor, units).view(matrix.shape) for units, factor, matrix in pairs)
+
+    def lift(self, projected: torch.Tensor, projection: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """Lift every unit back: its r numbers times ``projection^T``, where a piece is.
+
+        Args:
+            projected: matrices x held groups x (per_group * r), fp32.
+            projection: matrices x length x r, fp32.
+            piece: of this rank's elements.
 
         Returns:
-            This rank's elements of the lifted matrix: flat, fp32.
+            The elements of the lifted matrices there: matrices x rows x columns, fp32.
         """
-        flat = torch.empty(self.shard.part.numel, dtype=torch.float32, device=projected.device)
-        stacked = projected.view(projected.shape[0], self.per_group, projection.shape[1])
-        for rectangle, view in zip(self.shard.part.rectangles, self.shard.views(flat), strict=True):
-            oriented = self._oriented(view)
-            for piece in self._pieces(rectangle):
-                low = stacked[piece.groups, piece.units].transpose(0, 1)
-                factor = projection[piece.entries].T.expand(piece.stack, -1, -1)
-                _stacked(oriented, piece).copy_(torch.bmm(low, factor))
-        return flat
+        if self._is_view:
+            count, numel = piece.values.shape[0], self.shard.part.numel
+            flat = torch.empty(count, numel, dtype=torch.float32, device=projected.device)
+            for part in Elements([flat], [count], self.shard.part.rectangles).pieces:
+                part.values.copy_(self._lifted(projected, projection, part._replace(matrices=piece.matrices)))
+            r = piece.rectangle
+            return flat[:, r.offset : r.offset + r.height * r.width].view(piece.values.shape)
+        return self._lifted(projected, projection, piece)
 
-    def _oriented(self, rectangle: torch.Tensor) -> torch.Tensor:
-        """A view of a rectangle with the kept dimension first."""
-        return rectangle if self.shard.side == "right" else rectangle.T
+    def _lifted(self, projected: torch.Tensor, projection: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """The units of :meth:`lift` in a piece of the stack that is cut into units."""
+        factors, rank = projection[piece.matrices], projection.shape[2]
+        if self._in_rows(piece):
+            return torch.bmm(self._rows(projected[piece.matrices], piece, rank), factors.mT).view(piece.values.shape)
+        lifted = torch.empty(piece.values.shape, dtype=torch.float32, device=projected.device)
+        low = torch.unflatten(projected[piece.matrices], 2, (self.per_group, rank))
+        for cut in self._cuts_of(piece.rectangle):
+            entries = factors[:, cut.entries].mT
+            for one, factor, oriented in zip(low, entries, self._oriented(lifted), strict=True):
+                units = one[cut.groups, cut.units].transpose(0, 1)
+                torch.bmm(units, factor.expand(cut.stack, -1, -1), out=_stacked(oriented, cut))
+        return lifted
 
-    def _pieces(self, rectangle: Rectangle) -> Iterator[Piece]:
-        """Cut a rectangle so that each piece has the same elements of every unit it touches."""
+    def _in_rows(self, piece: Piece) -> bool:
+        """Whether a piece consists of whole rows, stored row by row, and every row of whole units."""
+        whole_rows = piece.rectangle.width == self.shard.compressed.size
+        return self.shard.side == "right" and self.rows_per_group == 1 and whole_rows
+
+    def _rows(self, groups: torch.Tensor, piece: Piece, rank: int) -> torch.Tensor:
+        """The units of a piece of whole rows, matrices x units x r: a view of matrices x held groups x numbers."""
+        rows = groups[:, self.shard.held(self.shard.rows, piece.rectangle)]
+        return rows.view(rows.shape[0], -1, rank)
+
+    def _oriented(self, values: torch.Tensor) -> torch.Tensor:
+        """A view of some rectangles with the kept dimension first."""
+        return values if self.shard.side == "right" else values.mT
+
+    def _cuts_of(self, rectangle: Rectangle) -> Iterator[Cut]:
+        """Cut a rectangle so that each cut has the same elements of every unit it touches."""
         row, height, col, width = rectangle.row, rectangle.height, rectangle.col, rectangle.width
         if self.shard.side == "left":
             row, height, col, width = col, width, row, height
@@ -100,7 +181,7 @@ class Units:
                 unit = lo // self.length
                 stack = max(1, (hi - lo) // self.length)
                 entry = lo - unit * self.length
-                yield Piece(
+                yield Cut(
                     kept=slice(first, height, self.rows_per_group),
                     compressed=slice(lo - start - col, hi - start - col),
                     groups=groups,
@@ -115,71 +196,48 @@ class Units:
         return pairwise(sorted(edges))
 
 
-def grouped(shard: MatrixShard, rows_per_group: int) -> Axis:
-    """The kept dimension of a matrix in groups of consecutive rows.
-
-    Args:
-        shard: the matrix.
-        rows_per_group: rows that become one row of the axis; divides the kept dimension.
-    """
-    if rows_per_group == 1:
-        return shard.kept
-    key = ("grouped", rows_per_group)
-    if key not in shard.derived:
-        ranges = [part.rows if shard.side == "right" else part.cols for part in shard.parts]
-        held = [(lo // rows_per_group, -(-hi // rows_per_group)) for lo, hi in ranges]
-        shard.derived[key] = shard.axis(shard.kept.size // rows_per_group, held)
-    axis: Axis = shard.derived[key]
-    return axis
-
-
 def viewed(shard: MatrixShard, shape: tuple[int, int]) -> MatrixShard:
-    """The same elements in the same storage, viewed as a matrix of another shape.
+    """The same elements in the same storage, viewed as matrices of another shape.
 
     Args:
-        shard: the matrix, with gradient and weights attached.
+        shard: the stack, with gradients and weights attached.
         shape: the new ``(m, n)``, with as many elements.
 
     Raises:
         ConfigError: if tensor parallelism splits the columns, or the matrix is stored transposed, so that a rank's
             elements are not an interval of the row-major matrix.
     """
-    if shard.transposed:
+    geometry, name = shard.geometry, shard.names[0]
+    if geometry.transposed:
         raise ConfigError(
-            f"{shard.name}: its layer stores it transposed, so it has no view of another shape; set left_view to "
-            "'transpose'"
+            f"{name}: its layer stores it transposed, so it has no view of another shape; set left_view to 'transpose'"
         )
     key = ("viewed", shape)
-    if key not in shard.derived:
-        parts = [_viewed_part(shard, part, shape) for part in shard.parts]
-        shard.derived[key] = MatrixShard(
-            name=shard.name,
-            shape=shape,
-            parts=parts,
-            rank=shard.rank,
-            side=shard.side,
-            root=shard.root,
-            block_rows=shard.block_rows,
-            peers=shard.peers,
+    if key not in geometry.derived:
+        parts = [_viewed_part(geometry, name, part, shape) for part in geometry.parts]
+        geometry.derived[key] = Geometry(
+            shape, parts, geometry.rank, geometry.side, geometry.block_rows, geometry.peers
         )
-    view: MatrixShard = copy.copy(shard.derived[key])
-    view.attach(shard.flat_gradient, shard.weights)
+    view: MatrixShard = shard.views.setdefault(shape, MatrixShard(geometry.derived[key], shard.members))
+    if shard.gradient.runs:
+        view.precision = shard.precision
+        view.attach(shard.gradient.runs, shard.weights.runs, shard.gradient.sizes)
     return view
 
 
-def _viewed_part(shard: MatrixShard, part: Part, shape: tuple[int, int]) -> Part:
+def _viewed_part(geometry: Geometry, name: str, part: Part, shape: tuple[int, int]) -> Part:
     """One rank's part in the matrix of another shape."""
-    interval = part.flat_interval(shard.shape[1])
+    interval = part.flat_interval(geometry.shape[1])
     if interval is None:
         raise ConfigError(
-            f"{shard.name}: tensor parallelism splits its columns, so it has no view of another shape; set left_view "
-            "to 'transpose', or tensor_parallel_projection to 'local'"
+            f"{name}: tensor parallelism splits its columns, so it has no view of another shape; set left_view to "
+            "'transpose', or tensor_parallel_projection to 'local'"
         )
     start, end = interval
     return whole(shape, start, end) if part.numel else EMPTY
 
 
-class Piece(NamedTuple):
+class Cut(NamedTuple):
     """Elements of a rectangle that are the same entries of several units.
 
     Attributes:
@@ -203,10 +261,10 @@ class Piece(NamedTuple):
         return count
 
 
-def _stacked(oriented: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """A view of a piece as units x kept rows x entries of a unit."""
-    part = oriented[piece.kept, piece.compressed]
+def _stacked(oriented: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """A view of a cut as units x kept rows x entries of a unit."""
+    part = oriented[cut.kept, cut.compressed]
     kept, compressed = part.stride()
-    entries = part.shape[1] // piece.stack
-    shape, stride = (piece.stack, part.shape[0], entries), (entries * compressed, kept, compressed)
+    entries = part.shape[1] // cut.stack
+    shape, stride = (cut.stack, part.shape[0], entries), (entries * compressed, kept, compressed)
     return part.as_strided(shape, stride)

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from ds_lowrank.sharding.reduce import Request, Rounds, incoming_sizes, packed, unpacked
+from ds_lowrank.sharding.plan import Plans
+from ds_lowrank.sharding.reduce import Request, Rounds
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class SimulatedWorld:
         self.size = size
         self.rounds = 0
         self.bytes_sent = [0] * size
+        self._plans = [Plans(rank, size) for rank in range(size)]
 
     def run(self, programs: Sequence[Rounds[T]]) -> list[T]:
         """Run one program per rank to its end, in lockstep.
@@ -48,7 +50,7 @@ class SimulatedWorld:
         if len(programs) != self.size:
             raise ValueError(f"a world of {self.size} ranks needs {self.size} programs, got {len(programs)}")
         results: list[T | None] = [None] * self.size
-        answers: list[list[object]] | list[None] = [None] * self.size
+        answers: list[list[torch.Tensor]] | list[None] = [None] * self.size
         while True:
             requests: list[list[Request]] = []
             for rank, program in enumerate(programs):
@@ -62,16 +64,22 @@ class SimulatedWorld:
                 raise RuntimeError(f"the ranks disagree on the round: {len(requests)} of {self.size} make requests")
             answers = self._exchange(requests)
 
-    def _exchange(self, requests: list[list[Request]]) -> list[list[object]]:
+    def _exchange(self, requests: list[list[Request]]) -> list[list[torch.Tensor]]:
         """Answer one round of all ranks."""
         ranks = range(self.size)
-        sent = []
-        for rank in ranks:
-            buffer, sizes = packed(requests[rank], rank, self.size)
-            self.bytes_sent[rank] += buffer.numel() * buffer.element_size()
-            sent.append(torch.split(buffer, sizes))
+        plans = [self._plans[rank].plan(requests[rank]) for rank in ranks]
+        buffers, sent = [], []
+        for rank, plan in enumerate(plans):
+            buffer, send = plan.pack(requests[rank])
+            self.bytes_sent[rank] += send.numel() * send.element_size()
+            buffers.append(buffer)
+            sent.append(torch.split(send, plan.send_sizes))
         self.rounds += 1
-        for rank in ranks:
-            if [to[rank].numel() for to in sent] != incoming_sizes(requests[rank], rank, self.size):
+        answers = []
+        for rank, plan in enumerate(plans):
+            incoming = [to[rank] for to in sent]
+            if [message.numel() for message in incoming] != plan.receive_sizes:
                 raise RuntimeError(f"the ranks disagree on the round: rank {rank} waits for other rows than it is sent")
-        return [list(unpacked(requests[rank], rank, [to[rank] for to in sent])) for rank in ranks]
+            plan.received(buffers[rank]).copy_(torch.cat(incoming))
+            answers.append(plan.answers(requests[rank], buffers[rank]))
+        return answers

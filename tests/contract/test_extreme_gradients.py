@@ -53,7 +53,7 @@ def test_zero_gradient_at_refresh_keeps_the_basis(name):
     undue = build(name, twin, **gap)
     undue.load_state_dict({**optimizer.state_dict(), "param_groups": undue.state_dict()["param_groups"]})
     for slot in undue.slots:
-        slot.state |= {"used_up": 0} if "used_up" in slot.state else {}
+        slot.state.update({"used_up": 0} if "used_up" in slot.state else {})
     for one, of_one in ((optimizer, model), (undue, twin)):
         set_gradients_to_zero(of_one)
         one.step()

@@ -8,9 +8,10 @@ import io
 import pytest
 import torch
 
+import ds_lowrank
 from ds_lowrank.linalg.quantization import FP32
 from ds_lowrank.methods.blocks.state_spec import TensorSpec
-from ds_lowrank.optimizer.report import role_table, state_bytes, take_inventory
+from ds_lowrank.optimizer.report import gathered_bytes, role_table, state_bytes, take_inventory
 from tests.contract.cases import EVERY, assert_equal, build, copy_of, run, small_model
 
 STATE_DTYPES = pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
@@ -101,3 +102,25 @@ def test_role_table_names_state_dtype_and_counts_bytes(state_dtype):
     assert text.endswith("." if state_dtype == "fp32" else f"Moments are stored in {state_dtype}.")
     stored = [v for slot in slots for v in tensors_of(slot.state).values()]
     assert sum(state_bytes(slots)) == sum(v.numel() * v.element_size() for v in stored)
+
+
+def test_role_table_says_what_gathered_bases_take(caplog):
+    """On one rank they are the bases themselves, but not of a group that gathers them in every step."""
+    weights = {name: torch.nn.Parameter(torch.randn(12, 8, dtype=torch.float32, device="cpu")) for name in "ab"}
+    groups = [
+        {"params": [(name, weight)], "basis_placement": placement}
+        for (name, weight), placement in zip(weights.items(), ("replicated", "partitioned"), strict=True)
+    ]
+    with caplog.at_level("INFO", "ds_lowrank"):
+        slots = ds_lowrank.GaLore(groups, rank=2).slots
+    assert gathered_bytes(slots) == slots[0].state["basis"].nbytes == 4 * 8 * 2
+    assert "Gathered bases take another 0.00 MiB on this rank." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [{"basis_placement": "partitioned"}, {"rank": None, "basis_placement": "replicated"}]
+)
+def test_what_gathers_no_bases_says_nothing_of_them(options):
+    slots = build("Lorenza", small_model(), **options).slots
+    assert gathered_bytes(slots) == 0
+    assert "athered" not in role_table([take_inventory(slots, [])], state_bytes(slots), 1, gathered_bytes(slots))

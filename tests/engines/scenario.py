@@ -145,7 +145,7 @@ def run_engine(
         "matrices": optimizer.matrices(),
         "bytes": state_bytes(optimizer.slots),
         "straddles": any(
-            s.is_projected and s.shard.part.rectangles and s.shard.part.rectangles[0].col for s in optimizer.slots
+            s.is_projected and s.geometry.part.rectangles and s.geometry.part.rectangles[0].col for s in optimizer.slots
         ),
         "skipped": optimizer.skipped_updates,
     }

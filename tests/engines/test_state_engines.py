@@ -327,3 +327,21 @@ def table_of(settings):
     engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
     slots = engine.basic_optimizer.slots
     return role_table([take_inventory(slots, [])], state_bytes(slots), 1)
+
+
+def test_every_rank_counts_the_rows_of_a_basis_that_it_would_gather():
+    """At ZeRO 3 each of two ranks has half of the rows of a matrix: all of its columns."""
+    settings = config(3, 2, params={"rank": 4, "basis_placement": "replicated"})
+    for gathered, matrices in run_ranks(2, gathered_of, settings):
+        rows = [shape[1] if side == "right" else shape[0] // 2 for shape, side in matrices]
+        assert {side for _, side in matrices} == {"right", "left"}
+        assert gathered == 4 * 4 * sum(rows)
+
+
+def gathered_of(settings):
+    import ds_lowrank
+    from ds_lowrank.optimizer.report import gathered_bytes
+
+    engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
+    slots = engine.basic_optimizer.slots
+    return gathered_bytes(slots), [(slot.shape, slot.geometry.side) for slot in slots if slot.is_projected]

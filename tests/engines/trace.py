@@ -35,7 +35,7 @@ def trace(engine: Any, steps: int, train: Callable[[Any, int], Any]) -> dict[str
             s.tag.name: {
                 "shape": s.shape,
                 "projected": s.role.projected,
-                "held": [(r.row, r.col, r.height, r.width) for r in s.shard.part.rectangles],
+                "held": [(r.row, r.col, r.height, r.width) for r in s.geometry.part.rectangles],
                 "gradient": s.fragment.gradient.clone(),
                 "before": s.fragment.weights.clone(),
             }

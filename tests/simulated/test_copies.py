@@ -7,9 +7,10 @@ import torch
 
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.build_slots import _parts
+from ds_lowrank.optimizer.step import step_matrices
 from ds_lowrank.placement.tensor_parallel import logical_matrices
 from ds_lowrank.reference import DENSE
-from ds_lowrank.sharding.layout import Block, ContiguousPart
+from ds_lowrank.sharding.layout import EMPTY, Block, ContiguousPart, whole
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.methods import GALORE, of
 from tests.simulated.harness import ShardedMatrix, grid_order, grid_parts, step_together, tensor_blocks
@@ -73,6 +74,40 @@ def test_copies_of_a_matrix_step_as_one_beside_a_split_matrix(tensor, data, meth
         assert_same_bits(copies, grid_order(tensor, data))
     assert (copies[0].weight - dense.weight).norm() < 1e-6 * dense.weight.norm()
     assert (split.weight - dense_split.weight).norm() < 1e-6 * dense_split.weight.norm()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_ranks_that_hold_nothing_take_part_in_split_matrices_and_in_copies(method):
+    """Data rank 1 has no element of either. A sum of the split matrix goes over four ranks, one of a copy over two."""
+    torch.manual_seed(0)
+    shape, options = (12, 24), COMMON | of(method).small
+    starts = [of(method).start(shape) for _ in range(2)]
+    blocks = [Block((0, 6), (0, 24)), Block((6, 12), (0, 24))]
+    halves = [ContiguousPart(block, 0, block.numel) for block in blocks]
+    split = ShardedMatrix(method, starts[0].clone(), [*halves, EMPTY, EMPTY], name="split", **options)
+    copies = []
+    for own in range(2):
+        parts = [EMPTY] * 4
+        parts[own] = whole(shape, 0, 288)
+        copies.append(ShardedMatrix(method, starts[1].clone(), parts, name="copy", peers=(own, own + 2), **options))
+    dense = [DENSE[method](w.clone(), name=n, **options) for n, w in zip(("split", "copy"), starts, strict=True)]
+    ranks = [[split.matrices[rank], copies[rank % 2].matrices[rank]] for rank in range(4)]
+    for stepped in ranks:
+        for number, matrix in enumerate(stepped):  # of one group
+            matrix.options, matrix.member = split.options, matrix.member._replace(number=number)
+    choose = of(method).gradients_for(shape)
+    for step in range(4):
+        gradients = [choose(2 * step + i) for i in range(2)]
+        for reference, gradient in zip(dense, gradients, strict=True):
+            reference.step(gradient)
+        split.attach(gradients[0])
+        for copy in copies:
+            copy.attach(gradients[1])
+        SimulatedWorld(4).run([step_matrices(METHODS[method], stepped, 4) for stepped in ranks])
+        for matrix in (split, *copies):
+            matrix.gather()
+    for matrix, reference in ((split, dense[0]), (copies[0], dense[1]), (copies[1], dense[1])):
+        assert (matrix.weight - reference.weight).norm() < 1e-6 * reference.weight.norm()
 
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "int8"])

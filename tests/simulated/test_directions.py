@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_lowrank.methods.blocks.directions import Combination
 from ds_lowrank.reference.lorenza import DenseLorenza
+from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import Block, ContiguousPart
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import shard_of
 from tests.simulated.harness import (
     ShardedMatrix,
     directions_on,
     even_parts,
+    flat,
     grid_order,
     grid_parts,
     tensor_blocks,
@@ -32,18 +35,20 @@ def test_every_layout_draws_the_same_directions_on_parts_and_on_the_whole(ranks,
     twin.step(gradient)
     sharded.step(gradient)
     expected = twin.direction("1 probe 0.0")
-    everything = [
-        MatrixShard(
-            "w", shape, [ContiguousPart(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())], 0, s.side, 0
-        )
-        for s in sharded.shards
-    ]
-    for targets in (sharded.shards, everything):
-        for target, found in zip(targets, directions_on(sharded, targets), strict=True):
-            coordinates = found.draw("1 probe 0.0")
-            got = found.to_matrix(coordinates).dense(target)
+    whole = [ContiguousPart(Block((0, shape[0]), (0, shape[1])), 0, gradient.numel())]
+    everything = [target_of(whole, sharded) for _ in range(ranks)]
+    direction = Combination(["1 probe 0.0"], [1.0])
+    for targets in (None, everything):
+        for target, found in directions_on(sharded, targets):
+            got = flat(found.to_matrix(direction), target)
             assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
-            assert found.square(coordinates) == pytest.approx(expected.square().sum().item(), rel=1e-5)
+            assert found.square(direction) == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+def target_of(parts, sharded):
+    """What is moved, with weights attached that are as large as it."""
+    geometry = sharded.matrices[0].geometry
+    return shard_of("w", Geometry(geometry.shape, parts, 0, geometry.side), torch.empty(parts[0].numel))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -61,19 +66,16 @@ def test_directions_on_tensor_parallel_blocks_equal_the_whole_matrixs(tensor, da
     twin.step(gradient)
     sharded.step(gradient)
     expected = twin.direction("1 probe 0.0")
-    targets = [
-        MatrixShard("w", shape, [ContiguousPart(blocks[t], 0, blocks[t].numel)], 0, sharded.shards[0].side, 0)
-        for t, _ in order
-    ]
+    targets = [target_of([ContiguousPart(blocks[t], 0, blocks[t].numel)], sharded) for t, _ in order]
     assembled, squares = torch.full(shape, torch.nan), set()
-    for (t, _), target, directions in zip(order, targets, directions_on(sharded, targets), strict=True):
-        coordinates = directions.draw("1 probe 0.0")
+    direction = Combination(["1 probe 0.0"], [1.0])
+    for (t, _), (target, directions) in zip(order, directions_on(sharded, targets), strict=True):
         (r0, r1), (c0, c1) = blocks[t].rows, blocks[t].cols
-        moved = directions.to_matrix(coordinates).dense(target).view(r1 - r0, c1 - c0)
+        moved = flat(directions.to_matrix(direction), target).view(r1 - r0, c1 - c0)
         found = assembled[r0:r1, c0:c1]
         assert found.isnan().all() or torch.equal(found, moved)  # data ranks move alike
         assembled[r0:r1, c0:c1] = moved
-        squares.add(directions.square(coordinates))
+        squares.add(directions.square(direction))
     assert (assembled - expected).norm() < 1e-6 * expected.norm()
     (square,) = squares
     assert square == pytest.approx(expected.square().sum().item(), rel=1e-5)

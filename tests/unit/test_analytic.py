@@ -17,8 +17,9 @@ from ds_lowrank.methods.online_subspace_descent import pca_gradient
 from ds_lowrank.methods.vlorp import ProjectedUnits, VLoRPOptions, draw, resample
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.reference import online_subspace_descent as reference
+from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import whole
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import shard_of
 from ds_lowrank.sharding.reduce import SingleProcess, lockstep
 from ds_lowrank.sharding.units import Units
 
@@ -28,10 +29,10 @@ def run_alone(program):
     return result
 
 
-def shard_of(gradient, side="right", name="w"):
-    shard = MatrixShard(name, tuple(gradient.shape), [whole(gradient.shape)], 0, side, 0)
-    shard.attach(gradient.reshape(-1), torch.zeros(gradient.numel()))
-    return shard
+def alone(gradient, side="right"):
+    """One matrix on one rank, with weights of zeros."""
+    geometry = Geometry(tuple(gradient.shape), [whole(gradient.shape)], 0, side)
+    return shard_of("w", geometry, gradient.reshape(-1), torch.zeros(gradient.numel()))
 
 
 def steps(name, gradients, **options):
@@ -62,14 +63,16 @@ def test_projection_is_drawn_once_a_step_and_changes_every_gap(monkeypatch):
 def test_reprojected_moment_keeps_its_expected_length():
     """The mean over seeds of the lifted moment's squared length, after over before: 1 within four standard errors."""
     torch.manual_seed(0)
-    units, ratios = Units(shard_of(torch.randn(8, 24)), Fraction(2)), []
+    shard, ratios = alone(torch.randn(8, 24)), []
+    units, (piece,) = Units(shard, Fraction(2)), shard.weights.pieces
     for seed in range(2000):
         options = VLoRPOptions(rank=3, granularity=2, update_proj_gap=5, moment_on_resample="reproject", seed=seed)
         old, new = (draw(units, options, counter) for counter in (0, 1))
-        moment = torch.randn(8, 6)
+        moment = torch.randn(1, 8, 6)
         state = {"exp_avg": moment.clone(), "step": 5}
-        resample(state, options, ProjectedUnits(torch.empty(0), True, units=units, projection=new))
-        ratios.append(units.lift(state["exp_avg"], new).square().sum() / units.lift(moment, old).square().sum())
+        resample(shard, state, options, ProjectedUnits(torch.empty(0), True, projection=new))
+        before, after = (units.lift(*of, piece).square().sum() for of in ((moment, old), (state["exp_avg"], new)))
+        ratios.append(after / before)
     ratios = torch.stack(ratios)
     assert abs(ratios.mean() - 1) < 4 * ratios.std() / len(ratios) ** 0.5
 
@@ -84,8 +87,9 @@ def test_pca_gradient_is_exact_at_any_size_of_the_gradient(side, pca_lambda, siz
     torch.manual_seed(0)
     gradient, basis = torch.randn(14, 9), torch.randn(9, 4)
     expected = reference.pca_gradient(basis, gradient / gradient.norm(), pca_lambda)
-    shard = shard_of((gradient if side == "right" else gradient.T.contiguous()) * size, side)
-    got = run_alone(pca_gradient(shard, basis, shard.times(basis), pca_lambda, safe_scale=size))
+    shard = alone((gradient if side == "right" else gradient.T.contiguous()) * size, side)
+    basis, safe_scale = basis.unsqueeze(0), torch.full((1, 1, 1), size)
+    (got,) = run_alone(pca_gradient(shard, basis, shard.times(basis), pca_lambda, safe_scale))
     assert (got - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -124,14 +128,14 @@ def test_change_of_subspace_keeps_the_size_of_a_step():
 
 def test_smallest_rank_leaves_the_tail_of_the_singular_values():
     torch.manual_seed(0)
-    matrix = torch.randn(20, 4) @ torch.randn(4, 11)
+    matrix = torch.randn(1, 20, 4) @ torch.randn(4, 11)
     values, _ = spectrum(matrix)
-    whole_norm = matrix.square().sum().double()
-    assert smallest_rank(values, whole_norm, 1e-12) == 4
+    whole_norm = matrix.square().sum((1, 2)).double()
+    assert smallest_rank(values, whole_norm, 1e-12).tolist() == [4]
     for rank in (1, 2, 3):
-        left_out = ((values[rank:] ** 2).sum() / whole_norm).item()
-        assert smallest_rank(values, whole_norm, left_out * 1.001) == rank
-        assert smallest_rank(values, whole_norm, left_out * 0.999) == rank + 1
+        left_out = ((values[0, rank:] ** 2).sum() / whole_norm).item()
+        assert smallest_rank(values, whole_norm, left_out * 1.001).tolist() == [rank]
+        assert smallest_rank(values, whole_norm, left_out * 0.999).tolist() == [rank + 1]
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-15, 1e14])
@@ -164,10 +168,12 @@ def test_rank_that_never_grows_still_rises_to_rank_min():
 def test_coordinates_of_a_subspace_ignore_signs_and_order():
     torch.manual_seed(0)
     vectors = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
-    expected = leading_coordinates(vectors, 3)
     turned = vectors.clone()
     turned[:, :3] = vectors[:, [2, 0, 1]] * torch.tensor([-1.0, 1.0, -1.0])
-    assert torch.allclose(leading_coordinates(turned, 3), expected, atol=1e-6)
+    expected, found = leading_coordinates(torch.stack([vectors, turned]), torch.tensor([3, 3]))
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not expected[:, 3:].any()
+    expected = expected[:, :3]
     assert torch.allclose(expected.T @ expected, torch.eye(3), atol=1e-6)
     span = vectors[:, :3].float()
     assert torch.allclose(span @ (span.T @ expected), expected, atol=1e-6)

@@ -168,6 +168,7 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--help",
         "--picture",
         "--simulated",
+        "--basis-placement",
     }
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for page, text in PAGES.items():

@@ -128,8 +128,11 @@ def test_the_shapes_are_those_of_the_model():
 
 
 def test_the_most_important_cells_come_first():
-    assert STEP_CELLS[:3] == (Cell("350m", 128), Cell("60m", 128), Cell("1b", 128))
-    assert len(set(STEP_CELLS)) == len(STEP_CELLS) == 3 * 2 * 3
+    assert STEP_CELLS[:3] == (Cell("1b", 512), Cell("1b", 512, precision="fp32"), Cell("350m", 128))
+    assert len(set(STEP_CELLS)) == len(STEP_CELLS)
+    assert {(cell.model, cell.rank, cell.state_dtype) for cell in STEP_CELLS} == {
+        (model, rank, dtype) for model in ("60m", "350m", "1b") for rank in (128, 512) for dtype in STATE_DTYPES
+    }
 
 
 def test_without_time_every_cell_is_listed_as_not_measured():
@@ -149,7 +152,7 @@ def test_a_cell_that_fails_is_recorded_and_stops_no_other():
     time_cells(section, [Cell("1b", 128), Cell("tiny", 8)], prepare)
     assert section.skipped[0] == {
         "section": "steps",
-        "what": "1b, rank 128, fp32",
+        "what": "1b, rank 128, fp32, tf32",
         "why": "OutOfMemoryError: no memory",
     }
     assert {row["optimizer"] for row in section.rows} >= METHODS.keys()

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank.methods.gradnormlorp import Frame, dv
+from ds_lowrank.methods.blocks.weight_norm import Frame, Tangent
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
+from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import whole
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import shard_of
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.simulated.harness import ShardedMatrix, even_parts
 
@@ -19,14 +20,17 @@ def by_the_definition(v, g, dim):
 
 
 def mapped(weight, gradient, magnitude, length, norm_axis):
-    """What ``dv`` makes of a gradient for the direction ``v = W length / magnitude``."""
+    """What :class:`Tangent` makes of a gradient for ``v = W length / magnitude``: as a matrix, and as its products."""
     dim = 1 if norm_axis == "output" else 0
-    shard = MatrixShard("w", tuple(weight.shape), [whole(weight.shape)], 0, "right", 0)
-    shard.attach(gradient.reshape(-1), weight.reshape(-1))
+    (m, n), geometry = weight.shape, Geometry(tuple(weight.shape), [whole(weight.shape)], 0, "right")
+    shard = shard_of("w", geometry, gradient.reshape(-1), weight.reshape(-1))
     a = (gradient * weight).sum(dim) / weight.square().sum(dim)
     axis = shard.rows if norm_axis == "output" else shard.columns
-    frame = Frame((magnitude.flatten() / length).unsqueeze(1), a.reshape(-1, 1), torch.empty(0))
-    return dv(shard, axis, gradient.reshape(-1), frame).view_as(weight)
+    frame = Frame((magnitude.flatten() / length).view(1, -1, 1), a.view(1, -1, 1), torch.empty(0))
+    tangent = Tangent(shard, axis, frame)
+    (piece,) = tangent.gradient.pieces
+    by_columns, by_rows = tangent.times(torch.eye(n).unsqueeze(0)), tangent.transposed_times(torch.eye(m).unsqueeze(0))
+    return [tangent.dense_gradient(piece)[0], by_columns[0], by_rows[0].T]
 
 
 @AXES
@@ -40,8 +44,9 @@ def test_the_tangent_map_is_the_gradient_of_weight_normalisation(norm_axis, dim)
     weight = by_the_definition(v, g, dim)
     gradient = torch.randn(7, 5)
     expected, _ = torch.autograd.grad(weight, (v, g), gradient.double())
-    found = mapped(weight.detach().float(), gradient, g.detach().float(), v.detach().norm(dim=dim).float(), norm_axis)
-    assert (found - expected).norm() < 1e-6 * expected.norm()
+    length = v.detach().norm(dim=dim).float()
+    for found in mapped(weight.detach().float(), gradient, g.detach().float(), length, norm_axis):
+        assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 @AXES
@@ -49,9 +54,9 @@ def test_the_direction_s_gradient_is_at_right_angles_to_it(norm_axis, dim):
     torch.manual_seed(0)
     weight, gradient = torch.randn(50, 70), torch.randn(50, 70)
     size = weight.shape[1 - dim]
-    found = mapped(weight, gradient, torch.ones(size), torch.ones(size), norm_axis)
-    cosine = (found * weight).sum(dim) / (found.norm(dim=dim) * weight.norm(dim=dim))
-    assert cosine.abs().max() < 1e-6
+    for found in mapped(weight, gradient, torch.ones(size), torch.ones(size), norm_axis):
+        cosine = (found * weight).sum(dim) / (found.norm(dim=dim) * weight.norm(dim=dim))
+        assert cosine.abs().max() < 1e-6
 
 
 @AXES

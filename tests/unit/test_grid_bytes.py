@@ -8,52 +8,50 @@ import math
 import pytest
 import torch
 
-from benchmarks.grid_bytes import KINDS, all_gathered, basis_gathered, counted, gathered, rows_sent, simulated
+from benchmarks.grid_bytes import (
+    KINDS,
+    all_gathered,
+    bases_kept,
+    basis_gathered,
+    counted,
+    gathered,
+    numbers_sent,
+    simulated,
+)
 from benchmarks.grid_layout import Degrees, stage_on
 from ds_lowrank.methods.galore import GaLoreOptions
 from ds_lowrank.sharding.layout import length
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import shard_of
 from tests.unit.pages import PAGES, ROOT, rows
 
 SMALL = {"hidden_size": 16, "intermediate_size": 40, "vocab_size": 24, "num_hidden_layers": 2}
 OPTIONS = GaLoreOptions(rank=4)
+KEEPING = GaLoreOptions(rank=4, basis_placement="replicated")
 GRIDS = [
     *(Degrees(*degrees) for degrees in [(1, 2), (3, 2), (9, 1), (2, 4, 2)]),
     *(Degrees(*degrees, zero=3) for degrees in [(3, 2), (2, 4)]),
 ]
-MEASURED, SIMULATED = (
+MEASURED, SIMULATED, REPLICATED = (
     json.loads((ROOT / f"docs/measured/{name}.json").read_text())["numbers"]
-    for name in ("grid_bytes", "grid_bytes_simulated")
+    for name in ("grid_bytes", "grid_bytes_simulated", "grid_bytes_replicated")
 )
 SECTION = "## What a step sends on a grid"
 
 
+@pytest.mark.parametrize("options", [OPTIONS, KEEPING], ids=lambda options: options.basis_placement)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("degrees", GRIDS, ids=str)
-def test_the_count_is_that_of_a_simulated_world(degrees, kind):
+def test_the_count_is_that_of_a_simulated_world(degrees, kind, options):
     for stage in range(degrees.pipeline):
-        world = simulated(SMALL, degrees, stage, OPTIONS, kind, device="cpu")
+        world = simulated(SMALL, degrees, stage, options, kind, device="cpu")
         for rank in {0, degrees.sharing - 1}:
-            ledger = counted(SMALL, degrees, stage, OPTIONS, kind, rank)
+            ledger = counted(SMALL, degrees, stage, options, kind, rank)
             assert (ledger.rounds, ledger.bytes_sent.tolist()) == (world.rounds, world.bytes_sent)
 
 
-def of_all_ranks(shard):
+def of_all_ranks(axis):
     """The rows that all ranks hold of an axis beyond its rows."""
-    shards = [MatrixShard(shard.name, shard.shape, shard.parts, i, shard.side, 0) for i in range(len(shard.parts))]
-
-    def extra(axis):
-        name = "rows" if axis is shard.rows else "columns"
-        ranges = [getattr(one, name).held for one in shards]
-        return sum(hi - lo for lo, hi in ranges) - axis.size
-
-    return extra
-
-
-def factoring(shard, axis):
-    """How many rows of an axis the factoring rank owns."""
-    at = MatrixShard(shard.name, shard.shape, shard.parts, shard.root, shard.side, shard.root)
-    return length((at.rows if axis is shard.rows else at.columns).owned)
+    return sum(length(spans) for spans in axis.held.values()) - axis.size
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,13 +60,56 @@ def test_all_ranks_together_send_what_is_documented(degrees, kind):
     cells = dict(rows("communication", SECTION))
     stage, r, expected = stage_on(0, SMALL, degrees, 0, OPTIONS), 4, 0
     for matrix in stage.matrices:
-        shard = matrix.shard
-        known = {"r": r, "S": of_all_ranks(shard), "c": shard.compressed, "k": shard.kept}
-        known |= {"C": shard.compressed.size, "K": shard.kept.size, "O": lambda axis, s=shard: factoring(s, axis)}
+        kept, compressed, root = matrix.geometry.kept, matrix.geometry.compressed, matrix.member.root
+        known = {"r": r, "S": of_all_ranks, "c": compressed, "k": kept, "C": compressed.size, "K": kept.size}
+        known["O"] = lambda axis, root=root: length(axis.owned.get(root, ()))
         expected += eval(cells[kind].strip("`"), known)
-        assert basis_gathered(shard, OPTIONS) == 4 * r * known["S"](shard.compressed)
+        assert basis_gathered(matrix, OPTIONS) == 4 * r * of_all_ranks(compressed)
     expected += eval(cells["decision"].strip("`"), {"N": stage.parameters, "W": degrees.sharing})
     assert sum(counted(SMALL, degrees, 0, OPTIONS, kind).bytes_sent) == 4 * expected
+
+
+@pytest.mark.parametrize("degrees", GRIDS, ids=str)
+def test_bases_that_stay_gathered_save_what_is_documented(degrees):
+    """In an ordinary step one round and every basis; a refresh sends as much. A rank keeps the rows that it holds."""
+    text = " ".join(PAGES["communication"].split())
+    assert "`S(c)` is gone: `2 * r * S(k)` is left" in text
+    stage = stage_on(0, SMALL, degrees, 0, KEEPING)
+    usual, keeping = (counted(SMALL, degrees, 0, options, "ordinary") for options in (OPTIONS, KEEPING))
+    assert keeping.rounds == usual.rounds - 1
+    bases = sum(basis_gathered(matrix, OPTIONS) for matrix in stage.matrices)
+    assert sum(usual.bytes_sent) - sum(keeping.bytes_sent) == bases
+    usual, keeping = (counted(SMALL, degrees, 0, options, "refresh") for options in (OPTIONS, KEEPING))
+    assert (usual.rounds, usual.bytes_sent.tolist()) == (keeping.rounds, keeping.bytes_sent.tolist())
+    owned = sum(4 * 4 * matrix.geometry.compressed.size for matrix in stage.matrices)
+    assert bases_kept(stage, KEEPING).sum() == bases + owned
+    assert not bases_kept(stage, OPTIONS).any()
+
+
+def test_the_table_of_bases_that_stay_gathered_is_what_was_measured():
+    heads = ["GB, all ranks", "MB a rank", "MB, largest rank", "kept Q, MB a rank", "kept Q, MB, largest rank"]
+    usual, known = (
+        {
+            (row["ZeRO"], f"{row['data']} x {row['tensor']} x {row['pipeline']}"): row
+            for row in numbers
+            if row["step"] == "ordinary"
+        }
+        for numbers in (MEASURED, REPLICATED)
+    )
+    documented = rows("communication", "### Bases that stay gathered")
+    assert documented
+    for zero, grid, *cells in documented:
+        row, before = known[int(zero), grid], usual[int(zero), grid]
+        assert cells == [
+            f"{before['MB a rank']:.4g}",
+            *(f"{row[head]:.4g}" for head in heads),
+            f"{row['of gather']:.2f}",
+        ]
+    before, after = (numbers[1, "8 x 8 x 4"] for numbers in (usual, known))
+    said = "an ordinary step falls from {:.4g} MB a rank to {:.4g}, and each rank keeps {:.4g} MB"
+    text = " ".join(PAGES["communication"].split())
+    assert said.format(before["MB a rank"], after["MB a rank"], after["kept Q, MB a rank"]) in text
+    assert f"{after['rounds']} collectives instead of {before['rounds']}" in text
 
 
 SPLITS = [
@@ -81,23 +122,22 @@ SPLITS = [
 def test_a_split_matrix_sends_what_is_documented(split, side, cells, d, T):
     """Cut between rows: ZeRO 3 on 16 rows, or 16 / T."""
     stage = stage_on(0, SMALL, Degrees(d, T, zero=3), 0, GaLoreOptions(rank=4, proj_type=side))
-    layer = {matrix.shard.name.split(".")[4]: matrix.shard for matrix in stage.matrices[:7]}
-    shard = layer["q_proj" if split.startswith("rows") else "o_proj"]
+    layer = {matrix.name.split(".")[4]: matrix.geometry for matrix in stage.matrices[:7]}
+    shard = shard_of("w", layer["q_proj" if split.startswith("rows") else "o_proj"])
     m, n = shard.shape
-    found = [
-        rows_sent(request.route).sum()
-        for request in (
-            axis_request(torch.empty(0, 4)) for axis_request in (shard.compressed.all_gather, shard.kept.reduce_scatter)
-        )
-    ]
+
+    def rows_sent(ask):
+        return numbers_sent(ask(torch.empty(1, 0, 1)), d * T).sum()
+
+    found = [rows_sent(ask) for ask in (shard.compressed.all_gather, shard.kept.reduce_scatter)]
     assert found == [eval(cell.strip("`"), {"m": m, "n": n, "d": d, "T": T}) for cell in cells]
-    assert rows_sent(shard.kept.all_gather(torch.empty(0, 4)).route).sum() == found[1]
+    assert rows_sent(shard.kept.all_gather) == found[1]
 
 
 def test_the_peers():
     """A matrix of 16 x 16 in two equal blocks."""
-    shard = stage_on(0, SMALL, Degrees(1, 2), 0, OPTIONS).matrices[0].shard
-    assert (all_gathered(shard), gathered(shard)) == (4 * 256, 2 * 4 * 128)
+    matrix = stage_on(0, SMALL, Degrees(1, 2), 0, OPTIONS).matrices[0]
+    assert (all_gathered(matrix), gathered(matrix)) == (4 * 256, 2 * 4 * 128)
 
 
 def test_the_table_at_7b_is_what_was_measured():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
+from ds_lowrank.linalg.moments import adam, fused_adamw, rotate_first, rotate_second
 from ds_lowrank.linalg.orthonormal import leading_singular_vectors, orthonormal
-from ds_lowrank.linalg.sketch import gaussian, name_hash
+from ds_lowrank.linalg.sketch import name_hash, normal
 
 CPU = torch.device("cpu")
 ROUNDING = torch.finfo(torch.float32).eps
@@ -61,7 +61,7 @@ def test_two_factorisations_find_weak_directions_to_a_rounding_error_and_one_doe
     """H^T (H sketch) with singular values from 1 to 1e-3, computed in fp32, against the same in fp64."""
     values = [10 ** (-3 * i / 7) for i in range(8)]
     exact = matrix_with(values)
-    sketch = gaussian(0, "w", 0, 40, 8, CPU)
+    sketch = normal(0, ["w"], 0, (0, 40), (0, 8), CPU)[0]
 
     def both(h, s):
         return orthonormal(h.T @ orthonormal(h @ s))
@@ -133,13 +133,24 @@ def test_rotating_into_a_turned_basis_leaves_the_lifted_first_moment_alone():
     assert v.sum().item() == pytest.approx(total.item(), rel=1e-5)  # an orthogonal turn keeps the variance
 
 
+def test_many_weights_are_stepped_each_with_its_own_count():
+    """The step of a weight of zeros along -lr = 1 is Adam's direction, as of each weight alone."""
+    torch.manual_seed(0)
+    steps = [0, 3, 10]
+    gradients = [torch.randn(5 + i) for i in steps]
+    weights, firsts, seconds = ([torch.zeros_like(g) for g in gradients] for _ in range(3))
+    fused_adamw(weights, gradients, firsts, seconds, steps, -1.0, (0.8, 0.95), 1e-3, weight_decay=0.0)
+    for weight, gradient, step in zip(weights, gradients, steps, strict=True):
+        alone = adam(torch.zeros_like(weight), torch.zeros_like(weight), gradient, (0.8, 0.95), 1e-3, step + 1)
+        assert torch.allclose(weight, alone, atol=1e-6)
+
+
 def test_sketches_are_functions_of_seed_name_and_counter():
-    base = gaussian(1, "a.weight", 5, 6, 3, CPU)
-    assert torch.equal(base, gaussian(1, "a.weight", 5, 6, 3, CPU))
-    others = [
-        gaussian(2, "a.weight", 5, 6, 3, CPU),
-        gaussian(1, "b", 5, 6, 3, CPU),
-        gaussian(1, "a.weight", 6, 6, 3, CPU),
-    ]
+    def draw(seed, name, counter):
+        return normal(seed, [name], counter, (0, 6), (0, 3), CPU)
+
+    base = draw(1, "a.weight", 5)
+    assert torch.equal(base, draw(1, "a.weight", 5))
+    others = [draw(2, "a.weight", 5), draw(1, "b", 5), draw(1, "a.weight", 6)]
     assert not any(torch.equal(base, other) for other in others)
     assert name_hash("stagger", "w") == 3237773512943864505  # checkpoints rely on it: a resumed run draws the same

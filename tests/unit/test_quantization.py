@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from ds_lowrank.linalg.quantization import BLOCK, FP32, BFloat16, Int8, dither
-from ds_lowrank.linalg.sketch import name_hash
+from ds_lowrank.linalg import quantization
+from ds_lowrank.linalg.dither import dither, dither_terms, offsets
+from ds_lowrank.linalg.quantization import BLOCK, FP32, BFloat16, Int8
 
+CPU = torch.device("cpu")
 CODES = {"signed": Int8(signed=True), "unsigned": Int8(signed=False), "bf16": BFloat16()}
 SPACING = {"signed": 1 / 8, "unsigned": 1 / 8, "bf16": 2**-7}
 """How far apart two neighbours are, at most, relative to the smaller one."""
@@ -21,16 +24,26 @@ def values(name, rows=150, columns=5, seed=0):
 
 
 def offset(step):
-    return name_hash("test", step) % 2**24
+    return offsets([1234567], step, CPU)
 
 
 def dither_of_step(rows, columns, step):
-    return dither(0, rows, columns, offset(step), torch.device("cpu"))
+    return dither(*dither_terms(0, rows, columns, offset(step)))[0]
+
+
+def empty(code, count, rows, columns):
+    return {key: torch.empty(count, *s, dtype=t) for key, (s, t) in code.tensors(rows, columns).items()}
+
+
+def encode(code, stack, first, matrix_offsets):
+    out = empty(code, *stack.shape)
+    code.encode(stack, first, matrix_offsets, out)
+    return out
 
 
 def stored(name, value, step=0):
     code = CODES[name]
-    return code.decode(code.encode(value, 0, offset(step)))
+    return code.decode(encode(code, value.unsqueeze(0), 0, offset(step)))[0]
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -123,7 +136,7 @@ def test_codes_and_scales_are_as_defined(signed):
     value[10:20, 1] = 0
     value[64:128, 2] = 0
     code = CODES[name]
-    found = code.encode(value, 0, offset(7))
+    found = {key: tensor[0] for key, tensor in encode(code, value.unsqueeze(0), 0, offset(7)).items()}
     fraction = dither_of_step(150, 3, 7) / 2**24
     assert found[""].dtype == torch.uint8 and found["_scale"].shape == (3, 3)
     for block in range(3):
@@ -135,15 +148,16 @@ def test_codes_and_scales_are_as_defined(signed):
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_a_tensor_coded_in_chunks_and_in_pieces_is_coded_the_same(name, monkeypatch):
-    value, code = values(name, rows=1000, columns=7), CODES[name]
-    whole = code.encode(value, 0, offset(1))
-    pieces = [code.encode(value[start:end], start, offset(1)) for start, end in ((0, 64), (64, 640), (640, 1000))]
-    assert all(torch.equal(torch.cat([piece[key] for piece in pieces]), whole[key]) for key in whole)
-    monkeypatch.setattr("ds_lowrank.linalg.quantization.CPU_CHUNK_ELEMENTS", 64 * 7 * 3)
-    chunked = code.encode(value, 0, offset(1))
-    assert all(torch.equal(chunked[key], whole[key]) for key in whole)
-    assert torch.equal(code.decode(whole), stored(name, value, 1))
+def test_a_tensor_coded_in_chunks_and_in_pieces_is_coded_the_same(name):
+    value, code = values(name, rows=1000, columns=7).unsqueeze(0), CODES[name]
+    whole = encode(code, value, 0, offset(1))
+    pieces = [encode(code, value[:, start:end], start, offset(1)) for start, end in ((0, 64), (64, 640), (640, 1000))]
+    assert all(torch.equal(torch.cat([piece[key] for piece in pieces], 1), whole[key]) for key in whole)
+    decoded = code.decode(whole)
+    with mock.patch.object(quantization, "CPU_CHUNK_ELEMENTS", 64 * 7 * 3):
+        chunked = encode(code, value, 0, offset(1))
+        assert all(torch.equal(chunked[key], whole[key]) for key in whole)
+        assert torch.equal(code.decode(whole), decoded)
 
 
 def test_a_small_second_moment_never_becomes_zero_and_a_zero_stays_one():
@@ -162,13 +176,11 @@ def test_extreme_sizes_stay_finite(name, scale):
     assert (once - value).double().norm() < SPACING[name] * value.double().norm()
 
 
-def test_tensors_without_rows_are_ordinary():
+@pytest.mark.parametrize("shape", [(1, 0, 4), (0, 70, 4), (2, 70, 0)])
+def test_tensors_without_elements_are_ordinary(shape):
     for code in (*CODES.values(), FP32):
-        empty = code.encode(torch.empty(0, 4), 0, 5)
-        assert {key: tuple(t.shape) for key, t in empty.items()} == {
-            key: s for key, (s, _) in code.tensors(0, 4).items()
-        }
-        assert code.decode(empty).shape == (0, 4)
+        out = encode(code, torch.empty(shape), 0, offset(0).expand(shape[0]))
+        assert code.decode(out).shape == shape
 
 
 @pytest.mark.parametrize("name", ["signed", "unsigned"])
@@ -178,9 +190,11 @@ def test_bytes_are_little_more_than_a_quarter(name):
 
 
 def test_what_decides_is_evenly_spread_over_rows_and_over_columns():
-    cpu = torch.device("cpu")
-    for found in (dither(0, 5000, 1, 77, cpu), dither(0, 1, 5000, 77, cpu)):
+    def found(first, rows, columns):
+        return dither(*dither_terms(first, rows, columns, torch.tensor([77], dtype=torch.int32)))[0]
+
+    for line in (found(0, 5000, 1), found(0, 1, 5000)):
         even = (torch.arange(5000) + 0.5) / 5000
-        assert (found.flatten().sort().values / 2**24 - even).abs().max() < 2e-3  # chance would leave 1e-2
-    assert torch.equal(dither(7, 2, 4, 5, cpu), dither(0, 20, 4, 5, cpu)[7:9])
-    assert torch.equal(dither(2**33 + 7, 2, 4, 5, cpu), dither(2**33, 20, 4, 5, cpu)[7:9])
+        assert (line.flatten().sort().values / 2**24 - even).abs().max() < 2e-3  # chance would leave 1e-2
+    assert torch.equal(found(7, 2, 4), found(0, 20, 4)[7:9])
+    assert torch.equal(found(2**33 + 7, 2, 4), found(2**33, 20, 4)[7:9])

@@ -23,7 +23,7 @@ from ds_lowrank.optimizer import optimizers, param_groups
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.reference import DENSE
-from ds_lowrank.reference.galore import sketch
+from ds_lowrank.reference.sketch import sketch
 from tests.methods import ROWS, what_to_add
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ RANDOM_MOMENTUM = '''
 
 from __future__ import annotations
 
-from ds_lowrank.linalg.sketch import gaussian
+from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.subspace import project_on
@@ -48,29 +48,30 @@ class RandomMomentumOptions(Options):
 
 
 class RandomMomentum(Method):
-    """Momentum in a fixed random subspace, on one matrix."""
+    """Momentum in a fixed random subspace, on the matrices of a stack."""
 
     name = "RandomMomentum"
     Options = RandomMomentumOptions
 
     @staticmethod
     def state(shard, options, rank):
-        """The momentum, kept x rank."""
+        """The momentum, kept x rank for each matrix."""
         return {"momentum": options.first_moment_spec(shard.kept, rank)}
 
     @staticmethod
     def project(shard, state, options):
         """Project on the subspace: ``R = H Q``."""
         rank = RandomMomentum.rank(shard.shape, options)
-        drawn = gaussian(options.seed, shard.name, 0, shard.compressed.size, rank, shard.device)
-        return (yield from project_on(shard, shard.compressed.own(drawn), due=False))
+        rows, columns = (0, shard.compressed.size), (0, rank)
+        drawn = normal(options.seed, shard.names, 0, rows, columns, shard.device)
+        return (yield from project_on(shard, shard.compressed.own(drawn), False, options))
 
     @staticmethod
     def update(shard, state, options, found):
         """Update the momentum, and descend along ``M Q^T / r``."""
         state["momentum"].lerp_(found.projected, 0.1)
         direction = yield shard.kept.all_gather(state["momentum"])
-        return Factors(direction, found.basis, 1 / found.basis.shape[1])
+        return Factors(direction, found.basis, 1 / found.basis.shape[2])
 '''
 
 

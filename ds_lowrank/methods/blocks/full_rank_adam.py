@@ -9,6 +9,7 @@ import torch
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
+from ds_lowrank.sharding.elements import Elements, Piece
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Update
@@ -18,11 +19,11 @@ def full_rank_state(shard: MatrixShard, options: Options) -> StateSpec:
     """The state of Adam at full rank: a first and a second moment of every element.
 
     Args:
-        shard: the matrix, or a parameter of any shape as one row.
+        shard: the stack, or a parameter of any shape as one row.
         options: with ``state_dtype``, in which the moments are stored.
 
     Returns:
-        ``exp_avg`` and ``exp_avg_sq``, elements x 1 each.
+        ``exp_avg`` and ``exp_avg_sq``, elements x 1 each, of each matrix.
     """
     return {
         "exp_avg": options.first_moment_spec(shard.elements, 1),
@@ -31,7 +32,7 @@ def full_rank_state(shard: MatrixShard, options: Options) -> StateSpec:
 
 
 def full_rank_adam(
-    shard: MatrixShard, state: State, options: Options, gradient: Callable[[], torch.Tensor]
+    shard: MatrixShard, state: State, options: Options, gradient: Callable[[Piece], torch.Tensor]
 ) -> Program[Update]:
     """Adam's direction for every element (Kingma and Ba, Algorithm 1), as an update of the weights.
 
@@ -39,22 +40,32 @@ def full_rank_adam(
     ranks share a block.
 
     Args:
-        shard: the matrix, or a parameter of any shape as one row.
+        shard: the stack, or a parameter of any shape as one row.
         state: with ``exp_avg`` and ``exp_avg_sq``, which are updated in place, and ``step``, the number of steps before
             this one.
         options: with ``betas`` and ``eps``.
-        gradient: computes the gradient on the elements that this rank holds, flat, fp32.
+        gradient: computes the gradient where a piece of this rank's elements is, fp32.
 
     Returns:
         The update on the elements that this rank holds, to be scaled by the learning rate.
     """
-    step = state["step"]
+    moments, step = (state["exp_avg"], state["exp_avg_sq"]), state["step"] + 1
+    if shard.geometry.block_rows == 1:
 
-    def direction(owned: torch.Tensor) -> torch.Tensor:
-        return adam(state["exp_avg"], state["exp_avg_sq"], owned, options.betas, options.eps, step + 1)
+        def direction(piece: Piece) -> torch.Tensor:
+            places = piece.rectangle.offset, piece.rectangle.height * piece.rectangle.width
+            first, second = (moment[piece.matrices, :, 0].narrow(1, *places) for moment in moments)
+            values = gradient(piece).reshape(first.shape)
+            rows = zip(first, second, values, strict=True)  # a fused kernel needs tensors without gaps
+            found = [adam(one, two, value, options.betas, options.eps, step) for one, two, value in rows]
+            return torch.stack(found).view(piece.values.shape)
 
-    if shard.block_rows == 1:
-        return Dense(lambda: direction(gradient().unsqueeze(1)).squeeze(1), 1.0)
-    owned = yield shard.elements.reduce_scatter(gradient().unsqueeze(1))
-    held = yield shard.elements.all_gather(direction(owned))
-    return Dense(lambda: held.squeeze(1), 1.0)
+        return Dense(direction, 1.0)
+    held = torch.empty(len(shard), shard.part.numel, 1, dtype=torch.float32, device=shard.device)
+    elements = Elements([held.squeeze(2)], [len(shard)], shard.part.rectangles)
+    for piece in shard.gradient.dense_pieces:
+        elements.values_at(piece).copy_(gradient(piece))
+    owned = yield shard.elements.reduce_scatter(held)
+    held = yield shard.elements.all_gather(adam(*moments, owned, options.betas, options.eps, step))
+    directions = Elements([held.squeeze(2)], [len(shard)], shard.part.rectangles)
+    return Dense(directions.values_at, 1.0)

@@ -39,7 +39,7 @@ class InnerOptimizer(ABC):
         """The state that the rule needs for a tensor with rows along an axis of the matrix.
 
         Args:
-            shard: the matrix.
+            shard: the stack.
             axis: the dimension of the matrix along which the tensor has its rows.
             columns: how many columns the tensor has.
 
@@ -54,22 +54,22 @@ class InnerOptimizer(ABC):
         """Update the rule's state in place, and return the direction to descend along.
 
         Args:
-            shard: the matrix.
+            shard: the stack.
             axis: the dimension along which the gradient has its rows.
-            state: the matrix's state, with the rule's tensors as fp32.
-            gradient: owned rows x columns, fp32.
+            state: the stack's state, with the rule's tensors as fp32.
+            gradient: matrices x owned rows x columns, fp32.
             step: 1 for the first step.
 
         Returns:
-            The direction, owned rows x columns, fp32. The weights move against it.
+            The direction, matrices x owned rows x columns, fp32. The weights move against it.
         """
 
     def rotate(self, state: State, rotation: torch.Tensor) -> None:
         """Carry the moments from one basis into another, in place.
 
         Args:
-            state: the matrix's state.
-            rotation: the old basis transposed times the new one, old rank x new rank, fp32.
+            state: the stack's state.
+            rotation: the old basis transposed times the new one, matrices x old rank x new rank, fp32.
 
         Raises:
             NotImplementedError: the rule has no moments that could be carried.
@@ -94,7 +94,10 @@ class Adam(InnerOptimizer):
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
     ) -> torch.Tensor:
-        """``m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)``, owned rows x columns, fp32. Exchanges nothing."""
+        """``m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)``: matrices x owned rows x columns, fp32.
+
+        Exchanges nothing.
+        """
         first, second = state[self._key("exp_avg")], state[self._key("exp_avg_sq")]
         return adam(first, second, gradient, self.options.betas, self.options.eps, step)
 
@@ -115,7 +118,7 @@ class Lion(InnerOptimizer):
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
     ) -> torch.Tensor:
-        """``sign(beta1 m + (1 - beta1) g)``, owned rows x columns, fp32. Exchanges nothing."""
+        """``sign(beta1 m + (1 - beta1) g)``, matrices x owned rows x columns, fp32. Exchanges nothing."""
         return self.interpolated(state, gradient).sign()
 
     def interpolated(self, state: State, gradient: torch.Tensor) -> torch.Tensor:
@@ -124,11 +127,11 @@ class Lion(InnerOptimizer):
         The official code of Online Subspace Descent lifts this and takes the sign of the lifted matrix.
 
         Args:
-            state: the matrix's state, with the momentum m, which becomes ``beta2 m + (1 - beta2) g``.
-            gradient: g, owned rows x columns, fp32.
+            state: the stack's state, with the momentum m, which becomes ``beta2 m + (1 - beta2) g``.
+            gradient: g, matrices x owned rows x columns, fp32.
 
         Returns:
-            ``beta1 m + (1 - beta1) g`` with the momentum before its update, owned rows x columns, fp32.
+            ``beta1 m + (1 - beta1) g`` with the momentum before its update, matrices x owned rows x columns, fp32.
         """
         beta1, beta2 = self.options.betas
         momentum = state[self._key("exp_avg")]
@@ -154,7 +157,10 @@ class SGD(InnerOptimizer):
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
     ) -> torch.Tensor:
-        """The gradient, or with momentum ``b <- momentum * b + g``: owned rows x columns, fp32. Exchanges nothing."""
+        """The gradient, or with momentum ``b <- momentum * b + g``: matrices x owned rows x columns, fp32.
+
+        Exchanges nothing.
+        """
         if self.momentum == 0:
             return gradient
         buffer = state[self._key("momentum_buffer")]
@@ -191,21 +197,24 @@ class Adafactor(InnerOptimizer):
     def direction(
         self, shard: MatrixShard, axis: Axis, state: State, gradient: torch.Tensor, step: int
     ) -> Program[torch.Tensor]:
-        """``g / sqrt(V)`` with the factored V, clipped to a root mean square of d: owned rows x columns, fp32."""
+        """``g / sqrt(V)`` with the factored V, clipped to a root mean square of d.
+
+        The result is matrices x owned rows x columns, fp32.
+        """
         row_mean, column_mean = state[self._key("row_mean")], state[self._key("column_mean")]
-        columns, new_share = gradient.shape[1], step**-self.DECAY
+        columns, new_share = gradient.shape[2], step**-self.DECAY
         column_axis, scalar_axis = shard.replicated_axis(columns), shard.replicated_axis(1)
         squares = gradient.square() + self.TINY
-        row_mean.lerp_(squares.mean(1, keepdim=True), new_share)
+        row_mean.lerp_(squares.mean(2, keepdim=True), new_share)
         sums, total = yield (
-            column_axis.reduce_scatter(shard.local_contribution(squares.sum(0).unsqueeze(1))),
-            scalar_axis.reduce_scatter(shard.local_contribution(row_mean.sum().view(1, 1))),
+            column_axis.reduce_scatter(shard.local_contribution(squares.sum(1).unsqueeze(2))),
+            scalar_axis.reduce_scatter(shard.local_contribution(row_mean.sum((1, 2), keepdim=True))),
         )
         column_mean.lerp_(sums / axis.size, new_share)
         means, total = yield column_axis.all_gather(column_mean), scalar_axis.all_gather(total)
         means, mean = shard.or_zeros(means, columns), shard.or_zeros(total, 1) / axis.size
-        scaled = gradient * (mean / row_mean).sqrt() * means.T.rsqrt()
-        total = yield from shard.replicated_sum(scaled.square().sum().view(1, 1))
+        scaled = gradient * (mean / row_mean).sqrt() * means.mT.rsqrt()
+        total = yield from shard.replicated_sum(scaled.square().sum((1, 2), keepdim=True))
         root_mean_square = (total / (axis.size * columns)).sqrt()
         direction: torch.Tensor = scaled / (root_mean_square / self.CLIP).clamp_min(1.0)
         return direction

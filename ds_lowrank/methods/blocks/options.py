@@ -13,6 +13,7 @@ from ds_lowrank.linalg.quantization import FP32, BFloat16, Int8, Quantizer
 from ds_lowrank.methods.blocks.ascent import Ascent
 from ds_lowrank.methods.blocks.state_spec import TensorSpec
 from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.precision import MatmulPrecision
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -41,6 +42,9 @@ class Options(BaseModel):
     second is another algorithm at every tensor-parallel degree, and exchanges nothing between these ranks."""
     state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """How moments are stored. Methods compute with them in fp32."""
+    matmul_precision: MatmulPrecision | None = None
+    """In which precision a card multiplies with gradients and weights: ``fp32``, or ``tf32``, which is several times as
+    fast and keeps 10 bits of each factor. None leaves it to ``torch.set_float32_matmul_precision``."""
     seed: int = Field(0, ge=0)
 
     @field_validator("*", mode="before")
@@ -105,6 +109,11 @@ class Options(BaseModel):
     def ascent(self) -> Ascent | None:
         """How to search for higher loss around the weights before the gradient is taken; None for no search."""
         return None
+
+    @property
+    def keeps_bases_gathered(self) -> bool:
+        """Whether every rank keeps the rows of a basis that it computes with, and not only those it owns."""
+        return getattr(self, "basis_placement", "partitioned") == "replicated"
 
     @property
     def adapters(self) -> dict[str, Any] | None:

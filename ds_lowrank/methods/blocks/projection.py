@@ -7,36 +7,42 @@ its largest magnitude that is the same on all ranks; what is computed from it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
+from ds_lowrank.sharding.elementwise import largest_magnitudes
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
 SMALLEST_SCALE = 1e-36
+ORDINARY = (1e-10, 1e10)
+"""Gradients whose largest magnitude is within these bounds can be squared in fp32."""
+T = TypeVar("T")
 
 
 @dataclass
 class ProjectedGradient:
-    """What a method's ``project`` found in a gradient.
+    """What a method's ``project`` found in the gradients of a stack.
 
     Attributes:
-        projected: this rank's rows of the projected gradient, fp32. Over all ranks it is finite, and not zero, exactly
-            where the gradient is.
+        projected: this rank's rows of the projected gradients, fp32. Over all ranks they are finite, and not zero,
+            exactly where the gradients are.
         due: whether a new basis (or random projection) was due in this step.
-        magnitude: about its largest magnitude, the same number on all ranks; zero only if every element is zero. The
-            optimizer fills it in before ``update``.
+        magnitudes: about the largest magnitude of each gradient, the same numbers on all ranks; zero only if every
+            element is zero: matrices, fp32. The optimizer fills it in before ``update``.
+        host_magnitudes: the same numbers on the host.
+        is_zero: whether the gradients are zero, on all ranks; also filled in. Matrices with and without a gradient of
+            zeros are not updated together.
     """
 
     projected: torch.Tensor
     due: bool
-    magnitude: float = 1.0
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the gradient is zero, on all ranks."""
-        return self.magnitude == 0
+    magnitudes: torch.Tensor | None = None
+    host_magnitudes: list[float] = field(default_factory=list)
+    is_zero: bool = False
 
     @property
     def refreshed(self) -> bool:
@@ -44,23 +50,60 @@ class ProjectedGradient:
         return self.due
 
     @property
-    def safe_scale(self) -> float:
-        """What to divide the gradient by before squaring; 1 for a gradient of zeros."""
-        return max(self.magnitude, SMALLEST_SCALE) if self.magnitude else 1.0
+    def safe_scale(self) -> torch.Tensor:
+        """What to divide the gradients by before squaring, 1 for zeros: matrices x 1 x 1, fp32."""
+        assert self.magnitudes is not None
+        scales = torch.where(self.magnitudes == 0, 1.0, self.magnitudes.clamp_min(SMALLEST_SCALE))
+        return scales.view(-1, 1, 1)
+
+    @property
+    def host_safe_scales(self) -> list[float]:
+        """The same numbers on the host, one for each matrix."""
+        return [max(magnitude, SMALLEST_SCALE) if magnitude else 1.0 for magnitude in self.host_magnitudes]
+
+    @property
+    def are_ordinary(self) -> bool:
+        """Whether squares of the gradients' elements, and sums of these, stay in the range of fp32.
+
+        An element that is a billion times smaller than the largest one may still be lost; it adds nothing to a norm.
+        """
+        return all(ORDINARY[0] < magnitude < ORDINARY[1] for magnitude in self.host_magnitudes)
+
+    @property
+    def tells_apart(self) -> Sequence[Hashable]:
+        """What of each matrix decides how it is updated; empty if all are updated alike."""
+        return ()
+
+    def at(self, positions: Sequence[int]) -> Any:
+        """What was found for some of the matrices.
+
+        Args:
+            positions: of these matrices in the stack.
+        """
+        return _at(self, positions)
+
+
+def _at(found: T, positions: Sequence[int]) -> T:
+    """Some of the matrices in every tensor and list of a dataclass."""
+    if isinstance(found, torch.Tensor):
+        return found[torch.tensor(positions, dtype=torch.int64, device=found.device)]  # type: ignore[return-value]
+    if isinstance(found, list):
+        return [found[i] for i in positions]  # type: ignore[return-value]
+    if is_dataclass(found) and not isinstance(found, type):
+        return replace(found, **{each.name: _at(getattr(found, each.name), positions) for each in fields(found)})
+    return found
 
 
 def safe_scale_of(shard: MatrixShard) -> Program[torch.Tensor]:
-    """The safe scale of a gradient that has not been projected yet.
+    """The safe scale of gradients that have not been projected yet.
 
     Args:
-        shard: the matrix, with this step's gradient attached.
+        shard: the stack, with this step's gradients attached.
 
     Returns:
-        1 x 1, fp32, the same bits on all ranks.
+        matrices x 1 x 1, fp32, the same bits on all ranks.
     """
-    gradient = shard.flat_gradient
-    largest = gradient.abs().max() if shard.part.numel else gradient.new_zeros(())
-    total: torch.Tensor = yield shard.all_reduce(largest.float().view(1, 1))
+    total: torch.Tensor = yield shard.all_reduce(largest_magnitudes(shard))
     return total.clamp_min(torch.finfo(torch.float32).tiny)
 
 

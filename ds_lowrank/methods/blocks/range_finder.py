@@ -5,24 +5,25 @@ from __future__ import annotations
 import torch
 
 from ds_lowrank.linalg.orthonormal import leading_singular_vectors, orthonormal
-from ds_lowrank.linalg.sketch import gaussian
+from ds_lowrank.linalg.sketch import normal
+from ds_lowrank.sharding.elementwise import blocks
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
 
 def singular_basis(shard: MatrixShard, rank: int) -> Program[torch.Tensor]:
-    """The gradient's leading singular vectors, by an exact SVD of the whole gradient on the matrix's root.
+    """The gradient's leading singular vectors, by an exact SVD of the whole gradient on each matrix's root.
 
     Args:
-        shard: the matrix, with this step's gradient attached.
+        shard: the stack, with this step's gradient attached.
         rank: how many vectors.
 
     Returns:
-        Owned compressed rows x rank of the basis, fp32.
+        matrices x owned compressed rows x rank of the basis, fp32.
     """
-    gradient, side = (yield shard.rows.reduce_to_root(shard.block())), shard.side
+    gradient, side = (yield shard.rows.reduce_to_root(blocks(shard))), shard.side
     if shard.transposed:  # an SVD of the transpose would have other signs
-        gradient, side = gradient.T.contiguous(), "left" if side == "right" else "right"
+        gradient, side = gradient.mT.contiguous(), "left" if side == "right" else "right"
     own: torch.Tensor = yield shard.compressed.scatter_from_root(leading_singular_vectors(gradient, rank, side))
     return own
 
@@ -35,13 +36,13 @@ def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> 
     the sums are split over ranks.
 
     Args:
-        shard: the matrix, with this step's gradient attached.
+        shard: the stack, with this step's gradient attached.
         rank: how many columns the basis has.
         seed: the run's seed.
         counter: the step, so that every refresh draws a new sketch.
 
     Returns:
-        Owned compressed rows x rank of the basis, fp32, orthonormal over all ranks.
+        matrices x owned compressed rows x rank of the basis, fp32, orthonormal over all ranks.
     """
     tall = yield shard.kept.reduce_scatter(shard.times(held_sketch(shard, rank, seed, counter)))
     tall = yield shard.kept.gather_to_root(tall)
@@ -54,18 +55,15 @@ def randomized_range(shard: MatrixShard, rank: int, seed: int, counter: int) -> 
 
 
 def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:
-    """The rows of a random normal matrix, compressed x rank, that this rank multiplies its elements by.
+    """The rows of random normal matrices, compressed x rank, that this rank multiplies its elements by.
 
     Args:
-        shard: the matrix.
-        rank: how many columns the sketch has.
+        shard: the stack.
+        rank: how many columns a sketch has.
         seed: the run's seed.
         counter: distinguishes the sketches of one matrix; a step, for example.
 
     Returns:
-        Held compressed rows x rank, fp32.
+        matrices x held compressed rows x rank, fp32.
     """
-    start, end = shard.compressed.held
-    if start == end:
-        return torch.empty(0, rank, dtype=torch.float32, device=shard.device)
-    return gaussian(seed, shard.name, counter, shard.compressed.size, rank, shard.device)[start:end].clone()
+    return normal(seed, shard.names, counter, shard.compressed.held, (0, rank), shard.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ds_lowrank.linalg.quantization import DITHER_BITS, FP32, Quantizer
+from ds_lowrank.linalg.dither import offsets
+from ds_lowrank.linalg.quantization import FP32, Quantizer
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.sharding.axis import Axis
 
@@ -46,26 +47,36 @@ class TensorSpec:
         """Shape and dtype of each tensor that this rank stores, by the suffix that is appended to the spec's key."""
         return self.quantizer.tensors(self.axis.owned_rows, self.columns)
 
-    def encode(self, values: torch.Tensor, step: int, key: str) -> dict[str, torch.Tensor]:
-        """The tensors to store for this rank's rows after a step.
+    def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The numbers of this rank's rows.
 
         Args:
-            values: owned rows x columns, fp32.
-            step: the number of steps before this one; it seeds the rounding together with ``key``.
-            key: identifies the tensor, so that no two tensors round alike.
+            stored: tensors as :attr:`tensors` describes them with a leading dimension for matrices, by suffix.
 
         Returns:
-            Tensors as :attr:`tensors` describes them, by suffix.
+            matrices x owned rows x columns, fp32.
         """
-        offset = name_hash(key, step) % 2**DITHER_BITS
-        sizes = [end - start for start, end in self.axis.owned]
-        if len(sizes) <= 1:
-            return self.quantizer.encode(values, self.axis.owned[0][0] if sizes else 0, offset)
-        pieces = [
-            self.quantizer.encode(piece, start, offset)
-            for (start, _), piece in zip(self.axis.owned, torch.split(values, sizes), strict=True)
-        ]
-        return {suffix: torch.cat([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
+        return self.quantizer.decode(stored)
+
+    def encode(self, values: torch.Tensor, offsets: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
+        """Store the numbers of this rank's rows.
+
+        Args:
+            values: matrices x owned rows x columns, fp32.
+            offsets: one for each matrix, which decides the rounding.
+            out: where to store them: tensors as :meth:`decode` reads them.
+        """
+        if len(self.axis.owned) <= 1:
+            self.quantizer.encode(values, self.axis.owned[0][0] if self.axis.owned else 0, offsets, out)
+            return
+        position, places = 0, dict.fromkeys(out, 0)
+        for start, end in self.axis.owned:  # blocks are counted from row 0 of the matrix: each span begins with one
+            rows = end - start
+            lengths = {suffix: shape[0] for suffix, (shape, _) in self.quantizer.tensors(rows, self.columns).items()}
+            parts = {suffix: out[suffix].narrow(1, places[suffix], count) for suffix, count in lengths.items()}
+            self.quantizer.encode(values.narrow(1, position, rows), start, offsets, parts)
+            position += rows
+            places = {suffix: places[suffix] + lengths[suffix] for suffix in out}
 
 
 StateSpec = Mapping[str, TensorSpec | int]
@@ -73,10 +84,9 @@ StateSpec = Mapping[str, TensorSpec | int]
 
 
 class StateStore:
-    """Stores the state of one parameter, in whatever dtypes its spec names, and shows it to a method in fp32.
+    """How the state of matrices that are cut alike is stored, and how a method sees it: in fp32.
 
     Args:
-        name: the parameter's name.
         spec: returns the state's spec for a rank.
         rank: the initial rank, 0 for what has none; a state may have a smaller one under ``rank``.
 
@@ -84,8 +94,8 @@ class StateStore:
         is_exact: whether every tensor is stored in fp32.
     """
 
-    def __init__(self, name: str, spec: Callable[[int], StateSpec], rank: int) -> None:
-        self.name, self.spec, self.rank = name, spec, rank
+    def __init__(self, spec: Callable[[int], StateSpec], rank: int) -> None:
+        self.spec, self.rank = spec, rank
         self.is_exact = all(spec.quantizer is FP32 for spec in self._tensor_specs(rank).values())
 
     def _tensor_specs(self, rank: int) -> dict[str, TensorSpec]:
@@ -102,11 +112,11 @@ class StateStore:
 
     @cached_property
     def numel(self) -> int:
-        """Elements of the initial state, summed over ranks."""
+        """Elements of a matrix's initial state, summed over ranks."""
         return sum(spec.numel for spec in self._tensor_specs(self.rank).values())
 
     def nbytes(self, state: State) -> int:
-        """Stored bytes of all tensors at the state's current rank, summed over ranks.
+        """Stored bytes of all tensors of a matrix at the state's current rank, summed over ranks.
 
         Args:
             state: stored or decoded.
@@ -114,7 +124,7 @@ class StateStore:
         return sum(spec.nbytes for spec in self._tensor_specs(self.rank_of(state)).values())
 
     def tensors(self, rank: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of every tensor that this rank stores, by its key in the state.
+        """Shape and dtype of every tensor that this rank stores of a matrix, by its key in the state.
 
         Args:
             rank: the rank of the state.
@@ -122,21 +132,25 @@ class StateStore:
         specs = self._tensor_specs(rank)
         return {key + suffix: like for key, spec in specs.items() for suffix, like in spec.tensors.items()}
 
-    def empty(self, device: torch.device) -> State:
-        """The state before the first step: zeros, and the initial values of ints.
+    def empty(self, device: torch.device, matrices: int) -> list[State]:
+        """The states of some matrices before the first step: zeros, and the initial values of ints.
 
         Args:
             device: where to create the tensors.
+            matrices: how many there are. Their tensors lie behind one another in memory.
         """
-        tensors = self.tensors(self.rank).items()
+        stacked = {
+            key: torch.zeros(matrices, *shape, dtype=dtype, device=device).unbind()
+            for key, (shape, dtype) in self.tensors(self.rank).items()
+        }
         ints = {key: value for key, value in self.spec(self.rank).items() if not isinstance(value, TensorSpec)}
-        return {**{key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in tensors}, **ints}
+        return [{**{key: rows[i] for key, rows in stacked.items()}, **ints} for i in range(matrices)]
 
     def decode(self, state: State) -> State:
-        """The state as a method sees it: every tensor in fp32, under the key of its spec.
+        """A stack's state as a method sees it: every tensor in fp32, under the key of its spec.
 
         Args:
-            state: as stored.
+            state: as stored, with a leading dimension for matrices.
 
         Returns:
             The state itself if everything is stored in fp32, else a new dict.
@@ -147,21 +161,27 @@ class StateStore:
         stored = {key + suffix for key, spec in specs.items() for suffix in spec.tensors}
         others = {key: value for key, value in state.items() if key not in stored}
         return others | {
-            key: spec.quantizer.decode({suffix: state[key + suffix] for suffix in spec.tensors})
-            for key, spec in specs.items()
+            key: spec.decode({suffix: state[key + suffix] for suffix in spec.tensors}) for key, spec in specs.items()
         }
 
-    def encode(self, state: State, decoded: State) -> None:
-        """Store a state that a method has changed.
+    def encode(self, state: State, decoded: State, names: Sequence[str]) -> None:
+        """Store a stack's state that a method has changed.
 
         Args:
             state: where to store it, changed in place.
             decoded: what :meth:`decode` returned, as the method left it.
+            names: of the matrices; rounding is a function of name, key and step.
         """
         if decoded is state:
             return
         specs = self._tensor_specs(self.rank_of(decoded))
         state |= {key: value for key, value in decoded.items() if key not in specs}
         for key, spec in specs.items():
-            stored = spec.encode(decoded[key], decoded["step"], f"{self.name}\0{key}")
-            state |= {key + suffix: value for suffix, value in stored.items()}
+            values = decoded[key]
+            out = {suffix: state[key + suffix] for suffix in spec.tensors}
+            for suffix, (shape, dtype) in spec.tensors.items():
+                if out[suffix].shape[1:] != shape:  # the rank has changed
+                    out[suffix] = torch.empty(len(names), *shape, dtype=dtype, device=values.device)
+            hashes = [name_hash(name, key) for name in names]
+            spec.encode(values, offsets(hashes, decoded["step"], values.device), out)
+            state |= {key + suffix: value for suffix, value in out.items()}

@@ -52,11 +52,11 @@ class SubspaceOptions(Options):
 
 @dataclass
 class Projection(ProjectedGradient):
-    """A projection onto a basis: ``projected`` is ``R = H Q``, owned kept rows x rank.
+    """A projection onto a basis: ``projected`` is ``R = H Q``, matrices x owned kept rows x rank.
 
     Attributes:
-        own: the rows of the basis that this rank owns: owned compressed rows x rank, fp32.
-        basis: the rows of the basis that this rank computes with: held compressed rows x rank, fp32.
+        own: the rows of the basis that this rank owns: matrices x owned compressed rows x rank, fp32.
+        basis: the rows of the basis that this rank computes with: matrices x held compressed rows x rank, fp32.
     """
 
     own: torch.Tensor = field(kw_only=True)
@@ -72,7 +72,7 @@ def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> S
     """The state of a basis and its inner optimizer.
 
     Args:
-        shard: the matrix.
+        shard: the stack.
         options: with the inner optimizer.
         rank: columns of the basis.
 
@@ -82,35 +82,49 @@ def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> S
     return {"basis": TensorSpec(shard.compressed, rank), **options.inner_optimizer.state(shard, shard.kept, rank)}
 
 
-def project_on(shard: MatrixShard, own: torch.Tensor, due: bool) -> Program[Projection]:
+BasisPlacement = Literal["partitioned", "replicated"]
+"""Whether a rank keeps the rows of a basis that it owns, or between refreshes all that it computes with. The first
+takes less memory, the second sends less: no basis is gathered in an ordinary step."""
+
+
+def project_on(shard: MatrixShard, own: torch.Tensor, due: bool, options: Options) -> Program[Projection]:
     """Project the gradient onto a basis: ``R = H Q``.
 
     Args:
-        shard: the matrix, with this step's gradient attached.
-        own: this rank's rows of ``Q``: owned compressed rows x rank, fp32.
+        shard: the stack, with this step's gradient attached.
+        own: this rank's rows of ``Q``: matrices x owned compressed rows x rank, fp32.
         due: whether it is a new basis.
+        options: with ``basis_placement``, where the method has it.
     """
-    basis = yield shard.compressed.all_gather(own)
+    if shard.held_basis is None or due:
+        basis = yield shard.compressed.all_gather(own)
+    else:
+        basis = shard.held_basis
+    if options.keeps_bases_gathered and not due:
+        shard.held_basis = basis
     projected = yield shard.kept.reduce_scatter(shard.times(basis))  # R = H Q
     return Projection(projected, due, own=own, basis=basis)
 
 
-def basis_of_step(shard: MatrixShard, state: State, found: Projection) -> Program[torch.Tensor]:
+def basis_of_step(shard: MatrixShard, state: State, options: Options, found: Projection) -> Program[torch.Tensor]:
     """The basis of the subspace that this step descends in.
 
     It is the one that the gradient was projected onto or, for a gradient of zeros, the stored one.
 
     Args:
-        shard: the matrix.
+        shard: the stack.
         state: with the stored basis.
+        options: with ``basis_placement``, where the method has it.
         found: the projection of this step's gradient.
 
     Returns:
-        Held compressed rows x rank, fp32.
+        matrices x held compressed rows x rank, fp32.
     """
-    if found.is_zero:
+    if found.is_zero and found.due:
         stored: torch.Tensor = yield shard.compressed.all_gather(state["basis"])
         return stored
+    if options.keeps_bases_gathered:
+        shard.held_basis = found.basis
     return found.basis
 
 
@@ -120,17 +134,17 @@ def descend(
     """The update ``scale * N Q^T`` with ``N = rho(R)``.
 
     Args:
-        shard: the matrix.
+        shard: the stack.
         state: with the moments of the inner optimizer, which are updated, and ``step``.
         options: with the inner optimizer.
-        projected: ``R``, owned kept rows x rank, fp32.
-        basis: ``Q``, held compressed rows x rank, fp32.
+        projected: ``R``, matrices x owned kept rows x rank, fp32.
+        basis: ``Q``, matrices x held compressed rows x rank, fp32.
     """
     inner = options.inner_optimizer
     if isinstance(inner, Lion) and options.lion_sign == "original":
         mixed = yield shard.kept.all_gather(inner.interpolated(state, projected))
         factors = Factors(mixed, basis, options.scale)
-        return Dense(lambda: factors.lifted(shard).sign_(), options.scale)
+        return Dense(lambda piece: factors.lifted(shard, piece).sign_(), options.scale)
     direction = yield from inner.direction(shard, shard.kept, state, projected, state["step"] + 1)  # N = rho(R)
     direction = yield shard.kept.all_gather(direction)
     return Factors(direction, basis, options.scale)

@@ -1,0 +1,129 @@
+"""One matrix as a step finds it, and a stack: matrices that are stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import torch
+
+from ds_lowrank.methods.base import Options, State
+from ds_lowrank.methods.blocks.state_spec import StateStore
+from ds_lowrank.optimizer.stacked_state import StackedState
+from ds_lowrank.placement.fragment import Fragment, FragmentRun, runs_of
+from ds_lowrank.sharding.geometry import Geometry
+from ds_lowrank.sharding.matrix import MatrixShard, Member
+
+
+@dataclass(eq=False)
+class SteppedMatrix:
+    """One matrix, as a step finds it.
+
+    Attributes:
+        member: its name, root and number.
+        geometry: how it is cut; the same object for all matrices that are cut alike.
+        fragment: where this rank's elements of it are.
+        state_store: how its state is stored; the same object for all matrices of a geometry and a group.
+        state: its state, with ``step``; changed in place.
+        options: the current options of its group.
+        updated: whether the last step changed it.
+    """
+
+    member: Member
+    geometry: Geometry
+    fragment: Fragment
+    state_store: StateStore
+    state: State
+    options: Options
+    updated: bool = False
+
+    @property
+    def name(self) -> str:
+        """The matrix's name."""
+        return self.member.name
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the matrix has been stepped before. It waits for its first gradient that is not zero."""
+        return bool(self.state["step"] > 0)
+
+
+class Stack:
+    """Matrices that are stepped together.
+
+    Args:
+        matrices: of one geometry or, without elements here, of any.
+        is_here: whether this rank has elements of them.
+
+    Attributes:
+        shard: what a method sees of them.
+        state: their state in this step, as it is stored.
+        found: what their method found in their gradients.
+    """
+
+    found: Any
+
+    def __init__(self, matrices: Sequence[SteppedMatrix], is_here: bool) -> None:
+        first = matrices[0]
+        self.matrices, self.is_here = matrices, is_here
+        geometry = first.geometry if is_here else first.geometry.elsewhere
+        self.shard = MatrixShard(geometry, [matrix.member for matrix in matrices])
+        self.state_store = first.state_store
+        self._states = StackedState([matrix.state for matrix in matrices], is_here)
+        self._runs: list[FragmentRun] = runs_of([matrix.fragment for matrix in matrices]) if is_here else []
+        self._sizes = [run.count for run in self._runs]
+        self._copied = [run.is_copied for run in self._runs]
+        self.state: State = {}
+
+    @property
+    def options(self) -> Options:
+        """The current options of the matrices' group."""
+        return self.matrices[0].options
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the matrices have been stepped before."""
+        return self.matrices[0].has_begun
+
+    def attach(self) -> None:
+        """Take up this step's gradients and weights, and the state."""
+        if self.is_here:
+            gradients, weights = [run.gradient for run in self._runs], [run.weights for run in self._runs]
+            self.shard.attach(gradients, weights, self._sizes)
+        else:
+            nothing = self.matrices[0].fragment.store.new_empty(len(self.matrices), 0)
+            self.shard.attach([nothing], [nothing], [len(self.matrices)])
+        self.shard.precision = self.options.matmul_precision
+        self.state = self._states.open()
+
+    def detach(self) -> None:
+        """Release the gradients and the weights."""
+        self.shard.detach()
+
+    def store(self, decoded: State) -> None:
+        """Keep what the step has made of the weights and of the state.
+
+        Args:
+            decoded: the state as the method left it.
+        """
+        if self.is_here:
+            self.state_store.encode(self.state, decoded, self.shard.names)
+            for run, weights in compress(zip(self._runs, self.shard.weights.runs, strict=True), self._copied):
+                run.put(weights)
+        else:
+            self.state = {key: value for key, value in decoded.items() if not isinstance(value, torch.Tensor)}
+            if self.state.get("rank") != self.matrices[0].state.get("rank"):
+                self._resize(self.state["rank"])
+        self.state["step"] = decoded["step"] + 1
+        self._states.close(self.state)
+        for matrix in self.matrices:
+            matrix.updated = True
+
+    def _resize(self, rank: int) -> None:
+        """Tensors without rows have as many columns as the rank says, too."""
+        for matrix in self.matrices:
+            device = matrix.fragment.store.device
+            tensors = matrix.state_store.tensors(rank).items()
+            matrix.state |= {key: torch.empty(shape, dtype=dtype, device=device) for key, (shape, dtype) in tensors}
