@@ -4,7 +4,9 @@ python -m benchmarks.grid_bytes
 
 Counted is what the optimizer itself sends, in fp32: projections, bases and the decision. The method's own programs run
 on meta tensors, on one rank of every stage: a request names what every rank has and wants, so what one rank asks for
-says what all of them send. With --simulated they run on every rank of a simulated world, which counts what it packs.
+says what all of them send, if it also asks as other ranks do for the matrices that only they have. With --simulated
+they run on every rank of a simulated world, which counts what it packs. An ordinary step follows one that refreshes:
+with --basis-placement replicated no basis is gathered in it, and how much memory that takes is recorded too.
 
 Two peers that see whole gradients, in fp32. *all-gather*: every rank that holds a part of a matrix gets all of its
 gradient. *gather*: one of them does, and sends each of the others its part of the update back.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +25,20 @@ import torch
 from benchmarks.common import Numbers, options, report
 from benchmarks.grid_layout import Degrees, Stage, stage_on
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
+from ds_lowrank.optimizer.stack import Stack, SteppedMatrix
+from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.step import StepReport, step_matrices
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.layout import length
+from ds_lowrank.sharding.matrix import shard_of
 from ds_lowrank.sharding.reduce import Executor, Request, Rounds
-from ds_lowrank.sharding.route import Route
+from ds_lowrank.sharding.route import Route, SumRoute
 from ds_lowrank.sharding.world import SimulatedWorld
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
 RANK = 1024
 """GaLore's at 7B."""
 KINDS = {"refresh": 0, "ordinary": 1}
-"""A step of each kind."""
+"""The number of a step of each kind."""
 ASKED = Degrees(8, 8, 4)
 GRIDS = (
     *(Degrees(data, 8, 4) for data in (1, 2, 4, 8, 16, 32, 64, 128)),
@@ -44,12 +49,45 @@ GRIDS = (
 )
 
 
-def step(stage: Stage, ranks: int, number: int) -> Rounds[StepReport]:
-    """Step number ``number`` of a stage, as the optimizer takes it; AdamW on the rest sends nothing."""
+def step(stage: Stage, ranks: int, number: int, stacks: Stacks | None = None) -> Rounds[StepReport]:
+    """Step number ``number`` of a stage, as the optimizer takes it; AdamW on the rest sends nothing.
+
+    Args:
+        stage: what the rank steps.
+        ranks: how many ranks share it.
+        number: of the step.
+        stacks: forms the stacks; None to form them for this step alone.
+    """
     for matrix in stage.matrices:
         matrix.state["step"] = number
-    others = [stage.matrices[0].shard.flat_gradient] * (stage.parameters - len(stage.matrices))
-    return step_matrices(GaLoreMethod, stage.matrices, ranks, others)
+    others = [stage.matrices[0].fragment.gradient] * (stage.parameters - len(stage.matrices))
+    return step_matrices(GaLoreMethod, stage.matrices, ranks, others, stacks=stacks)
+
+
+class StacksOfAllRanks(Stacks):
+    """Forms the stacks of matrices of which this rank has no element as the ranks do that have some.
+
+    A rank's own stacks of these only take up rounds: their requests do not say what others send.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(GaLoreMethod)
+        self._elsewhere: dict[int, list[Stack]] = {}
+
+    def buckets(self, matrices: Sequence[SteppedMatrix]) -> list[list[Stack]]:
+        """Form the stacks of a step, in the buckets of any rank."""
+        return [[of_cut for stack in bucket for of_cut in self._by_cut(stack)] for bucket in super().buckets(matrices)]
+
+    def _by_cut(self, stack: Stack) -> list[Stack]:
+        """Stacks of the matrices of a stack that are cut alike; the same ones in every step."""
+        if stack.is_here:
+            return [stack]
+        if id(stack) not in self._elsewhere:
+            alike: dict[int, list[SteppedMatrix]] = {}
+            for matrix in stack.matrices:
+                alike.setdefault(id(matrix.state_store), []).append(matrix)
+            self._elsewhere[id(stack)] = [Stack(matrices, is_here=True) for matrices in alike.values()]
+        return self._elsewhere[id(stack)]
 
 
 class Ledger(Executor):
@@ -68,38 +106,50 @@ class Ledger(Executor):
         """Count what is sent, and answer with tensors of the right shapes."""
         self.rounds += 1
         for request in requests:
-            self.bytes_sent += 4 * request.value.shape[1] * rows_sent(request.route)
-        return [
-            torch.empty(request.route.plan(self.rank).rows, request.value.shape[1], device="meta")
-            for request in requests
-        ]
+            self.bytes_sent += 4 * numbers_sent(request, self.size)
+        return [torch.empty(request.answer_shape(self.rank), device="meta") for request in requests]
 
 
-def rows_sent(route: Route) -> np.ndarray:
+def numbers_sent(request: Request, ranks: int) -> np.ndarray:
+    """How many numbers each rank sends to others when all of them make a request."""
+    _, rows, columns = request.value.shape
+    found = np.zeros(ranks, dtype=np.int64)
+    if isinstance(request.route, SumRoute):
+        for peers in request.route.peers:
+            found[list(peers)] += rows * columns * (len(peers) - 1)
+        return found
+    for route, positions in request.route.routes:
+        found += columns * len(positions) * rows_sent(route, ranks)
+    return found
+
+
+def rows_sent(route: Route, ranks: int) -> np.ndarray:
     """How many rows each rank sends to others: those that it has, once for every other rank that wants them."""
-    size = max((hi for spans in (*route.have, *route.want) for _, hi in spans), default=0)
+    size = max((hi for spans in (*route.have.values(), *route.want.values()) for _, hi in spans), default=0)
     edges = np.zeros(size + 1, dtype=np.int64)
-    for spans in route.want:
+    for spans in route.want.values():
         for lo, hi in spans:
             edges[lo] += 1
             edges[hi] -= 1
     wanted = np.concatenate([[0], np.cumsum(np.cumsum(edges))])  # by how many ranks, summed over the rows before
-    return np.array(
-        [
-            sum(wanted[hi] - wanted[lo] for lo, hi in have)
-            - sum(max(0, min(b, d) - max(a, c)) for a, b in have for c, d in want)
-            for have, want in zip(route.have, route.want, strict=True)
-        ]
-    )
+    found = np.zeros(ranks, dtype=np.int64)
+    for rank, have in route.have.items():
+        own = route.want.get(rank, ())
+        found[rank] = sum(wanted[hi] - wanted[lo] for lo, hi in have) - sum(
+            max(0, min(b, d) - max(a, c)) for a, b in have for c, d in own
+        )
+    return found
 
 
 def simulated(
     model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, kind: str, device: str = "meta"
 ) -> SimulatedWorld:
-    """A world of the ranks that share a stage, after a step of zeros on all of them."""
-    world = SimulatedWorld(degrees.sharing)
+    """A world of the ranks that share a stage, after the last of the steps that lead to that kind of step."""
     stages = [stage_on(rank, model, degrees, stage, options, device) for rank in range(degrees.sharing)]
-    world.run([step(one, degrees.sharing, KINDS[kind]) for one in stages])
+    stacks = [Stacks(GaLoreMethod) for _ in stages]
+    for number in range(KINDS[kind] + 1):
+        world = SimulatedWorld(degrees.sharing)
+        world.run([step(one, degrees.sharing, number, own) for one, own in zip(stages, stacks, strict=True)])
     return world
 
 
@@ -107,26 +157,39 @@ def counted(
     model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, kind: str, rank: int = 0
 ) -> Ledger:
     """The same, as one rank's requests tell it."""
-    ledger = Ledger(rank, degrees.sharing)
-    ledger.run(step(stage_on(rank, model, degrees, stage, options), degrees.sharing, KINDS[kind]))
+    shared, stacks = stage_on(rank, model, degrees, stage, options), StacksOfAllRanks()
+    for number in range(KINDS[kind] + 1):
+        ledger = Ledger(rank, degrees.sharing)
+        ledger.run(step(shared, degrees.sharing, number, stacks))
     return ledger
 
 
-def basis_gathered(shard: MatrixShard, options: GaLoreOptions) -> int:
-    """Bytes in all of the first round of an ordinary step."""
-    rank = GaLoreMethod.rank(shard.shape, options)
-    return 4 * rank * int(rows_sent(shard.compressed.all_gather(torch.empty(0, rank)).route).sum())
+def basis_gathered(matrix: SteppedMatrix, options: GaLoreOptions) -> int:
+    """Bytes in all of gathering a basis: the first round of an ordinary step, unless bases are kept gathered."""
+    rank, geometry = GaLoreMethod.rank(matrix.geometry.shape, options), matrix.geometry
+    request = shard_of(matrix.name, geometry).compressed.all_gather(torch.empty(1, 0, rank))
+    return 4 * int(numbers_sent(request, len(geometry.parts)).sum())
 
 
-def all_gathered(shard: MatrixShard) -> int:
+def bases_kept(stage: Stage, options: GaLoreOptions) -> np.ndarray:
+    """Bytes of bases that each of the ranks that share a stage keeps gathered between refreshes."""
+    found = np.zeros(len(stage.matrices[0].geometry.parts), dtype=np.int64)
+    for geometry in (matrix.geometry for matrix in stage.matrices) if options.keeps_bases_gathered else ():
+        for rank, spans in geometry.compressed.held.items():
+            found[rank] += 4 * length(spans) * GaLoreMethod.rank(geometry.shape, options)
+    return found
+
+
+def all_gathered(matrix: SteppedMatrix) -> int:
     """Bytes in all where every rank that holds a part sends it to each of the others."""
-    holders = sum(part.numel > 0 for part in shard.parts)
-    return 4 * shard.shape[0] * shard.shape[1] * (holders - 1)
+    (m, n), holders = matrix.geometry.shape, matrix.geometry.holders
+    return 4 * m * n * (len(holders) - 1)
 
 
-def gathered(shard: MatrixShard) -> int:
+def gathered(matrix: SteppedMatrix) -> int:
     """Bytes in all where the factoring rank gets the whole gradient, and sends the others their parts of the update."""
-    return 2 * 4 * (shard.shape[0] * shard.shape[1] - shard.parts[shard.root].numel)
+    (m, n), own = matrix.geometry.shape, matrix.geometry.parts[matrix.member.root]
+    return 2 * 4 * (m * n - own.numel)
 
 
 def measure(
@@ -134,9 +197,11 @@ def measure(
 ) -> Numbers:
     """One record for each kind of step; bytes over the ranks of all stages, rounds of one of them."""
     stages = [stage_on(0, model, degrees, number, options) for number in range(degrees.pipeline)]
-    shards = [matrix.shard for stage in stages for matrix in stage.matrices]
-    peers = {"all-gather": sum(map(all_gathered, shards)), "gather": sum(map(gathered, shards))}
-    basis = sum(basis_gathered(shard, options) for shard in shards)
+    matrices = [matrix for stage in stages for matrix in stage.matrices]
+    peers = {"all-gather": sum(map(all_gathered, matrices)), "gather": sum(map(gathered, matrices))}
+    basis = sum(basis_gathered(matrix, options) for matrix in matrices)
+    kept = np.concatenate([bases_kept(stage, options) for stage in stages])
+    memory = {"kept Q, MB a rank": float(kept.mean()) / 1e6, "kept Q, MB, largest rank": int(kept.max()) / 1e6}
     decision = 4 * max(stage.parameters for stage in stages) * (degrees.sharing - 1)
     found = []
     for kind in ("ordinary", "refresh"):
@@ -154,6 +219,7 @@ def measure(
                 "MB, largest rank": int(max(sent)) / 1e6,
                 "decision, kB a rank": decision / 1e3,
                 "gather Q, GB": basis / 1e9,
+                **(memory if options.keeps_bases_gathered else {}),
                 **{f"of {peer}": total / bytes_ if bytes_ else None for peer, bytes_ in peers.items()},
             }
         )
@@ -165,6 +231,7 @@ def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--size", default="7b", help="a model of ds_configs/models")
     parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--basis-placement", choices=("partitioned", "replicated"), default="partitioned")
     parser.add_argument("--simulated", action="store_true", help="8 x 8 x 4 alone, every rank of it simulated")
     return parser.parse_args()
 
@@ -173,7 +240,7 @@ def main() -> None:
     """Count, print and record."""
     arguments = parse()
     model = json.loads((MODELS / f"llama_{arguments.size}.json").read_text())
-    chosen = GaLoreOptions(rank=arguments.rank, seed=arguments.seed)
+    chosen = GaLoreOptions(rank=arguments.rank, seed=arguments.seed, basis_placement=arguments.basis_placement)
     grids = (ASKED,) if arguments.quick or arguments.simulated else GRIDS
     counting = simulated if arguments.simulated else counted
     report([row for degrees in grids for row in measure(model, degrees, chosen, counting)], arguments)

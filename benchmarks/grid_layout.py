@@ -15,7 +15,9 @@ import torch
 
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.optimizer.logical_parameters import logical_parameters_of
-from ds_lowrank.optimizer.step import SteppedMatrix, shard_matrix
+from ds_lowrank.optimizer.matrices import Matrices
+from ds_lowrank.optimizer.stack import SteppedMatrix
+from ds_lowrank.placement.fragment import Fragment
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.kinds import Kind
 from ds_lowrank.placement.parameter_names import Tag
@@ -137,7 +139,7 @@ def _overlap(share: Range, start: int, numel: int) -> Range:
 def stage_on(
     rank: int, model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, device: str = "meta"
 ) -> Stage:
-    """A stage on one of the ranks that share it, with state and gradients of ones.
+    """A stage on one of the ranks that share it, with state, weights and gradients of ones.
 
     Args:
         rank: among those ranks.
@@ -145,12 +147,13 @@ def stage_on(
         degrees: of parallelism.
         stage: of the pipeline.
         options: GaLore's.
-        device: of state and gradients. Nothing is allocated on ``meta``.
+        device: of state, weights and gradients. Nothing is allocated on ``meta``.
     """
     named = parameters_of(model, degrees, stage)
     held = intervals([parameter.numel() for _, parameter in named], degrees)
     grid = Pretended(number=rank % degrees.tensor, size=degrees.tensor)
-    matrices: list[SteppedMatrix] = []
+    fragments = _fragments(held[rank // degrees.tensor], torch.device(device))
+    matrices, found = Matrices(GaLoreMethod, rank), list[SteppedMatrix]()
     for number, (name, parameter) in enumerate(named):
         (one,) = logical_parameters_of(parameter, Tag(name, KINDS.get(name, "weight")), {}, options, {}, grid)
         role = one.role(GaLoreMethod)
@@ -158,8 +161,18 @@ def stage_on(
             continue
         logical, (m, n) = one.stepped_matrix(role), one.logical.shape
         parts = [logical.part(r % degrees.tensor, *held[r // degrees.tensor][number]) for r in range(degrees.sharing)]
-        shard, store = shard_matrix(GaLoreMethod, name, (m, n), parts, rank, options, len(matrices))
-        shard.attach(*(torch.ones(shard.part.numel, device=device) for _ in range(2)))
-        state = {key: torch.ones_like(value) for key, value in store.empty(torch.device(device)).items()}
-        matrices.append(SteppedMatrix(shard, store, {"step": 0, **state}, options))
-    return Stage(matrices, len(named))
+        found.append(matrices.projected(name, (m, n), parts, options, fragments[number]))
+    matrices.make_states()
+    for state in (matrix.state for matrix in found):
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.fill_(1)
+    return Stage(found, len(named))
+
+
+def _fragments(held: Sequence[Range], device: torch.device) -> list[Fragment]:
+    """A rank's elements of every parameter behind one another in one store, with gradients of ones."""
+    ends = list(accumulate(high - low for low, high in held))
+    store = torch.ones(ends[-1], dtype=torch.float32, device=device)
+    store.grad = torch.ones_like(store)
+    return [Fragment(store, ((end - (high - low), end),)) for (low, high), end in zip(held, ends, strict=True)]

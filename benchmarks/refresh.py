@@ -32,8 +32,9 @@ from ds_lowrank.methods.online_subspace_descent import (
     OnlineSubspaceDescentOptions,
     move_basis,
 )
+from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import whole
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import MatrixShard, shard_of
 from ds_lowrank.sharding.reduce import SingleProcess, lockstep
 
 SPEED_TARGET, ENERGY_TARGET, PCA_TARGET = 15.0, 0.99, 20.0
@@ -100,15 +101,15 @@ def source_bytes(seed: int, files: int = 200) -> torch.Tensor:
 
 def refresh(name: str, gradient: torch.Tensor, rank: int, seed: int, counter: int) -> torch.Tensor:
     """Return the basis that one process finds, compressed x rank."""
-    (basis,) = SingleProcess().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
+    (found,) = SingleProcess().run(lockstep([randomized_range(_shard(name, gradient), rank, seed, counter)]))
+    basis: torch.Tensor = found[0]
     return basis
 
 
 def _shard(name: str, gradient: torch.Tensor) -> MatrixShard:
     m, n = gradient.shape
-    shard = MatrixShard(name, (m, n), [whole((m, n))], 0, "right" if m >= n else "left", 0)
-    shard.attach(gradient.flatten(), torch.zeros(gradient.numel()))
-    return shard
+    geometry = Geometry((m, n), [whole((m, n))], 0, "right" if m >= n else "left")
+    return shard_of(name, geometry, gradient.flatten())
 
 
 def _turned(gradient: torch.Tensor) -> torch.Tensor:
@@ -120,9 +121,13 @@ def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], objec
     """Return a function that takes one step on the basis, compressed x rank, as one process does."""
     shard, rank = _shard("matrix", gradient), basis.shape[1]
     options = OnlineSubspaceDescentOptions.model_validate({"rank": rank})
-    store = StateStore(shard.name, lambda at: OnlineSubspaceDescentMethod.state(shard, options, at), rank)
-    state = store.empty(gradient.device) | {"basis": basis}
-    seen = Projection(_turned(gradient) @ basis, due=False, own=basis, basis=basis)
+    store = StateStore(lambda at: OnlineSubspaceDescentMethod.state(shard, options, at), rank)
+    own = basis.unsqueeze(0)
+    (single,) = store.empty(gradient.device, 1)
+    state = {key: value.unsqueeze(0) if isinstance(value, torch.Tensor) else value for key, value in single.items()}
+    state["basis"] = own
+    magnitudes = gradient.abs().amax().view(1)
+    seen = Projection(_turned(gradient) @ own, due=False, magnitudes=magnitudes, own=own, basis=own)
     return lambda: SingleProcess().run(lockstep([move_basis(shard, state, options, seen)]))
 
 

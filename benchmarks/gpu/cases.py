@@ -33,26 +33,29 @@ OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Optimizers that are timed in turns: one model, one rank, one dtype of the moments."""
+    """Optimizers that are timed in turns: one model, rank, dtype of the moments, and precision of products."""
 
     model: str
     rank: int
     state_dtype: str = "fp32"
+    precision: str = "tf32"
 
     def __str__(self) -> str:
-        return f"{self.model}, rank {self.rank}, {self.state_dtype}"
+        return f"{self.model}, rank {self.rank}, {self.state_dtype}, {self.precision}"
 
 
 STEP_CELLS: tuple[Cell, ...] = (
-    *(Cell(model, 128) for model in ("350m", "60m", "1b")),
+    *(Cell("1b", 512, precision=precision) for precision in ("tf32", "fp32")),
+    *(Cell(model, 128) for model in ("350m", "1b", "60m")),
     *(Cell("350m", 128, state_dtype) for state_dtype in ("int8", "bf16")),
-    *(Cell(model, 512) for model in ("350m", "1b", "60m")),
+    *(Cell(model, 128, precision="fp32") for model in ("350m", "1b", "60m")),
+    *(Cell(model, 512) for model in ("350m", "60m")),
     *(Cell(model, 128, state_dtype) for model in ("60m", "1b") for state_dtype in ("int8", "bf16")),
     *(Cell(model, 512, state_dtype) for model in ("350m", "1b", "60m") for state_dtype in ("int8", "bf16")),
 )
 """The optimizer step on its own."""
 WHOLE_CELLS: tuple[Cell, ...] = (
-    *(Cell(model, 128) for model in ("350m", "60m", "1b")),
+    *(Cell(model, 128) for model in ("350m", "1b", "60m")),
     *(Cell("350m", 128, state_dtype) for state_dtype in ("int8", "bf16")),
     *(Cell(model, 512) for model in ("350m", "1b", "60m")),
 )
@@ -99,6 +102,19 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def is_projected(name: str) -> bool:
     """Whether the low-rank methods project the LLaMA parameter of that name; AdamW steps the others."""
     return "_proj." in name
+
+
+def bytes_drawn(shapes: Mapping[str, tuple[int, ...]], dense: bool) -> int:
+    """Return the fewest bytes that a step in fp32 reads and writes.
+
+    AdamW reads and writes a weight and two moments and reads a gradient, 28 bytes an element. A low-rank method's
+    moments are small: 12 bytes an element of a projected matrix.
+
+    Args:
+        shapes: of the parameters, by their names.
+        dense: whether AdamW steps all of them.
+    """
+    return sum(prod(shape) * (28 if dense or not is_projected(name) else 12) for name, shape in shapes.items())
 
 
 def tagged(parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.nn.Parameter]:

@@ -214,6 +214,7 @@ def builders(cell: Cell, parameters: Parameters, seed: int, **more: Any) -> dict
     """
 
     def ours(method: str) -> Callable[[], torch.optim.Optimizer]:
+        more["matmul_precision"] = cell.precision
         options = method_options(method, cell.rank, GAP, state_dtype=cell.state_dtype, seed=seed, **more)
         return lambda: OPTIMIZERS[method](tagged(parameters), lr=LR, **options)
 

@@ -22,7 +22,9 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "nothing here"),
 }
 """The distribution of each optional module, and what cannot run without it."""
-STEP_COLUMNS = ("model", "rank", "state_dtype", "optimizer", "ordinary ms", "refresh ms", "over AdamW")
+STEP_COLUMNS = (
+    "model", "rank", "state_dtype", "products", "optimizer", "ordinary ms", "floor ms", "refresh ms", "over AdamW",
+)  # fmt: skip
 MEMORY_COLUMNS = ("state MiB", "transient MiB", "peak MiB")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.common import Numbers
 from benchmarks.gpu.budget import GRACE, Budget, interrupted_after
-from benchmarks.gpu.cases import Cell, is_projected, llama_shapes, model_config, parameter_count
+from benchmarks.gpu.cases import Cell, bytes_drawn, is_projected, llama_shapes, model_config, parameter_count
 from benchmarks.gpu.contenders import (
     ADAMW,
     OFFICIAL,
@@ -44,6 +44,7 @@ class Section:
         quick: Whether to take few steps.
         rows: One record per cell and optimizer that was measured or failed.
         skipped: What was not measured, and why.
+        bytes_per_second: What a copy on the card reads and writes, once it has been measured.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Section:
     quick: bool
     rows: Numbers = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    bytes_per_second: float | None = None
 
     @property
     def left(self) -> float:
@@ -120,6 +122,7 @@ def _time_cell(section: Section, cell: Cell, prepare: Callable[[Section, Cell], 
         if contender.error:
             section.skip(f"{cell}: {contender.name}", contender.error)
         row = _row(cell, contender, dense, base)
+        row["floor ms"] = _floor_ms(section, cell, contender.name)
         section.rows.append(row)
         contender.release()
         if contender.name == OFFICIAL and contender.samples and prepared.gradients:
@@ -143,6 +146,7 @@ def _row(cell: Cell, contender: Contender, dense: float | None, base: int | None
         "model": cell.model,
         "rank": None if contender.name == ADAMW else cell.rank,
         "state_dtype": "as weights" if is_peer else cell.state_dtype,
+        "products": None if is_peer else cell.precision,
         "optimizer": contender.name,
         "ordinary ms": _scaled(ordinary, 1e3),
         "refresh ms": _scaled(refresh, 1e3),
@@ -157,6 +161,20 @@ def _row(cell: Cell, contender: Contender, dense: float | None, base: int | None
     if contender.samples and len(contender.samples[0].seconds) > 1:
         row["step ms"] = _scaled(contender.median_seconds(False, interval=1), 1e3)
     return row
+
+
+def _floor_ms(section: Section, cell: Cell, name: str) -> float | None:
+    """Return what the bytes that a step of an optimizer must read and write take on this card; None on a CPU."""
+    if section.device.type != "cuda":
+        return None
+    if section.bytes_per_second is None:
+        one, other = (torch.zeros(2**28, dtype=torch.float32, device=section.device) for _ in range(2))
+        watch = Stopwatch(section.device)
+        for _ in range(6):
+            other.copy_(one)
+            watch.mark()
+        section.bytes_per_second = 2 * one.nbytes / min(watch.seconds())
+    return 1e3 * bytes_drawn(llama_shapes(model_config(cell.model)), name == ADAMW) / section.bytes_per_second
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
