@@ -63,7 +63,7 @@ class Stack:
         found: what their method found in their gradients.
     """
 
-    found: Any
+    found: Any = None
 
     def __init__(self, matrices: Sequence[SteppedMatrix], is_here: bool) -> None:
         first = matrices[0]
@@ -99,8 +99,9 @@ class Stack:
         self.state = self._states.open()
 
     def detach(self) -> None:
-        """Release the gradients and the weights."""
+        """Release the gradients, the weights and what was found."""
         self.shard.detach()
+        self.found = None
 
     def store(self, decoded: State) -> None:
         """Keep what the step has made of the weights and of the state.

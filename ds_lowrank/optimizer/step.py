@@ -123,7 +123,7 @@ def _update(method: type[Method], stacks: Sequence[Stack]) -> Rounds[int]:
         with products_in(stack.options.matmul_precision, stack.shard.device):
             update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
         refreshes += len(stack.matrices) * stack.found.refreshed
-        del stack.found
+        stack.found = None
         stack.store(state)
     return refreshes
 

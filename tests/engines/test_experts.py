@@ -18,7 +18,8 @@ AFTER_ONE, AFTER_ALL = 1e-5, 1e-4
 """As for the other models: sums in another order, divided by Adam's small second moments."""
 AFTER_ALL_PROBED = 5e-4
 """Lorenza's probes divide a difference of two losses, with their rounding, by a radius of 1e-3, and so pass on more of
-it: up to 1.5e-4 over the seeds 0 to 12, but 1.2e-2 at one of them, where tokens may change their expert. Probes of another seed differ by 0.5."""
+it: up to 1.5e-4 over the seeds 0 to 12, but 1.2e-2 at one of them, where tokens may change their expert. Probes of
+another seed differ by 0.5."""
 
 
 def make_mixtral():

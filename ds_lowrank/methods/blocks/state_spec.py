@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -182,6 +182,11 @@ class StateStore:
             for suffix, (shape, dtype) in spec.tensors.items():
                 if out[suffix].shape[1:] != shape:  # the rank has changed
                     out[suffix] = torch.empty(len(names), *shape, dtype=dtype, device=values.device)
-            hashes = [name_hash(name, key) for name in names]
-            spec.encode(values, offsets(hashes, decoded["step"], values.device), out)
+            spec.encode(values, offsets(_hashes(tuple(names), key, values.device), decoded["step"], values.device), out)
             state |= {key + suffix: value for suffix, value in out.items()}
+
+
+@lru_cache(maxsize=256)
+def _hashes(names: tuple[str, ...], key: str, device: torch.device) -> torch.Tensor:
+    """What tells apart how the tensors under a key are rounded: one number for each matrix, int64."""
+    return torch.tensor([name_hash(name, key) for name in names], dtype=torch.int64, device=device)
