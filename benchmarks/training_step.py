@@ -3,8 +3,9 @@
 python -m benchmarks.training_step --stages 0 1 2 3
 
 All engines are in the same gloo ranks, one thread each, and take turns step by step. The rank is a quarter of the
-hidden size; LORENZA uses one two-sided probe. *ordinary* steps keep their bases; *amortised* is the mean over an
-interval of 200 steps, one of which refreshes every basis. The ratios compare amortised steps.
+hidden size; VLoRP has an eighth of that for each of eight units a row; LORENZA uses one two-sided probe. *ordinary*
+steps keep their bases; *amortised* is the mean over an interval of 200 steps, one of which refreshes every basis. The
+ratios compare amortised steps.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Numbers, interleaved, options, report
+from benchmarks.gpu.cases import method_options
 from benchmarks.ranks import engines, on_ranks
 
 MODEL = Path(__file__).parents[1] / "ds_configs/models/llama_quickstart.json"
 GAP = 200
 PARTS = ("forward", "backward", "step")
+OTHERS = ("Apollo", "VLoRP", "OnlineSubspaceDescent")
 
 
 def contenders(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
@@ -38,6 +41,9 @@ def contenders(stage: int, micro: int, ranks: int, seed: int) -> dict[str, Any]:
         "GaLore": {"type": "GaLore", "params": galore},
         "GaLore, int8": {"type": "GaLore", "params": {**galore, "state_dtype": "int8"}},
         "GradNormLoRP": {"type": "GradNormLoRP", "params": galore},
+        **{
+            name: {"type": name, "params": {"lr": 1e-3, **method_options(name, galore["rank"], GAP)}} for name in OTHERS
+        },
         "Lorenza": {"type": "Lorenza", "params": {**galore, "perturbation_radius": 0.05}},
     }
     return engines(optimizers, model, stage, micro, ranks, seed)
@@ -68,7 +74,7 @@ def time_steps(stage: int, micro: int, length: int, repeats: int, seed: int) -> 
         name: {part: median(getattr(result, f"{part}_seconds") for result in taken[2:]) for part in PARTS}
         for name, taken in results.items()
     }
-    for name in (name for name in built if name != "AdamW"):
+    for name in (name for name in built if name not in ("AdamW", "OnlineSubspaceDescent")):  # these never refresh
         found[name]["refresh"] = median(refreshing(name) for _ in range(3))
     return found
 

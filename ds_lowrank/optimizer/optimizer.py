@@ -251,8 +251,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         def proceed(magnitudes: Sequence[float]) -> bool:
             if not self._agree_all_finite(all_finite(magnitudes)):
                 return False
-            for slot, magnitude in zip(projected, magnitudes, strict=False):
-                if magnitude and not slot.perturbed and options[id(slot.group)].ascent is not None:
+            perturbs = {key for key, own in options.items() if own.ascent is not None}
+            for slot, magnitude in zip(projected, magnitudes, strict=False) if perturbs else ():
+                if magnitude and not slot.perturbed and id(slot.group) in perturbs:
                     raise RuntimeError(UNPERTURBED_GRADIENT.format(self.method.name))
             return True
 

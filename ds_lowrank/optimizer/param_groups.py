@@ -57,6 +57,7 @@ class ParameterGroups:
         self._validated: dict[int, tuple[dict[str, Any], Options]] = {}
         self._given_groups: list[tuple[dict[str, Any], list[torch.nn.Parameter]]] = []
         self._taken: set[torch.nn.Parameter] = set()
+        self._left_out: list[torch.nn.Parameter] = []
         self.param_groups: list[dict[str, Any]] = []
         self.parameters: list[list[torch.nn.Parameter]] = []
 
@@ -128,10 +129,11 @@ class ParameterGroups:
         trained = [(group, [p for p in present if p in self._taken]) for group, present in self._given_groups]
         self.param_groups = [group for group, own in trained if own]
         self.parameters = [own for _, own in trained if own]
+        self._left_out = [p for _, present in self._given_groups for p in present if p not in self._taken]
 
     def left_out(self) -> list[torch.nn.Parameter]:
         """The parameters that were frozen when their group was validated, and have not been taken since."""
-        return [p for _, present in self._given_groups for p in present if p not in self._taken]
+        return list(self._left_out)
 
     def take_unfrozen(self) -> list[torch.nn.Parameter]:
         """Take up the parameters that are no longer frozen, each at its place in its group. The groups must be plain.
