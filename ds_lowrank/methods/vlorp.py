@@ -17,7 +17,6 @@ ProjFactor divides it by the root of a second moment that is kept in the origina
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -198,28 +197,21 @@ def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, found: P
     if not inside:
         row_shares, column_squares = row_shares.sqrt(), column_squares.sqrt()
 
-    def root(piece: Piece) -> torch.Tensor:
+    def root(by_row: torch.Tensor, by_column: torch.Tensor) -> torch.Tensor:
         """``sqrt(v) + eps`` or ``sqrt(v + eps)`` with ``v = v_row v_col / sum v_row``."""
-        by_row, by_column = (
-            along(shard, axis, piece, numbers)
-            for axis, numbers in ((shard.rows, row_shares), (shard.columns, column_squares))
-        )
         found = torch.addcmul(eps, by_row, by_column)
         return found.sqrt_() if inside else found
 
-    def by_matrix() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """``M P^T`` and ``sqrt(v) + eps`` of one matrix after the other."""
-        lifted = units.lifted_singles(moment, projection)
-        assert lifted is not None
-        for numerator, by_row, by_column in zip(lifted, row_shares, column_squares.mT, strict=True):
-            found = torch.addcmul(eps, by_row, by_column)
-            yield numerator, found.sqrt_() if inside else found
+    def root_at(piece: Piece) -> torch.Tensor:
+        return root(along(shard, shard.rows, piece, row_shares), along(shard, shard.columns, piece, column_squares))
 
-    singles = units.lifted_singles(moment, projection) is not None
+    singles = units.lifted_singles(moment, projection)
+    roots = map(root, row_shares, column_squares.mT)
     second = 1 - beta2 ** (state["step"] + 1)
     correction = (second if options.bias_correction == "linear" else second**0.5) / (1 - beta1 ** age(options, state))
     lifted = partial(units.lift, moment, projection)
-    return Quotient(lifted, root, correction, by_matrix if singles else None)  # M P^T / (sqrt(v) + eps)
+    by_matrix = None if singles is None else zip(singles, roots, strict=True)
+    return Quotient(lifted, root_at, correction, by_matrix)  # M P^T / (sqrt(v) + eps)
 
 
 def in_subspace(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:

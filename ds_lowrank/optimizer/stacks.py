@@ -51,29 +51,26 @@ class Stacks:
             self._remembered[key] = Remembered(_families(matrices), matrices)
         return self._remembered[key].form(self.method)
 
-    def split(self, stack: Stack, found: ProjectedGradient, begun: Sequence[bool]) -> list[Stack]:
+    def split(self, stack: Stack) -> list[Stack]:
         """Cut a stack where what was found tells its matrices apart.
 
         Args:
-            stack: attached.
-            found: in the gradients of its matrices, with their magnitudes.
-            begun: for each matrix, whether it is to be updated at all.
+            stack: attached, with what was found in the gradients of its matrices, and their magnitudes.
 
         Returns:
             Attached stacks of the matrices that are to be updated, with what was found for them.
         """
-        assert found.magnitudes is not None
-        is_zero = (found.magnitudes == 0).tolist()
-        apart = found.tells_apart or [None] * len(begun)
+        found: ProjectedGradient = stack.found
+        magnitudes = found.host_magnitudes
+        apart = found.tells_apart or [None] * len(magnitudes)
         classes: dict[tuple[bool, Hashable], list[int]] = {}
-        for i, goes_on in enumerate(begun):
-            if goes_on:
-                classes.setdefault((is_zero[i], apart[i]), []).append(i)
-        stack.found = found
+        for i, magnitude in enumerate(magnitudes):
+            if stack.has_begun or magnitude > 0:
+                classes.setdefault((magnitude == 0, apart[i]), []).append(i)
         parts = []
         for (zero, _), positions in classes.items():
             part = stack
-            if len(positions) < len(begun):
+            if len(positions) < len(magnitudes):
                 part = Stack([stack.matrices[i] for i in positions], stack.is_here)
                 part.attach()
                 part.found = found.at(positions)

@@ -87,7 +87,7 @@ def step_matrices(
             return StepReport(skipped=True)
         refreshes = 0
         for bucket in buckets:
-            refreshes += yield from _update(method, _going_on(stacks, bucket, by_matrix))
+            refreshes += yield from _update(method, _going_on(stacks, bucket))
         return StepReport(False, refreshes, tuple(others_found))
     finally:
         for bucket in buckets:
@@ -95,16 +95,12 @@ def step_matrices(
                 stack.detach()
 
 
-def _going_on(stacks: Stacks, bucket: Sequence[Stack], magnitudes: dict[int, float]) -> list[Stack]:
+def _going_on(stacks: Stacks, bucket: Sequence[Stack]) -> list[Stack]:
     """The stacks of a bucket that are updated, cut where what was found tells their matrices apart."""
     parts = []
     for stack in bucket:
-        own = [magnitudes[matrix.member.number] for matrix in stack.matrices]
-        if all(own) and not stack.found.tells_apart:
-            parts.append(stack)
-            continue
-        begun = [stack.has_begun or magnitude > 0 for magnitude in own]
-        parts += stacks.split(stack, stack.found, begun)
+        is_whole = all(stack.found.host_magnitudes) and not stack.found.tells_apart
+        parts += [stack] if is_whole else stacks.split(stack)
     return parts
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,22 @@ class Update(ABC):
             lr: the effective learning rate of this step.
             decay: the decoupled weight decay of this step, ``lr * weight_decay``.
         """
+
+
+@contextmanager
+def decayed(weights: torch.Tensor, decay: float) -> Iterator[torch.Tensor]:
+    """Change weights in fp32, after their decay, and round them once.
+
+    Args:
+        weights: any floating dtype, changed in place.
+        decay: the share of them that is taken away.
+    """
+    fp32 = weights.float()
+    if decay:
+        fp32.mul_(1 - decay)
+    yield fp32
+    if fp32 is not weights:
+        weights.copy_(fp32)
 
 
 @dataclass(frozen=True)
@@ -113,12 +130,8 @@ class ScaledGradient(Update):
             factors = along(shard, shard.kept, weights, self.factors)
             scales = self.scales[weights.matrices]
             for w, g, factor, scale in zip(weights.values, gradient.values, factors, scales, strict=True):
-                fp32 = w.float()
-                if decay:
-                    fp32.mul_(1 - decay)
-                fp32.addcmul_(g.float(), factor, value=-lr * scale)
-                if fp32 is not w:
-                    w.copy_(fp32)
+                with decayed(w, decay) as fp32:
+                    fp32.addcmul_(g.float(), factor, value=-lr * scale)
 
 
 @dataclass(frozen=True)
@@ -137,12 +150,8 @@ class Dense(Update):
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
         """For each piece: compute the update, decay the weights and subtract it from them."""
         for piece in shard.weights.dense_pieces:
-            fp32 = piece.values.float()
-            if decay:
-                fp32.mul_(1 - decay)
-            fp32.sub_(self.make(piece), alpha=lr * self.scale)
-            if fp32 is not piece.values:
-                piece.values.copy_(fp32)
+            with decayed(piece.values, decay) as fp32:
+                fp32.sub_(self.make(piece), alpha=lr * self.scale)
 
     def dense(self, shard: MatrixShard, piece: Piece) -> torch.Tensor:
         """The update, scale included, where a piece is: matrices x rows x columns, fp32."""
@@ -158,29 +167,25 @@ class Quotient(Update):
             each piece, when that is written, so that little is dense at a time.
         denominator: likewise.
         scale: factor on the update.
-        by_matrix: both, matrix by matrix, where every matrix is in one place; None where they are not.
+        by_matrix: computes both, matrix by matrix, where every matrix is in one place; None where they are not.
     """
 
     numerator: Callable[[Piece], torch.Tensor]
     denominator: Callable[[Piece], torch.Tensor]
     scale: float
-    by_matrix: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    by_matrix: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
         """For each piece: decay the weights and subtract the quotient from them."""
         if self.by_matrix is not None and (singles := shard.weights.singles) is not None:
             if decay:
                 torch._foreach_mul_(singles, 1 - decay)
-            for weight, (numerator, denominator) in zip(singles, self.by_matrix(), strict=True):
+            for weight, (numerator, denominator) in zip(singles, self.by_matrix, strict=True):
                 weight.addcdiv_(numerator, denominator, value=-lr * self.scale)
             return
         for piece in shard.weights.dense_pieces:
-            fp32 = piece.values.float()
-            if decay:
-                fp32.mul_(1 - decay)
-            fp32.addcdiv_(self.numerator(piece), self.denominator(piece), value=-lr * self.scale)
-            if fp32 is not piece.values:
-                piece.values.copy_(fp32)
+            with decayed(piece.values, decay) as fp32:
+                fp32.addcdiv_(self.numerator(piece), self.denominator(piece), value=-lr * self.scale)
 
 
 @dataclass(frozen=True)
