@@ -10,7 +10,7 @@ JOBS ?= 2
 FINETUNED ?= runs/finetuned
 EPOCHS ?= 2
 GPU_OUTPUT ?= runs/gpu
-EXTRAS := train,finetune,megatron,dev
+EXTRAS := train,finetune,huggingface,evaluate,megatron,docs,dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
