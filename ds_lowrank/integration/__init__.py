@@ -6,6 +6,8 @@ What we change on objects that are not ours, all of it, and where. Importing the
 what                                               why, and who does it
 =================================================  ====================================================================
 ``torch.optim.<method>``                           DeepSpeed looks unknown names up there: ``register``, when called
+``deepspeed.initialize``                           so that the Trainer and accelerate call ours, which checks and
+                                                   passes on what is not for it: ``register``, when called
 ``ZERO_SUPPORTED_OPTIMIZERS`` of DeepSpeed         the list of what ZeRO may wrap: ``register`` and ``initialize``
 ``engine.clip_fp32_gradients``,                    fp32 at ZeRO 0 on a grid: DeepSpeed 0.19.8 leaves shards out of the
 ``engine.gradient_clipping``                       norm: ``clipping.repair_clipping``, on engines of ``initialize``

@@ -18,7 +18,8 @@ from ds_lowrank.integration.check_model import check_model, model_parallel_unit
 from ds_lowrank.integration.ds_config.read import without_comments
 from ds_lowrank.integration.ds_config.values import autotp_size, section
 from ds_lowrank.integration.mpu import as_mpu, check_grid
-from ds_lowrank.integration.register import allow_under_zero
+from ds_lowrank.integration.replaced import check_not_replaced, check_trainer
+from ds_lowrank.integration.stock import allow_under_zero, stock_initialize
 from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
@@ -77,8 +78,6 @@ def initialize(
         ConfigError: the configuration is invalid or not supported; the message says what to change. Raised on every
             rank, before anything is built.
     """
-    import deepspeed
-
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
@@ -89,11 +88,15 @@ def initialize(
         raise ConfigError(f"optimizer.type: {name!r} is not a method; did you mean {meant!r}?")
     low_rank = (optimizer is None and name in OPTIMIZERS) or isinstance(optimizer, LowRankOptimizer)
     mpu = as_mpu(mpu)
-    if low_rank:
+    if not low_rank:
+        check_not_replaced(() if model is None else model.parameters(), optimizer, name)
+    else:
+        if optimizer is None:
+            check_trainer(str(name))
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         check_mesh(mesh_param)  # before the model gets adapters
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
-    engine, wrapped, loader, scheduler = deepspeed.initialize(
+    engine, wrapped, loader, scheduler = stock_initialize()(
         args=without_path(args),
         model=model,
         optimizer=optimizer,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
 from ds_lowrank.collectives import raise_on_all_ranks
+from ds_lowrank.environment.huggingface import check_optimizer_is_kept
 from ds_lowrank.errors import MISSES_SHARDS, ConfigError
 from ds_lowrank.methods.base import Method, Options, PerturbingMethod
 from ds_lowrank.optimizer.adamw import adamw_step
@@ -28,6 +30,7 @@ from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
 from ds_lowrank.optimizer.step import all_finite, step_matrices
 from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
+from ds_lowrank.optimizer.waiting import mark_waiting
 from ds_lowrank.placement.averaging import check_averaging
 from ds_lowrank.placement.grid import Grid, initialized_grid, joined
 from ds_lowrank.placement.parameter_names import tag_parameters
@@ -89,11 +92,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._perturbation: Perturbation | None = None
         self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
         parsed = parse_options(self.method, options)
+        check_optimizer_is_kept(self.method.name)
         if isinstance(params, torch.nn.Module):
             tag_parameters(params)
             params = list(params.parameters())
         super().__init__(params, parsed.model_dump())
         self._groups.check(parsed)
+        mark_waiting(chain.from_iterable(self._groups.parameters), self.method.name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group. This is possible only before the first step.
@@ -174,6 +179,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for slot in slots:
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
+        mark_waiting(chain.from_iterable(self._groups.parameters), None)
         log_roles(f"{self.method.name} on {self.wrapper}", slots, self._executor, self.grid, self._is_local)
 
     @property

@@ -75,7 +75,7 @@ def test_register_recognizes_autotps_layers():
 
 
 def with_stock_initialize():
-    import deepspeed
+    from deepspeed import initialize
 
     import ds_lowrank
 
@@ -83,7 +83,7 @@ def with_stock_initialize():
     model, settings = dense_model(), settings_of(Grid(2, 2, 1, 1), tensor_parallel={"autotp_size": 2})
     del settings["train_batch_size"]
     ds_lowrank.tag_parameters(model)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=settings)
     return train_and_gather(engine, range(2))
 
 

@@ -116,34 +116,42 @@ def test_a_callers_groups_keep_their_lr_and_weight_decay(stage, schedule, client
         assert result["decays"] == [0.1, 0.0, 0.0]
 
 
-def train_registered(settings, steps, tagged):
+def train_registered(settings, steps, stock, tagged):
     import deepspeed
 
     import ds_lowrank
 
+    initialize = deepspeed.initialize  # as ``from deepspeed import initialize`` at the top of a script
     ds_lowrank.register()
     ds_lowrank.register()
     model = make_model()
     if tagged:
         ds_lowrank.tag_parameters(model)
-    engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=model.parameters())
+    initialize = initialize if stock else deepspeed.initialize
+    engine, *_ = initialize(model=model, config=settings, model_parameters=model.parameters())
     for step in range(steps):
         train_step(engine, step)
     return full_weights(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_stock_initialize_works_after_register(stage):
+@pytest.mark.parametrize(("stage", "stock"), [(0, True), (2, False), (2, True), (3, True)])
+def test_deepspeeds_initialize_works_after_register(stage, stock):
     oracle = Oracle()
     for step in range(STEPS):
         oracle.step(step)
-    for weights in run_ranks(2, train_registered, config(stage, 2), STEPS, True):
+    for weights in run_ranks(2, train_registered, config(stage, 2), STEPS, stock, stock):
         assert max_relative_difference(weights, oracle.weights()) < 1e-4
 
 
-def test_register_without_tags_refuses_and_says_what_to_call():
+def test_what_was_imported_before_register_needs_tags_and_says_what_to_call():
     with pytest.raises(AssertionError, match=r"rank 0: .*(?s:.)*tag_parameters\(model\) first(?s:.)*rank 1: "):
-        run_ranks(2, train_registered, config(2, 2), 1, False)
+        run_ranks(2, train_registered, config(2, 2), 1, True, False)
+
+
+def test_after_register_an_unsupported_configuration_is_refused_on_every_rank():
+    with pytest.raises(AssertionError, match=r"rank 0: .*(?s:.)*offload_optimizer is not supported(?s:.)*rank 1: "):
+        settings = config(2, 2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+        run_ranks(2, train_registered, settings, 1, False, False)
 
 
 def train_scenario(settings, steps):

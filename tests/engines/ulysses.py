@@ -29,12 +29,12 @@ def start(
     Args:
         settings: the DeepSpeed configuration.
         size: ranks of a sequence group.
-        stock: by stock ``deepspeed.initialize`` after ``register()``.
+        stock: by DeepSpeed's own ``initialize``, after ``register()``.
         megatron: with a unit like that of Megatron-DeepSpeed instead of ``parallel_state_sp``.
         zero_init: build the model under ``zero.Init``.
     """
-    import deepspeed
     import torch.distributed as dist
+    from deepspeed import initialize
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     import ds_lowrank
@@ -62,7 +62,7 @@ def start(
         return ds_lowrank.initialize(model=model, config=settings, mpu=mpu)[0]
     ds_lowrank.register()
     ds_lowrank.tag_parameters(model)
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings, mpu=mpu)[0]
+    return initialize(model=model, model_parameters=model.parameters(), config=settings, mpu=mpu)[0]
 
 
 class Unit:

@@ -158,13 +158,13 @@ def roles(optimizer):
 
 
 def roles_through_deepspeed(which):
-    import deepspeed
+    from deepspeed import initialize
 
     engine, *_ = ds_lowrank.initialize(model=MODELS[which](), config=CONFIG)
     ds_lowrank.register()
     model = MODELS[which]()
     tag_parameters(model)
-    stock, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
+    stock, *_ = initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
     return roles(engine.basic_optimizer), roles(stock.basic_optimizer)
 
 

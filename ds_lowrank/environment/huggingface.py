@@ -1,0 +1,77 @@
+"""What the Hugging Face Trainer and accelerate are set up to do in this process; neither is imported for it.
+
+Both may replace an optimizer that they were given by another one, without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from ds_lowrank.errors import ConfigError
+
+logger = logging.getLogger("ds_lowrank")
+
+HOW_TO_NAME_ONE = (
+    "name it as optimizer.type in the DeepSpeed configuration, or pass "
+    "optimizer_cls_and_kwargs=(lambda: ds_lowrank.{0}, {{...}}) to the Trainer"
+)
+
+
+def calling_trainer() -> Any | None:
+    """The transformers ``Trainer`` of which a method is running further up the stack; None if there is none."""
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return None
+    kind: type[Any] = module.Trainer
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def accelerates_config() -> Mapping[str, Any]:
+    """The DeepSpeed configuration that accelerate has been given; empty if it has none."""
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is None or not state._shared_state.get("deepspeed_plugins"):
+        return {}
+    config: Mapping[str, Any] = state().deepspeed_plugin.deepspeed_config
+    return config
+
+
+def trainers_config() -> Mapping[str, Any]:
+    """The DeepSpeed configuration of ``TrainingArguments`` that are alive; empty if there are none."""
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    found = module.deepspeed_config() if module is not None else None
+    return found or {}
+
+
+def check_optimizer_is_kept(method: str) -> None:
+    """Refuse to build an optimizer that accelerate would replace; warn if the Trainer would.
+
+    Args:
+        method: the optimizer's.
+
+    Raises:
+        ConfigError: accelerate would build DeepSpeed's CPU Adam in its place.
+    """
+    config = accelerates_config()
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer is set, so accelerate would train with DeepSpeed's CPU Adam in the "
+            f"place of {method}: remove it (offload is not supported), or use ZeRO 2 or 3 on more ranks"
+        )
+    if trainers_config() and calling_trainer() is None:
+        logger.warning(
+            "%s was built while TrainingArguments have a DeepSpeed configuration: Trainer(optimizers=...) would drop "
+            "it and train with AdamW. Instead %s",
+            method,
+            HOW_TO_NAME_ONE.format(method),
+        )
