@@ -13,6 +13,7 @@ from ds_lowrank.integration.initialize import initialize
 from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
+from ds_lowrank.integration.trainer import ForwardBackwardMixin
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -36,6 +37,7 @@ __all__ = [
     "Apollo",
     "CheckpointError",
     "ConfigError",
+    "ForwardBackwardMixin",
     "GaLore",
     "GradNormLoRP",
     "Lorenza",

@@ -19,6 +19,10 @@ HOW_TO_NAME_ONE = (
     "name it as optimizer.type in the DeepSpeed configuration, or pass "
     "optimizer_cls_and_kwargs=(lambda: ds_lowrank.{0}, {{...}}) to the Trainer"
 )
+DROPPED = (
+    "%s was built while TrainingArguments have a DeepSpeed configuration: Trainer(optimizers=...) would drop it and "
+    "train with AdamW. Instead %s"
+)
 
 
 def calling_trainer() -> Any | None:
@@ -36,20 +40,20 @@ def calling_trainer() -> Any | None:
     return None
 
 
-def accelerates_config() -> Mapping[str, Any]:
-    """The DeepSpeed configuration that accelerate has been given; empty if it has none."""
+def accelerates_config() -> Mapping[str, Any] | None:
+    """The DeepSpeed configuration of the ``Accelerator`` of this process; None if there is no such thing yet."""
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
     if state is None or not state._shared_state.get("deepspeed_plugins"):
-        return {}
+        return None
     config: Mapping[str, Any] = state().deepspeed_plugin.deepspeed_config
     return config
 
 
-def trainers_config() -> Mapping[str, Any]:
-    """The DeepSpeed configuration of ``TrainingArguments`` that are alive; empty if there are none."""
+def transformers_config() -> Mapping[str, Any] | None:
+    """The DeepSpeed configuration that transformers has been given, by ``TrainingArguments`` for example, or None."""
     module = sys.modules.get("transformers.integrations.deepspeed")
-    found = module.deepspeed_config() if module is not None else None
-    return found or {}
+    config: Mapping[str, Any] | None = None if module is None else module.deepspeed_config()
+    return config
 
 
 def check_optimizer_is_kept(method: str) -> None:
@@ -62,16 +66,14 @@ def check_optimizer_is_kept(method: str) -> None:
         ConfigError: accelerate would build DeepSpeed's CPU Adam in its place.
     """
     config = accelerates_config()
+    if config is None:
+        # A Trainer makes its Accelerator, so who builds an optimizer before that is likely to pass it to a Trainer.
+        if "optimizer" not in (transformers_config() or {"optimizer": None}):
+            logger.warning(DROPPED, method, HOW_TO_NAME_ONE.format(method))
+        return
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ConfigError(
-            f"zero_optimization.offload_optimizer is set, so accelerate would train with DeepSpeed's CPU Adam in the "
+            "zero_optimization.offload_optimizer is set, so accelerate would train with DeepSpeed's CPU Adam in the "
             f"place of {method}: remove it (offload is not supported), or use ZeRO 2 or 3 on more ranks"
-        )
-    if trainers_config() and calling_trainer() is None:
-        logger.warning(
-            "%s was built while TrainingArguments have a DeepSpeed configuration: Trainer(optimizers=...) would drop "
-            "it and train with AdamW. Instead %s",
-            method,
-            HOW_TO_NAME_ONE.format(method),
         )

@@ -40,7 +40,8 @@ from ds_lowrank.sharding.reduce import Distributed, Executor, Rounds, SingleProc
 UNPERTURBED_GRADIENT = (
     "{} takes its gradient where the loss is higher than at the weights, and this one was taken at the weights: call "
     "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), with a "
-    "PipelineEngine ds_lowrank.train_batch(engine, batches), or set perturbation_radius to 0"
+    "PipelineEngine ds_lowrank.train_batch(engine, batches), in a Hugging Face Trainer use "
+    "ds_lowrank.ForwardBackwardMixin, or set perturbation_radius to 0"
 )
 
 

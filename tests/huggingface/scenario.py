@@ -42,9 +42,10 @@ def micro_batches(step: int, rank: int, ranks: int, gas: int) -> list[torch.Tens
 
 
 def arguments(folder: Path, stage: int, ranks: int, gas: int = 1, **options: Any) -> Any:
-    """``TrainingArguments`` of the scenario."""
+    """``TrainingArguments`` of the scenario, or of another ``kind``."""
     from transformers import TrainingArguments
 
+    kind = options.pop("kind", TrainingArguments)
     config = options.pop("deepspeed", None) or hf_config(stage)
     settings: dict[str, Any] = {
         "output_dir": str(folder),
@@ -65,7 +66,7 @@ def arguments(folder: Path, stage: int, ranks: int, gas: int = 1, **options: Any
         "use_cpu": not torch.cuda.is_available(),
         "deepspeed": config,
     }
-    return TrainingArguments(**settings | options)
+    return kind(**settings | options)
 
 
 def train_with_trainer(folder: Path, stage: int, gas: int = 1, **options: Any) -> dict[str, Any]:
@@ -110,3 +111,9 @@ def own_config(stage: int, ranks: int, gas: int = 1, **changes: Any) -> dict[str
     from tests.engines.scenario import config
 
     return config(stage, ranks, gas=gas, clip=0.5, params={"lr": LR}, **changes)
+
+
+def max_difference(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a parameter."""
+    assert weights.keys() == expected.keys()
+    return max(float((weights[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
