@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from ds_lowrank.commands import doctor
+from ds_lowrank.commands import doctor, run
 
-COMMANDS = {"doctor": doctor}
+COMMANDS = {"doctor": doctor, "run": run}
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
     python examples/register_with_stock_deepspeed.py
     deepspeed --num_gpus 2 examples/register_with_stock_deepspeed.py    # prints the same losses
 
-``register`` makes the method names known as ``optimizer.type``, and ``tag_parameters`` keeps the parameters' names,
-which ZeRO loses. The loop is DeepSpeed's usual one. Runs on a CPU in seconds. Needs ``pip install ".[train]"``.
+``register`` makes the method names known as ``optimizer.type``. The loop is DeepSpeed's usual one. Runs on a CPU in
+seconds. Needs ``pip install ".[train]"``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def train(steps: int = 100) -> torch.nn.Module:
     """Train, print the mean loss over all ranks, and return the model."""
     ds_lowrank.register()
     model = make_model()
-    ds_lowrank.tag_parameters(model)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for step in range(steps):

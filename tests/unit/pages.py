@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = (
     *("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication"),
     "clusters",
+    "huggingface",
 )
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
 

@@ -26,6 +26,8 @@ Weights = dict[str, torch.Tensor]
 
 UNDER_DEEPSPEED = ["own_loop", "register_with_stock_deepspeed", "parameter_groups", "lorenza", "grid_two_by_one"]
 ONE_PROCESS = ["without_deepspeed", "adapters_merge"]
+HUGGING_FACE = ["hf_trainer", "accelerate_loop", "trl_sft"]
+"""Tested in tests/huggingface."""
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
@@ -190,6 +192,6 @@ def test_the_commands_print_the_losses():
 
 
 def test_every_example_is_tested_and_says_how_to_start_it():
-    assert sorted(UNDER_DEEPSPEED + ONE_PROCESS) == EXAMPLES
+    assert sorted(UNDER_DEEPSPEED + ONE_PROCESS + HUGGING_FACE) == EXAMPLES
     for name in EXAMPLES:
         assert f"examples/{name}.py" in (ROOT / "examples" / f"{name}.py").read_text().split('"""')[1], name
