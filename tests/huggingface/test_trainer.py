@@ -155,6 +155,32 @@ def test_the_factors_of_pefts_adapters_are_trained_as_by_our_own_engine(tmp_path
     assert all(weight.any() for weight in got.values())  # B starts at zero
 
 
+def train_pretrained(folder, stage):
+    """Ten steps of a model that ``from_pretrained`` loads, at ZeRO 3 into partitions; whether it did so."""
+    import torch.distributed as dist
+    from transformers import LlamaForCausalLM, Trainer
+
+    import ds_lowrank
+    from tests.engines.scenario import full_weights
+
+    ds_lowrank.register()
+    own = arguments(folder, stage, dist.get_world_size())
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    is_partitioned = all(hasattr(parameter, "ds_shape") for parameter in model.parameters())
+    trainer = Trainer(model=model, args=own, train_dataset=Rows(STEPS))
+    trainer.train()
+    return is_partitioned, full_weights(trainer.model_wrapped)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_that_from_pretrained_has_loaded_takes_the_same_steps(tmp_path, stage):
+    make_model().save_pretrained(tmp_path / "model")
+    own = run_ranks(2, train_with_own_engine, own_config(stage, 2))
+    for is_partitioned, weights in run_ranks(2, train_pretrained, tmp_path, stage):
+        assert is_partitioned == (stage == 3)
+        assert max_difference(weights, own[0]["weights"]) == 0
+
+
 def test_the_shipped_configurations_are_galores_with_auto_values():
     for stage in (2, 3):
         config = json.loads((arguments.__globals__["CONFIGS"] / f"hf_galore_zero{stage}.json").read_text())
