@@ -1,0 +1,32 @@
+"""Stands in for launch/pretrain.py where only its start and its end matter: it ends on SIGTERM, and starts at once.
+
+program.py WHAT FOLDER: every rank reports its environment in FOLDER/START-RANK.json; WHAT is ``fail`` or ``wait``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NODEID")
+    report = {"arguments": sys.argv[1:], **{name: int(os.environ[name]) for name in names}}
+    part = folder / f"{os.environ['RANK']}.part"
+    part.write_text(json.dumps(report))
+    part.rename(folder / f"{os.environ.get('SLURM_RESTART_COUNT', 0)}-{report['RANK']}.json")
+    if what == "fail":
+        sys.exit(7)
+    while not asked:
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
