@@ -32,12 +32,12 @@ def test_a_preempted_job_comes_back_and_ends_as_if_nothing_had_been(cluster: Clu
 
     job = cluster.submit("--nodes=2", arguments=workspace.arguments("preempted", steps=STEPS))
     metrics = tmp_path / "preempted" / "metrics.jsonl"
-    cluster.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, 120, job)
+    cluster.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, 240, job)
     urgent = cluster.run("sbatch", "--parsable", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
     cluster.wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, job)
     at_stop = metrics.read_text().count("\n")
     assert 1 < at_stop < STEPS, "the job was stopped after its last step: the test tests nothing"
-    ended = cluster.wait_for_end(job, 180)
+    ended = cluster.wait_for_end(job, 300)
 
     log = cluster.logs(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
@@ -66,9 +66,9 @@ def test_each_gpu_has_a_rank_and_a_job_that_fails_is_not_requeued(cluster: Clust
 
 
 def test_a_job_that_is_asked_before_its_ranks_exist_comes_back_and_one_that_is_cancelled_does_not(cluster, tmp_path):
-    job = cluster.submit("--nodes=2", arguments=["wait", str(tmp_path)], PROGRAM=PROGRAM)
-    torchrun_logs = cluster.work / f"slurm-{job}.log"
-    cluster.wait_for(lambda: torchrun_logs.exists() and "ranks meet" in torchrun_logs.read_text(), 30, job)
+    hasty = {"PROGRAM": PROGRAM, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}  # seconds, if torchrun minded the signal
+    job = cluster.submit("--nodes=2", arguments=["wait", str(tmp_path)], **hasty)
+    cluster.wait_for(lambda: "ranks meet" in cluster.logs(job), 30, job)
     time.sleep(0.5)  # torchrun is importing torch
     assert not reports(tmp_path, 0)
     cluster.run("scancel", "--signal=TERM", job)
@@ -79,3 +79,4 @@ def test_a_job_that_is_asked_before_its_ranks_exist_comes_back_and_one_that_is_c
     ended = cluster.wait_for_end(job, 60)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1"), cluster.logs(job)
     assert "stopped: Slurm has ended the job" in cluster.logs(job)
+    assert len(list(tmp_path.glob("1-*.saved"))) == 2, "the ranks were ended before they had saved"

@@ -20,7 +20,7 @@ from tests.unit.pages import PAGES, ROOT, rows
 COMMANDS = {
     "srun": 'printf "%s\\n" "$@" > "$CALLS/srun"; env > "$CALLS/environment"; eval "${WAITS:-}"; exit ${SRUN_CODE:-0}',
     "scancel": 'echo "$@" >> "$CALLS/scancel"',
-    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [[ $1 != show ]] || printf "node7\\nnode8\\n"',
+    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [[ $1 != show ]] || printf "node7\\nnode8\\n"; exit ${CODE:-0}',
     "getent": "[[ $1 == ahosts && $2 != nowhere ]]",
     "squeue": 'echo "${STATE-RUNNING}"',
 }
@@ -134,6 +134,11 @@ def test_a_job_that_was_asked_to_stop_is_requeued_so_often(run, variables, reque
     job = run(SRUN_CODE="143", **variables)
     assert said in job.log and job.code == 143
     assert ("requeue 54321" in job.scontrol) == requeued
+
+
+def test_a_job_that_cannot_be_requeued_says_so(run):
+    job = run(SRUN_CODE="143", CODE="1")
+    assert "error: it cannot be requeued here; the same command continues the run" in job.log and job.code == 143
 
 
 @pytest.mark.parametrize("code", [1, 2, 137])
