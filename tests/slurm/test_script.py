@@ -95,7 +95,8 @@ def test_in_a_container(run, tmp_path):
 
 def test_in_a_container_with_folders_of_its_own(run):
     folders = {"CONTAINER_MOUNTS": "/data:/data:ro,/runs:/runs", "CONTAINER_WORKDIR": "/workspace"}
-    job = run(CONTAINER_IMAGE="registry#image:tag", **folders)
+    job = run(CONTAINER_IMAGE="registry#image:tag", PROGRAM="only/in_the_image.py", **folders)
+    assert job.srun[-2:] == ["only/in_the_image.py", "--resume"]
     assert "--container-mounts=/data:/data:ro,/runs:/runs" in job.srun
     assert "--container-workdir=/workspace" in job.srun
 
