@@ -171,6 +171,10 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--simulated",
         "--basis-placement",
     }
+    of_slurm = "partition account cpus-per-task mem full me format jobid overlap nodelist pty container-image"
+    of_slurm += " container-mounts container-workdir no-container-mount-home"
+    of_others = "shutdown-timeout dry-run follow selector max-log-requests output pid prefix"
+    elsewhere |= {f"--{name}" for name in f"{of_slurm} {of_others}".split()}
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, page
