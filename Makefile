@@ -14,7 +14,7 @@ EXTRAS := train,finetune,huggingface,evaluate,megatron,docs,dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain finetune quick test lint format gpu environment constraints clean
+.PHONY: help pretrain finetune quick test lint format docs gpu environment constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: environment ## ruff, mypy and codespell
 format: environment ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: environment ## the pages and the API reference as a site, every internal link checked, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gpu: environment ## measure on the GPUs of this machine, into GPU_OUTPUT=runs/gpu
 	$(BIN)/python -m benchmarks.gpu --output $(GPU_OUTPUT)

@@ -55,7 +55,9 @@ class GradNormLoRPOptions(GaLoreOptions):
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*GaLoreOptions.fixed_on_resume, "parametrization", "norm_axis")
 
     update_proj_gap: int = Field(250, gt=0, strict=True)
+    """T, in optimizer steps."""
     parametrization: Literal["full", "adapter"] = "full"
+    """The weight itself as magnitude and direction, or adapters on a frozen weight."""
     norm_axis: Literal["output", "input"] = "output"
     """What has a magnitude: each output unit, a row of ``torch.nn.Linear``'s weight, or each input unit, a column."""
     adapter_rank: int = Field(8, gt=0, strict=True)

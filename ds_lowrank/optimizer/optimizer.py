@@ -82,6 +82,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     method: ClassVar[type[Method]]
+    wrapper: str
+    grid: Grid
 
     def __init__(self, params: torch.nn.Module | Iterable[Any], *, grid: Grid | None = None, **options: Any) -> None:
         self._given_grid = grid

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import ds_lowrank
+from benchmarks.memory import CASES, measure
 from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.options import Options
@@ -321,6 +322,18 @@ def import_rows() -> list[tuple[str, str]]:
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         check_link(ROOT / "docs" / f"{page}.md", target)
+
+
+def test_the_memory_of_a_choice_is_as_computed():
+    numbers = json.loads((ROOT / "docs/measured/memory.json").read_text())["numbers"]
+    assert rows("choosing", "## Memory") == [[str(value) for value in row.values()] for row in numbers]
+    case = CASES[0]
+    assert measure(case) == numbers[0]
+    named = {
+        cell.strip("`") for row in rows("choosing", "# Choosing") for cell in re.findall(r"`[\w/]+\.json`", row[3])
+    }
+    assert named
+    assert all((ROOT / "ds_configs" / name).is_file() for name in named)
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/results.md", "ds_configs/README.md"])

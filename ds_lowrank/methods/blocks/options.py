@@ -27,9 +27,13 @@ class Options(BaseModel):
     """The keys that decide what the numbers in the state mean: a run can only be resumed with the same values."""
 
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
+    """The learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's, of projected matrices and of the other parameters; each in [0, 1)."""
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Decoupled, as in AdamW, of every parameter of the group."""
     lr_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the group's ``lr``; survives a scheduler that writes one ``lr`` into every group."""
     proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
@@ -37,6 +41,7 @@ class Options(BaseModel):
     target_modules: tuple[str, ...] | None = None
     """Globs on parameter names. None: every matrix except embeddings and the output head."""
     exclude_modules: tuple[str, ...] = ()
+    """Globs on parameter names that are not projected, also if ``target_modules`` matches them."""
     tensor_parallel_projection: Literal["logical", "local"] = "logical"
     """What is projected if tensor parallelism splits a matrix: the logical matrix, or each rank's shard on its own. The
     second is another algorithm at every tensor-parallel degree, and exchanges nothing between these ranks."""
@@ -46,6 +51,7 @@ class Options(BaseModel):
     """In which precision a card multiplies with gradients and weights: ``fp32``, or ``tf32``, which is several times as
     fast and keeps 10 bits of each factor. None leaves it to ``torch.set_float32_matmul_precision``."""
     seed: int = Field(0, ge=0)
+    """Of random sketches and projections."""
 
     @field_validator("*", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ class SubspaceOptions(Options):
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "inner")
 
     rank: int = Field(128, gt=0, strict=True)
+    """Columns of the basis, r; at most the smaller dimension of a matrix."""
     scale: float = Field(0.25, ge=0, allow_inf_nan=False)
     """The paper's alpha: multiplies the update of a projected matrix, not its weight decay."""
     inner: InnerOptimizerName = "adamw"
