@@ -14,6 +14,7 @@ PUBLISHED = (
     "LICENSE",
     "docs/**/*",
     "ds_configs/**/*",
+    "examples/*.[pyj]*",
     "launch/**/*",
     "tests/README.md",
     "benchmarks/README.md",
