@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.environment.huggingface import HOW_TO_NAME_ONE, calling_trainer
+from ds_lowrank.environment.huggingface import HOW_TO_NAME_ONE, accelerates_config, calling_trainer
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.waiting import waiting_optimizer
 
@@ -41,7 +41,7 @@ def check_trainer(method: str) -> None:
 
 
 def check_not_replaced(parameters: Iterable[torch.nn.Parameter], optimizer: Any, named: str | None) -> None:
-    """Refuse to train with another optimizer while one of this package waits for its first step.
+    """Refuse that the Trainer or accelerate trains with another optimizer while one of this package waits.
 
     Args:
         parameters: the model's.
@@ -53,6 +53,8 @@ def check_not_replaced(parameters: Iterable[torch.nn.Parameter], optimizer: Any,
     """
     if optimizer is None and named is None:
         return
+    if calling_trainer() is None and accelerates_config() is None:
+        return  # the program itself has changed its mind
     waiting = next((found for found in map(waiting_optimizer, parameters) if found is not None), None)
     if waiting is not None:
         other = named if optimizer is None else type(optimizer).__name__

@@ -55,8 +55,8 @@ class ForwardBackwardMixin:
         if not self.accelerator.sync_gradients:
             return torch.zeros((), dtype=torch.float32, device=self.accelerator.device)
         self._waiting: list[Forward] = []
-        if len(waiting) < self.args.gradient_accumulation_steps:
-            raise ConfigError(_partial(f"its last optimizer step has {len(waiting)}", self._steps))
+        if len(waiting) < self._steps:
+            raise ConfigError(_not_whole(f"its last optimizer step has {len(waiting)}", self._steps))
         model.train()
         engine = getattr(self, "deepspeed", None)
         losses = forward_backward(engine if engine is not None else self.optimizer.optimizer, waiting)
@@ -84,10 +84,10 @@ class ForwardBackwardMixin:
         loader = self.callback_handler.train_dataloader
         count = len(loader) if hasattr(loader, "__len__") else 0
         if count % self._steps and self.state.max_steps * self._steps > count:
-            raise ConfigError(_partial(f"an epoch has {count}", self._steps))
+            raise ConfigError(_not_whole(f"an epoch has {count}", self._steps))
 
 
-def _partial(found: str, steps: int) -> str:
+def _not_whole(found: str, steps: int) -> str:
     return (
         f"ForwardBackwardMixin needs whole optimizer steps of {steps} micro-batches on each rank, but {found}: set "
         "gradient_accumulation_steps to a divisor, or change the number of samples"

@@ -73,6 +73,25 @@ def test_an_optimizer_that_the_trainer_drops_is_refused_and_without_register_war
         assert any("would drop it and train with AdamW" in message for message in messages)
 
 
+def train_with_adamw_after_all():
+    """The loss of a step of AdamW, by a program that has built a GaLore before and not used it."""
+    import ds_lowrank
+    from tests.engines.scenario import config
+
+    ds_lowrank.register()
+    model = make_model()
+    ds_lowrank.GaLore(model, **options())
+    settings = config(2, 1) | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    engine, *_ = ds_lowrank.initialize(model=model, config=settings)
+    engine.backward(engine(input_ids=tokens(0), labels=tokens(0)).loss)
+    engine.step()
+    return type(engine.basic_optimizer).__name__
+
+
+def test_a_program_without_a_trainer_may_change_its_mind():
+    assert run_ranks(1, train_with_adamw_after_all) == ["AdamW"]
+
+
 def test_accelerate_refuses_an_auto_that_the_trainer_cannot_fill_in(tmp_path):
     for error, _ in run_ranks(2, outcome, tmp_path, "named", hf_config(2, update_proj_gap="auto")):
         assert "specify `optimizer.params.update_proj_gap` without `auto`" in error
