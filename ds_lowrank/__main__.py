@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from ds_lowrank.commands import doctor
+from ds_lowrank.commands import doctor, evaluate, glue
 
-COMMANDS = {"doctor": doctor}
+COMMANDS = {"doctor": doctor, "evaluate": evaluate, "glue": glue}
 
 
 def main() -> int:

@@ -47,7 +47,7 @@ ALLOWED = {
         "placement",
     },
     "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
-    "commands": {"environment"},
+    "commands": {"data", "environment", "errors", "training"},
     "__main__": {"commands"},
 }
 
