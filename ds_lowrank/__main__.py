@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from ds_lowrank.commands import doctor, run
+from ds_lowrank.commands import doctor, evaluate, glue, run
 
-COMMANDS = {"doctor": doctor, "run": run}
+COMMANDS = {"doctor": doctor, "evaluate": evaluate, "glue": glue, "run": run}
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ class ExampleTokenizer:
     Attributes:
         pad_id: the id that pads short examples; the end-of-text id if there is no padding token.
         eos_id: the end-of-text id, or None if the tokenizer has none.
+        special_ids: the ids of all special tokens.
         max_length: the most tokens that the tokenizer is made for, or None if it does not say.
 
     Raises:
@@ -44,6 +45,7 @@ class ExampleTokenizer:
         self._joins = tokenizer.num_special_tokens_to_add(pair=True) == 0
         self.pad_id: int = tokenizer.pad_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
+        self.special_ids = frozenset(tokenizer.all_special_ids)
         longest = tokenizer.model_max_length
         self.max_length: int | None = longest if longest < 10**9 else None  # a huge number means "not given"
 
@@ -81,9 +83,40 @@ class ExampleTokenizer:
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids to text, including special tokens."""
-        text: str = self._tokenizer.decode(list(ids))
+    def chat(self, prompt: str, completion: str) -> tuple[str, str]:
+        """Put a prompt and its completion into the tokenizer's chat template, as a user's and an assistant's message.
+
+        Returns:
+            What is read before the answer, and the answer with what ends it. Special tokens are spelled out in both.
+
+        Raises:
+            DataError: there is no chat template, or what it makes of both does not begin with what it makes of the
+                prompt alone.
+        """
+        if self._tokenizer.chat_template is None:
+            raise DataError(f"--chat: tokenizer {self._name!r} has no chat template; use --template")
+        question = [{"role": "user", "content": prompt}]
+        answered = [*question, {"role": "assistant", "content": completion}]
+        try:
+            before: str = self._tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+            whole: str = self._tokenizer.apply_chat_template(answered, tokenize=False)
+        except Exception as error:  # a template is a program that may raise anything
+            raise DataError(f"--chat: the chat template of {self._name!r} fails ({error}); use --template") from error
+        if not whole.startswith(before):
+            raise DataError(
+                f"--chat: the chat template of tokenizer {self._name!r} does not put an answer after its opening of "
+                "one, so that a model would not learn what it is asked for; use --template"
+            )
+        return before, whole[len(before) :]
+
+    def decode(self, ids: Sequence[int], special: bool = True) -> str:
+        """Decode token ids to text.
+
+        Args:
+            ids: the ids.
+            special: whether special tokens are spelled out, or else left out.
+        """
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def save(self, directory: Path) -> None:

@@ -29,11 +29,13 @@ class Example(NamedTuple):
         input_ids: token ids, int32 ``[length]``.
         labels: a class, a number to predict, or one label per token, int32 ``[length]``.
         token_types: which text of a pair a token belongs to, int32 ``[length]``; None for models without token types.
+        answer: the text that a generated answer is compared with, which ``labels`` may have lost the end of.
     """
 
     input_ids: npt.NDArray[np.int32]
     labels: int | float | npt.NDArray[np.int32]
     token_types: npt.NDArray[np.int32] | None = None
+    answer: str = ""
 
     @property
     def targets(self) -> int:

@@ -7,8 +7,8 @@
 | ``glue:TASK`` | the data set of that task, from the hub | its own split; MNLI has two |
 | ``hf:NAME[:CONFIG]`` | a data set of the hub, or a local folder, through ``datasets`` | its ``validation`` split |
 
-A fraction of the rows is chosen by a hash of the row's contents and the seed, so that equal rows are never in both
-splits.
+For the last, ``Splits`` can name others. A fraction of the rows is chosen by a hash of the row's contents and the seed,
+so that equal rows are never in both splits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
 from ds_lowrank.data.errors import DataError
@@ -31,6 +31,23 @@ from ds_lowrank.data.stream import cause, name_and_config
 
 FUNCTIONS = "stdlib-functions"
 FUNCTIONS_HELD_OUT = 0.2
+NO_SPLIT = "none"
+"""As the name of the validation split: a fraction of the training split is held out."""
+
+
+class Splits(NamedTuple):
+    """The splits of a data set to read.
+
+    Attributes:
+        train: name of the split to train on.
+        validation: name of the split for validation, or ``NO_SPLIT``.
+    """
+
+    train: str = "train"
+    validation: str = "validation"
+
+
+USUAL = Splits()
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Rows:
     classes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def open_rows(spec: str, validation: Path | None, held_out: float, seed: int) -> Rows:
+def open_rows(spec: str, validation: Path | None, held_out: float, seed: int, splits: Splits = USUAL) -> Rows:
     """Read the rows of both splits. Collective: one process of each node reads first, so that only it downloads.
 
     Args:
@@ -56,6 +73,7 @@ def open_rows(spec: str, validation: Path | None, held_out: float, seed: int) ->
         validation: a file of validation rows; only if ``spec`` is a file too.
         held_out: the fraction of a single file that is held out, 0 to 1.
         seed: seed of the choice of the rows that are held out.
+        splits: the splits of ``hf:NAME``.
 
     Raises:
         DataError: the data do not exist, cannot be read, or leave a split empty.
@@ -65,12 +83,12 @@ def open_rows(spec: str, validation: Path | None, held_out: float, seed: int) ->
     for turn in (True, False):
         with raise_on_all_ranks():
             if is_local_rank0() == turn:
-                rows = _read(spec, validation, held_out, seed)
+                rows = _read(spec, validation, held_out, seed, splits)
     assert rows is not None
     return rows
 
 
-def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Rows:
+def _read(spec: str, validation: Path | None, held_out: float, seed: int, splits: Splits) -> Rows:
     path = Path(spec).expanduser()
     local = not spec.startswith(("glue:", "hf:")) and spec != FUNCTIONS
     if validation is not None and not local:
@@ -80,7 +98,11 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int) -> Row
     elif spec.startswith("glue:"):
         rows = _glue(spec)
     elif spec.startswith("hf:"):
-        rows = _from_datasets(spec, *name_and_config(spec), {"": "validation"})
+        whole = splits.validation == NO_SPLIT
+        rows = _from_datasets(spec, splits.train, {} if whole else {"": splits.validation}, *name_and_config(spec))
+        if whole:
+            parts = _held_out(rows.train, held_out, seed)
+            rows = Rows(parts.train, parts.validation, rows.classes)
     elif validation is not None:
         rows = Rows(_file(path), {"": _file(validation.expanduser())})
     else:
@@ -126,10 +148,10 @@ def _glue(spec: str) -> Rows:
     task = spec.removeprefix("glue:")
     if task not in GLUE:
         raise DataError(f"{spec!r}: no such task; GLUE has {', '.join(GLUE)}")
-    return _from_datasets(spec, HUB_NAME, task, GLUE[task].validation)
+    return _from_datasets(spec, "train", GLUE[task].validation, HUB_NAME, task)
 
 
-def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping[str, str]) -> Rows:
+def _from_datasets(spec: str, train: str, validation: Mapping[str, str], name: str, config: str | None) -> Rows:
     import datasets
 
     try:
@@ -139,12 +161,15 @@ def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping
             f"{spec!r} cannot be loaded ({cause(error)}); check the name and the network, or download it elsewhere and "
             "give the files"
         ) from error
-    for split in ("train", *validation.values()):
+    for split in (train, *validation.values()):
         if split not in found:
-            raise DataError(f"{spec!r} has no {split!r} split (it has: {', '.join(found)})")
+            raise DataError(
+                f"{spec!r} has no {split!r} split (it has: {', '.join(found)}): choose with --train-split and "
+                "--validation-split"
+            )
     classes = {
         column: list(feature.names)
-        for column, feature in found["train"].features.items()
+        for column, feature in found[train].features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
 
@@ -156,4 +181,4 @@ def _from_datasets(spec: str, name: str, config: str | None, validation: Mapping
         )
         return _numbered(unmarked, f"{spec!r}, {split} split")
 
-    return Rows(rows("train"), {prefix: rows(split) for prefix, split in validation.items()}, classes)
+    return Rows(rows(train), {prefix: rows(split) for prefix, split in validation.items()}, classes)

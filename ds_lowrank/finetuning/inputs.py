@@ -10,8 +10,10 @@ from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer, load_example_tokenizer
 from ds_lowrank.data.examples import Example, fingerprint
 from ds_lowrank.data.records import Row
-from ds_lowrank.data.rows import open_rows
+from ds_lowrank.data.rows import USUAL, Splits, open_rows
 from ds_lowrank.data.vocabulary import check_id
+from ds_lowrank.finetuning.causal_lm import CausalLM
+from ds_lowrank.finetuning.generation import check_answers
 from ds_lowrank.finetuning.metrics import LOWER_IS_BETTER
 from ds_lowrank.finetuning.model import Source
 from ds_lowrank.finetuning.tasks import Task, make_task
@@ -48,7 +50,8 @@ def open_inputs(arguments: Namespace, source: Source) -> Inputs:
     Raises:
         DataError: the data cannot be used, do not fit the model, or differ between the ranks.
     """
-    rows = open_rows(arguments.data, arguments.validation, arguments.held_out, arguments.seed)
+    splits = Splits(arguments.train_split or USUAL.train, arguments.validation_split or USUAL.validation)
+    rows = open_rows(arguments.data, arguments.validation, arguments.held_out, arguments.seed, splits)
     with raise_on_all_ranks():
         task = make_task(arguments, rows)
         best_metric = _best_metric(arguments.best_metric, task)
@@ -68,6 +71,10 @@ def open_inputs(arguments: Namespace, source: Source) -> Inputs:
 
         train = encode(rows.train)
         validation = {prefix: encode(part) for prefix, part in rows.validation.items()}
+        if isinstance(task, CausalLM) and task.generation is not None:
+            for prefix, part in rows.validation.items():
+                named = task.template.answered_in
+                check_answers(task.generation, part, validation[prefix], named, source.longest)
         pad_id = _pad_id(source, tokenizer)
         if len({len(example.input_ids) for part in (train, *validation.values()) for example in part}) > 1:
             check_id(pad_id, source.vocab_size, "the padding of shorter examples", tokenizer.decode)

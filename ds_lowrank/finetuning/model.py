@@ -34,7 +34,9 @@ KNOWN = {
 AUTO = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LLAMA = {"classification": LlamaForSequenceClassification, "causal-lm": LlamaForCausalLM}
 # Their position embeddings start after the padding id.
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "longformer", "mpnet")
+OFFSET_POSITIONS = (
+    *("camembert", "data2vec-text", "esm", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"),
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.finetuning.best import FOLDER, Best
 from ds_lowrank.finetuning.inputs import Inputs, open_inputs
 from ds_lowrank.finetuning.model import Source, build_model, find_model
-from ds_lowrank.finetuning.tasks import Task
 from ds_lowrank.training.config import BatchSizes, read_config
 from ds_lowrank.training.output import check_output
 from ds_lowrank.training.param_groups import trainable_parameters
@@ -78,9 +77,13 @@ def set_up(arguments: Namespace) -> Run:
         prefix: held_out_batches(examples, inputs.pad_id, **share) for prefix, examples in inputs.validation.items()
     }
     run = Run(arguments, engine, steps, identity, stream, inputs.tokenizer)
-    run.evaluate = _evaluator(engine, inputs.task, validation, best)
+    run.evaluate = _evaluator(engine, inputs, validation, best)
     run.parts = {"best": best}
-    run.facts = lambda: {"trainable_parameters": trainable_parameters(engine.module), "best": best.found}
+    run.facts = lambda: {
+        "data": arguments.data,
+        "trainable_parameters": trainable_parameters(engine.module),
+        "best": best.found,
+    }
     run.resume(checkpoint)
     return run
 
@@ -113,7 +116,7 @@ def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[st
 
 
 def _evaluator(
-    engine: DeepSpeedEngine, task: Task, validation: Mapping[str, list[HeldOut]], best: Best
+    engine: DeepSpeedEngine, inputs: Inputs, validation: Mapping[str, list[HeldOut]], best: Best
 ) -> Callable[[int], dict[str, float]]:
     """A function that evaluates every validation split and keeps the model if it is the best on the first one."""
 
@@ -121,7 +124,7 @@ def _evaluator(
         found = {
             f"eval_{prefix}{name}": value
             for prefix, batches in validation.items()
-            for name, value in task.measure(engine, batches).items()
+            for name, value in inputs.task.measure(engine, batches, inputs.tokenizer).items()
         }
         # Of a broken model, predictions and hence an accuracy are still numbers.
         if all(math.isfinite(value) for name, value in found.items() if name.endswith("loss")):

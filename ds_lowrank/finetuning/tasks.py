@@ -1,29 +1,31 @@
-"""The two fine-tuning tasks: how rows become examples, and how predictions are measured.
+"""The fine-tuning tasks: how rows become examples, and how predictions are measured.
 
-Both implement the protocol ``Task``, so that the program and the loop do not depend on the task.
+``Classification`` and ``CausalLM`` implement the protocol ``Task``, so that the program and the loop do not depend on
+the task.
 """
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer
-from ds_lowrank.data.examples import UNLABELLED, Example, HeldOut
+from ds_lowrank.data.examples import Example, HeldOut
 from ds_lowrank.data.glue import GLUE
 from ds_lowrank.data.records import Row, checked_text
 from ds_lowrank.data.rows import Rows
-from ds_lowrank.finetuning.evaluation import predictions_of_all, summed_loss
+from ds_lowrank.finetuning.causal_lm import CausalLM
+from ds_lowrank.finetuning.evaluation import predictions_of_all
+from ds_lowrank.finetuning.generation import Generation
 from ds_lowrank.finetuning.labels import Labels, labels_of
 from ds_lowrank.finetuning.metrics import measure
+from ds_lowrank.finetuning.templates import load_template, of_columns
 
 
 class Task(Protocol):
@@ -51,12 +53,15 @@ class Task(Protocol):
             DataError: a row cannot be used.
         """
 
-    def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+    def measure(
+        self, engine: DeepSpeedEngine, batches: Sequence[HeldOut], tokenizer: ExampleTokenizer
+    ) -> dict[str, float]:
         """Evaluate the model. Collective.
 
         Args:
             engine: the engine of the model; it is left in training mode.
             batches: this rank's batches; all ranks must have the same number of them.
+            tokenizer: the tokenizer of the examples.
 
         Returns:
             ``loss`` and the metrics over the batches of all ranks, the same numbers on every rank.
@@ -96,7 +101,9 @@ class Classification:
             examples.append(Example(found["input_ids"], label, found.get("token_type_ids")))
         return examples
 
-    def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
+    def measure(
+        self, engine: DeepSpeedEngine, batches: Sequence[HeldOut], tokenizer: ExampleTokenizer
+    ) -> dict[str, float]:
         """The loss per example and the metrics; see :meth:`Task.measure`."""
         regression = self.labels.regression
 
@@ -106,52 +113,6 @@ class Classification:
 
         loss, predictions, labels = predictions_of_all(engine, batches, predict)
         return {"loss": loss, **measure(self.metrics, predictions, labels)}
-
-
-@dataclass(frozen=True)
-class CausalLM:
-    """Predicting the next token of a text, or of a completion after its prompt.
-
-    Attributes:
-        columns: the text column, or the prompt column and the completion column.
-        metrics: the names of the metrics besides the loss.
-    """
-
-    columns: tuple[str, ...]
-    metrics: tuple[str, ...] = ("perplexity",)
-
-    def texts(self, rows: Sequence[Row]) -> Iterator[str]:
-        """Iterate over all texts of the rows."""
-        return (row[column] for row in rows for column in self.columns)
-
-    def encode(
-        self, rows: Sequence[Row], tokenizer: ExampleTokenizer, max_length: int, segments: bool
-    ) -> list[Example]:
-        """Encode rows as examples with labelled tokens; see :meth:`Task.encode`.
-
-        Completions are truncated at their end, prompts at their beginning.
-        """
-        opening = np.asarray(tokenizer.opening(), dtype=np.int32)
-        closing = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int32)
-        parts = [tokenizer.plain([row[column] for row in rows]) for column in self.columns]
-        examples = []
-        for row, (*prompts, target) in zip(rows, zip(*parts, strict=True), strict=True):
-            completion = np.concatenate([target, closing])[: max_length - len(opening)]
-            # The end of a prompt says more about the completion than its beginning.
-            room = max_length - len(opening) - len(completion)
-            prompt = np.concatenate([opening, *(part[max(0, len(part) - room) :] for part in prompts)])
-            tokens = np.concatenate([prompt, completion])
-            unlabelled = np.full(len(prompt), UNLABELLED, dtype=np.int32)
-            example = Example(tokens, np.concatenate([unlabelled, completion]))
-            if not example.targets:
-                raise DataError(f"{row.where} has nothing to predict in {self.columns[-1]!r}; remove it")
-            examples.append(example)
-        return examples
-
-    def measure(self, engine: DeepSpeedEngine, batches: Sequence[HeldOut]) -> dict[str, float]:
-        """The loss per labelled token, in nats, and the perplexity; see :meth:`Task.measure`."""
-        loss = summed_loss(engine, batches)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # above that, a float overflows
 
 
 def make_task(arguments: Namespace, rows: Rows) -> Task:
@@ -167,17 +128,28 @@ def make_task(arguments: Namespace, rows: Rows) -> Task:
     glue = GLUE.get(arguments.data.removeprefix("glue:")) if arguments.data.startswith("glue:") else None
     columns = tuple(arguments.text_column or (glue.columns if glue else ("text",)))
     if arguments.task == "causal-lm":
-        if arguments.prompt_column is not None:
-            columns = (arguments.prompt_column, arguments.completion_column)
-        elif len(columns) == 2:
-            raise DataError("causal-lm takes one --text-column, or --prompt-column and --completion-column")
-        _check_text(rows, columns)
-        return CausalLM(columns)
+        return _causal_lm(arguments, rows, columns)
     _check_columns(rows, (arguments.label_column,), "--label-column")
     _check_text(rows, columns)
     label_column = arguments.label_column
     labels = labels_of(rows.train, label_column, rows.classes.get(label_column))
     return Classification(columns, label_column, labels, glue.metrics if glue else _metrics(labels))
+
+
+def _causal_lm(arguments: Namespace, rows: Rows, columns: tuple[str, ...]) -> CausalLM:
+    if arguments.template is not None:
+        template = load_template(arguments.template)
+        template = replace(template, names={**rows.classes, **template.names})
+    elif arguments.prompt_column is not None:
+        template = of_columns(arguments.prompt_column, arguments.completion_column)
+    elif len(columns) == 2:
+        raise DataError("causal-lm takes one --text-column, --prompt-column and --completion-column, or a --template")
+    else:
+        template = of_columns(*columns)
+    template.check(rows.train)
+    if arguments.max_new_tokens is None:
+        return CausalLM(template, arguments.chat)
+    return CausalLM(template, arguments.chat, Generation(arguments.max_new_tokens, arguments.match))
 
 
 def _metrics(labels: Labels) -> tuple[str, ...]:

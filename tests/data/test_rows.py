@@ -9,7 +9,7 @@ import pytest
 from ds_lowrank.data import rows as rows_module
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.functions import CLASSES, FUNCTIONS, functions_in, standard_library_functions
-from ds_lowrank.data.rows import open_rows
+from ds_lowrank.data.rows import Splits, open_rows
 
 RECORDS = [{"text": f"text, {number}", "label": number % 2} for number in range(200)]
 
@@ -146,6 +146,21 @@ def test_a_local_data_set_goes_through_datasets(tmp_path):
     assert found.train == RECORDS and found.validation == {"": RECORDS[:5]} and found.classes == {}
     with pytest.raises(DataError, match="no folder /nowhere"):
         opened("hf:/nowhere")
+
+
+def test_splits_of_a_data_set_can_be_named(tmp_path):
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", RECORDS if name == "train" else RECORDS[:5])
+    spec = f"hf:{tmp_path}"
+    found = open_rows(spec, None, 0.1, 0, Splits("test", "train"))
+    assert found.train == RECORDS[:5] and found.validation == {"": RECORDS}
+    part = open_rows(spec, None, 0.3, 0, Splits("train", "none"))
+    assert part.validation[""] and {id(row) for row in part.train}.isdisjoint(map(id, part.validation[""]))
+    assert sorted(map(str, (*part.train, *part.validation[""]))) == sorted(map(str, RECORDS))
+    with pytest.raises(
+        DataError, match=r"has no 'dev' split \(it has: .*choose with --train-split and --validation-sp"
+    ):
+        open_rows(spec, None, 0.1, 0, Splits("train", "dev"))
 
 
 def test_glue_is_asked_for_by_task_and_keeps_the_order_of_its_classes(monkeypatch):

@@ -39,7 +39,28 @@ def folder(tmp_path_factory):
     write_jsonl(folder / "others.jsonl", [row | {"label": "icy"} for row in rows(9)])
     write_jsonl(folder / "no_text.jsonl", [row | {"text": ""} for row in rows(40)])
     make_wide_tokenizers(folder)
+    make_prompts(folder)
     return folder
+
+
+def make_prompts(folder):
+    """Rows of questions and answers, some of which cannot be used, and templates."""
+    good = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(12)]
+    write_jsonl(folder / "questions.jsonl", good)
+    write_jsonl(folder / "mute.jsonl", [*good, {"question": "why?", "answer": " "}])
+    write_jsonl(folder / "wordy.jsonl", [*good, *({"question": "why " * n, "answer": "#### 1"} for n in (9, 20))])
+    write_jsonl(folder / "unmarked.jsonl", [*good, {"question": "why?", "answer": "1"}])
+    write_jsonl(folder / "unasked.jsonl", [*good, {"question": "", "answer": "1"}])
+    write_jsonl(folder / "choices.jsonl", [{"question": "?", "choices": ["1", "2"], "answer": 4} for _ in range(12)])
+    for name, template in {
+        "other": {"prompt": "{query}?", "completion": "{answer}"},
+        "optional": {"prompt": ["{hint} {question}", "{question}"], "completion": "{answer}"},
+        "half": {"prompt": "{question"},
+        "open": {"prompt": "{question", "completion": "{answer}"},
+        "fixed": {"prompt": "{question}", "completion": "yes"},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(template))
+    (folder / "broken.json").write_text("{")
 
 
 def make_wide_tokenizers(folder):
@@ -92,6 +113,47 @@ REFUSED = [
 ]
 
 
+QUESTIONS = ["--task", "causal-lm", "--data", "{}/questions.jsonl", "--validation", "{}/questions.jsonl"]
+ASKED = [*QUESTIONS, "--template", "question-answer"]
+GENERATED = [*ASKED, "--max-new-tokens", "8"]
+REFUSED += [
+    ([*QUESTIONS, "--template", "{}/other.json"], "line 1 has no column 'query' (it has: question, answer), which is"),
+    (
+        [*QUESTIONS, "--template", "{}/optional.json"],
+        "has no column 'hint' (it has: question, answer), which is a place",
+    ),
+    ([*QUESTIONS, "--template", "{}/half.json"], "expected a JSON object with 'prompt', 'completion' and"),
+    ([*QUESTIONS, "--template", "{}/open.json"], "write {column} or {column[0]}, and {{ for a brace"),
+    ([*QUESTIONS, "--template", "{}/fixed.json"], "a prompt or completion without a placeholder"),
+    ([*QUESTIONS, "--template", "{}/broken.json"], "broken.json cannot be read as JSON"),
+    ([*QUESTIONS, "--template", "alpacca"], "--template alpacca: no such file; did you mean alpaca? Known by name"),
+    (
+        [*ASKED, "--data", "{}/choices.jsonl", "--template", "mmlu"],
+        "no list with a value 2, which the template asks for",
+    ),
+    ([*ASKED, "--data", "{}/mute.jsonl"], "mute.jsonl, line 13 has an empty answer in 'answer'; remove it"),
+    (
+        [*ASKED, "--data", "{}/wordy.jsonl"],
+        "line 13: its prompt has 54 tokens (as in 1 other rows, of up to 98), which leaves no room for an answer in "
+        "--max-length 32",
+    ),
+    ([*ASKED, "--chat"], "has no chat template; use --template"),
+    ([*ASKED, "--best-metric", "exact_match"], "--best-metric exact_match: this task measures perplexity, loss"),
+    ([*ASKED, "--max-new-tokens", "60"], "are more than the 64 tokens that the model takes: lower --max-new-tokens"),
+    (
+        [*GENERATED, "--match", "number", "--validation", "{}/unmarked.jsonl"],
+        "line 13: --match number finds nothing to compare in the answer ' 1' of 'answer': correct it, or choose",
+    ),
+    (
+        [
+            *(*QUESTIONS[:-1], "{}/unasked.jsonl", "--max-new-tokens", "8"),
+            *("--prompt-column", "question", "--completion-column", "answer"),
+        ],
+        "unasked.jsonl, line 13 has no prompt to generate an answer to; remove it",
+    ),
+]
+
+
 def set_up_errors(command_lines):
     return [set_up_error(arguments) for arguments in command_lines]
 
@@ -136,6 +198,15 @@ def test_two_kinds_of_adapters_are_refused(folder):
         (["--prompt-column", "a", "--completion-column", "b"], "are for --task causal-lm"),
         (["--text-column", "a", "b", "c"], "one column, or two"),
         (["--held-out", "1"], "fraction between 0 and 1"),
+        (
+            ["--task", "causal-lm", "--template", "alpaca", "--prompt-column", "a", "--completion-column", "b"],
+            "give one",
+        ),
+        (["--max-new-tokens", "3"], "a classifier neither reads prompts nor generates answers"),
+        (["--task", "causal-lm", "--chat"], "--chat needs prompts: give --template, or --prompt-column and"),
+        (["--task", "causal-lm", "--template", "alpaca", "--match", "letter"], "give --max-new-tokens too"),
+        (["--task", "gsm8k", "--text-column", "a"], "--task gsm8k has a template: leave --prompt-column and"),
+        (["--train-split", "a"], "are for --data hf:NAME"),
         (["--steps", "3"], "not allowed with argument --epochs"),
     ],
 )
@@ -143,6 +214,29 @@ def test_flags_that_contradict_each_other_end_in_usage(folder, more, message, ca
     with pytest.raises(SystemExit):
         parse(command_line(folder, "usage", *more))
     assert message in capsys.readouterr().err
+
+
+def test_a_task_by_name_stands_for_flags_that_can_be_overridden(folder):
+    command = ["--deepspeed_config", "a.json", "--model", "m", "--output", "o", "--task"]
+    found = parse([*command, "gsm8k"])
+    assert (found.task, found.data, found.train_split, found.validation_split) == (
+        *("causal-lm", "hf:openai/gsm8k:main", None, "test"),
+    )
+    assert (found.template, found.match, found.max_new_tokens, found.max_length) == (
+        "question-answer",
+        "number",
+        256,
+        512,
+    )
+    found = parse([*command, "mmlu", "--max-length", "300", "--match", "text"])
+    assert (found.template, found.match, found.max_length, found.train_split) == (
+        "mmlu",
+        "text",
+        300,
+        "auxiliary_train",
+    )
+    own = parse([*command, "commonsense", "--data", "own.json"])
+    assert (own.data, own.validation_split, own.held_out, own.match) == ("own.json", None, 0.1, "option")
 
 
 def labelled(values):

@@ -47,7 +47,7 @@ ALLOWED = {
         "placement",
     },
     "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
-    "commands": {"environment", "integration"},
+    "commands": {"data", "environment", "errors", "integration", "training"},
     "__main__": {"commands"},
 }
 

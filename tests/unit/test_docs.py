@@ -18,6 +18,7 @@ import torch
 
 import ds_lowrank
 from benchmarks.memory import CASES, measure
+from ds_lowrank.commands import evaluate, glue
 from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.options import Options
@@ -177,6 +178,10 @@ def test_every_flag_that_is_mentioned_exists(parsers):
     of_others = "shutdown-timeout dry-run follow selector max-log-requests output pid prefix"
     elsewhere |= {f"--{name}" for name in f"{of_slurm} {of_others}".split()}
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
+    for command in (evaluate, glue):
+        of_command = argparse.ArgumentParser()
+        command.add_arguments(of_command)
+        known |= of_command._option_string_actions.keys()
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, page
 
@@ -191,6 +196,13 @@ def test_every_flag_of_a_script_is_documented_with_its_default(parsers, page):
         required = actions[flag].required or flag == "--deepspeed_config"
         if flag != "--cache":  # depends on the environment
             assert default == ("required" if required else str(actions[flag].default)), flag
+
+
+def test_every_flag_of_evaluate_is_documented():
+    parser = argparse.ArgumentParser(add_help=False)
+    evaluate.add_arguments(parser)
+    documented = {flag.strip("`").lower() for flag, _, _ in rows("finetuning", "## Benchmarks of lm-eval")}
+    assert documented == {*parser._option_string_actions, "run"}
 
 
 COMMON, SUBSPACE = "### Keys of every method", "### Keys of GaLore and OnlineSubspaceDescent"
