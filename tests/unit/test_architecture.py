@@ -40,6 +40,7 @@ ALLOWED = {
         "checkpoint",
         "collectives",
         "data",
+        "environment",
         "errors",
         "integration",
         "models",
@@ -47,7 +48,7 @@ ALLOWED = {
         "placement",
     },
     "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
-    "commands": {"environment"},
+    "commands": {"environment", "training"},
     "__main__": {"commands"},
 }
 

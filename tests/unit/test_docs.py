@@ -169,6 +169,9 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--picture",
         "--simulated",
         "--basis-placement",
+        "--bench",
+        "--quiet",
+        "--x",
     }
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for page, text in PAGES.items():
