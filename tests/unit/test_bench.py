@@ -135,6 +135,7 @@ def test_one_call_is_enough_where_it_is_long(monkeypatch):
     assert clock.calls == 3  # to warm up, to find out, to measure
 
 
+@pytest.mark.slow
 def test_it_measures_this_machine(monkeypatch, capsys):
     monkeypatch.setattr(speed, "SECONDS", 0.05)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

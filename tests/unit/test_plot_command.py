@@ -115,6 +115,7 @@ def test_without_matplotlib_it_says_what_to_install(runs, monkeypatch, capsys):
     assert (code, printed.err) == (1, "error: plot needs matplotlib: pip install '.[train]'\n")
 
 
+@pytest.mark.slow
 def test_it_starts_without_deepspeed_and_torch_distributed(runs):
     code = (
         "import sys; sys.argv = ['ds_lowrank', 'plot', *sys.argv[1:]]; from ds_lowrank.__main__ import main;"
