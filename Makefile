@@ -20,7 +20,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 pretrain: environment ## train a small LLaMA with GaLore on two ranks at ZeRO 2, from scratch
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \
+	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/pretrain.py --deepspeed_config ds_configs/galore_zero2.json \
 		--model ds_configs/models/llama_quickstart.json --sequence-length 128 --steps $(STEPS) --eval-interval 100 \
 		--save-interval $(STEPS) --output $(OUTPUT) --export
 
@@ -28,7 +28,7 @@ $(OUTPUT)/export/config.json: | environment
 	$(MAKE) pretrain
 
 finetune: environment $(OUTPUT)/export/config.json ## fine-tune that model with GaLore on a task that needs no download
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --deepspeed_config ds_configs/galore_zero2.json --lr 0.002 \
+	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/finetune.py --deepspeed_config ds_configs/galore_zero2.json --lr 0.002 \
 		--model $(OUTPUT)/export --max-length 128 --epochs $(EPOCHS) --output $(FINETUNED)
 
 quick: lint ## lint, types and the fast tests: run it before every commit

@@ -3,14 +3,15 @@
 import argparse
 import sys
 
-from ds_lowrank.commands import doctor, evaluate, glue, run
+from ds_lowrank.commands import doctor, evaluate, glue, plot, run
 
-COMMANDS = {"doctor": doctor, "evaluate": evaluate, "glue": glue, "run": run}
+COMMANDS = {"doctor": doctor, "evaluate": evaluate, "glue": glue, "plot": plot, "run": run}
 
 
 def main() -> int:
     """Run what the command line names; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m ds_lowrank", description="Commands of ds_lowrank.")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed --module adds it; RANK says more
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         about = command.ABOUT

@@ -19,6 +19,7 @@ if not torch.accelerator.is_available():
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from transformers import LlamaForCausalLM
 
 from ds_lowrank.checkpoint.random_state import seed_everything
 from ds_lowrank.collectives import raise_on_all_ranks
@@ -27,6 +28,7 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.models import llama
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.evaluation import evaluate
+from ds_lowrank.training.flops import model_flops, on_meta
 from ds_lowrank.training.param_groups import matrix_groups
 from ds_lowrank.training.plan import Plan, make_plan
 from ds_lowrank.training.pretraining_data import TextSteps, open_text
@@ -63,6 +65,9 @@ def set_up(arguments: Namespace) -> Run:
     engine = build_engine(arguments, plan)
     steps = TextSteps(stream, plan.tokens_per_step)
     run = Run(arguments, engine, arguments.steps, plan.identity, steps, text.tokenizer)
+    run.sharers = plan.grid.tensor_ranks * plan.grid.pipeline
+    if dist.get_rank() == 0:
+        run.flops = model_flops(on_meta(LlamaForCausalLM, plan.model), arguments.sequence_length)
     if validation:
         run.evaluate = lambda _: {"eval_loss": evaluate(engine, validation)}
     run.resume(plan.checkpoint)

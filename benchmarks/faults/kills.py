@@ -39,7 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 FULL = OSError(errno.ENOSPC, "No space left on device")
 WRITES: dict[str, tuple[str, Exception, int]] = {
-    "the metrics": ("ds_lowrank.training.metrics:_finite", FULL, 40),
+    "the metrics": ("ds_lowrank.training.metrics:_finite", FULL, 60),
     "the plot": ("ds_lowrank.training.output:plot_loss", FULL, 1),
     "the summary": ("ds_lowrank.training.output:write_atomically", FULL, 2),
     "the export": (

@@ -67,7 +67,7 @@ def _result(output: Path, name: str) -> Any:
     if name == "export":
         return (output / name / "model.safetensors").read_bytes()
     records = [json.loads(line) for line in (output / name).read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "memory_gib")
+    timed = ("seconds", "projected_end", "tokens_per_second", "per_gpu", "gib")
     return [{key: value for key, value in record.items() if not key.endswith(timed)} for record in records]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,7 +169,19 @@ def doctor() -> int:
     Returns:
         The exit code: 1 if something required is missing or something is wrong, else 0.
     """
-    lines = examine()
+    return print_report(examine(), "Everything required is installed.")
+
+
+def print_report(lines: Sequence[Line], content: str) -> int:
+    """Print the lines of a report as a table, and a last line that sums them up.
+
+    Args:
+        lines: the lines.
+        content: the last line if nothing is wrong.
+
+    Returns:
+        The exit code: 1 if something is wrong, else 0.
+    """
     names = max(len(line.name) for line in lines)
     values = max(len(line.value) for line in lines)
     for line in lines:
@@ -177,5 +190,5 @@ def doctor() -> int:
         if line.remedy:
             print(f"{'':{names}}  {'':{values}}  $ {line.remedy}")
     wrong = [line.name for line in lines if line.wrong]
-    print(f"\nWrong: {', '.join(wrong)}." if wrong else "\nEverything required is installed.")
+    print(f"\nWrong: {', '.join(wrong)}." if wrong else f"\n{content}")
     return 1 if wrong else 0

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from ds_lowrank.adapters.lora import add_lora
+from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.checkpoint.manifest import Identity
 from ds_lowrank.checkpoint.random_state import seed_everything
 from ds_lowrank.collectives import raise_on_all_ranks
@@ -23,6 +24,7 @@ from ds_lowrank.finetuning.best import FOLDER, Best
 from ds_lowrank.finetuning.inputs import Inputs, open_inputs
 from ds_lowrank.finetuning.model import Source, build_model, find_model
 from ds_lowrank.training.config import BatchSizes, read_config
+from ds_lowrank.training.flops import closed_form, model_flops
 from ds_lowrank.training.output import check_output
 from ds_lowrank.training.param_groups import trainable_parameters
 from ds_lowrank.training.plan import checkpoint_to_resume, identify, settle_config
@@ -68,7 +70,10 @@ def set_up(arguments: Namespace) -> Run:
     if arguments.eval_interval is None:
         arguments.eval_interval = stream.steps_per_epoch
     model = _build(arguments, source, inputs, config)
+    flops = model_flops(model) if dist.get_rank() == 0 else None
     engine = start_engine(model, config, scheduler_factory(steps, warmup, arguments.schedule))
+    if flops is not None and has_adapters(engine.module):  # which the engine's optimizer asked for
+        flops = closed_form(engine.module)
     if dist.get_rank() == 0:
         logger.info("%s trainable parameters", f"{trainable_parameters(engine.module):,}")
     seed_everything(arguments.seed + dist.get_rank())  # for dropout, which must differ between ranks
@@ -79,6 +84,7 @@ def set_up(arguments: Namespace) -> Run:
     run = Run(arguments, engine, steps, identity, stream, inputs.tokenizer)
     run.evaluate = _evaluator(engine, inputs, validation, best)
     run.parts = {"best": best}
+    run.flops = flops
     run.facts = lambda: {
         "data": arguments.data,
         "trainable_parameters": trainable_parameters(engine.module),

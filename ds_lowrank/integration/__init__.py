@@ -17,6 +17,8 @@ what                                               why, and who does it
                                                    ``checkpoint/restricted_load.py``, and put back
 ``engine.checkpoint_engine.save``                  a full disk on one rank would hang the others: within
                                                    ``checkpoint/deferred.py``, and put back
+``engine.engine_timers``                           adds a timer of reductions to a list: within ``reduction_time.py``,
+                                                   on logged steps of the programs of ``launch/``, and removes it
 ``engine.monitor.enabled``                         ``eval_batch`` would report a check of the weights as an evaluation:
                                                    within ``training/health.py``, and put back
 ``deepspeed.ops.__compatible_ops__``               keeps a CPU job from compiling an extension at its first collective:

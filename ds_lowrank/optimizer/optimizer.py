@@ -24,6 +24,7 @@ from ds_lowrank.optimizer.build_slots import build_slots
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
+from ds_lowrank.optimizer.refresh_clock import RefreshClock
 from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.stacks import Stacks
@@ -92,6 +93,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._executor: Executor = SingleProcess()
         self.wrapper, self.grid, self._is_local = "none", Grid(), False
         self._counts = {"skipped_updates": 0, "refreshes": 0}
+        self._refresh_clock = RefreshClock()
         self._perturbation: Perturbation | None = None
         self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
         parsed = parse_options(self.method, options)
@@ -256,8 +258,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         options = self.options
         projected = [slot for slot in slots if slot.is_projected]
         rest = [slot for slot in slots if not slot.is_projected]
+        clock, device = self._refresh_clock, slots[0].fragment.store.device
+        marks = [clock.mark(device)]
 
         def proceed(magnitudes: Sequence[float]) -> bool:
+            marks.append(clock.mark(device))
             if not self._agree_all_finite(all_finite(magnitudes)):
                 return False
             perturbs = {key for key, own in options.items() if own.ascent is not None}
@@ -278,6 +283,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 slot.mark_stepped()
         self._counts["skipped_updates"] += report.skipped
         self._counts["refreshes"] += report.refreshes
+        if report.refreshes:
+            clock.add(*marks)
         sizes = zip(rest, report.other_magnitudes, strict=not report.skipped)
         live = [slot for slot, magnitude in sizes if slot.has_begun or magnitude > 0]
         yield from adamw_step(live, options, self._stacks["rest"])
@@ -323,6 +330,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Under ZeRO 1 to 3 DeepSpeed skips such a step itself; there, a call is one group or sub-group.
         """
         return self._counts["skipped_updates"]
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Seconds in which this process has found new bases, with the products on them. Waits for the device.
+
+        It counts the first half of every call of ``step`` that renews a basis.
+        """
+        return self._refresh_clock.seconds()
 
     def metrics(self) -> dict[str, float]:
         """Metrics for a log, by name.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ds_lowrank.integration.clipping import is_repaired, keeps_no_norm
 from ds_lowrank.integration.forward_backward import forward_backward
+from ds_lowrank.integration.reduction_time import reduction_timed
 from ds_lowrank.integration.train_batch import train_batch
 
 
@@ -29,7 +29,9 @@ class StepResult:
         loss: mean over this rank's micro-batches, a scalar tensor.
         grad_norm: norm of the whole gradient before clipping; None if it was not computed.
         forward_seconds: time of the forward passes; None for a pipeline, which overlaps them with backward passes.
-        backward_seconds: time of the backward passes; None for a pipeline.
+        backward_seconds: time of the backward passes, with the reductions; None for a pipeline.
+        reduce_seconds: the part of it in which gradients were reduced and nothing else was done; None for a pipeline,
+            and where it was not measured.
         step_seconds: time of the optimizer step; for a pipeline, of everything.
     """
 
@@ -37,6 +39,7 @@ class StepResult:
     grad_norm: float | None
     forward_seconds: float | None
     backward_seconds: float | None
+    reduce_seconds: float | None
     step_seconds: float
 
 
@@ -86,8 +89,9 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
         forward += watch.read()
         return loss
 
-    losses = forward_backward(engine, [partial(loss_of, batch) for batch in batches])
-    backward += watch.read()
+    with reduction_timed(engine) if measure else nullcontext() as reduction:
+        losses = forward_backward(engine, [partial(loss_of, batch) for batch in batches])
+        backward += watch.read()
     grad_norm = None
     unknown = keeps_no_norm(engine) and not is_repaired(engine)
     if measure and unknown:
@@ -97,14 +101,15 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
     update = watch.read()
     if not unknown:
         grad_norm = _number(engine.get_global_grad_norm())
-    return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, update)
+    reduced = None if reduction is None else reduction()
+    return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, reduced, update)
 
 
 def _pipeline_step(engine: PipelineEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:
     """The same through a pipeline, which does everything in one call and is timed as a whole."""
     watch = Stopwatch(exact=measure)
     loss = train_batch(engine, [(batch["input_ids"], batch["labels"]) for batch in batches])
-    return StepResult(loss, _number(engine.get_global_grad_norm()), None, None, watch.read())
+    return StepResult(loss, _number(engine.get_global_grad_norm()), None, None, None, watch.read())
 
 
 def _number(norm: Tensor | float | None) -> float | None:
@@ -116,21 +121,3 @@ def mean_over_ranks(loss: Tensor) -> float:
     total = loss.detach().double()
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The peak memory of the rank that used most, in GiB. Collective.
-
-    It is the memory allocated by torch or, on the CPU, the resident memory of the process.
-
-    Args:
-        device: the device of the process group's tensors.
-    """
-    if get_accelerator().device_name() == "cpu":
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    else:
-        peak = get_accelerator().max_memory_allocated()
-    most = torch.tensor([peak], dtype=torch.float64, device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return float(most.item()) / 2**30

@@ -7,7 +7,7 @@ import math
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -15,35 +15,7 @@ from tqdm import tqdm
 
 from ds_lowrank.training.atomic_write import write_atomically
 from ds_lowrank.training.console import explained
-
-FILE = "metrics.jsonl"
-NEEDED = {
-    **dict.fromkeys(("step", "tokens", "skipped_steps"), (int,)),
-    **dict.fromkeys(("seconds", "memory_gib"), (int, float)),
-    "loss": (int, float, NoneType),
-}
-"""What plot and summary read of every record, and its types."""
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics file, ignoring a last line that a crash truncated.
-
-    Raises:
-        ValueError: another line is not a record.
-    """
-    records = []
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # not JSON, or not text
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove that line") from None
-            continue
-        if not isinstance(record, dict) or not all(type(record.get(key)) in kinds for key, kinds in NEEDED.items()):
-            raise ValueError(f"{path}, line {number}: not a record of a step; repair or remove that line")
-        records.append(record)
-    return records
+from ds_lowrank.training.records import FILE, read_metrics
 
 
 class Reporter:
@@ -135,24 +107,45 @@ def _finite(value: Any) -> Any:
 
 
 def console_line(record: dict[str, Any], steps: int) -> str:
-    """Format the console line of a log step.
+    """Format the console line of a log step: at most 120 columns, without evaluations.
 
     Args:
-        record: the record, with the keys of ``step_record``. The mean rank is shown for methods that change it.
+        record: the record, with the keys of ``step_record``. What is not known is left out. The mean rank is shown for
+            methods that change it.
         steps: the run's total number of steps.
     """
-    norm = record["grad_norm"]
+    norm, tflops, mfu, left = (record[key] for key in ("grad_norm", "tflops_per_gpu", "mfu", "remaining_seconds"))
     parts = [
         f"step {record['step']}/{steps}",
         f"loss {record['loss']:.4f}",
-        f"grad norm {norm:.3f}" if norm is not None else "grad norm -",
-        f"lr {record['lr']:.3e}",
-        f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"{record['memory_gib']:.2f} GiB",
+        f"grad {norm:.3f}" if norm is not None else "grad -",
+        f"lr {record['lr']:.1e}",
+        f"{record['memory_gib']:.3g} GiB",
+        f"{record['tokens_per_second_per_gpu']:,.0f} tok/s/GPU",
     ]
+    if tflops is not None:
+        parts.append(f"{tflops:.3g} TFLOPS" if tflops < 1000 else f"{tflops:.0f} TFLOPS")
+    if mfu is not None:
+        parts.append(f"MFU {mfu:.0%}")
+    if left:
+        parts.append(f"{_clock(left)} left")
     if "matrices" in record:
         parts.append(f"mean rank {record['lowrank/mean_rank']:.1f}")
     if record["skipped_steps"]:
         parts.append(f"{record['skipped_steps']} skipped")
     parts += [f"{key.replace('_', ' ')} {value:.4f}" for key, value in record.items() if key.startswith("eval_")]
     return " | ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    """A time in its two largest units: ``12s``, ``5m03s``, ``1h02m``, ``2d03h``; of ten minutes and more no seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    if minutes:
+        return f"{minutes}m" if minutes >= 10 else f"{minutes}m{rest:02}s"
+    return f"{rest}s"

@@ -15,8 +15,8 @@ from typing import Any
 
 from ds_lowrank.checkpoint.owned import check_owned, working_names
 from ds_lowrank.training.atomic_write import write_atomically
-from ds_lowrank.training.metrics import FILE, read_metrics
 from ds_lowrank.training.plot import plot_loss
+from ds_lowrank.training.records import FILE, read_metrics
 
 logger = logging.getLogger("ds_lowrank")
 

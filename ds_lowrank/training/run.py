@@ -20,6 +20,7 @@ from ds_lowrank.checkpoint.random_state import get_random_state, set_random_stat
 from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
+from ds_lowrank.training.flops import ModelFlops
 from ds_lowrank.training.output import begin_output, is_new, record_save
 
 logger = logging.getLogger("ds_lowrank")
@@ -56,6 +57,8 @@ class Run:
         evaluate: called on every rank with the number of the step that was just taken; the ``eval_*`` numbers that it
             returns are added to the record. None for no evaluation.
         parts: further parts to save in checkpoints, in addition to engine, data and random states.
+        flops: of the model, on rank 0; None where they are not counted.
+        sharers: the number of ranks that one copy of the model is split over.
         facts: returns further entries of the summary at the end of the run.
         progress: how far the run is.
         checkpoint: the newest checkpoint that was saved or loaded; None for none.
@@ -69,6 +72,8 @@ class Run:
     tokenizer: Savable | None
     evaluate: Callable[[int], dict[str, float]] | None = None
     parts: dict[str, Stateful] = field(default_factory=dict)
+    flops: ModelFlops | None = None
+    sharers: int = 1
     facts: Callable[[], Mapping[str, Any]] = dict
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None

@@ -14,6 +14,7 @@ from ds_lowrank.training.health import Health
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.launcher import Launchers
 from ds_lowrank.training.loop import train_step
+from ds_lowrank.training.meter import Meter
 from ds_lowrank.training.metrics import Reporter
 from ds_lowrank.training.run import Run
 from ds_lowrank.training.step_record import step_record
@@ -57,6 +58,10 @@ class _Training:
         self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint)
         self._last_record = replace(run.progress)
         self._save_is_due = False
+        self._meter = Meter(run.steps, run.flops, run.sharers, run.identity.precision)
+        with raise_on_all_ranks():
+            if (line := self._meter.describe()) is not None:
+                report.say(line)
 
     def step(self) -> bool:
         """Take one step with everything that belongs to it; return whether the run stops after it, as it was asked."""
@@ -70,11 +75,12 @@ class _Training:
         batches, tokens = self._read()
         with self._health.step(step):
             result = train_step(run.engine, batches, measure=records)
+        self._meter.add(batches)
         progress.step, progress.tokens = step, progress.tokens + tokens
         progress.seconds += time.perf_counter() - started
         record = None
         if records:
-            record = step_record(run.engine, result, lr, progress, since=self._last_record)
+            record = step_record(run.engine, result, lr, progress, self._last_record, self._meter)
             self._last_record = replace(progress)
             if evaluates and run.evaluate is not None:
                 record |= run.evaluate(step)

@@ -78,7 +78,7 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     from ds_lowrank.checkpoint.export import export
     from ds_lowrank.finetuning.arguments import parse
     from ds_lowrank.finetuning.setup import set_up
-    from ds_lowrank.training.metrics import read_metrics
+    from ds_lowrank.training.records import read_metrics
     from ds_lowrank.training.train import train
 
     disable_progress_bar()

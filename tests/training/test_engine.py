@@ -1,5 +1,6 @@
 """The parts of a step that differ by DeepSpeed's wrapper, on two ranks with real engines."""
 
+import time
 from typing import Any
 
 import pytest
@@ -54,6 +55,30 @@ def test_loss_and_raw_gradient_norm_are_those_of_the_whole_batch(zero_stage, cli
     tolerance = 2e-2 if bf16 else 1e-5
     for measured in run_ranks(2, _measured_step, zero_stage, clipping, bf16):
         assert measured == pytest.approx((loss, norm), rel=tolerance)
+
+
+def _slow_reduction(zero_stage: int, measure: bool) -> tuple[Any, list[str]]:
+    """A step of two micro-batches, after each of which the reduction takes a tenth of a second longer."""
+    engine = _engine(zero_stage, 0.0, False)
+    reduce = engine.allreduce_gradients
+
+    def slow() -> None:
+        time.sleep(0.1)
+        reduce()
+
+    engine.allreduce_gradients = slow
+    own = TOKENS[4 * engine.global_rank :][:4]
+    result = train_step(engine, [{"input_ids": part, "labels": part} for part in own.split(2)], measure)
+    return result, engine.engine_timers.backward_reduce_timers
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_reduction_is_timed_within_the_backward_pass_of_a_logged_step(zero_stage):
+    for result, timers in run_ranks(2, _slow_reduction, zero_stage, True):
+        assert 0.2 <= result.reduce_seconds < result.backward_seconds
+        assert timers == []
+    for result, timers in run_ranks(2, _slow_reduction, zero_stage, False):
+        assert result.reduce_seconds is None and timers == []
 
 
 def _uneven_evaluation(zero_stage: int) -> tuple[float, bool]:

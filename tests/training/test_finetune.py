@@ -31,6 +31,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def flops_of_a_token(record: dict) -> tuple[str, float]:
+    """How they were found, and how many there are, with those of the padding."""
+    return record["flops_source"], record["tflops_per_gpu"] / record["tokens_per_second_per_gpu"]
+
+
 def test_it_learns_and_reports_every_metric(folder, one_process):
     records = one_process["records"]
     assert [record["step"] for record in records] == list(range(1, 2 * EPOCH_STEPS + 1))
@@ -135,6 +140,8 @@ def test_a_llama_with_random_weights_needs_no_checkpoint(folder):
     sharded = deepspeed_config(zero_stage=3)
     (three,) = run_ranks(1, finetune, command_line(folder, "random3", *more, config=sharded, epochs=1))
     assert three["records"][0]["loss"] == pytest.approx(one["records"][0]["loss"], rel=1e-5)
+    sources, per_token = zip(*(flops_of_a_token(result["records"][0]) for result in (one, three)), strict=True)
+    assert sources == ("torch's counter",) * 2 and per_token[0] == pytest.approx(per_token[1], rel=1e-12)
 
 
 @pytest.mark.parametrize(("zero_stage", "task"), [(1, "causal-lm"), (3, "classification")])
@@ -148,6 +155,7 @@ def test_lora_is_exported_as_the_plain_model_that_it_computes(folder, zero_stage
         96 if task != "causal-lm" else 0
     )
     assert result["records"][-1]["loss"] < result["records"][0]["loss"]
+    assert result["records"][0]["flops_source"] == "torch's counter" and result["records"][0]["tflops_per_gpu"] > 0
     auto = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     model = auto.from_pretrained(folder / output / "export")
     with torch.no_grad():
@@ -169,6 +177,7 @@ def test_finetune_with_adapters_full_weights_and_lorenza(folder, method, zero_st
     result = run_ranks(2, finetune, command_line(folder, method, "--lr", "0.01", config=config))[0]
     assert result["records"][-1]["loss"] < result["records"][0]["loss"]
     assert (result["trainable_parameters"] < 30336) == (method == "adapter")
+    assert result["records"][0]["flops_source"] == ("6N + attention" if method == "adapter" else "torch's counter")
     model = AutoModelForSequenceClassification.from_pretrained(folder / method / "export")
     with torch.no_grad():
         logits = model(torch.arange(2 * 8).reshape(2, 8) + 40).logits

@@ -53,11 +53,17 @@ def assert_close(records, expected):
         assert record.get("eval_loss", 0) == pytest.approx(expected[step].get("eval_loss", 0), rel=1e-4)
         for key in ("lr", "tokens", "lowrank/projected_matrices", "lowrank/refreshes", "lowrank/state_bytes"):
             assert record[key] == expected[step][key]
+        # A token costs the same FLOPs on every layout, and all ranks share them.
+        of_a_token = expected[step]["tflops_per_gpu"] / expected[step]["tokens_per_second_per_gpu"]
+        assert record["tflops_per_gpu"] / record["tokens_per_second_per_gpu"] == pytest.approx(of_a_token)
     assert records[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-6)
 
 
 def test_a_grid_trains_like_one_process(one_process, on_a_grid):
     assert_close(on_a_grid, one_process)
+    for record in on_a_grid.values():
+        assert record["step_seconds"] > 0 and record["refresh_seconds"] > 0
+        assert record["forward_seconds"] is record["backward_seconds"] is record["reduce_seconds"] is None
 
 
 def test_autotp_trains_like_one_process(workspace, one_process):

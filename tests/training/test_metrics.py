@@ -7,9 +7,10 @@ import pytest
 from matplotlib import image
 
 from ds_lowrank.training.console import OutputError
-from ds_lowrank.training.metrics import Reporter, read_metrics
+from ds_lowrank.training.metrics import Reporter, console_line
 from ds_lowrank.training.output import begin_output, check_output, write_results
 from ds_lowrank.training.plot import plot_loss
+from ds_lowrank.training.records import read_metrics
 
 
 def record(step, **more):
@@ -20,7 +21,11 @@ def record(step, **more):
         "grad_norm": 1.5,
         "lr": 0.01,
         "tokens_per_second": 1000.0,
+        "tokens_per_second_per_gpu": 500.0,
+        "tflops_per_gpu": 0.04891,
+        "mfu": None,
         "seconds": 0.1 * step,
+        "remaining_seconds": 65.4,
         "memory_gib": 0.5,
         "skipped_steps": 0,
         **more,
@@ -39,10 +44,29 @@ def test_a_record_reaches_the_file_the_console_and_the_monitor(tmp_path, capsys)
         report.record(record(3, eval_loss=2.5))
     assert read_metrics(tmp_path / "metrics.jsonl") == [record(3, eval_loss=2.5)]
     assert capsys.readouterr().out == (
-        "step 3/10 | loss 2.0000 | grad norm 1.500 | lr 1.000e-02 | 1,000 tokens/s | 0.50 GiB | eval loss 2.5000\n"
+        "step 3/10 | loss 2.0000 | grad 1.500 | lr 1.0e-02 | 0.5 GiB | 500 tok/s/GPU | 0.0489 TFLOPS | 1m05s left "
+        "| eval loss 2.5000\n"
     )
     assert ("Train/Samples/loss", 2.0, 32) in fake.written
     assert ("Train/Samples/eval_loss", 2.5, 32) in fake.written
+    assert "Train/Samples/mfu" not in {name for name, _, _ in fake.written}  # it is not known
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5, "| 5s left"), (600, "| 10m left"), (3725, "| 1h02m left"), (180_000, "| 2d02h left")],
+)
+def test_the_line_of_a_long_run_on_a_card_fits_on_a_terminal(seconds, text):
+    fields = {"tokens_per_second_per_gpu": 9_474.0, "memory_gib": 48.79, "tflops_per_gpu": 412.3, "mfu": 0.4168}
+    line = console_line(record(1200, loss=6.6354, **fields, remaining_seconds=seconds), 10_000)
+    assert "| 48.8 GiB | 9,474 tok/s/GPU | 412 TFLOPS | MFU 42% |" in line
+    assert line.endswith(text)
+    assert len(line) <= 120
+
+
+def test_what_is_not_known_is_not_in_the_line():
+    line = console_line(record(10, grad_norm=None, tflops_per_gpu=None, remaining_seconds=None), 10)
+    assert line == "step 10/10 | loss -5.0000 | grad - | lr 1.0e-02 | 0.5 GiB | 500 tok/s/GPU"
 
 
 def test_what_is_not_finite_is_null_in_the_file_and_skipped_steps_are_shown(tmp_path, capsys):
@@ -50,7 +74,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_skipped_steps_are_shown(tmp_
         report.record(record(1, loss=float("nan"), grad_norm=float("inf"), skipped_steps=2))
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record(1, loss=None, grad_norm=None, skipped_steps=2)
     line = capsys.readouterr().out
-    assert "loss nan" in line and "grad norm inf" in line and "2 skipped" in line
+    assert "loss nan" in line and "grad inf" in line and "2 skipped" in line
 
 
 def test_a_full_disk_is_said_in_one_line_that_names_the_file(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,9 +48,22 @@ def test_the_metrics_hold_every_step(workspace, finished):
         assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and record["memory_gib"] > 0
         assert record["skipped_steps"] == 0
         assert record["lowrank/projected_matrices"] == 14
+        assert record["flops_source"] == "torch's counter" and record["mfu"] is None
+        parts = record["forward_seconds"] + record["backward_seconds"] + record["step_seconds"]
+        assert 0 < record["reduce_seconds"] < record["backward_seconds"] < parts
+        assert record["tokens_per_second_per_gpu"] == record["tokens_per_second"]  # one rank
+        # 6 N and 12 L d s for each token, of two layers of width 32 and a head of 300.
+        per_token = 6 * (2 * (4 * 32**2 + 3 * 32 * 64) + 300 * 32) + 12 * 2 * 32 * SEQUENCE_LENGTH
+        assert record["tflops_per_gpu"] == pytest.approx(per_token * record["tokens_per_second"] / 1e12)
+        assert record["memory_gib"] == record["resident_gib"] and record["memory_reserved_gib"] is None
+    refreshing = [record["refresh_seconds"] for record in metrics.values()]
+    assert refreshing == sorted(refreshing) and refreshing[0] > 0
+    assert [later > sooner for sooner, later in pairwise(refreshing)] == [False, True, False, True, False]
+    assert metrics[1]["remaining_seconds"] is None and metrics[6]["remaining_seconds"] == 0
+    assert metrics[5]["remaining_seconds"] > 0 and metrics[5]["projected_end"] > metrics[2]["projected_end"][:10]
     assert metrics[1]["loss"] == pytest.approx(5.70, abs=0.1)  # ln 300, the loss of a model that knows nothing
     assert metrics[6]["eval_loss"] < metrics[2]["eval_loss"] < metrics[1]["loss"]
-    assert f"step 6/6 | loss {metrics[6]['loss']:.4f} | grad norm" in finished
+    assert f"step 6/6 | loss {metrics[6]['loss']:.4f} | grad" in finished
 
 
 def test_a_finished_run_leaves_a_plot_a_summary_and_a_model(workspace, finished):
@@ -109,6 +123,9 @@ def test_zero_3_on_two_ranks_under_deepspeed_trains_the_same_model(workspace, fi
         # The same weights, batches and updates; sums in fp32 are taken in another order.
         for key in {"loss", "grad_norm", "eval_loss"} & record.keys():
             assert record[key] == pytest.approx(whole[step][key], rel=1e-4), (step, key)
+        # The FLOPs of a token are those of the whole model, of which each rank holds a part.
+        of_a_token = whole[step]["tflops_per_gpu"] / whole[step]["tokens_per_second_per_gpu"]
+        assert record["tflops_per_gpu"] / record["tokens_per_second_per_gpu"] == pytest.approx(of_a_token)
     weights = [load_file(workspace.path / output / "export" / "model.safetensors") for output in ("whole", "zero3")]
     assert {name: weight.shape for name, weight in weights[0].items()} == {
         name: weight.shape for name, weight in weights[1].items()

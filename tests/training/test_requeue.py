@@ -41,7 +41,8 @@ def values(output: Path, name: str) -> object:
         if "jsonl" in name
         else [json.loads((output / name).read_text())]
     )
-    return [{k: v for k, v in r.items() if "second" not in k and "memory" not in k} for r in records]
+    measured = ("second", "per_gpu", "projected_end", "gib")
+    return [{k: v for k, v in r.items() if not any(word in k for word in measured)} for r in records]
 
 
 def killed_before_the_first_checkpoint(output: Path) -> None:

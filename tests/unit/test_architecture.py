@@ -40,6 +40,7 @@ ALLOWED = {
         "checkpoint",
         "collectives",
         "data",
+        "environment",
         "errors",
         "integration",
         "models",

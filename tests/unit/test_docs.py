@@ -172,6 +172,9 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--picture",
         "--simulated",
         "--basis-placement",
+        "--bench",
+        "--quiet",
+        "--x",
     }
     of_slurm = "partition account cpus-per-task mem full me format jobid overlap nodelist pty container-image"
     of_slurm += " container-mounts container-workdir no-container-mount-home"
