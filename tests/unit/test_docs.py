@@ -170,6 +170,10 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--simulated",
         "--basis-placement",
     }
+    # of docker, enroot and ssh, in containers.md
+    elsewhere |= {"--build-arg", "--tag", "--secret", "--output", "--rm", "--gpus", "--shm-size", "--user", "--volume"}
+    elsewhere |= {"--env", "--ipc", "--network", "--device", "--ulimit", "--detach", "--name", "--ssh_port", "--work"}
+    elsewhere |= {"--like-nvidias"}
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, page
