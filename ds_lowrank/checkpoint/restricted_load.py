@@ -24,6 +24,22 @@ from ds_lowrank.errors import CheckpointError
 CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """The classes that DeepSpeed's wrappers put into their files; none of them does anything when it is made."""
 
+
+def zero_stage(enumeration: Any, name: str) -> ZeroStageEnum:
+    """What ``getattr`` does in a file: Python 3.11.2 writes a ZeRO stage as ``getattr(ZeroStageEnum, "weights")``.
+
+    Args:
+        enumeration: must be ``ZeroStageEnum``.
+        name: the name of one of its members.
+
+    Raises:
+        ValueError: it is something else, which a file must not reach.
+    """
+    if enumeration is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise ValueError(f"it names the attribute {name}")
+    return ZeroStageEnum[name]
+
+
 UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)|class ([\w.]+)")
 
 
@@ -38,7 +54,7 @@ def read_data(path: Path, map_location: Any = "cpu") -> Any:
         CheckpointError: the file is damaged, or contains something else than data.
     """
     try:
-        with torch.serialization.safe_globals(list(CLASSES)):
+        with torch.serialization.safe_globals([*CLASSES, (zero_stage, "builtins.getattr")]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # whatever a damaged pickle leads to
         lines = str(error).strip().splitlines() or [type(error).__name__]

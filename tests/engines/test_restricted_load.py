@@ -68,3 +68,37 @@ def test_the_loss_scale_of_fp16_is_data(dynamic, tmp_path):
     torch.save({"loss_scaler": scaler}, tmp_path / "optim_states.pt")
     read = read_data(tmp_path / "optim_states.pt")["loss_scaler"]
     assert type(read) is type(scaler) and vars(read) == vars(scaler)
+
+
+class Getattr:
+    """Is pickled as ``getattr`` of something."""
+
+    def __init__(self, owner, name):
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_a_stage_that_another_python_has_written_is_data(tmp_path):
+    """Python 3.11.2, Debian 12's, pickles members of enumerations by name; 3.11.7 and 3.12 do so by value."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from ds_lowrank.checkpoint.restricted_load import read_data
+
+    for stage in ZeroStageEnum:
+        torch.save({"zero_stage": Getattr(ZeroStageEnum, stage.name)}, tmp_path / "optim_states.pt")
+        assert read_data(tmp_path / "optim_states.pt") == {"zero_stage": stage}
+
+
+def test_no_other_attribute_is_reached(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from ds_lowrank.checkpoint.restricted_load import read_data
+    from ds_lowrank.errors import CheckpointError
+
+    for owner, name in ((ZeroStageEnum, "__subclasses__"), (LossScaler, "backward")):
+        torch.save({"zero_stage": Getattr(owner, name)}, tmp_path / "optim_states.pt")
+        with pytest.raises(CheckpointError, match=rf"\(it names the attribute {name}\); nothing in it was run"):
+            read_data(tmp_path / "optim_states.pt")

@@ -180,6 +180,10 @@ def test_every_flag_that_is_mentioned_exists(parsers):
     of_slurm += " container-mounts container-workdir no-container-mount-home"
     of_others = "shutdown-timeout dry-run follow selector max-log-requests output pid prefix"
     elsewhere |= {f"--{name}" for name in f"{of_slurm} {of_others}".split()}
+    # of docker, enroot and ssh, in containers.md
+    elsewhere |= {"--build-arg", "--tag", "--secret", "--output", "--rm", "--gpus", "--shm-size", "--user", "--volume"}
+    elsewhere |= {"--env", "--ipc", "--network", "--device", "--ulimit", "--detach", "--name", "--ssh_port", "--work"}
+    elsewhere |= {"--like-nvidias"}
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
     for command in (evaluate, glue):
         of_command = argparse.ArgumentParser()
