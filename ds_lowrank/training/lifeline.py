@@ -23,6 +23,7 @@ logger = logging.getLogger("ds_lowrank")
 LIMIT_SECONDS = 120.0
 """The longest time without an answer from a node; ``--timeout`` may be shorter."""
 CONNECT_SECONDS = 10.0
+PROBES = 4
 WHERE = "where rank 0 listens"
 ENDED = (errno.ECONNRESET, errno.EPIPE)
 """What a process leaves that has ended, and whose error, if it has one, is reported otherwise."""
@@ -50,15 +51,13 @@ def hold_lifelines(
         target = listener.run
     else:
         address, port, token = store.get(WHERE).decode().split()
-        line = _connect(address, int(port))
+        line = _connect(address, int(port), f"{token} {rank}\n", seconds)
         if line is None:
             logger.info(
                 "%s cannot connect to %s, port %s: if either loses its network, the job ends only after --timeout",
                 *(hosts[rank], address, port),
             )
             return
-        _probe(line, seconds)
-        line.sendall(f"{token} {rank}\n".encode())
 
         def target() -> None:
             if _is_lost(line):
@@ -120,22 +119,25 @@ def _own_address() -> str:
     return os.environ["MASTER_ADDR"] if own.startswith("127.") or own == "::1" else own
 
 
-def _connect(address: str, port: int) -> socket.socket | None:
+def _connect(address: str, port: int, greeting: str, seconds: float) -> socket.socket | None:
     try:
         line = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
+        line.sendall(greeting.encode())
     except OSError:
         return None
     line.settimeout(None)
+    _probe(line, seconds)
     return line
 
 
 def _probe(line: socket.socket, seconds: float) -> None:
     """Let the kernel end a connection over which nothing comes back for some seconds."""
-    idle, between = max(1, round(seconds / 2)), max(1, round(seconds / 8))
+    between = max(1, round(seconds / 8))
+    idle = max(1, round(seconds) - PROBES * between)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
 
 
 def _is_lost(line: socket.socket) -> bool:
