@@ -8,6 +8,7 @@ every rank must have selected its device (``torch.cuda.set_device``) first.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -82,8 +83,14 @@ def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None
         RemoteError: this rank succeeded and another one failed; the message quotes the other's error.
     """
     if is_distributed():
-        mine = None if error is None else f"rank {global_rank()}: {type(error).__name__}: {error}"
-        failures = [failure for failure in all_gather_object(mine, group) if failure is not None]
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        everyone = all_gather_object((global_rank(), socket.gethostname(), text), group)
+        several = len({host for _, host, _ in everyone}) > 1
+        failures = [
+            f"rank {rank}{f' on {host}' if several else ''}: {text}"
+            for rank, host, text in everyone
+            if text is not None
+        ]
         if error is None and failures:
             raise RemoteError("another rank failed; " + "; ".join(failures))
     if error is not None:
@@ -134,6 +141,27 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
     return value
 
 
+def first_on_node(make: Callable[[], T]) -> T:
+    """Call a function on one process of each node, then on the others, so that only the first downloads. Collective.
+
+    Args:
+        make: makes this rank's value; not a collective.
+
+    Returns:
+        This rank's own value.
+
+    Raises:
+        Exception: what ``make`` raised on this rank.
+        RemoteError: ``make`` failed on another rank.
+    """
+    box: list[T] = []
+    for turn in (True, False):
+        with raise_on_all_ranks():
+            if is_local_rank0() == turn:
+                box.append(make())
+    return box[0]
+
+
 def once_per_node(make: Callable[[], T], what: str) -> T:
     """Compute a small picklable value once per node and return it on every rank. Collective.
 
@@ -150,14 +178,18 @@ def once_per_node(make: Callable[[], T], what: str) -> T:
         Exception: what ``make`` raised on this rank.
         RemoteError: ``make`` failed on another rank.
     """
-    mine: tuple[T] | None = None
+    mine: tuple[str, T] | None = None
     with raise_on_all_ranks():
         if is_local_rank0():
-            mine = (make(),)
+            mine = (socket.gethostname(), make())
     made = [box for box in all_gather_object(mine) if box is not None]
     if not made:
         raise RuntimeError("no process has LOCAL_RANK 0: unset LOCAL_RANK, or set it to 0 on one process of each node")
-    if any(box != made[0] for box in made):
-        raise ValueError(f"{what} differs between the nodes of this job; give every node the same files and packages")
-    value: T = made[0][0]
+    first, value = made[0]
+    others = sorted({host for host, other in made if other != value})
+    if others:
+        named = f" ({', '.join(others[:5])} from {first})" if others != [first] else ""
+        raise ValueError(
+            f"{what} differs between the nodes of this job{named}; give every node the same files and packages"
+        )
     return value

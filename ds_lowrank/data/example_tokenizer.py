@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer
 
-from ds_lowrank.collectives import raise_on_all_ranks
+from ds_lowrank.collectives import first_on_node
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.tokenizer import check_vocabulary, load_tokenizer
 
@@ -139,8 +139,7 @@ def load_example_tokenizer(spec: str, texts: Iterator[str], vocab_size: int, cac
     if spec in ("bpe", "bytes"):
         made = load_tokenizer(spec, lambda: texts, vocab_size=vocab_size, cache_dir=cache)
         return ExampleTokenizer(made.tokenizer, spec)
-    with raise_on_all_ranks():
-        return ExampleTokenizer(_published(spec), spec)
+    return first_on_node(lambda: ExampleTokenizer(_published(spec), spec))
 
 
 def _published(spec: str) -> Any:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_lowrank.collectives import is_local_rank0, raise_on_all_ranks
+from ds_lowrank.collectives import first_on_node
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import ROW_FORMATS, file_format
 from ds_lowrank.data.functions import standard_library_functions
@@ -79,13 +79,7 @@ def open_rows(spec: str, validation: Path | None, held_out: float, seed: int, sp
         DataError: the data do not exist, cannot be read, or leave a split empty.
         RemoteError: another rank failed.
     """
-    rows: Rows | None = None
-    for turn in (True, False):
-        with raise_on_all_ranks():
-            if is_local_rank0() == turn:
-                rows = _read(spec, validation, held_out, seed, splits)
-    assert rows is not None
-    return rows
+    return first_on_node(lambda: _read(spec, validation, held_out, seed, splits))
 
 
 def _read(spec: str, validation: Path | None, held_out: float, seed: int, splits: Splits) -> Rows:

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
+from ds_lowrank.collectives import broadcast_from_rank0, first_on_node
 from ds_lowrank.data.cache import ensure_built
 from ds_lowrank.data.errors import DataError
 
@@ -98,8 +98,7 @@ def load_tokenizer(
         return _wrapped(tokenizers.Tokenizer.from_str(trained), spec)
     if spec == "bytes":
         return _wrapped(_byte_tokenizer(), spec)
-    with raise_on_all_ranks():
-        return _published(spec)
+    return first_on_node(lambda: _published(spec))
 
 
 def _wrapped(tokenizer: tokenizers.Tokenizer, name: str) -> TextTokenizer:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from ds_lowrank.adapters.lora import add_lora
 from ds_lowrank.adapters.model import has_adapters
 from ds_lowrank.checkpoint.manifest import Identity
 from ds_lowrank.checkpoint.random_state import seed_everything
-from ds_lowrank.collectives import raise_on_all_ranks
+from ds_lowrank.collectives import first_on_node, raise_on_all_ranks
 from ds_lowrank.data.examples import ExampleStream, HeldOut, held_out_batches
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.finetuning.best import FOLDER, Best
@@ -110,15 +110,22 @@ def _check_packages() -> None:
 def _build(arguments: Namespace, source: Source, inputs: Inputs, config: dict[str, Any]) -> Any:
     """Build the model, the same one on every rank, as new weights are drawn from the seed."""
     seed_everything(arguments.seed)
-    # Building random weights uses collectives at ZeRO 3. It is the same on every rank, so that none can fail alone.
-    with nullcontext() if source.random else raise_on_all_ranks():
+
+    def make() -> Any:
         labels = getattr(inputs.task, "labels", None)
         model = build_model(source, arguments.task, labels, inputs.pad_id, arguments.seed, config)
         if arguments.activation_checkpointing:
             model.gradient_checkpointing_enable()
         if arguments.lora_rank is not None:
             model = add_lora(model, arguments.task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_targets)
-    return model
+        return model
+
+    if source.random:  # uses collectives at ZeRO 3; it is the same on every rank, so that none can fail alone
+        return make()
+    if not os.path.isdir(source.name):
+        return first_on_node(make)  # it downloads
+    with raise_on_all_ranks():
+        return make()
 
 
 def _evaluator(

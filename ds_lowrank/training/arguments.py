@@ -116,6 +116,9 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timeout", type=seconds, default=1800.0, metavar="SECONDS", help="how long to wait for a rank that is silent"
     )
+    group.add_argument(
+        "--join-timeout", type=seconds, default=45.0, metavar="SECONDS", help="how long to wait for a rank at the start"
+    )
 
 
 def add_outputs(group: argparse._ArgumentGroup) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from ds_lowrank.training.failures import Failure, Kind
+from ds_lowrank.training.failures import Crew, Failure, Kind
 
 SECONDS_FOR_OTHERS = 2.0
 """How long a rank that fails waits for the errors of the others, which have the same one or lose their connection."""
@@ -27,17 +27,22 @@ class Bulletin:
 
     Args:
         rank: this process's rank.
-        ranks: the number of ranks.
+        crew: the ranks of the job.
+
+    Attributes:
+        crew: the ranks of the job.
+        closed: whether the job is at its end, where a rank that goes has not failed.
     """
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self._rank, self._ranks = rank, ranks
+    def __init__(self, rank: int, crew: Crew) -> None:
+        self.crew = crew
+        self._rank, self._ranks = rank, crew.ranks
         store = PrefixStore("ds_lowrank/errors", _get_default_store())
         # Connections of their own, as the first may be held by a thread that waits for a key; made now, as later the
         # store may be gone.
         self._store, self._watched = (self._connect(store) for _ in range(2))
         self._claim = threading.Lock()
-        self._closed = False
+        self.closed = False
 
     def _connect(self, store: Any) -> Any:
         return store.clone() if self._ranks > 1 else store
@@ -48,7 +53,7 @@ class Bulletin:
 
     def close(self) -> None:
         """Stop watching, as the ranks are about to end one after the other."""
-        self._closed = True
+        self.closed = True
 
     def watch(self, end: Callable[[dict[int, Failure]], None]) -> None:
         """Call a function in a thread if another rank fails and this one has not ended some seconds later.
@@ -84,7 +89,7 @@ class Bulletin:
         except RuntimeError:
             pass  # the store is gone, and with it the rank or the launcher that kept it
         time.sleep(SECONDS_FOR_OTHERS)
-        if not self._closed and self.claim():
+        if not self.closed and self.claim():
             end(found)
 
     def _exchange(self, failure: Failure, found: dict[int, Failure]) -> None:

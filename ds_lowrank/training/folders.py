@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_lowrank.collectives import global_rank, raise_on_all_ranks
 from ds_lowrank.training.lock import Lock
+from ds_lowrank.training.shared import check_shared
 
 
 class Folders:
@@ -21,17 +23,24 @@ class Folders:
         self._locks: list[Lock] = []
         self._created: list[Path] = []
 
-    def claim(self) -> None:
+    def claim(self, hosts: Sequence[str] = ()) -> None:
         """Create the folders where they are missing, and lock them by a file in each. Collective.
 
+        Args:
+            hosts: the node of every rank, if the nodes must share the folders.
+
         Raises:
-            ValueError: a folder cannot be written, or another run uses it; the message names the flag.
+            ValueError: a folder cannot be written, or another run uses it, or a node does not share it; the message
+                names the flag.
             RemoteError: on the other ranks.
         """
         try:
             with raise_on_all_ranks():
                 if global_rank() == 0:
                     self._claim()
+            if len(set(hosts)) > 1:
+                for flag, folder in self._folders.items():
+                    check_shared(flag, folder, hosts)
         except Exception:
             self.release()
             raise

@@ -20,6 +20,7 @@ from ds_lowrank.checkpoint.random_state import get_random_state, set_random_stat
 from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
+from ds_lowrank.errors import CheckpointError
 from ds_lowrank.training.flops import ModelFlops
 from ds_lowrank.training.output import begin_output, is_new, record_save
 
@@ -90,6 +91,13 @@ class Run:
             RemoteError: another rank failed.
         """
         save, output = self.arguments.save, self.arguments.output
+        first = broadcast_from_rank0(lambda: checkpoint)
+        with raise_on_all_ranks():
+            if checkpoint != first:  # a network file system may show a new folder late
+                raise CheckpointError(
+                    f"this rank finds {checkpoint or 'no checkpoint'} to resume from, but rank 0 {first or 'none'}: "
+                    "make sure that all nodes see the same files, and start again"
+                )
         if broadcast_from_rank0(lambda: is_new(output, save, checkpoint)):
             broadcast_from_rank0(lambda: begin_output(output))
         if checkpoint is None:

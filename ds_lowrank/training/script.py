@@ -22,6 +22,7 @@ from ds_lowrank.training.health import BrokenRunError
 from ds_lowrank.training.launcher import Launchers
 from ds_lowrank.training.output import AlreadyFinishedError, write_results
 from ds_lowrank.training.run import Run
+from ds_lowrank.training.same_everywhere import facts
 from ds_lowrank.training.train import train
 
 AT_START: tuple[type[Exception], ...] = (ValueError, OSError, OutputError, RemoteError, DeepSpeedConfigError)
@@ -47,9 +48,10 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
     folders = Folders({"--output": arguments.output, "--save": arguments.save})
     expected, bulletin = AT_START, None
     try:
-        distributed.join(arguments.timeout)
-        bulletin = distributed.watch_others(arguments.timeout)
-        folders.claim()
+        hosts = distributed.join(arguments.timeout, arguments.join_timeout, facts(arguments))
+        bulletin = distributed.watch_others(arguments.timeout, hosts)
+        saves = arguments.save_interval > 0 or arguments.resume is not None
+        folders.claim(hosts if saves else ())
         try:
             run = set_up(arguments)
         except AlreadyFinishedError as reason:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from ds_lowrank.collectives import (
     RemoteError,
     broadcast_from_rank0,
+    first_on_node,
     once_per_node,
     raise_if_any_failed,
     raise_on_all_ranks,
@@ -113,17 +116,77 @@ def test_local_rank_0_builds_the_cache_and_all_ranks_read_it(tmp_path, jsonl, ca
     assert outcomes[0][0][: len(ids) + 1] == [*ids, tokenizer.eos_id]
 
 
-def test_processes_may_build_the_same_cache_concurrently(tmp_path, jsonl, cache_dir):
-    def work(rank: int) -> tuple[str, list[int]]:
-        os.environ["LOCAL_RANK"] = "0"  # as on three nodes that share a disk
+def test_one_process_builds_for_all_nodes_that_share_a_cache_and_one_of_each_that_has_its_own(tmp_path, jsonl):
+    def work(rank: int) -> tuple[str, list[int], int]:
+        os.environ["LOCAL_RANK"] = "0"  # as on three nodes
+        cache = tmp_path / ("shared" if rank != 1 else "own")
+        built = []
         source = open_source(str(jsonl), "train")
-        tokenizer = load_tokenizer("bpe", source.documents, vocab_size=270, cache_dir=cache_dir)
-        data = pack(source, tokenizer, sequence_length=16, cache_dir=cache_dir)
-        return data.fingerprint, data.tokens.tolist()
+        tokenizer = load_tokenizer("bytes", source.documents, cache_dir=cache)
+        encode = tokenizer.encode_documents
+        tokenizer.encode_documents = lambda documents: built.append(1) or encode(documents)
+        data = pack(source, tokenizer, sequence_length=16, cache_dir=cache)
+        return data.fingerprint, data.tokens.tolist(), len(built)
 
+    outcomes = on_ranks(tmp_path, work)
+    assert [built for *_, built in outcomes] == [1, 1, 0]
+    assert len({(fingerprint, tuple(tokens)) for fingerprint, tokens, _ in outcomes}) == 1
+    for name in ("shared", "own"):
+        assert sorted(path.name.partition("-")[0] for path in (tmp_path / name).iterdir()) == ["tokens"] * 2
+
+
+def test_a_cache_that_was_built_elsewhere_and_cannot_be_written_is_read(tmp_path, jsonl, cache_dir):
+    def work(rank: int) -> list[int]:
+        os.environ["LOCAL_RANK"] = "0"
+        source = open_source(str(jsonl), "train")
+        tokenizer = load_tokenizer("bytes", source.documents, cache_dir=cache_dir)
+        if rank:
+            Path.touch = refused  # in this process only
+        return pack(source, tokenizer, sequence_length=16, cache_dir=cache_dir).tokens.tolist()
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    source = open_source(str(jsonl), "train")
+    pack(
+        source, load_tokenizer("bytes", source.documents, cache_dir=cache_dir), sequence_length=16, cache_dir=cache_dir
+    )
     first, *others = on_ranks(tmp_path, work)
-    assert others == [first, first]
-    assert sorted(path.name.partition("-")[0] for path in cache_dir.iterdir()) == ["bpe"] * 2 + ["tokens"] * 2
+    assert first and others == [first, first]
+
+
+def test_one_process_of_a_node_downloads_before_the_others(tmp_path):
+    def work(rank: int) -> tuple[int, bool]:
+        os.environ["LOCAL_RANK"] = "1" if rank == 1 else "0"  # ranks 0 and 1 on one node, rank 2 on another
+        downloaded = tmp_path / ("node1" if rank < 2 else "node2")
+
+        def load() -> tuple[int, bool]:
+            found = downloaded.exists()
+            downloaded.touch()
+            return rank, found
+
+        return first_on_node(load)
+
+    assert on_ranks(tmp_path, work) == [(0, False), (1, True), (2, False)]
+
+
+def test_errors_and_differences_name_the_nodes(tmp_path, monkeypatch):
+    def differs(rank: int) -> str:
+        socket.gethostname = lambda: f"node{rank}"  # in this process only
+        os.environ["LOCAL_RANK"] = "0"
+        return once_per_node(lambda: "other" if rank == 2 else "same", "the data")
+
+    def fails(rank: int) -> None:
+        socket.gethostname = lambda: f"node{rank}"
+        with raise_on_all_ranks():
+            if rank == 1:
+                raise DataError("no such file")
+
+    (tmp_path / "fails").mkdir()
+    message = "the data differs between the nodes of this job (node2 from node0); give every node the same files and "
+    assert on_ranks(tmp_path, differs) == [("ValueError", f"{message}packages")] * 3
+    remote = ("RemoteError", "another rank failed; rank 1 on node1: DataError: no such file")
+    assert on_ranks(tmp_path / "fails", fails) == [remote, ("DataError", "no such file"), remote]
 
 
 def test_unusable_data_stops_every_rank(tmp_path, cache_dir):

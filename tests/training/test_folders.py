@@ -10,10 +10,12 @@ import signal
 import threading
 
 import pytest
+import torch.distributed as dist
 
-from ds_lowrank.training import lock
+from ds_lowrank.training import lock, shared
 from ds_lowrank.training.folders import Folders
 from ds_lowrank.training.lock import Lock
+from tests.engines.pool import run_ranks
 
 
 def folders(output, save=None):
@@ -169,3 +171,34 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", denied)
     with pytest.raises(ValueError, match=r"--output .* cannot be written \(Permission denied\)"):
         folders(tmp_path).claim()
+
+
+NODES = ("node1", "node1", "node2")
+
+
+def _claims(base, sees):
+    """Claim a folder on three ranks. Rank 2 is on a node of its own, on which the path may lead elsewhere."""
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    shared.LATE_SECONDS = 0.5
+    path = base / "path" if rank < 2 or sees else base / "elsewhere"
+    claimed = Folders({"--save": path})
+    try:
+        claimed.claim(NODES)
+    except ValueError as error:
+        return str(error).replace(str(path), "PATH")
+    dist.barrier()  # rank 0 has removed what it tried with
+    left = sorted(entry.name for entry in path.iterdir())
+    dist.barrier()
+    claimed.release()
+    return left
+
+
+def test_a_folder_that_all_nodes_share_is_taken_and_one_that_they_do_not_is_refused_on_every_rank(tmp_path):
+    assert run_ranks(3, _claims, tmp_path, True) == [[".lock"]] * 3
+    first, *others = run_ranks(3, _claims, tmp_path, False)
+    assert others == [first, first]
+    assert first.startswith(
+        "--save PATH is not one folder for all nodes: node2 does not see what rank 0 wrote there. Give a folder"
+    )
+    assert list(tmp_path.iterdir()) == []  # nothing is left of the tried folder

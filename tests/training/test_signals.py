@@ -15,6 +15,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.training import launcher
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.launcher import Launchers, check_environment
+from ds_lowrank.training.mpirun import adopt
 from tests.engines.pool import run_ranks
 
 
@@ -162,3 +163,24 @@ def test_several_tasks_without_ranks_are_refused(environment, refused):
     else:
         with pytest.raises(ConfigError, match=refused):
             check_environment(environment)
+
+
+def open_mpi(rank, local, size, local_size, **more):
+    values = {"RANK": rank, "LOCAL_RANK": local, "SIZE": size, "LOCAL_SIZE": local_size}
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in values.items()} | more
+
+
+def rank_of(environment):
+    adopt(environment)
+    check_environment(environment)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return tuple(environment.get(name) for name in names)
+
+
+def test_tasks_of_open_mpi_become_ranks():
+    assert rank_of(open_mpi(3, 1, 4, 2, MASTER_ADDR="node1")) == ("3", "1", "4", "node1", "29500")
+    assert rank_of(open_mpi(1, 1, 2, 2, MASTER_PORT="4711")) == ("1", "1", "2", "127.0.0.1", "4711")
+    assert rank_of(open_mpi(0, 0, 1, 1)) == (None,) * 5  # one process
+    assert rank_of(open_mpi(1, 0, 2, 1) | RANK_OF_TWO)[:3] == ("1", "1", "2")  # torchrun under mpirun
+    with pytest.raises(ConfigError, match=r"4 tasks on several nodes, .* -x MASTER_ADDR=HOST, or deepspeed a line"):
+        rank_of(open_mpi(3, 1, 4, 2))
