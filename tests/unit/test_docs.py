@@ -179,7 +179,9 @@ def test_every_flag_that_is_mentioned_exists(parsers):
     of_slurm = "partition account cpus-per-task mem full me format jobid overlap nodelist pty container-image"
     of_slurm += " container-mounts container-workdir no-container-mount-home"
     of_others = "shutdown-timeout dry-run follow selector max-log-requests output pid prefix"
-    elsewhere |= {f"--{name}" for name in f"{of_slurm} {of_others}".split()}
+    of_launchers = "launcher launcher_args master_addr no_ssh ssh_port bind-to mca rdzv-conf rdzv-backend rdzv-endpoint"
+    of_launchers += " nproc-per-node"
+    elsewhere |= {f"--{name}" for name in f"{of_slurm} {of_launchers} {of_others}".split()}
     # of docker, enroot and ssh, in containers.md
     elsewhere |= {"--build-arg", "--tag", "--secret", "--output", "--rm", "--gpus", "--shm-size", "--user", "--volume"}
     elsewhere |= {"--env", "--ipc", "--network", "--device", "--ulimit", "--detach", "--name", "--ssh_port", "--work"}
