@@ -48,6 +48,10 @@ PACKAGES = (
         "megatron-core", "megatron.core", "0.16.1", "tensor and pipeline parallelism, data", 'pip install ".[megatron]"'
     ),
     Package("transformers", "transformers", "5", "the scripts in launch/", 'pip install ".[train]"'),
+    Package("accelerate", "accelerate", "1", "the Hugging Face Trainer, accelerate", 'pip install ".[huggingface]"'),
+    Package("trl", "trl", "1.16.0", "TRL", 'pip install ".[huggingface]"'),
+    Package("peft", "peft", "0.21.2", "LoRA in launch/finetune.py", 'pip install ".[finetune]"'),
+    Package("lm-eval", "lm_eval", "0.4.13", "python -m ds_lowrank evaluate", 'pip install ".[evaluate]"'),
     Package(
         "transformer-engine",
         "transformer_engine",

@@ -11,6 +11,7 @@ from ds_lowrank.methods import METHODS as REGISTRY
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import make_model, train_step
 from tests.huggingface.scenario import (
+    CONFIGS,
     STEPS,
     Rows,
     arguments,
@@ -181,9 +182,27 @@ def test_a_model_that_from_pretrained_has_loaded_takes_the_same_steps(tmp_path, 
         assert max_difference(weights, own[0]["weights"]) == 0
 
 
+def train_by_path(folder, path):
+    """A step with a shipped configuration, named by its path as on a command line; what was projected."""
+    from transformers import Trainer
+
+    import ds_lowrank
+
+    ds_lowrank.register()
+    own = arguments(folder, 2, 1, deepspeed=path, max_steps=1, per_device_train_batch_size=4)
+    trainer = Trainer(model=make_model(hidden=64, intermediate=96), args=own, train_dataset=Rows(1))
+    trainer.train()
+    return trainer.model_wrapped.basic_optimizer.metrics()["lowrank/projected_matrices"]
+
+
+@pytest.mark.parametrize("name", ["hf_galore_zero2.json", "hf_galore_zero3.json"])
+def test_the_shipped_configurations_train_as_they_are(tmp_path, name):
+    assert run_ranks(1, train_by_path, tmp_path, str(CONFIGS / name)) == [2 * 7]
+
+
 def test_the_shipped_configurations_are_galores_with_auto_values():
     for stage in (2, 3):
-        config = json.loads((arguments.__globals__["CONFIGS"] / f"hf_galore_zero{stage}.json").read_text())
+        config = json.loads((CONFIGS / f"hf_galore_zero{stage}.json").read_text())
         assert config["zero_optimization"]["stage"] == stage
         params = config["optimizer"]["params"]
         assert [key for key, value in params.items() if value == "auto"] == ["lr", "betas", "eps", "weight_decay"]

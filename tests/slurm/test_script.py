@@ -190,11 +190,3 @@ def test_four_commands_lead_to_a_first_step_and_all_that_are_documented_parse():
         arguments = pretrain.parse(words[split + 1 :])
         assert command == "sbatch" and set(words[:split:2]) <= SBATCH
         assert Path(ROOT, arguments.deepspeed_config).is_file() and Path(ROOT, arguments.model).is_file()
-
-
-def test_the_memory_of_a_7b_run_is_what_the_formula_says():
-    (code,) = re.findall(r"^```python\n(def gigabytes.*?)^```$", PAGES["cluster"], re.M | re.S)
-    names: dict[str, Callable[..., list[float]]] = {}
-    exec(code, names)
-    for stage, gpus, rank, *numbers in rows("cluster", "## Which configuration for 7B"):
-        assert names["gigabytes"](int(stage), int(gpus), int(rank)) == [float(number) for number in numbers]

@@ -119,8 +119,8 @@ def test_a_broken_model_is_never_the_best():
     considered = []
     best = SimpleNamespace(metric="accuracy", consider=lambda step, value: considered.append((step, value)))
     losses = iter([0.5, math.nan])
-    task = SimpleNamespace(measure=lambda engine, batches: {"loss": next(losses), "accuracy": 0.75})
-    evaluate = setup._evaluator(None, task, {"": []}, best)
+    task = SimpleNamespace(measure=lambda *_: {"loss": next(losses), "accuracy": 0.75})
+    evaluate = setup._evaluator(None, SimpleNamespace(task=task, tokenizer=None), {"": []}, best)
     evaluate(1)
     evaluate(2)
     assert considered == [(1, 0.75)]

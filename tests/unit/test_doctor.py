@@ -46,7 +46,7 @@ def test_the_tested_versions_are_those_that_are_installed_for_the_tests():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)}
     lines = [line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    constraints = {name: version for name, _, version in lines}
+    constraints = {name.replace("_", "-"): version for name, _, version in lines}
     for package in PACKAGES:
         if package.tested:
             assert f"{constraints[package.name]}.".startswith(f"{package.tested}."), package.name
