@@ -132,6 +132,7 @@ def of_columns(*columns: str) -> Template:
     return Template(tuple(prompts), completion)
 
 
+# The wording is part of the Alpaca format: models and data sets of that format expect these words.
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
     "response that appropriately completes the request.\n\n"
