@@ -57,9 +57,11 @@ RUN --mount=type=secret,id=pip set -eu; \
     python -m pip install --no-cache-dir \
         --requirement /opt/venv/requirements.txt --constraint /opt/venv/constraints.txt
 
-# The code, once: a checkout that is mounted here replaces it. Nothing is downloaded for it.
+# The code, once: a checkout that is mounted here replaces it. Nothing is downloaded for it. The base's own torchrun
+# would start the base's Python, which has none of these packages.
 COPY . .
 RUN set -eu; \
+    [ -e /opt/venv/bin/torchrun ] || install --mode 755 launch/container/torchrun /opt/venv/bin/torchrun; \
     python -m pip install --no-deps --no-build-isolation --no-index --editable .; \
     python -m compileall -q ds_lowrank launch; \
     install -D --mode 644 launch/container/ssh_config /etc/ssh/ssh_config.d/ds_lowrank.conf
