@@ -156,5 +156,5 @@ def train_with_trl(folder, stage, gas):
 def test_ten_steps_of_trls_sft_trainer_are_those_of_our_own_engine(tmp_path, stage, gas):
     got = run_ranks(2, train_with_trl, tmp_path, stage, gas)
     own = run_ranks(2, train_with_own_engine, own_config(stage, 2, gas), gas)
-    # TRL computes the loss by a fused head of its own, in other sums.
-    assert max_difference(got[0], own[0]["weights"]) < 1e-5
+    # TRL computes the loss by a fused head of its own, in other sums: 2e-7 was measured.
+    assert max_difference(got[0], own[0]["weights"]) < 1e-6
