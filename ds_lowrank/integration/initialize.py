@@ -79,6 +79,7 @@ def initialize(
             rank, before anything is built.
     """
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
+    from ds_lowrank.integration.projected import check_projected, share_projections
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
@@ -95,6 +96,8 @@ def initialize(
             check_trainer(str(name))
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         check_mesh(mesh_param)  # before the model gets adapters
+        params = section(settings, "optimizer").get("params", {})
+        check_projected(settings, params if optimizer is None else optimizer.defaults, str(name))
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
     engine, wrapped, loader, scheduler = stock_initialize()(
         args=without_path(args),
@@ -111,6 +114,7 @@ def initialize(
         mesh_param=mesh_param,
     )
     if low_rank:
+        share_projections(engine)
         engine.basic_optimizer.bind()
         check_groups(engine)
         check_norm(engine)
