@@ -210,8 +210,7 @@ def summed_squared_norms(shard: MatrixShard, safe_scale: torch.Tensor) -> Progra
     if shard.geometry.copies == 1:
         norms = yield shard.kept.reduce_scatter(squared_norms(shard, shard.kept, shard.gradient, safe_scale))
         return norms
-    dense = blocks(shard)
-    whole = yield shard.kept.reduce_scatter(dense if shard.kept is shard.rows else dense.mT.contiguous())
+    whole = yield shard.kept.reduce_scatter(blocks(shard, shard.kept))
     lengths = torch.linalg.vector_norm(whole, dim=2, keepdim=True, dtype=torch.float64) / safe_scale
     norms = lengths.square().float()
     return norms

@@ -501,10 +501,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if parts is None or (self._accumulation is None and len(parts) == 1):
             return saved
         if len(parts) != size or self._accumulation is None:
+            here = "reduction 'gradient'" if self._accumulation is None else f"{size} of them"
             raise CheckpointError(
-                f"the checkpoint was saved with reduction 'projected' on {len(parts)} data-parallel ranks; this run "
-                f"has {size} and reduction {'gradient' if self._accumulation is None else 'projected'!r}: resume with "
-                "those of the run that saved it"
+                f"the checkpoint was saved with reduction 'projected' on {len(parts)} data-parallel ranks, and this "
+                f"run has {here}: resume with the reduction and the number of ranks of the run that saved it"
             )
         own: dict[str, Any] = parts[0 if group is None else dist.get_rank(group)]
         return own
