@@ -12,6 +12,7 @@ import torch
 from ds_lowrank.methods.base import Options, State
 from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.optimizer.stacked_state import StackedState
+from ds_lowrank.optimizer.stochastic_rounding import StochasticRounding
 from ds_lowrank.placement.fragment import Fragment, FragmentRun, runs_of
 from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.matrix import MatrixShard, Member
@@ -97,6 +98,9 @@ class Stack:
             self.shard.attach([nothing], [nothing], [len(self.matrices)])
         self.shard.precision = self.options.matmul_precision
         self.state = self._states.open()
+        if self.is_here and not self.options.master_weights:
+            names, device = self.shard.names, self.shard.device
+            self.shard.rounding = StochasticRounding(names, self.state["step"], self.shard.shape[0] > 1, device)
 
     def detach(self) -> None:
         """Release the gradients, the weights and what was found."""
