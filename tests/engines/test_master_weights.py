@@ -8,7 +8,10 @@ import re
 import pytest
 import torch
 
+from ds_lowrank.checkpoint.gather import whole_weights
 from ds_lowrank.errors import ConfigError
+from tests.engines.grids import Grid, dense_model, oracle
+from tests.engines.grids import settings_of as grid_settings
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import METHODS, config, make_model, make_model_for, train_step
 
@@ -177,3 +180,51 @@ def both_keys(stage):
 def test_deepspeeds_own_keys_mean_the_same(stage):
     (found,) = run_ranks(1, train, both_keys(stage))
     assert_same_bits(found["weights"], alone(0)["weights"])
+
+
+GRID_LAYOUTS = [
+    Grid(1, 1, 2, 0),
+    Grid(1, 2, 1, 0),
+    Grid(1, 2, 1, 0, "autotp"),
+    Grid(2, 1, 2, 1),
+    Grid(2, 2, 1, 2),
+    Grid(2, 2, 1, 3, "autotp"),
+]
+
+
+def train_grid(grid, settings, **changes):
+    """Three steps; the whole weights, this rank's copies of what it shares with others, and the norms."""
+    from tests.engines.grids import start, train_step
+
+    engine = start(grid, settings, **changes)
+    norms = []
+    for step in range(3):
+        train_step(engine, step)
+        norms.append(float(engine.get_global_grad_norm() or 0.0))
+    slots = [
+        slot for slot in engine.basic_optimizer.slots if slot.logical.placement == "replicated" or grid.tensor == 1
+    ]
+    own = {slot.tag.name: slot.parameter.detach().clone() for slot in slots if slot.parameter.numel()}
+    return {"weights": whole_weights(engine), "copies": own, "norms": norms}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("grid", "changes"), [*((grid, {}) for grid in GRID_LAYOUTS), (Grid(1, 1, 2, 0), {"tie_word_embeddings": True})]
+)
+def test_grids_move_as_one_process_and_copies_have_the_same_bits(grid, changes):
+    """Three steps in bf16 keep most of the direction that one process in fp32 takes, as with fp32 copies."""
+    settings = grid_settings(grid, gas=2, dtype="bf16", params={"master_weights": False})
+    results = run_ranks(grid.world, train_grid, grid, settings, **changes)
+    (_, last), norms = oracle("GaLore", 0.0, 3, **changes)
+    start = dict(dense_model(**changes).named_parameters())
+    for name, weight in last.items():
+        distance = (results[0]["weights"][name].float() - weight).norm()
+        assert distance < 0.5 * (weight - start[name]).norm(), name
+    assert results[0]["norms"] == pytest.approx(norms, rel=0.02)
+    shared = [name for own in results for name in own["copies"]]
+    assert any(shared.count(name) > 1 for name in shared) or (grid == Grid(1, 1, 2, 0) and not changes)
+    for own in results:
+        for name, weight in own["copies"].items():
+            first = next(other["copies"][name] for other in results if name in other["copies"])
+            assert torch.equal(weight, first), name
