@@ -40,8 +40,14 @@ def check_projected(config: Mapping[str, Any], options: Mapping[str, Any], metho
             f"zero_optimization.stage {stage}: DeepSpeed reduces whole gradients there, to split them. Set it to 0: "
             "states are split over the ranks all the same"
         )
-    if precision(config) == "fp16":
+    kind = precision(config)
+    if kind == "fp16":
         lines.append("fp16: DeepSpeed copies and unscales whole gradients. Use bf16 with master_weights false, or fp32")
+    if kind == "bf16" and options.get("master_weights", True):
+        lines.append(
+            "bf16 with fp32 masters: DeepSpeed copies whole gradients to fp32. Set optimizer.params.master_weights to "
+            "false, or train in fp32"
+        )
     if (clipping := config.get("gradient_clipping")) not in (None, 0, 0.0, "auto"):
         lines.append(
             f"gradient_clipping {clipping}: nobody has the norm of the whole gradient. Set it to 0 (in a Trainer, "

@@ -23,6 +23,7 @@ from ds_lowrank.methods.base import Method, Options, PerturbingMethod
 from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import build_slots
+from ds_lowrank.optimizer.check_masters import check_masters
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
@@ -77,6 +78,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         matmul_precision: in which a card multiplies with gradients and weights, ``fp32``, or ``tf32``, which is several
             times as fast and keeps 10 bits of each factor; None leaves it to
             ``torch.set_float32_matmul_precision``; None.
+        master_weights: whether bf16 weights have fp32 copies, which DeepSpeed keeps; without, new weights are rounded
+            to bf16 stochastically; True.
         seed: of random sketches and projections; 0.
         options: all of these except params and grid, and the method's own, by the names they have in
             ``optimizer.params`` of a DeepSpeed JSON.
@@ -208,6 +211,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         parameters = self._groups.logical_parameters(self.state)
         with raise_on_all_ranks() if self.grid.pipeline else nullcontext():  # one stage alone may be refused
             slots = build_slots(self.method, parameters, placement, self.grid, group)
+            check_masters(slots, self.wrapper)
         self._groups.check_roles(self.grid.pipeline, self._may_unfreeze)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:

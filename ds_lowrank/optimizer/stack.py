@@ -12,6 +12,7 @@ import torch
 from ds_lowrank.methods.base import Options, State
 from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.optimizer.stacked_state import StackedState
+from ds_lowrank.optimizer.stochastic_rounding import StochasticRounding
 from ds_lowrank.placement.fragment import Fragment, FragmentRun, runs_of
 from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.matrix import MatrixShard, Member, Sums
@@ -111,6 +112,9 @@ class Stack:
         self.state = self._states.open()
         if self.options.keeps_bases_gathered:
             self.shard.held_basis = self._held_basis()
+        if self.is_here and not self.options.master_weights:
+            names, device = self.shard.names, self.shard.device
+            self.shard.rounding = StochasticRounding(names, self.state["step"], self.shard.shape[0] > 1, device)
 
     def _held_basis(self) -> torch.Tensor | None:
         """The gathered bases of the last step: matrices x held compressed rows x k, fp32; None if there are none."""

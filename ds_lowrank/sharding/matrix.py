@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ds_lowrank.sharding.axis import Axis, AxisLayout
-from ds_lowrank.sharding.elements import Elements, Piece
+from ds_lowrank.sharding.elements import Elements, Piece, Rounding
 from ds_lowrank.sharding.geometry import Geometry, Side
 from ds_lowrank.sharding.layout import Part, Rectangle
 from ds_lowrank.sharding.precision import MatmulPrecision, products_in
@@ -61,6 +61,7 @@ class MatrixShard:
         sums: what a method's ``measure`` found of the gradients of all micro-batches, where these were not kept; None
             where the gradients are attached.
         precision: in which a card multiplies with gradients and weights; None for torch's setting.
+        rounding: how this step rounds new weights in bf16; None for to the nearest.
         held_basis: a basis that a method keeps gathered, for as long as the stack consists of the same matrices:
             matrices x held compressed rows x k, fp32. None if it is not kept, or has to be gathered again.
         views: the same matrices viewed in other shapes, by shape.
@@ -73,6 +74,7 @@ class MatrixShard:
         self.gradient = self.weights = Elements([], [], geometry.part.rectangles)
         self.sums: Sums | None = None
         self.precision: MatmulPrecision | None = None
+        self.rounding: Rounding | None = None
         self.held_basis: torch.Tensor | None = None
         self.views: dict[tuple[int, int], MatrixShard] = {}
         self._axes: dict[int, Axis] = {}

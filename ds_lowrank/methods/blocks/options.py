@@ -56,6 +56,9 @@ class Options(BaseModel):
     matmul_precision: MatmulPrecision | None = None
     """In which precision a card multiplies with gradients and weights: ``fp32``, or ``tf32``, which is several times as
     fast and keeps 10 bits of each factor. None leaves it to ``torch.set_float32_matmul_precision``."""
+    master_weights: bool = Field(True, strict=True)
+    """Whether weights in bf16 have fp32 copies, which DeepSpeed keeps. Without, they are stored in bf16 only, and each
+    step rounds them stochastically, so that updates too small for bf16 add up nevertheless."""
     seed: int = Field(0, ge=0)
     """Of random sketches and projections."""
 
