@@ -20,9 +20,12 @@ import torch.distributed as dist
 from benchmarks.thin_wire.contenders import LENGTH, Contender, Step, Text, build
 
 COLLECTIVES = (
-    "all_to_all_single", "all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "reduce", "broadcast",
+    "a round of ds_lowrank", "all_to_all_single", "all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor",
+    "reduce", "broadcast",
 )  # fmt: skip
 """What :func:`collectives` can call."""
+LATE = 0.01
+"""Seconds."""
 ROUNDS = 20
 """Rounds of one number, of which the mean is taken."""
 
@@ -71,10 +74,15 @@ class Rank:
         return {"loss": loss, "seconds": time.perf_counter() - started}
 
     def probe(self, name: str, numbers: int) -> Answer:
-        """Run a collective once; rounds of one number several times, and answer with the mean."""
-        repeats = ROUNDS if numbers <= dist.get_world_size() else 1
-        call = collectives(numbers)[name]
+        """Run a collective once, for which the last rank comes late, as ranks do in training; then it is timed there.
+
+        Rounds of one number for each rank are run several times, and their mean is answered.
+        """
+        call, small = collectives(numbers)[name], numbers <= dist.get_world_size()
+        repeats = ROUNDS if small else 1
         dist.barrier()
+        if dist.get_rank() == dist.get_world_size() - 1 and not small:
+            time.sleep(LATE)
         started = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -83,11 +91,15 @@ class Rank:
 
 def collectives(numbers: int) -> dict[str, Callable[[], object]]:
     """Return collectives over tensors of that many fp32 numbers a rank, by their names in :data:`COLLECTIVES`."""
+    from ds_lowrank.sharding.all_to_all import all_to_all
+
     ranks = dist.get_world_size()
     whole = torch.ones(numbers, dtype=torch.float32, device="cpu")
     answer = torch.empty_like(whole)
     share = torch.empty(numbers // ranks, dtype=torch.float32, device="cpu")
+    group = dist.distributed_c10d._get_default_group()
     calls = (
+        partial(all_to_all, answer, whole, [numbers // ranks] * ranks, [numbers // ranks] * ranks, group),
         partial(dist.all_to_all_single, answer, whole),
         partial(dist.all_reduce, whole),
         partial(dist.reduce_scatter_tensor, share, whole),
