@@ -30,7 +30,7 @@ ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class Degrees:
-    """The degrees of parallelism, and the ZeRO stage: 1 (2 lays out alike) or 3."""
+    """The degrees of parallelism, and the ZeRO stage: 0, 1 (2 lays out alike) or 3."""
 
     data: int
     tensor: int
@@ -114,9 +114,11 @@ def _split(shape: tuple[int, int], dim: int, ranks: int) -> torch.nn.Parameter:
 def intervals(numels: Sequence[int], degrees: Degrees) -> list[list[Range]]:
     """For every data-parallel rank the elements ``[start, end)`` that it has of each parameter.
 
-    ZeRO 1 and 2 cut the flat buffer of all parameters evenly, ZeRO 3 every parameter.
+    ZeRO 1 and 2 cut the flat buffer of all parameters evenly, ZeRO 3 every parameter, and ZeRO 0 nothing.
     """
     ranks = range(degrees.data)
+    if degrees.zero == 0:
+        return [[(0, numel) for numel in numels] for _ in ranks]
     if degrees.zero == 3:
         shares = [-(-numel // degrees.data) for numel in numels]
         return [
