@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,14 @@ import torch
 from benchmarks.common import Numbers, options, report
 from benchmarks.grid_layout import Degrees, Stage, stage_on
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
-from ds_lowrank.optimizer.stack import Stack, SteppedMatrix
+from ds_lowrank.optimizer.simulated import StacksOfAllRanks
+from ds_lowrank.optimizer.stack import SteppedMatrix
 from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.step import StepReport, step_matrices
 from ds_lowrank.sharding.layout import length
+from ds_lowrank.sharding.ledger import Ledger, numbers_sent
 from ds_lowrank.sharding.matrix import shard_of
-from ds_lowrank.sharding.reduce import Executor, Request, Rounds
-from ds_lowrank.sharding.route import Route, SumRoute
+from ds_lowrank.sharding.reduce import Rounds
 from ds_lowrank.sharding.world import SimulatedWorld
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
@@ -64,83 +65,6 @@ def step(stage: Stage, ranks: int, number: int, stacks: Stacks | None = None) ->
     return step_matrices(GaLoreMethod, stage.matrices, ranks, others, stacks=stacks)
 
 
-class StacksOfAllRanks(Stacks):
-    """Forms the stacks of matrices of which this rank has no element as the ranks do that have some.
-
-    A rank's own stacks of these only take up rounds: their requests do not say what others send.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(GaLoreMethod)
-        self._elsewhere: dict[int, list[Stack]] = {}
-
-    def buckets(self, matrices: Sequence[SteppedMatrix]) -> list[list[Stack]]:
-        """Form the stacks of a step, in the buckets of any rank."""
-        return [[of_cut for stack in bucket for of_cut in self._by_cut(stack)] for bucket in super().buckets(matrices)]
-
-    def _by_cut(self, stack: Stack) -> list[Stack]:
-        """Stacks of the matrices of a stack that are cut alike; the same ones in every step."""
-        if stack.is_here:
-            return [stack]
-        if id(stack) not in self._elsewhere:
-            alike: dict[int, list[SteppedMatrix]] = {}
-            for matrix in stack.matrices:
-                alike.setdefault(id(matrix.state_store), []).append(matrix)
-            self._elsewhere[id(stack)] = [Stack(matrices, is_here=True) for matrices in alike.values()]
-        return self._elsewhere[id(stack)]
-
-
-class Ledger(Executor):
-    """Answers one rank's requests with meta tensors, and notes what each rank of the group sends.
-
-    Attributes:
-        rounds: collectives so far.
-        bytes_sent: for each rank.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.rounds = rank, size, 0
-        self.bytes_sent = np.zeros(size, dtype=np.int64)
-
-    def exchange(self, requests: list[Request]) -> list[torch.Tensor]:
-        """Count what is sent, and answer with tensors of the right shapes."""
-        self.rounds += 1
-        for request in requests:
-            self.bytes_sent += 4 * numbers_sent(request, self.size)
-        return [torch.empty(request.answer_shape(self.rank), device="meta") for request in requests]
-
-
-def numbers_sent(request: Request, ranks: int) -> np.ndarray:
-    """How many numbers each rank sends to others when all of them make a request."""
-    _, rows, columns = request.value.shape
-    found = np.zeros(ranks, dtype=np.int64)
-    if isinstance(request.route, SumRoute):
-        for peers in request.route.peers:
-            found[list(peers)] += rows * columns * (len(peers) - 1)
-        return found
-    for route, positions in request.route.routes:
-        found += columns * len(positions) * rows_sent(route, ranks)
-    return found
-
-
-def rows_sent(route: Route, ranks: int) -> np.ndarray:
-    """How many rows each rank sends to others: those that it has, once for every other rank that wants them."""
-    size = max((hi for spans in (*route.have.values(), *route.want.values()) for _, hi in spans), default=0)
-    edges = np.zeros(size + 1, dtype=np.int64)
-    for spans in route.want.values():
-        for lo, hi in spans:
-            edges[lo] += 1
-            edges[hi] -= 1
-    wanted = np.concatenate([[0], np.cumsum(np.cumsum(edges))])  # by how many ranks, summed over the rows before
-    found = np.zeros(ranks, dtype=np.int64)
-    for rank, have in route.have.items():
-        own = route.want.get(rank, ())
-        found[rank] = sum(wanted[hi] - wanted[lo] for lo, hi in have) - sum(
-            max(0, min(b, d) - max(a, c)) for a, b in have for c, d in own
-        )
-    return found
-
-
 def simulated(
     model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, kind: str, device: str = "meta"
 ) -> SimulatedWorld:
@@ -157,7 +81,7 @@ def counted(
     model: Mapping[str, int], degrees: Degrees, stage: int, options: GaLoreOptions, kind: str, rank: int = 0
 ) -> Ledger:
     """The same, as one rank's requests tell it."""
-    shared, stacks = stage_on(rank, model, degrees, stage, options), StacksOfAllRanks()
+    shared, stacks = stage_on(rank, model, degrees, stage, options), StacksOfAllRanks(GaLoreMethod)
     for number in range(KINDS[kind] + 1):
         ledger = Ledger(rank, degrees.sharing)
         ledger.run(step(shared, degrees.sharing, number, stacks))

@@ -6,7 +6,6 @@ rank, tensor-parallel ranks side by side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,14 +17,12 @@ from ds_lowrank.optimizer.logical_parameters import logical_parameters_of
 from ds_lowrank.optimizer.matrices import Matrices
 from ds_lowrank.optimizer.stack import SteppedMatrix
 from ds_lowrank.placement.fragment import Fragment
-from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.kinds import Kind
 from ds_lowrank.placement.parameter_names import Tag
+from ds_lowrank.placement.simulated import SimulatedGrid, intervals, shard
 from ds_lowrank.sharding.layout import Range
 
 KINDS: dict[str, Kind] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
-ALIGNMENT = 2
-"""DeepSpeed pads a flat buffer to a multiple of this many elements per data-parallel rank."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +38,6 @@ class Degrees:
     def sharing(self) -> int:
         """How many ranks share the matrices of one stage."""
         return self.data * self.tensor
-
-
-@dataclass(frozen=True)
-class Pretended(Grid):
-    """A tensor-parallel group without processes, as one of its ranks sees it."""
-
-    number: int = 0
-    size: int = 1
-
-    @property
-    def tensor_rank(self) -> int:
-        """This rank's number among the tensor-parallel ranks."""
-        return self.number
-
-    @property
-    def tensor_size(self) -> int:
-        """How many tensor-parallel ranks there are."""
-        return self.size
 
 
 @dataclass(frozen=True)
@@ -104,38 +83,7 @@ def _on_meta(*shape: int) -> torch.nn.Parameter:
 
 
 def _split(shape: tuple[int, int], dim: int, ranks: int) -> torch.nn.Parameter:
-    parameter = _on_meta(*(size // ranks if axis == dim else size for axis, size in enumerate(shape)))
-    marks = {"tensor_model_parallel": ranks > 1, "partition_dim": dim, "partition_stride": 1}
-    for mark, value in marks.items():
-        setattr(parameter, mark, value)
-    return parameter
-
-
-def intervals(numels: Sequence[int], degrees: Degrees) -> list[list[Range]]:
-    """For every data-parallel rank the elements ``[start, end)`` that it has of each parameter.
-
-    ZeRO 1 and 2 cut the flat buffer of all parameters evenly, ZeRO 3 every parameter, and ZeRO 0 nothing.
-    """
-    ranks = range(degrees.data)
-    if degrees.zero == 0:
-        return [[(0, numel) for numel in numels] for _ in ranks]
-    if degrees.zero == 3:
-        shares = [-(-numel // degrees.data) for numel in numels]
-        return [
-            [(min(r * share, n), min((r + 1) * share, n)) for n, share in zip(numels, shares, strict=True)]
-            for r in ranks
-        ]
-    share = math.ceil(sum(numels) / (ALIGNMENT * degrees.data)) * ALIGNMENT
-    starts = [0, *accumulate(numels)]
-    return [
-        [_overlap((r * share, (r + 1) * share), start, n) for start, n in zip(starts, numels, strict=False)]
-        for r in ranks
-    ]
-
-
-def _overlap(share: Range, start: int, numel: int) -> Range:
-    low, high = max(share[0], start), min(share[1], start + numel)
-    return (low - start, high - start) if low < high else (0, 0)
+    return shard(_on_meta(*shape), dim, ranks)
 
 
 def stage_on(
@@ -152,8 +100,8 @@ def stage_on(
         device: of state, weights and gradients. Nothing is allocated on ``meta``.
     """
     named = parameters_of(model, degrees, stage)
-    held = intervals([parameter.numel() for _, parameter in named], degrees)
-    grid = Pretended(number=rank % degrees.tensor, size=degrees.tensor)
+    held = intervals([parameter.numel() for _, parameter in named], degrees.data, degrees.zero)
+    grid = SimulatedGrid(number=rank % degrees.tensor, size=degrees.tensor)
     fragments = _fragments(held[rank // degrees.tensor], torch.device(device))
     matrices, found = Matrices(GaLoreMethod, rank), list[SteppedMatrix]()
     for number, (name, parameter) in enumerate(named):

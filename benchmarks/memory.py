@@ -30,6 +30,7 @@ import torch
 
 import ds_lowrank
 from benchmarks.common import Numbers, options, report
+from ds_lowrank.estimate.deepspeed import per_element
 from ds_lowrank.optimizer.report import state_bytes
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
@@ -82,14 +83,7 @@ def bytes_a_parameter(zero: int, weight: int, ranks: int) -> dict[str, float]:
         weight: bytes of a weight in the model's precision.
         ranks: data-parallel ranks.
     """
-    shared = ranks if zero else 1
-    copies = 0 if zero == 0 and weight == 4 else 4
-    return {
-        "weights": weight / (ranks if zero == 3 else 1),
-        "masters": copies / shared,
-        "gradients": weight / (ranks if zero >= 2 else 1),
-        "in the step": (copies + (weight if zero in {0, 3} else 0)) / shared,
-    }
+    return per_element(zero, weight, 1, 1 / ranks if zero else 1)
 
 
 def shapes_of(optimizer: Any) -> tuple[int, int]:

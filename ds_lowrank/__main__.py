@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from ds_lowrank.commands import doctor, evaluate, glue, plot, run
+from ds_lowrank.commands import doctor, estimate, evaluate, glue, plot, run
 
-COMMANDS = {"doctor": doctor, "evaluate": evaluate, "glue": glue, "plot": plot, "run": run}
+COMMANDS = {"doctor": doctor, "estimate": estimate, "evaluate": evaluate, "glue": glue, "plot": plot, "run": run}
 
 
 def main() -> int:

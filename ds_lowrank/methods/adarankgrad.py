@@ -156,6 +156,8 @@ class AdaRankGradMethod(Method):
         state["age"] += 1
         # All ranks were sent the same bits, and so decide alike.
         used_up = (squares.sqrt() <= options.grad_norm_tol) | (state["age"] >= options.update_proj_gap)
+        if used_up.is_meta:  # where a step is costed, only age uses a subspace up
+            used_up = torch.full((len(shard),), state["age"] >= options.update_proj_gap, dtype=torch.bool, device="cpu")
         state["used_up"] = used_up.view(-1).int().tolist()
         return Factors(direction, basis, options.scale)  # scale * N Q^T
 
@@ -191,7 +193,8 @@ def new_subspace(
     ranks[rooted] = chosen.float().view(-1, 1, 1)
     within, ranks = yield shard.replicated_axis(most).broadcast_from_root(within), shard.all_reduce(ranks)
     within = shard.or_zeros(within, most)
-    chosen_ranks = [int(rank) for rank in ranks.view(-1).tolist()]
+    # On the meta device, where a step is costed and nothing is computed, every subspace has the largest rank.
+    chosen_ranks = [most] * len(shard) if ranks.is_meta else [int(rank) for rank in ranks.view(-1).tolist()]
     return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, ranks=chosen_ranks)
 
 

@@ -12,7 +12,7 @@ from ds_lowrank.optimizer.logical_parameters import LogicalParameter
 from ds_lowrank.optimizer.matrices import Matrices, output_first
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.placement.grid import Grid
-from ds_lowrank.placement.zero import Placement, read_intervals
+from ds_lowrank.placement.zero import Interval, Placement, read_intervals
 from ds_lowrank.sharding.layout import EMPTY, Part, Range
 from ds_lowrank.sharding.logical import Logical
 
@@ -38,6 +38,29 @@ def build_slots(
     rank = 0 if group is None else get_rank(group)
     intervals = [interval for found in placement.intervals for interval in found]
     tensor_ranks, world = read_intervals(intervals, grid.tensor_rank, group)
+    return slots_of(method, parameters, intervals, rank, tensor_ranks, world, first_number)
+
+
+def slots_of(
+    method: type[Method],
+    parameters: Sequence[LogicalParameter],
+    intervals: Sequence[Interval],
+    rank: int,
+    tensor_ranks: list[int],
+    world: Sequence[Sequence[Range]],
+    first_number: int = 0,
+) -> list[Slot]:
+    """The slots of one rank, from what every rank of its group holds.
+
+    Args:
+        method: what steps the matrices.
+        parameters: all that the optimizer was built with.
+        intervals: what this rank holds, one for each parameter that is not a part of another.
+        rank: this rank's position in the group.
+        tensor_ranks: the tensor-parallel rank of each rank of the group.
+        world: for each rank of the group, the ``(start, end)`` that it holds of each parameter.
+        first_number: identifies the first matrix among those that are stepped together.
+    """
     numbers = {key: number for number, key in enumerate(dict.fromkeys(id(one.parameter) for one in parameters))}
     matrices, slots = Matrices(method, rank, first_number), list[Slot]()
     for parameter in parameters:

@@ -48,7 +48,8 @@ ALLOWED = {
         "placement",
     },
     "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
-    "commands": {"data", "environment", "errors", "integration", "training"},
+    "estimate": {"errors", "integration", "models", "optimizer", "placement", "sharding", "training"},
+    "commands": {"data", "environment", "errors", "estimate", "integration", "training"},
     "__main__": {"commands"},
 }
 

@@ -1,0 +1,210 @@
+"""What the optimizer keeps, needs for a step, and sends: counted on its own code, run on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ds_lowrank.estimate.deepspeed import stepped_elements
+from ds_lowrank.estimate.live import LiveBytes
+from ds_lowrank.estimate.projected import Projections, projections
+from ds_lowrank.estimate.setup import ADAMW, Setup
+from ds_lowrank.models.llama_shapes import names_of_stages, on_meta
+from ds_lowrank.optimizer.registry import OPTIMIZERS
+from ds_lowrank.optimizer.report import gathered_bytes
+from ds_lowrank.optimizer.simulated import (
+    SimulatedOptimizer,
+    StacksOfAllRanks,
+    StateBytes,
+    state_bytes_of_ranks,
+    step,
+)
+from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.optimizer.stacks import Stacks
+from ds_lowrank.placement.parameter_names import tag_parameters
+from ds_lowrank.placement.simulated import SimulatedGrid, intervals
+from ds_lowrank.sharding.ledger import Alone, Ledger
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The parameters of a pipeline stage on one tensor-parallel rank.
+
+    Attributes:
+        number: of the stage.
+        layers: how many decoder layers it has.
+        parameters: its parameters, tagged, on the meta device.
+    """
+
+    number: int
+    layers: int
+    parameters: list[torch.nn.Parameter]
+
+    @property
+    def numels(self) -> list[int]:
+        """Elements of each parameter."""
+        return [parameter.numel() for parameter in self.parameters]
+
+
+@dataclass(frozen=True)
+class OptimizerPart:
+    """The optimizer on the ranks that share a stage. All are bytes.
+
+    Attributes:
+        states: of the rank that needs most in a step.
+        shared: ``lowrank/state_bytes`` of the stage: the states of its projected matrices over all ranks.
+        gathered: bases that the rank keeps gathered between refreshes (``basis_placement`` ``replicated``).
+        ordinary: temporary tensors of an ordinary step at its fullest moment.
+        refresh: the same of a step in which every basis is found anew.
+        sent_ordinary: what a rank sends in an ordinary step, the mean over the ranks.
+        sent_refresh: the same in a step with a refresh.
+        copy: of the weights, that an ascent keeps during forward passes (Lorenza).
+        projections: where gradients are projected before they are summed, what that needs; else None.
+    """
+
+    states: StateBytes
+    shared: int = 0
+    gathered: int = 0
+    ordinary: int = 0
+    refresh: int = 0
+    sent_ordinary: int = 0
+    sent_refresh: int = 0
+    copy: int = 0
+    projections: Projections | None = None
+
+    @property
+    def in_the_step(self) -> int:
+        """States and the temporary tensors of the fuller kind of step."""
+        return self.states.total + self.gathered + max(self.ordinary, self.refresh)
+
+
+class Model:
+    """The model of a run on one tensor-parallel rank, on the meta device, with its stages.
+
+    Args:
+        setup: the run.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        model = on_meta(setup.model, setup.grid.tensor, setup.dtype)
+        tag_parameters(model)
+        self.grid = SimulatedGrid(number=0, size=setup.grid.tensor)
+        self._named = dict(model.named_parameters())
+        self.parameters = list(self._named.values())
+        self.stages = [
+            Stage(number, len({n.split(".")[2] for n in names if ".layers." in n}), [self._named[n] for n in names])
+            for number, names in enumerate(names_of_stages(model, setup.grid.pipeline))
+        ]
+
+
+def optimizer_part(setup: Setup, model: Model, stage: Stage) -> OptimizerPart:
+    """Count what the optimizer needs of a stage.
+
+    Args:
+        setup: the run.
+        model: of the run.
+        stage: one of its stages.
+
+    Raises:
+        ConfigError: an option is refused, or a parameter does not fit the method.
+    """
+    if setup.method == ADAMW:
+        return OptimizerPart(StateBytes(rest=8 * stepped_elements(setup, stage.numels)))
+    return _Counter(setup, model, stage).part()
+
+
+class _Counter:
+    """Builds the optimizer of one rank after the other, and counts."""
+
+    def __init__(self, setup: Setup, model: Model, stage: Stage) -> None:
+        self._setup, self._stage = setup, stage
+        method = OPTIMIZERS[setup.method].method
+        self._optimizer = SimulatedOptimizer(method, model.parameters, setup.params, model.grid)
+        shares = setup.is_flat or setup.is_projected
+        data = setup.grid.data if shares else 1
+        self._ranks = data * setup.grid.tensor
+        deals = setup.zero_settings.get("round_robin_gradients") is True and setup.zero in {1, 2}
+        self._held = intervals(stage.numels, data, setup.layout_stage, deals)
+
+    def part(self) -> OptimizerPart:
+        """Everything that is counted."""
+        slots = self._slots(0)
+        each = state_bytes_of_ranks(slots, self._ranks)
+        shared = sum(slot.state_bytes for slot in slots if slot.is_projected)
+        sent = self._sent()
+        # At ZeRO 1 and 2 one rank may have the embedding's moments, another most matrices and so the larger step.
+        by_total = max(range(self._ranks), key=lambda rank: each[rank].total)
+        by_matrices = max(range(self._ranks), key=lambda rank: each[rank].matrices)
+        parts = []
+        for rank in {by_total, by_matrices}:
+            ordinary, refresh, gathered = self._temporary(rank)
+            parts.append(
+                OptimizerPart(
+                    states=each[rank],
+                    shared=shared,
+                    gathered=gathered,
+                    ordinary=ordinary,
+                    refresh=refresh,
+                    sent_ordinary=sent["ordinary"],
+                    sent_refresh=sent["refresh"],
+                    copy=self._copy(slots),
+                )
+            )
+        part = max(parts, key=lambda part: part.in_the_step)
+        return self._projected(part, slots) if self._setup.is_projected else part
+
+    def _projected(self, part: OptimizerPart, slots: Sequence[Slot]) -> OptimizerPart:
+        """The same where gradients are projected first: bases stay gathered, and AdamW's states are on every rank."""
+        grid, options = self._setup.grid, self._optimizer.options
+        found = projections(slots, grid.data, grid.tensor, getattr(options, "stagger", False))
+        whole = [[(0, numel) for numel in self._stage.numels]]
+        alone = self._optimizer.slots(self._stage.parameters, whole, 0, False, torch.float32)
+        rest = state_bytes_of_ranks(alone, 1)[0].rest
+        states = replace(part.states, rest=rest)
+        return replace(part, states=states, gathered=found.bases, sent_ordinary=found.sent, projections=found)
+
+    def _slots(self, rank: int) -> list[Slot]:
+        dtype = torch.float32 if self._setup.has_masters else self._setup.dtype
+        return self._optimizer.slots(self._stage.parameters, self._held, rank, self._setup.is_flat, dtype)
+
+    def _numbers(self) -> list[tuple[str, int]]:
+        """The kinds of steps and a number of each: the first, an ordinary one, the first on schedule that renews."""
+        gap = getattr(self._optimizer.options, "update_proj_gap", None)
+        return [("refresh", 0), ("ordinary", 1), *([("refresh", gap)] if gap else [])]
+
+    def _temporary(self, rank: int) -> tuple[int, int, int]:
+        """Temporary bytes of an ordinary step and of one with a refresh, and the bases that stay gathered."""
+        found = {"ordinary": 0, "refresh": 0}
+        with LiveBytes() as live:
+            slots = self._slots(rank)
+            stacks, alone = self._stacks(Stacks), Alone(rank, self._ranks)
+            for kind, number in self._numbers():
+                live.restart()
+                before = live.now
+                alone.run(step(self._optimizer.method, slots, self._ranks, number, stacks))
+                found[kind] = max(found[kind], live.peak - before)
+        return found["ordinary"], found["refresh"], gathered_bytes(slots)
+
+    def _sent(self) -> dict[str, int]:
+        """Bytes that a rank sends in a step of each kind, the mean over the ranks."""
+        found = {"ordinary": 0, "refresh": 0}
+        if self._ranks == 1:
+            return found
+        slots, stacks = self._slots(0), self._stacks(StacksOfAllRanks)
+        for kind, number in self._numbers():
+            ledger = Ledger(0, self._ranks)
+            ledger.run(step(self._optimizer.method, slots, self._ranks, number, stacks))
+            found[kind] = max(found[kind], round(float(ledger.bytes_sent.mean())))
+        return found
+
+    def _stacks(self, kind: type[Stacks]) -> dict[str, Stacks]:
+        return {"projected": kind(self._optimizer.method), "rest": kind(None)}
+
+    def _copy(self, slots: Sequence[Slot]) -> int:
+        """Bytes of the weights that an ascent saves: those that forward passes read of the projected matrices."""
+        if self._optimizer.options.ascent is None:
+            return 0
+        whole = sum(slot.parameter.numel() for slot in slots if slot.is_projected)
+        return self._setup.weight * (-(-whole // self._setup.grid.data) if self._setup.zero == 3 else whole)

@@ -1,0 +1,207 @@
+"""An optimizer on the ranks of a world that does not exist: the real slots, states and steps, on the meta device.
+
+One rank of the group is built by the code that builds it in a run. Its geometry says what every other rank owns, and
+its requests say what every other rank sends, so one rank tells the bytes of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ds_lowrank.methods.base import Method, Options
+from ds_lowrank.methods.blocks.state_spec import TensorSpec
+from ds_lowrank.optimizer.adamw import adamw_step
+from ds_lowrank.optimizer.build_slots import slots_of
+from ds_lowrank.optimizer.options import parse_options
+from ds_lowrank.optimizer.param_groups import ParameterGroups
+from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.optimizer.stack import Stack, SteppedMatrix
+from ds_lowrank.optimizer.stacks import Stacks
+from ds_lowrank.optimizer.step import step_matrices
+from ds_lowrank.placement.grid import Grid
+from ds_lowrank.placement.zero import Interval
+from ds_lowrank.sharding.axis import Axis
+from ds_lowrank.sharding.layout import Range
+from ds_lowrank.sharding.reduce import Rounds
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of state of one rank, or of several together.
+
+    Attributes:
+        moments: what the method keeps of projected matrices, without the bases.
+        bases: their bases.
+        rest: the moments of everything else.
+    """
+
+    moments: int = 0
+    bases: int = 0
+    rest: int = 0
+
+    @property
+    def matrices(self) -> int:
+        """Of projected matrices: ``lowrank/state_bytes``, if it is of all ranks that share them."""
+        return self.moments + self.bases
+
+    @property
+    def total(self) -> int:
+        """Of everything."""
+        return self.matrices + self.rest
+
+
+class SimulatedOptimizer:
+    """The optimizer of one rank, checked as in a run and without processes.
+
+    Args:
+        method: what steps the matrices.
+        parameters: all that the model trains, of every pipeline stage, as this tensor-parallel rank has them; tagged.
+        params: ``optimizer.params``.
+        grid: tensor parallelism.
+
+    Attributes:
+        method: as given.
+        options: validated.
+
+    Raises:
+        ConfigError: an option is refused, or a parameter does not fit the method.
+    """
+
+    def __init__(
+        self, method: type[Method], parameters: Sequence[torch.nn.Parameter], params: Mapping[str, Any], grid: Grid
+    ) -> None:
+        self.method, self._grid = method, grid
+        self.options: Options = parse_options(method, params)
+        self._groups = ParameterGroups(method, params, lambda _: grid)
+        group, options, present = self._groups.validated({"params": list(parameters)})
+        self._groups.add(group, options, present)
+        self._groups.check(self.options)
+
+    def slots(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        held: Sequence[Sequence[Range]],
+        rank: int,
+        is_flat: bool,
+        dtype: torch.dtype,
+    ) -> list[Slot]:
+        """The slots of a rank of the group that shares some of the parameters.
+
+        Args:
+            parameters: those of its pipeline stage.
+            held: for each data-parallel rank, the ``(start, end)`` that it steps of each of them.
+            rank: its position in the group: data-parallel rank by data-parallel rank, tensor-parallel ranks side by
+                side.
+            is_flat: whether what a rank steps lies in one flat buffer.
+            dtype: of what a rank steps: fp32, or that of weights without masters.
+        """
+        tensor = self._grid.tensor_size
+        states: dict[torch.Tensor, Any] = {parameter: {} for own in self._groups.parameters for parameter in own}
+        chosen = {id(parameter) for parameter in parameters}
+        found = [one for one in self._groups.logical_parameters(states) if id(one.parameter) in chosen]
+        world = [held[r // tensor] for r in range(len(held) * tensor)]
+        intervals = _intervals(parameters, held[rank // tensor], is_flat, dtype)
+        return slots_of(self.method, found, intervals, rank, [r % tensor for r in range(len(world))], world)
+
+
+def _intervals(
+    parameters: Sequence[torch.nn.Parameter], held: Sequence[Range], is_flat: bool, dtype: torch.dtype
+) -> list[Interval]:
+    """A rank's elements with gradients, in one store or in one for each parameter."""
+    lengths = [high - low for low, high in held]
+    if not is_flat:
+        stores = [_store(parameter.shape, dtype) for parameter in parameters]
+        return [Interval(store, *span, 0) for store, span in zip(stores, held, strict=True)]
+    flat, starts = _store((sum(lengths),), dtype), [0, *accumulate(lengths)]
+    return [Interval(flat, *span, start) for span, start in zip(held, starts, strict=False)]
+
+
+def _store(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    store = torch.empty(shape, dtype=dtype, device="meta")
+    store.grad = torch.empty_like(store)
+    return store
+
+
+def state_bytes_of_ranks(slots: Sequence[Slot], ranks: int) -> list[StateBytes]:
+    """Bytes of the initial state of every rank of the group, by the specs that allocate it.
+
+    Args:
+        slots: of one of the ranks.
+        ranks: how many the group has.
+    """
+    found = []
+    for rank in range(ranks):
+        moments = bases = rest = 0
+        for slot in slots:
+            specs = slot.state_store.spec(slot.state_store.rank)
+            for key, spec in specs.items():
+                size = _bytes_on(spec, rank) if isinstance(spec, TensorSpec) else 0
+                if not slot.is_projected:
+                    rest += size
+                elif key == "basis":
+                    bases += size
+                else:
+                    moments += size
+        found.append(StateBytes(moments, bases, rest))
+    return found
+
+
+def _bytes_on(spec: TensorSpec, rank: int) -> int:
+    there = replace(spec, axis=Axis(spec.axis.layout, rank, ()))
+    return sum(rows * columns * dtype.itemsize for (rows, columns), dtype in there.tensors.values())
+
+
+def step(
+    method: type[Method], slots: Sequence[Slot], ranks: int, number: int, stacks: Mapping[str, Stacks]
+) -> Rounds[None]:
+    """Step number ``number``, as the optimizer takes it.
+
+    Args:
+        method: what steps the matrices.
+        slots: of one rank, all of its stage.
+        ranks: how many ranks share them.
+        number: of the step, from 0.
+        stacks: forms the stacks of the ``projected`` matrices and of the ``rest``.
+    """
+    projected = [slot for slot in slots if slot.is_projected]
+    rest = [slot for slot in slots if not slot.is_projected]
+    for slot in slots:
+        slot.state["step"] = number
+    others = [slot.fragment.gradient for slot in rest]
+    matrices = [slot.matrix for slot in projected]
+    yield from step_matrices(method, matrices, ranks, others, stacks=stacks["projected"])
+    yield from adamw_step(rest, {id(slot.group): slot.matrix.options for slot in slots}, stacks["rest"])
+
+
+class StacksOfAllRanks(Stacks):
+    """Forms the stacks of matrices of which this rank has no element as the ranks do that have some.
+
+    A rank's own stacks of these only take up rounds: their requests do not say what others send.
+
+    Args:
+        method: what steps the matrices; None for what is in no phase.
+    """
+
+    def __init__(self, method: type[Method] | None) -> None:
+        super().__init__(method)
+        self._elsewhere: dict[int, list[Stack]] = {}
+
+    def buckets(self, matrices: Sequence[SteppedMatrix]) -> list[list[Stack]]:
+        """Form the stacks of a step, in the buckets of any rank."""
+        return [[of_cut for stack in bucket for of_cut in self._by_cut(stack)] for bucket in super().buckets(matrices)]
+
+    def _by_cut(self, stack: Stack) -> list[Stack]:
+        """Stacks of the matrices of a stack that are cut alike; the same ones in every step."""
+        if stack.is_here:
+            return [stack]
+        if id(stack) not in self._elsewhere:
+            alike: dict[int, list[SteppedMatrix]] = {}
+            for matrix in stack.matrices:
+                alike.setdefault(id(matrix.state_store), []).append(matrix)
+            self._elsewhere[id(stack)] = [Stack(matrices, is_here=True) for matrices in alike.values()]
+        return self._elsewhere[id(stack)]
