@@ -97,6 +97,7 @@ class Found:
     peak: int = 0
     reserved: int | None = None
     weights: int = 0
+    peaks: list[int] = field(default_factory=list)
     state: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -112,14 +113,11 @@ def measure(case: Case, steps: int, seed: int, limit: float | None) -> Found:
         limit: the most GB of the device; None for all.
     """
     import ds_lowrank
-    from ds_lowrank.training import distributed
 
     on_card = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_card else torch.device("cpu")
     if not on_card:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
-    distributed.join()
     if on_card and limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total), device)
@@ -142,15 +140,16 @@ def measure(case: Case, steps: int, seed: int, limit: float | None) -> Found:
                 engine.backward(loss)
                 losses.append(loss.detach())
                 engine.step()
+            found.peaks.append(counter.peak)
+            counter.restart()
             found.losses.append(float(torch.stack(losses).mean()))  # waits for the device
             found.seconds.append(time.perf_counter() - started)
-        found.peak = counter.peak
+        found.peak = max(found.peaks)
         found.reserved = torch.cuda.max_memory_reserved() if on_card else None
     if case.params is not None:
         from ds_lowrank.optimizer.report import state_bytes
 
         found.state = sum(state_bytes(engine.basic_optimizer.slots))
-    distributed.leave()
     return found
 
 
@@ -167,7 +166,7 @@ def _model(size: str, device: torch.device, seed: int) -> Any:
     with torch.device("meta"), no_init_weights():
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=device)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=config.initializer_range)
@@ -187,8 +186,7 @@ class CardBytes:
         """End."""
 
     def restart(self) -> None:
-        """Forget the peak so far, and what the allocator keeps without use."""
-        torch.cuda.empty_cache()
+        """Forget the peak so far."""
         torch.cuda.reset_peak_memory_stats()
 
     @property
@@ -211,8 +209,11 @@ def in_own_process(case: Case, arguments: argparse.Namespace) -> Found:
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--one", f"{group}:{CASES[group].index(case)}"]
     command += ["--steps", str(arguments.steps), "--seed", str(arguments.seed)]
     command += [] if arguments.memory is None else ["--memory", str(arguments.memory)]
+    device = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
-    done = subprocess.run(command, cwd=ROOT, text=True, env={**os.environ, **one_rank}, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        command, cwd=ROOT, text=True, env={**os.environ, **device, **one_rank}, stdout=subprocess.PIPE
+    )
     if done.returncode:
         raise SystemExit(f"{case.size}, {case.name}: exit code {done.returncode}")
     return Found(**json.loads(done.stdout.splitlines()[-1]))
@@ -237,6 +238,7 @@ def row(case: Case, found: Found, base: int | None) -> dict[str, Any]:
         "weights GB": round(found.weights / 1e9, 2),
         "state GB": round(found.state / 1e9, 3) if case.params is not None else None,
         "peak GB": round(found.peak / 1e9, 2),
+        "peak of each step GB": " ".join(f"{peak / 1e9:.2f}" for peak in found.peaks),
         "over GaLore with masters": None if base is None else round(found.peak / base, 3),
         "reserved GB": None if found.reserved is None else round(found.reserved / 1e9, 2),
         "tokens/s": round(case.sequence * case.micros / seconds, 1),
@@ -256,7 +258,11 @@ def main() -> None:
     if arguments.one is not None:
         group, index = arguments.one.split(":")
         case = copy.deepcopy(CASES[group][int(index)])
-        print(json.dumps(vars(measure(case, arguments.steps, arguments.seed, arguments.memory))))
+        from ds_lowrank.training import distributed
+
+        distributed.join()
+        print(json.dumps(vars(measure(case, arguments.steps, arguments.seed, arguments.memory))), flush=True)
+        distributed.leave()
         return
     cases = CASES[arguments.cases or ("350m" if torch.cuda.is_available() and not arguments.quick else "quickstart")]
     measured = [in_own_process(case, arguments) for case in cases]
