@@ -209,7 +209,8 @@ def in_own_process(case: Case, arguments: argparse.Namespace) -> Found:
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--one", f"{group}:{CASES[group].index(case)}"]
     command += ["--steps", str(arguments.steps), "--seed", str(arguments.seed)]
     command += [] if arguments.memory is None else ["--memory", str(arguments.memory)]
-    device = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    segments = "expandable_segments:True"
+    device = {"PYTORCH_CUDA_ALLOC_CONF": segments} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
     done = subprocess.run(
         command, cwd=ROOT, text=True, env={**os.environ, **device, **one_rank}, stdout=subprocess.PIPE

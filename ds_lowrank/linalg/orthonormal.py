@@ -6,6 +6,8 @@ import torch
 
 RANK_TOLERANCE = 1e-6
 """A direction shorter than this, relative to the longest one, is fp32 rounding."""
+PART_ELEMENTS = 2**24
+"""A stack is decomposed so many elements at a time, or one matrix: copies in fp64 take several times its memory."""
 GRAM_TOLERANCE = 1e-4
 """The shortest new direction, relative to the longest, for which a Gram matrix in fp64 is exact enough."""
 
@@ -26,6 +28,9 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     """
     if tall.numel() == 0:
         return tall
+    if tall.ndim == 3 and tall.shape[0] > 1 and tall.numel() > PART_ELEMENTS:
+        parts = torch.split(tall, max(1, PART_ELEMENTS // tall[0].numel()))
+        return torch.cat([orthonormal(part) for part in parts])
     largest = tall.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(tall.dtype).tiny)
     q, diagonal = (_by_gram_matrix if tall.is_cuda else _by_householder)(tall / largest)
     lengths = diagonal.abs()

@@ -83,7 +83,8 @@ class GaLoreMethod(Method):
     def factors(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Sums | None]:
         """``Q``; None if a new one is due, which is found in the gradient."""
         if state["step"] == 0 and options.first_basis == "random":
-            return ((yield shard.compressed.all_gather((yield from random_basis(shard, options)))),)
+            shard.held_basis = yield shard.compressed.all_gather((yield from random_basis(shard, options)))
+            return (shard.held_basis,)
         if refresh_due(shard.names[0], options, state["step"]):
             return None
         return (yield from basis_factors(shard, state))
@@ -97,7 +98,11 @@ class GaLoreMethod(Method):
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
         due = refresh_due(shard.names[0], options, state["step"])  # the same for all
-        own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
+        if due and shard.is_accumulated:  # on the random first basis
+            assert shard.held_basis is not None
+            own = shard.compressed.own_of_held(shard.held_basis)
+        else:
+            own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
         return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod

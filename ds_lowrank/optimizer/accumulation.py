@@ -94,7 +94,7 @@ class Accumulation:
                     stack.detach()
 
     def _expect(self, stack: Stack, factors: Sums | None) -> None:
-        stack.keep_basis()
+        stack.keep_basis(is_stored=stack.state["step"] > 0)
         stack.factors = factors
         if factors is None:
             stack.sums = None

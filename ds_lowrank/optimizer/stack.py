@@ -108,6 +108,7 @@ class Stack:
         else:
             nothing = self.matrices[0].fragment.store.new_empty(len(self.matrices), 0)
             self.shard.attach([nothing], [nothing], [len(self.matrices)])
+        self.shard.is_accumulated = gradients and self.factors is not None
         self.shard.precision = self.options.matmul_precision
         self.state = self._states.open()
         if self.options.keeps_bases_gathered:
@@ -118,9 +119,11 @@ class Stack:
 
     def _held_basis(self) -> torch.Tensor | None:
         """The gathered bases of the last step: matrices x held compressed rows x k, fp32; None if there are none."""
-        if not all("basis" in matrix.gathered for matrix in self.matrices):
+        kept = [matrix.gathered.get("basis") for matrix in self.matrices]
+        if any(one is None for one in kept):
             return None
-        basis: torch.Tensor = self.state["basis"] if self._is_alone else self._gathered.open()["basis"]
+        is_stored = self._is_alone and all(one is not None and not one.numel() for one in kept)
+        basis: torch.Tensor = self.state["basis"] if is_stored else self._gathered.open()["basis"]
         return basis
 
     @property
@@ -128,12 +131,16 @@ class Stack:
         """Whether no other rank has elements of the matrices: what it gathers is its own state."""
         return self.is_here and len(self.shard.geometry.holders) == 1
 
-    def keep_basis(self) -> None:
-        """Keep a basis that was gathered for the next step, also if the matrices are in other stacks then."""
+    def keep_basis(self, is_stored: bool) -> None:
+        """Keep a basis that was gathered for the next step, also if the matrices are in other stacks then.
+
+        Args:
+            is_stored: whether it is the basis in the states, of which a rank that is alone needs no second copy.
+        """
         held = self.shard.held_basis
         if held is None:
             return
-        if self.is_here and not self._is_alone:
+        if self.is_here and not (is_stored and self._is_alone):
             self._gathered.close({"basis": held})
             return
         for matrix in self.matrices:  # only says, as other ranks know, that nothing has to be gathered
@@ -150,7 +157,7 @@ class Stack:
         Args:
             decoded: the state as the method left it.
         """
-        self.keep_basis()
+        self.keep_basis(is_stored=True)
         if self.is_here:
             self.state_store.encode(self.state, decoded, self.shard.names)
             for run, weights in compress(zip(self._runs, self.shard.weights.runs, strict=True), self._copied):

@@ -142,6 +142,20 @@ class Axis:
         """
         return torch.cat([all_rows[:, :0], *(all_rows[:, lo:hi] for lo, hi in self.owned)], dim=1)
 
+    def own_of_held(self, held: torch.Tensor) -> torch.Tensor:
+        """Select the rows that this rank owns from those that it holds.
+
+        Args:
+            held: matrices x held rows x k, any dtype.
+
+        Returns:
+            matrices x owned rows x k, same dtype: the tensor itself if this rank owns all that it holds.
+        """
+        first = self.held[0]
+        if self.owned == (self.held,):
+            return held
+        return torch.cat([held[:, :0], *(held[:, lo - first : hi - first] for lo, hi in self.owned)], dim=1)
+
     def reduce_scatter(self, held: torch.Tensor) -> Request:
         """Sum over ranks what each computed for the rows it holds.
 

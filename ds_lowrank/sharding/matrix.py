@@ -60,6 +60,7 @@ class MatrixShard:
         weights: this rank's elements of the weights; none between steps.
         sums: what a method's ``measure`` found of the gradients of all micro-batches, where these were not kept; None
             where the gradients are attached.
+        is_accumulated: whether there are such sums on the ranks that hold the matrices.
         precision: in which a card multiplies with gradients and weights; None for torch's setting.
         rounding: how this step rounds new weights in bf16; None for to the nearest.
         held_basis: a basis that a method keeps gathered, for as long as the stack consists of the same matrices:
@@ -73,6 +74,7 @@ class MatrixShard:
         self.rooted = tuple(i for i, member in enumerate(members) if member.root == geometry.rank)
         self.gradient = self.weights = Elements([], [], geometry.part.rectangles)
         self.sums: Sums | None = None
+        self.is_accumulated = False
         self.precision: MatmulPrecision | None = None
         self.rounding: Rounding | None = None
         self.held_basis: torch.Tensor | None = None

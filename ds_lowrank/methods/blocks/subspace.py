@@ -97,7 +97,7 @@ def project_on(shard: MatrixShard, own: torch.Tensor, due: bool, options: Option
         due: whether it is a new basis.
         options: with ``basis_placement``, where the method has it.
     """
-    if shard.held_basis is None or due:
+    if shard.held_basis is None or (due and not shard.is_accumulated):
         basis = yield shard.compressed.all_gather(own)
     else:
         basis = shard.held_basis
