@@ -84,7 +84,15 @@ def check_before_loading(engine: DeepSpeedEngine) -> None:
         found = given.arguments
         if found["load_optimizer_states"] and not found["load_module_only"]:
             _check(engine, Path(found["load_dir"]), found["tag"])
-        return load(*args, **named)
+        try:
+            return load(*args, **named)
+        except KeyError as error:
+            if error.args != ("dynamic_loss_scale",):  # with which the state of DeepSpeed's wrapper begins
+                raise
+            raise CheckpointError(
+                f"{found['load_dir']} was saved by a run without fp32 copies of the weights, which this run has: "
+                "train in the precision of that run, with its optimizer.params.master_weights"
+            ) from None
 
     engine.load_checkpoint = load_checkpoint
 

@@ -98,6 +98,11 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_origin(method: str, saved: dict[str, Any]) -> None:
+    if "optimizer_state_dict" in saved:
+        raise CheckpointError(
+            "the checkpoint was saved by a run for which DeepSpeed kept fp32 copies of the weights, and this run has "
+            "none: set bf16.enabled, and leave optimizer.params.master_weights at true"
+        )
     if "method" not in saved or "layout" not in saved:
         raise CheckpointError(f"the checkpoint's optimizer state was not saved by ds_lowrank; this run uses {method}")
     if saved["method"] != method:
@@ -139,7 +144,7 @@ def _check_groups(
                 "in the run that saved it"
             )
         for key in fixed_on_resume:
-            if saved[key] != group[key]:
+            if key in saved and saved[key] != group[key]:  # it may be newer than the checkpoint
                 raise CheckpointError(
                     f"{key} is {saved[key]!r} in the checkpoint and {group[key]!r} in this run, which cannot use state "
                     f"saved with another value: set {key} to {saved[key]!r}"

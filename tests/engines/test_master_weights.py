@@ -182,6 +182,40 @@ def test_deepspeeds_own_keys_mean_the_same(stage):
     assert_same_bits(found["weights"], alone(0)["weights"])
 
 
+def save(settings, directory):
+    import ds_lowrank
+
+    engine = ds_lowrank.initialize(model=make_model(), config=settings)[0]
+    train_step(engine, 0)
+    engine.save_checkpoint(directory, tag="here")
+
+
+def load(settings, directory):
+    import ds_lowrank
+
+    engine = ds_lowrank.initialize(model=make_model(), config=settings)[0]
+    try:
+        engine.load_checkpoint(directory, tag="here")
+    except ds_lowrank.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "saved", "message"),
+    [
+        (0, True, "DeepSpeed kept fp32 copies of the weights, and this run has none: set bf16.enabled, and leave"),
+        (0, False, "saved by a run without fp32 copies of the weights, which this run has"),
+        (2, True, "^master_weights is True in the checkpoint and False in this run"),
+        (2, False, "^master_weights is False in the checkpoint and True in this run"),
+    ],
+)
+def test_a_checkpoint_with_other_weights_is_refused(stage, saved, message, tmp_path):
+    run_ranks(2, save, settings_of(stage, 2, params={"master_weights": saved}), str(tmp_path))
+    for error in run_ranks(2, load, settings_of(stage, 2, params={"master_weights": not saved}), str(tmp_path)):
+        assert re.search(message, error), error
+
+
 GRID_LAYOUTS = [
     Grid(1, 1, 2, 0),
     Grid(1, 2, 1, 0),

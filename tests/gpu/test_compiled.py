@@ -9,6 +9,7 @@ import torch
 
 from ds_lowrank.linalg.dither import offsets
 from ds_lowrank.linalg.quantization import BFloat16, Int8
+from ds_lowrank.linalg.weight_rounding import column_words, round_to_bf16, rounding_keys, row_words
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -56,3 +57,16 @@ def test_not_a_number_stays_so(name):
     decoded = CODES[name].decode(stored(CODES[name], matrices))
     assert decoded[0, 5].isnan().all()
     assert decoded[1].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_on_a_card_are_rounded_as_on_the_cpu(shape):
+    """Integer arithmetic on the same bits."""
+    matrices, names = stack("bf16", shape), [str(number) for number in range(shape[0])]
+    found = []
+    for device in (CPU, CUDA):
+        keys = rounding_keys(names, 3, device)
+        words = *row_words(keys, 64, shape[1]), column_words(keys, 7, shape[2])
+        found.append(round_to_bf16(matrices.to(device), *words))
+    assert found[1].is_cuda
+    assert torch.equal(found[1].cpu(), found[0])

@@ -291,6 +291,13 @@ def test_what_is_not_supported_is_refused_with_advice(config):
         check_supported(config, "GaLore")
 
 
+def test_weights_in_bf16_only_are_taken_if_they_are_asked_for():
+    config = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+    check_supported(config, "GaLore", has_masters=False)
+    with pytest.raises(ConfigError, match=r"set optimizer\.params\.master_weights to false"):
+        check_supported(config, "GaLore")
+
+
 def test_every_refusal_is_tested_and_harmless_values_pass():
     refused = [{setting.key for setting in UNSUPPORTED_SETTINGS if setting.is_set(config)} for config in REFUSED]
     assert all(len(keys) == 1 for keys in refused)

@@ -23,8 +23,13 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = ("proj_type", "state_dtype", "tensor_parallel_projection")
-    """The keys that decide what the numbers in the state mean: a run can only be resumed with the same values."""
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (
+        "proj_type",
+        "state_dtype",
+        "tensor_parallel_projection",
+        "master_weights",
+    )
+    """The keys that decide what the stored numbers mean: a run can only be resumed with the same values."""
 
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     """The learning rate."""
