@@ -27,7 +27,7 @@ KINDS: dict[str, Kind] = {"model.embed_tokens.weight": "embedding", "lm_head.wei
 
 @dataclass(frozen=True)
 class Degrees:
-    """The degrees of parallelism, and the ZeRO stage: 1 (2 lays out alike) or 3."""
+    """The degrees of parallelism, and the ZeRO stage: 0, 1 (2 lays out alike) or 3."""
 
     data: int
     tensor: int

@@ -36,7 +36,7 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter], grid: Grid) -> torch
     """
     counted = [p.grad for p in parameters if p.grad is not None and _counts_here(p, grid)]
     device = next((p.device for p in parameters), None)
-    norms = torch._foreach_norm(counted) if counted else []
+    norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else []
     zero = torch.zeros((), dtype=torch.float64, device=device or "cpu")
     square = torch.stack([n.double().square() for n in norms]).sum() if norms else zero
     for group in (grid.tensor, grid.pipeline):

@@ -16,11 +16,12 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.arguments import plain_parameters, settings_of, without_path
 from ds_lowrank.integration.check_model import check_model, model_parallel_unit
 from ds_lowrank.integration.ds_config.read import without_comments
-from ds_lowrank.integration.ds_config.values import autotp_size, section
+from ds_lowrank.integration.ds_config.values import autotp_size, section, zero_stage
 from ds_lowrank.integration.mpu import as_mpu, check_grid
 from ds_lowrank.integration.replaced import check_not_replaced, check_trainer
 from ds_lowrank.integration.stock import allow_under_zero, stock_initialize
 from ds_lowrank.integration.unsupported_settings import check_supported
+from ds_lowrank.integration.without_masters import check_storage, convert_model, keeps_masters, without_masters
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -79,6 +80,7 @@ def initialize(
             rank, before anything is built.
     """
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
+    from ds_lowrank.integration.projected import check_projected, share_projections
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
@@ -95,7 +97,14 @@ def initialize(
             check_trainer(str(name))
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         check_mesh(mesh_param)  # before the model gets adapters
+        params = section(settings, "optimizer").get("params", {})
+        check_projected(settings, params if optimizer is None else optimizer.defaults, str(name))
+        given, has_masters = settings, keeps_masters(settings, optimizer)
+        if not has_masters:
+            settings = without_masters(settings)
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
+        if not has_masters and model is not None and not zero_stage(given):
+            convert_model(model, given)
     engine, wrapped, loader, scheduler = stock_initialize()(
         args=without_path(args),
         model=model,
@@ -111,6 +120,7 @@ def initialize(
         mesh_param=mesh_param,
     )
     if low_rank:
+        share_projections(engine)
         engine.basic_optimizer.bind()
         check_groups(engine)
         check_norm(engine)
@@ -134,8 +144,11 @@ def _validated(
 
     settings = without_comments(settings)
     method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
-    check_supported(settings, method, has_mpu=has_mpu)
+    has_masters = keeps_masters(settings, optimizer)
+    check_supported(settings, method, has_mpu=has_mpu, has_masters=has_masters)
     validate(settings, source)
+    if not has_masters:
+        check_storage(settings)
     return settings
 
 

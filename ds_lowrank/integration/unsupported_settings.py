@@ -64,7 +64,9 @@ def _granularity(config: Mapping[str, Any]) -> Any:
     return zero.get("stage3_module_granularity_threshold", zero.get("module_granularity_threshold", 0))
 
 
-NO_MASTERS = "remove it: without fp32 weights, small updates vanish by rounding. state_dtype makes the moments smaller"
+NO_MASTERS = (
+    "set optimizer.params.master_weights to false, which rounds stochastically, or small updates vanish by rounding"
+)
 QUANTIZED = "remove it: it was never tested with a low-rank update"
 
 UNSUPPORTED_SETTINGS = (
@@ -134,7 +136,9 @@ UNSUPPORTED_SETTINGS = (
     ),
     UnsupportedSetting("bf16.bf16_optimizer_states", _true("bf16", "bf16_optimizer_states"), NO_MASTERS),
     UnsupportedSetting(
-        "fp16.fp16_master_weights_and_grads", _true("fp16", "fp16_master_weights_and_grads"), NO_MASTERS
+        "fp16.fp16_master_weights_and_grads",
+        _true("fp16", "fp16_master_weights_and_grads"),
+        "remove it: without fp32 weights, small updates vanish by rounding. bf16 has optimizer.params.master_weights",
     ),
     UnsupportedSetting("bfloat16", lambda c: "bfloat16" in c, "rename it to bf16"),
     UnsupportedSetting("amp", _enabled("amp"), "use bf16 or fp16"),
@@ -172,7 +176,7 @@ UNSUPPORTED_SETTINGS = (
 """Every refused setting, in the order of ``docs/configuration.md``."""
 
 
-def check_supported(config: Mapping[str, Any], method: str, *, has_mpu: bool = False) -> None:
+def check_supported(config: Mapping[str, Any], method: str, *, has_mpu: bool = False, has_masters: bool = True) -> None:
     """Refuse a configuration with unsupported settings.
 
     Args:
@@ -180,6 +184,7 @@ def check_supported(config: Mapping[str, Any], method: str, *, has_mpu: bool = F
         method: the method's name, for messages.
         has_mpu: whether a model-parallel unit is passed as well. Then DeepSpeed takes ``sequence_parallel_size`` from
             that, and a configuration may repeat it.
+        has_masters: whether bf16 weights have fp32 copies. DeepSpeed's keys for having none are refused if so.
 
     Raises:
         ConfigError: it has such settings; the message says for each key what to change. Every rank reads the same
@@ -187,7 +192,8 @@ def check_supported(config: Mapping[str, Any], method: str, *, has_mpu: bool = F
     """
     if has_mpu:
         config = {key: value for key, value in config.items() if key != "sequence_parallel_size"}
-    found = [setting for setting in UNSUPPORTED_SETTINGS if setting.is_set(config)]
+    allowed = () if has_masters else ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")
+    found = [setting for setting in UNSUPPORTED_SETTINGS if setting.is_set(config) and setting.key not in allowed]
     if found:
         lines = [f"  {setting.key} is not supported with {method}: {setting.advice}" for setting in found]
         raise ConfigError("the DeepSpeed configuration has unsupported settings:\n" + "\n".join(lines))

@@ -34,24 +34,45 @@ def offsets(hashes: Sequence[int] | torch.Tensor, step: int, device: torch.devic
         L numbers below 2^24, int32, that pass for uniform over the steps and independent between matrices.
     """
     state = torch.as_tensor(hashes, dtype=torch.int64, device=device)
-    return _mixed(state + _as_int64(step * 0x9E3779B97F4A7C15))
+    return _upper_bits(state + as_int64(step * 0x9E3779B97F4A7C15))
 
 
-def _as_int64(number: int) -> int:
-    """The number modulo 2^64, between -2^63 and 2^63."""
+def as_int64(number: int) -> int:
+    """The number modulo 2^64, between -2^63 and 2^63.
+
+    Args:
+        number: any.
+    """
     return (number + 2**63) % 2**64 - 2**63
 
 
-FACTORS = _as_int64(0xBF58476D1CE4E5B9), _as_int64(0x94D049BB133111EB)
+FACTORS = as_int64(0xBF58476D1CE4E5B9), as_int64(0x94D049BB133111EB)
 """Of splitmix64's two multiplications."""
 
 
 @compiled_on_cuda
+def splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """What the generator splitmix64 makes of its state: 64 bits that pass for random.
+
+    Args:
+        state: any shape, int64.
+
+    Returns:
+        The same shape, int64.
+    """
+    return _mixed(state)
+
+
 def _mixed(state: torch.Tensor) -> torch.Tensor:
-    """The upper 24 bits of what splitmix64 makes of its state: L, int64 to int32."""
     state = (state ^ _shifted(state, 30)) * FACTORS[0]
     state = (state ^ _shifted(state, 27)) * FACTORS[1]
-    return _shifted(state ^ _shifted(state, 31), 64 - DITHER_BITS).to(torch.int32)
+    return state ^ _shifted(state, 31)
+
+
+@compiled_on_cuda
+def _upper_bits(state: torch.Tensor) -> torch.Tensor:
+    """The upper 24 bits of what splitmix64 makes of its state: L, int64 to int32."""
+    return _shifted(_mixed(state), 64 - DITHER_BITS).to(torch.int32)
 
 
 def _shifted(state: torch.Tensor, bits: int) -> torch.Tensor:

@@ -27,9 +27,9 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import safe_scale_of
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
-from ds_lowrank.sharding.elementwise import squared_norms
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
+from ds_lowrank.sharding.elementwise import blocks, squared_norms
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
@@ -118,6 +118,20 @@ class AdaRankGradMethod(Method):
         }
 
     @staticmethod
+    def needs_gradient(options: AdaRankGradOptions) -> None:
+        """An ordinary step needs ``R = H Q`` only."""
+
+    @staticmethod
+    def factors(shard: MatrixShard, state: State, options: AdaRankGradOptions) -> Program[Sums | None]:
+        """``Q``; None if it is used up."""
+        return None if state["used_up"] else (yield from basis_factors(shard, state))
+
+    @staticmethod
+    def measure(shard: MatrixShard, options: AdaRankGradOptions, factors: Sums) -> Sums:
+        """``R = H Q`` of a micro-batch."""
+        return (shard.times(factors[0]),)
+
+    @staticmethod
     def project(shard: MatrixShard, state: State, options: AdaRankGradOptions) -> Program[Projection]:
         """``R = H Q``, on a new subspace if the last one is used up."""
         if state["used_up"]:
@@ -168,8 +182,10 @@ def new_subspace(
         safe_scale_of(shard),
     )
     basis = yield shard.compressed.all_gather(own)
-    norms = squared_norms(shard, shard.kept, shard.gradient, safe_scale)
-    projected, norms = yield shard.kept.reduce_scatter(shard.times(basis)), shard.kept.reduce_scatter(norms)
+    projected, norms = yield from concurrently(
+        summed_product(shard, basis),
+        summed_squared_norms(shard, safe_scale),
+    )
     whole, norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(norms)
     ranks = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
     rooted = torch.tensor(shard.rooted, dtype=torch.int64, device=shard.device)
@@ -180,6 +196,27 @@ def new_subspace(
     # On the meta device, where a step is costed and nothing is computed, every subspace has the largest rank.
     chosen_ranks = [most] * len(shard) if ranks.is_meta else [int(rank) for rank in ranks.view(-1).tolist()]
     return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, ranks=chosen_ranks)
+
+
+def summed_product(shard: MatrixShard, basis: torch.Tensor) -> Program[torch.Tensor]:
+    """``H Q`` over all ranks: matrices x owned kept rows x rank, fp32."""
+    projected: torch.Tensor = yield shard.kept.reduce_scatter(shard.times(basis))
+    return projected
+
+
+def summed_squared_norms(shard: MatrixShard, safe_scale: torch.Tensor) -> Program[torch.Tensor]:
+    """Squared norms of the rows of ``H``, over ``safe_scale``: matrices x owned kept rows x 1, fp32.
+
+    Squares are not linear: where ranks hold gradients of their own, these are summed first, the whole of them.
+    """
+    norms: torch.Tensor
+    if shard.geometry.copies == 1:
+        norms = yield shard.kept.reduce_scatter(squared_norms(shard, shard.kept, shard.gradient, safe_scale))
+        return norms
+    whole = yield shard.kept.reduce_scatter(blocks(shard, shard.kept))
+    lengths = torch.linalg.vector_norm(whole, dim=2, keepdim=True, dtype=torch.float64) / safe_scale
+    norms = lengths.square().float()
+    return norms
 
 
 def fitting_subspace(

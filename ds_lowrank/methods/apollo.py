@@ -78,6 +78,11 @@ class ApolloMethod(Method):
         }
 
     @staticmethod
+    def needs_gradient(options: ApolloOptions) -> str:
+        """A step scales the gradient itself."""
+        return "it scales the gradient itself, which every rank needs whole: set reduction to 'gradient'"
+
+    @staticmethod
     def project(shard: MatrixShard, state: State, options: ApolloOptions) -> Program[ProjectedGradient]:
         """``R = H P`` for this interval's random projection."""
         rank, step = ApolloMethod.rank(shard.shape, options), state["step"]

@@ -19,11 +19,21 @@ from ds_lowrank.methods.blocks.directions import Directions
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.sharding.matrix import MatrixShard, Side
+from ds_lowrank.sharding.matrix import MatrixShard, Side, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
 
-__all__ = ["METHODS", "Method", "Options", "PerturbingMethod", "ProjectedGradient", "State", "StateSpec", "TensorSpec"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Options",
+    "PerturbingMethod",
+    "ProjectedGradient",
+    "State",
+    "StateSpec",
+    "Sums",
+    "TensorSpec",
+]
 
 METHODS: dict[str, type[Method]] = {}
 """Every method by its name in ``optimizer.type``: those of this package, and any other that was imported."""
@@ -114,6 +124,43 @@ class Method(ABC):
     @abstractmethod
     def state(shard: MatrixShard, options: Any, rank: int) -> StateSpec:
         """What is kept for each matrix at that rank, in addition to ``step``. Every number starts at zero."""
+
+    @staticmethod
+    def needs_gradient(options: Any) -> str | None:
+        """Why these options do not go with ``reduction`` ``projected``, and what does; None if they do.
+
+        They do if an ordinary step needs of the gradient no more than :meth:`measure` returns.
+        """
+        return "its class does not say what an ordinary step needs of a gradient: leave reduction at 'gradient'"
+
+    @staticmethod
+    def factors(shard: MatrixShard, state: State, options: Any) -> Program[Sums | None]:
+        """What the next gradients are to be multiplied by, under ``reduction`` ``projected``.
+
+        Args:
+            shard: holds the weights, and no gradients yet.
+            state: as the last step left it; not changed.
+            options: of the matrices' group, as they are now.
+
+        Returns:
+            Tensors with a leading dimension for the matrices, the same until the next step; None if that step needs
+            the gradients themselves, for a new basis.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def measure(shard: MatrixShard, options: Any, factors: Sums) -> Sums:
+        """What an ordinary step needs of the gradients, all linear in them.
+
+        It is called in the middle of backward, once a gradient is there, and summed over micro-batches. ``project``
+        finds the sums in ``shard.sums``, and sums them over ranks.
+
+        Args:
+            shard: holds the gradients of a micro-batch, not reduced over data-parallel ranks.
+            options: of the matrices' group.
+            factors: what :meth:`factors` returned for these matrices.
+        """
+        raise NotImplementedError
 
     @staticmethod
     @abstractmethod

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.sketch import name_hash
+from ds_lowrank.linalg.orthonormal import orthonormal
+from ds_lowrank.linalg.sketch import name_hash, normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
@@ -23,12 +24,13 @@ from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,
     Projection,
     SubspaceOptions,
+    basis_factors,
     basis_of_step,
     descend,
     project_on,
     subspace_state,
 )
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
@@ -44,6 +46,9 @@ class GaLoreOptions(SubspaceOptions):
     """What a refresh does to Adam's moments: the official code keeps them in the old coordinates."""
     basis_placement: BasisPlacement = "partitioned"
     """Whether a rank stores the rows of a basis that it owns, or keeps all that it computes with between refreshes."""
+    first_basis: Literal["gradient", "random"] = "gradient"
+    """What the first basis is taken from: the first gradient, or random numbers, so that with ``stagger`` a first step
+    needs no whole gradients either."""
     stagger: bool = Field(False, strict=True)
     """Spread the refreshes of the matrices over the interval instead of doing them all in one step."""
 
@@ -69,6 +74,24 @@ class GaLoreMethod(Method):
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
         """The basis, compressed x rank, and the inner optimizer's moments, kept x rank."""
         return subspace_state(shard, options, rank)
+
+    @staticmethod
+    def needs_gradient(options: GaLoreOptions) -> None:
+        """An ordinary step needs ``R = H Q`` only."""
+
+    @staticmethod
+    def factors(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Sums | None]:
+        """``Q``; None if a new one is due, which is found in the gradient."""
+        if state["step"] == 0 and options.first_basis == "random":
+            return ((yield shard.compressed.all_gather((yield from random_basis(shard, options)))),)
+        if refresh_due(shard.names[0], options, state["step"]):
+            return None
+        return (yield from basis_factors(shard, state))
+
+    @staticmethod
+    def measure(shard: MatrixShard, options: GaLoreOptions, factors: Sums) -> Sums:
+        """``R = H Q`` of a micro-batch."""
+        return (shard.times(factors[0]),)
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
@@ -97,10 +120,21 @@ def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
 
 def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[torch.Tensor]:
     """An orthonormal basis of the gradient's leading subspace: matrices x owned compressed rows x rank, fp32."""
+    if step == 0 and options.first_basis == "random":
+        return (yield from random_basis(shard, options))
     rank = min(options.rank, *shard.shape)
     if options.projector == "svd":
         return (yield from singular_basis(shard, rank))
     return (yield from randomized_range(shard, rank, options.seed, step))
+
+
+def random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Tensor]:
+    """A random orthonormal basis, a function of seed and name: matrices x owned compressed rows x rank, fp32."""
+    rooted = [shard.names[i] for i in shard.rooted]
+    size, rank = shard.compressed.size, min(options.rank, *shard.shape)
+    drawn = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))
+    own: torch.Tensor = yield shard.compressed.scatter_from_root(drawn)
+    return own
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:
@@ -115,4 +149,4 @@ def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: 
     if options.moments == "rotate" and state["step"] > 0:
         rotation = yield from shard.replicated_sum(state["basis"].mT @ new)  # Q_old^T Q
         options.inner_optimizer.rotate(state, rotation)
-    state["basis"].copy_(new)
+    state["basis"] = new

@@ -40,7 +40,7 @@ from ds_lowrank.methods.blocks.weight_norm import Frame, MovedDirections, Tangen
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.elementwise import dots, squared_norms
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import NewWeights, Update
 
@@ -105,6 +105,11 @@ class TangentProjection(Projection):
     norms: torch.Tensor = field(kw_only=True)
     dg: torch.Tensor = field(kw_only=True)
 
+    def scale_by(self, factor: float) -> None:
+        """Multiply the gradients of both magnitude and direction, as it were."""
+        super().scale_by(factor)
+        self.dg = self.dg * factor
+
 
 class GradNormLoRPMethod(Method):
     """GradNormLoRP on the matrices of a stack: whole weights, or factors of adapters."""
@@ -145,22 +150,47 @@ class GradNormLoRPMethod(Method):
         return {**spec, **lengths, **options.magnitude_optimizer.state(shard, axis, 1)}
 
     @staticmethod
+    def needs_gradient(options: GradNormLoRPOptions) -> None:
+        """An ordinary step needs ``G Q`` and ``<G, W>`` only."""
+
+    @staticmethod
+    def factors(shard: MatrixShard, state: State, options: GradNormLoRPOptions) -> Program[Sums | None]:
+        """What ``G`` is multiplied by: ``Q``, or ``diag(g / |v|) Q`` if the units are along what is summed over."""
+        found = yield from GaLoreMethod.factors(shard, state, options)
+        if found is None or options.parametrization == "adapter" or magnitude_axis(shard, options) is shard.kept:
+            return found
+        axis = magnitude_axis(shard, options)
+        weight_squares = squared_norms(shard, axis, shard.weights, are_ordinary=True)
+        norms = (yield axis.reduce_scatter(shard.once(weight_squares))).sqrt()  # |W|
+        g_over_v = yield axis.all_gather(stretch(state, norms))
+        return (g_over_v * found[0],)
+
+    @staticmethod
+    def measure(shard: MatrixShard, options: GradNormLoRPOptions, factors: Sums) -> Sums:
+        """``G Q`` and, for each unit, ``<G, W>`` of a micro-batch."""
+        product = shard.times(factors[0])
+        if options.parametrization == "adapter":
+            return (product,)
+        return product, dots(shard, magnitude_axis(shard, options), shard.gradient, shard.weights)
+
+    @staticmethod
     def project(shard: MatrixShard, state: State, options: GradNormLoRPOptions) -> Program[Projection]:
         """Project dL/dv as GaLore projects a gradient."""
         if options.parametrization == "adapter":
             return (yield from GaLoreMethod.project(shard, state, options))
         axis = magnitude_axis(shard, options)
         weight_squares = squared_norms(shard, axis, shard.weights, are_ordinary=True)
+        of_ranks = dots(shard, axis, shard.gradient, shard.weights) if shard.sums is None else shard.sums[1]
         squares, inner = yield (
-            axis.reduce_scatter(weight_squares),  # |W|^2
-            axis.reduce_scatter(dots(shard, axis, shard.gradient, shard.weights)),  # <G, W>
+            axis.reduce_scatter(shard.once(weight_squares)),  # |W|^2
+            axis.reduce_scatter(of_ranks),  # <G, W>
         )
         norms = squares.sqrt()
         g, v = magnitudes(state, norms)
         sign = torch.where(g < 0, -1.0, torch.ones_like(g))
         frame = yield from gather_frame(
             axis,
-            torch.where(norms == 0, 1.0, g / v),
+            stretch(state, norms),
             safe_ratio(inner, squares),
             safe_ratio(sign * v, norms, otherwise=1.0),
         )
@@ -193,7 +223,7 @@ class GradNormLoRPMethod(Method):
         kept = 1 - lr * options.weight_decay
         g = kept * g - lr * direction
         moved = MovedDirections(shard, axis, lift, found.frame, found.weight_squares, kept, lr)
-        v = (yield axis.reduce_scatter(moved.squared_lengths())).clamp_min(0).sqrt()
+        v = (yield axis.reduce_scatter(shard.once(moved.squared_lengths()))).clamp_min(0).sqrt()
         g = torch.where(found.norms == 0, v, g)  # a unit of zeros
         state["magnitude"], state["direction_norm"] = g, v
         return moved.of_lengths((yield axis.all_gather(safe_ratio(g, v))))  # W = g v / |v|
@@ -207,6 +237,12 @@ def is_factor(name: str) -> bool:
 def magnitude_axis(shard: MatrixShard, options: GradNormLoRPOptions) -> Axis:
     """The dimension whose rows have a magnitude each. Output units are rows, unless the layer stores it transposed."""
     return shard.rows if (options.norm_axis == "output") != shard.transposed else shard.columns
+
+
+def stretch(state: State, norms: torch.Tensor) -> torch.Tensor:
+    """``g / |v|``, and 1 for a unit of zeros: matrices x owned units x 1."""
+    g, v = magnitudes(state, norms)
+    return torch.where(norms == 0, 1.0, g / v)
 
 
 def magnitudes(state: State, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

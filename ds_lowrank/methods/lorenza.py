@@ -35,11 +35,11 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
+from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along, largest_magnitudes
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.updates import Dense, Factors, Update
 
@@ -163,11 +163,30 @@ class LorenzaMethod(PerturbingMethod):
         return Diagonal(target, options.seed, basis, factor, squares.prod(1))
 
     @staticmethod
+    def needs_gradient(options: LorenzaOptions) -> str | None:
+        """An ordinary step needs ``R = H Q`` only, unless it is of full size or adds what the subspace leaves out."""
+        if options.rank is None:
+            return "AdaZo-SAM steps on whole gradients: set a rank, or reduction to 'gradient'"
+        if options.orthogonal_component:
+            return "Lorenza+ adds what the subspace leaves out of the whole gradient: set reduction to 'gradient'"
+        return None
+
+    @staticmethod
+    def factors(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[Sums | None]:
+        """``Q``; None if a new one is due, which is found in the gradient."""
+        return None if subspace_due(state, options) else (yield from basis_factors(shard, state))
+
+    @staticmethod
+    def measure(shard: MatrixShard, options: LorenzaOptions, factors: Sums) -> Sums:
+        """``R = H Q`` of a micro-batch."""
+        return (shard.times(factors[0]),)
+
+    @staticmethod
     def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
         """Find ``Q`` if it is due, and project: ``R = H Q``. Without a rank the gradient itself is what is found."""
         if options.rank is None:
             return ProjectedGradient(largest_magnitudes(shard), due=False)
-        due = state["step"] % options.update_proj_gap == 0
+        due = subspace_due(state, options)
         own = state["basis"]
         if due:
             rank = LorenzaMethod.rank(shard.shape, options)
@@ -188,6 +207,12 @@ class LorenzaMethod(PerturbingMethod):
         if options.orthogonal_component:
             return (yield from add_orthogonal_component(shard, options, found, direction, basis))
         return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)  # scale * N Q^T
+
+
+def subspace_due(state: State, options: LorenzaOptions) -> bool:
+    """Whether a new subspace is due: in steps 0, T, 2T, ..."""
+    due: bool = state["step"] % options.update_proj_gap == 0
+    return due
 
 
 def for_target(shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], own: Tensor) -> Request:
@@ -220,7 +245,7 @@ def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, f
     if options.moment_on_refresh == "rotate" and state["step"] > 0:
         rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # Q_old^T Q
         Adam(options).rotate(state, rotation)
-    state["basis"].copy_(found.own)
+    state["basis"] = found.own
     if options.probe_form == "diagonal":
         tall = yield shard.kept.gather_to_root(found.projected)
         state["right_factor"].copy_((yield shard.kept.scatter_from_root(orthonormal(tall))))  # F = range of H Q

@@ -68,6 +68,14 @@ class OnlineSubspaceDescentMethod(Method):
         }
 
     @staticmethod
+    def needs_gradient(options: OnlineSubspaceDescentOptions) -> str:
+        """A step multiplies the gradient by ``Q`` and then by ``R``, and divides by its norm."""
+        return (
+            "every step moves the basis along (H^T R) / |H|^2, so it needs the gradient again once R is summed, and "
+            "the norm of the summed gradient: set reduction to 'gradient'"
+        )
+
+    @staticmethod
     def project(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> Program[Projection]:
         """``R = H Q``, in the first step on a basis that is found in this gradient."""
         first = state["step"] == 0

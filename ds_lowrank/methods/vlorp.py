@@ -36,8 +36,8 @@ from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.unit_squares import squares_by_rows, sums_of_squares
 from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along
-from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
+from ds_lowrank.sharding.reduce import Program, without_rounds
 from ds_lowrank.sharding.units import Units, viewed
 from ds_lowrank.sharding.updates import Dense, Quotient, Update
 
@@ -147,11 +147,30 @@ class VLoRPMethod(Method):
         return {"exp_avg": moment, "row_squares": v_row, "column_squares": v_col}
 
     @staticmethod
+    def needs_gradient(options: VLoRPOptions) -> str | None:
+        """A step needs ``R = H~ P`` only; ``P`` is random, so that no step needs the gradient."""
+        if options.update_scheme == "original_space":
+            return "update_scheme 'original_space' keeps moments of every element on every rank: choose another scheme"
+        return None
+
+    @staticmethod
+    @without_rounds
+    def factors(shard: MatrixShard, state: State, options: VLoRPOptions) -> Sums:
+        """``P`` of the next step."""
+        return (draw(units_of(shard, options), options, state["step"] // options.update_proj_gap),)
+
+    @staticmethod
+    def measure(shard: MatrixShard, options: VLoRPOptions, factors: Sums) -> Sums:
+        """``R = H~ P`` of a micro-batch."""
+        return (units_of(shard, options).times(factors[0]),)
+
+    @staticmethod
     def project(shard: MatrixShard, state: State, options: VLoRPOptions) -> Program[ProjectedUnits]:
         """``R = H~ P`` for this interval's random projection."""
         units, step = units_of(shard, options), state["step"]
         projection = draw(units, options, step // options.update_proj_gap)  # P
-        projected = yield units.axis.reduce_scatter(units.times(projection))  # R = H~ P
+        of_ranks = units.times(projection) if shard.sums is None else shard.sums[0]
+        projected = yield units.axis.reduce_scatter(of_ranks)  # R = H~ P
         return ProjectedUnits(projected, step % options.update_proj_gap == 0, projection=projection)
 
     @staticmethod

@@ -68,6 +68,8 @@ def slots_of(
         role = parameter.role(method)
         logical = parameter.stepped_matrix(role)
         parts, peers = _parts(logical, tensor_ranks, [held[number] for held in world])
+        if not role.projected and parameter.options.reduction == "projected":
+            parts, peers = _own_copy(parts, peers, rank, tensor_ranks)
         options, transposed = parameter.options, parameter.tag.transposed
         fragment, group_key = intervals[number].fragment(logical), id(parameter.group)
         text = ""
@@ -103,3 +105,13 @@ def _parts(logical: Logical, tensor_ranks: list[int], held: list[Range]) -> tupl
         for r, t in enumerate(tensor_ranks)
     ]
     return found, peers
+
+
+def _own_copy(parts: list[Part], peers: list[int], rank: int, tensor_ranks: list[int]) -> tuple[list[Part], list[int]]:
+    """What remains without the copies of a parameter on other data-parallel ranks, which step theirs alike.
+
+    Of the ranks with the same tensor-parallel rank, each is in another copy, in order.
+    """
+    copy = [tensor_ranks[:r].count(t) for r, t in enumerate(tensor_ranks)]
+    own = [r for r in peers if copy[r] == copy[rank]]
+    return [part if r in own else EMPTY for r, part in enumerate(parts)], own

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -17,25 +18,30 @@ import torch.distributed as dist
 
 from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.environment.huggingface import check_optimizer_is_kept
-from ds_lowrank.errors import MISSES_SHARDS, ConfigError
+from ds_lowrank.errors import MISSES_SHARDS, CheckpointError, ConfigError
 from ds_lowrank.methods.base import Method, Options, PerturbingMethod
+from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import build_slots
+from ds_lowrank.optimizer.check_masters import check_masters
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
+from ds_lowrank.optimizer.projected_norm import EPS, projected_norm
 from ds_lowrank.optimizer.refresh_clock import RefreshClock
 from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.optimizer.stack import Stack
 from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
+from ds_lowrank.optimizer.states_of_ranks import states_on_first
 from ds_lowrank.optimizer.step import all_finite, step_matrices
 from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
 from ds_lowrank.optimizer.waiting import mark_waiting
 from ds_lowrank.placement.averaging import check_averaging
 from ds_lowrank.placement.grid import Grid, initialized_grid, joined
 from ds_lowrank.placement.parameter_names import tag_parameters
-from ds_lowrank.placement.zero import read_placement
+from ds_lowrank.placement.zero import read_placement, with_copies
 from ds_lowrank.sharding.reduce import Distributed, Executor, Rounds, SingleProcess
 
 UNPERTURBED_GRADIENT = (
@@ -65,10 +71,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         exclude_modules: globs on parameter names that are not projected; ().
         tensor_parallel_projection: what is projected if tensor parallelism splits a matrix, the ``logical`` matrix (the
             default) or each rank's ``local`` shard on its own.
+        reduction: what is summed over data-parallel ranks and micro-batches, the ``gradient`` (the default) or its
+            ``projected`` form, at ZeRO 0 without masters.
+        projected_gradient_clipping: the largest norm under ``projected`` reduction; 0.0 for no clipping.
         state_dtype: how moments are stored, ``fp32`` (the default), ``bf16`` or ``int8``.
         matmul_precision: in which a card multiplies with gradients and weights, ``fp32``, or ``tf32``, which is several
             times as fast and keeps 10 bits of each factor; None leaves it to
             ``torch.set_float32_matmul_precision``; None.
+        master_weights: whether bf16 weights have fp32 copies, which DeepSpeed keeps; without, new weights are rounded
+            to bf16 stochastically; True.
         seed: of random sketches and projections; 0.
         options: all of these except params and grid, and the method's own, by the names they have in
             ``optimizer.params`` of a DeepSpeed JSON.
@@ -95,6 +106,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._refresh_clock = RefreshClock()
         self._perturbation: Perturbation | None = None
+        self._accumulation: Accumulation | None = None
+        self._data_parallel: tuple[dist.ProcessGroup | None, float] = None, 1.0
+        self._of_all_ranks: list[dict[str, Any]] = []
         self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
         parsed = parse_options(self.method, options)
         check_optimizer_is_kept(self.method.name)
@@ -103,6 +117,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             params = list(params.parameters())
         super().__init__(params, parsed.model_dump())
         self._groups.check(parsed)
+        _ = self.reduces_projections  # refused now if it cannot be
         mark_waiting(chain.from_iterable(self._groups.parameters), self.method.name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -139,6 +154,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self._slots is None:
             self._groups.take_unfrozen()  # the last chance: DeepSpeed arranges the groups next
 
+    @property
+    def reduces_projections(self) -> bool:
+        """Whether ``reduction`` is ``projected``.
+
+        Raises:
+            ConfigError: the groups disagree, or the method needs whole gradients.
+        """
+        return self._groups.reduces_projections
+
+    def set_data_parallel(self, group: dist.ProcessGroup | None, share: float) -> None:
+        """Tell an optimizer that reduces projections itself which ranks have gradients of their own.
+
+        Args:
+            group: ranks with copies of the weights; None for this rank alone.
+            share: what the gradient of one rank counts in their sum: one over their number for an average.
+        """
+        self._data_parallel = group, share
+
     def _grid_of(self, parameters: Iterable[torch.nn.Parameter]) -> Grid:
         """The grid of some of the parameters. AutoTP may create its groups after a client optimizer is built."""
         return initialized_grid(parameters) if self._given_grid is None else self._given_grid
@@ -165,6 +198,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if placement.wrapper == "none" and self._groups.take_unfrozen():
             placement = read_placement(self._groups.parameters, self._groups.param_groups)
         check_averaging(self.grid, placement.process_group)
+        if self._groups.reduces_projections:
+            placement = with_copies(placement, self._data_parallel[0])
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
         self._is_local = self.grid.tensor is not None and self._groups.project_locally
@@ -176,6 +211,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         parameters = self._groups.logical_parameters(self.state)
         with raise_on_all_ranks() if self.grid.pipeline else nullcontext():  # one stage alone may be refused
             slots = build_slots(self.method, parameters, placement, self.grid, group)
+            check_masters(slots, self.wrapper)
         self._groups.check_roles(self.grid.pipeline, self._may_unfreeze)
         devices = {str(slot.fragment.store.device) for slot in slots}
         if len(devices) > 1:
@@ -184,8 +220,40 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for slot in slots:
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
+        if self._groups.reduces_projections:
+            self._accumulate()
         mark_waiting(chain.from_iterable(self._groups.parameters), None)
         log_roles(f"{self.method.name} on {self.wrapper}", slots, self._executor, self.grid, self._is_local)
+
+    def _accumulate(self) -> None:
+        """Take the gradients of projected matrices from backward."""
+        stacks, share = self._stacks["projected"], self._data_parallel[1]
+        self._accumulation = Accumulation(self.method, stacks, self._executor, share)
+        self._accumulation.watch(slot for slot in self.slots if slot.is_projected)
+        self._accumulation.prepare(self.options)
+        self.get_grads_for_reduction = self._gradients_to_reduce  # DeepSpeed asks whoever has it
+
+    def _gradients_to_reduce(self) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+        """The gradients that DeepSpeed sums over data-parallel ranks: of parameters that are not projected.
+
+        Returns:
+            These gradients, zeros where backward has made none, as on other ranks it may have; and none of experts.
+        """
+        found = list(dict.fromkeys(slot.parameter for slot in self.slots if not slot.is_projected))
+        for parameter in found:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in found if parameter.grad is not None], {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, and what was accumulated of them.
+
+        Args:
+            set_to_none: as in torch; what was accumulated is forgotten either way.
+        """
+        super().zero_grad(set_to_none)
+        if self._accumulation is not None:
+            self._accumulation.drop()
 
     @property
     def _may_unfreeze(self) -> bool:
@@ -226,7 +294,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             RuntimeError: the parameter groups hold other tensors than those that were bound, a gradient is sparse, or
                 it was not taken where the method needs it.
         """
-        loss = None
+        loss, self._of_all_ranks = None, []
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -247,10 +315,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
         for slot in (slot for store in stores for slot in self._slots[id(store)]):
             slot.stepped = False
-        slots = [slot for store in stores if store.grad is not None for slot in self._slots[id(store)]]
+        if self._accumulation is not None:
+            self._accumulation.finish(self.options)
+        slots = [s for store in stores for s in self._slots[id(store)] if store.grad is not None or s.is_accumulated]
         if slots:
             with torch.autocast(slots[0].fragment.store.device.type, enabled=False):
                 self._executor.run(self._step(slots))
+        if self._accumulation is not None:
+            self._accumulation.drop()
+            self._accumulation.prepare(self.options)
         return loss
 
     def _step(self, slots: Sequence[Slot]) -> Rounds[None]:
@@ -275,8 +348,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             slot.matrix.options, slot.matrix.updated = options[id(slot.group)], False
         matrices = [slot.matrix for slot in projected]
         others = [slot.fragment.gradient for slot in rest]
+        clip = partial(self._clip, slots) if self._accumulation is not None else None
         report = yield from step_matrices(
-            self.method, matrices, self._executor.size, others, proceed, self._stacks["projected"]
+            self.method, matrices, self._executor.size, others, proceed, self._stacks["projected"], clip
         )
         for slot in projected:
             if slot.matrix.updated:
@@ -290,6 +364,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         yield from adamw_step(live, options, self._stacks["rest"])
         for slot in live:
             slot.mark_stepped()
+
+    def _clip(self, slots: Sequence[Slot], stacks: Sequence[Stack], magnitudes: Sequence[float]) -> Rounds[None]:
+        """Take the norm of what this step sees, and scale it down to ``projected_gradient_clipping``."""
+        norm = yield from projected_norm(
+            stacks, slots, max(magnitudes, default=0.0), self._executor, self.grid, self._is_local
+        )
+        self._global_grad_norm = norm  # DeepSpeed's engine reports it
+        limit = self._groups.projected_gradient_clipping
+        if not limit or norm + EPS <= limit:
+            return
+        for stack in stacks:
+            stack.found.scale_by(limit / (norm + EPS))
+        for store in {id(s.fragment.store): s.fragment.store for s in slots if not s.is_projected}.values():
+            if store.grad is not None:
+                store.grad.mul_(limit / (norm + EPS))
 
     def _agree_all_finite(self, finite: bool) -> bool:
         """Whether all ranks found their gradients finite, including those that exchange nothing with this one.
@@ -367,8 +456,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads."""
+        """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads.
+
+        While DeepSpeed saves a checkpoint, under projected reduction, the states of all data-parallel ranks on the one
+        that saves for all.
+        """
+        if self._of_all_ranks:
+            return {**self._of_all_ranks[0], "of_data_parallel_ranks": self._of_all_ranks}
         return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
+
+    def checkpoint_event_prologue(self) -> None:
+        """Bring together what one rank will save for all: DeepSpeed calls it before it saves. Collective."""
+        group = self._data_parallel[0]
+        if self._accumulation is not None and group is not None and dist.get_world_size(group) > 1:
+            self._of_all_ranks = []  # of a save that failed
+            self._of_all_ranks = states_on_first(self.state_dict(), group)
+
+    def checkpoint_event_epilogue(self) -> None:
+        """Release what was brought together: DeepSpeed calls it after it has saved."""
+        self._of_all_ranks = []
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -380,8 +486,29 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; the message says which.
         """
+        state_dict = self._own_part(state_dict)
         fixed = self.method.Options.fixed_on_resume
         slots, groups = self.slots, self._groups
         frozen = [groups.name_of(parameter) for parameter in groups.left_out()]
         self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}  # the old ones keep the old state
         self._counts = load_state(self.method.name, slots, groups.param_groups, state_dict, fixed, frozen)
+        for slot in slots:
+            slot.matrix.gathered.clear()
+        if self._accumulation is not None:
+            self._accumulate()
+
+    def _own_part(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """This rank's state from what one rank saved for all."""
+        parts = saved.get("of_data_parallel_ranks")
+        group = self._data_parallel[0]
+        size = 1 if group is None else dist.get_world_size(group)
+        if parts is None or (self._accumulation is None and len(parts) == 1):
+            return saved
+        if len(parts) != size or self._accumulation is None:
+            here = "reduction 'gradient'" if self._accumulation is None else f"{size} of them"
+            raise CheckpointError(
+                f"the checkpoint was saved with reduction 'projected' on {len(parts)} data-parallel ranks, and this "
+                f"run has {here}: resume with the reduction and the number of ranks of the run that saved it"
+            )
+        own: dict[str, Any] = parts[0 if group is None else dist.get_rank(group)]
+        return own

@@ -261,6 +261,35 @@ class ParameterGroups:
         return "local" in chosen
 
     @property
+    def reduces_projections(self) -> bool:
+        """Whether projections of gradients are summed over data-parallel ranks, and not the gradients.
+
+        Raises:
+            ConfigError: the groups disagree, or the method needs the gradients.
+        """
+        chosen = {options.reduction for options in self.options.values()}
+        if len(chosen) > 1:
+            raise ConfigError("reduction must be the same in all parameter groups")
+        if chosen != {"projected"}:
+            return False
+        for options in self.options.values():
+            if problem := self._method.needs_gradient(options):
+                raise ConfigError(f"{self._method.name} with reduction 'projected': {problem}")
+        return True
+
+    @property
+    def projected_gradient_clipping(self) -> float:
+        """The largest norm under projected reduction; 0 for no clipping.
+
+        Raises:
+            ConfigError: the groups disagree.
+        """
+        chosen = {options.projected_gradient_clipping for options in self.options.values()}
+        if len(chosen) > 1:
+            raise ConfigError("projected_gradient_clipping must be the same in all parameter groups: it is of one norm")
+        return next(iter(chosen), 0.0)
+
+    @property
     def ascent(self) -> Ascent | None:
         """How higher loss is looked for; None if it is not. All groups' matrices are moved together.
 

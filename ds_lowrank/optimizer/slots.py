@@ -72,6 +72,11 @@ class Slot:
         return self.role.projected
 
     @property
+    def is_accumulated(self) -> bool:
+        """Whether its gradient may be gone before the step, because what the step needs of it was found before."""
+        return self.is_projected and self.matrix.options.reduction == "projected"
+
+    @property
     def copies(self) -> int:
         """How many tensor-parallel ranks step a copy of it, and keep its state."""
         return len(self.logical.strips) if self.logical.placement == "replicated" else 1

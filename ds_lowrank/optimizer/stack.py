@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from ds_lowrank.methods.base import Options, State
 from ds_lowrank.methods.blocks.state_spec import StateStore
 from ds_lowrank.optimizer.stacked_state import StackedState
+from ds_lowrank.optimizer.stochastic_rounding import StochasticRounding
 from ds_lowrank.placement.fragment import Fragment, FragmentRun, runs_of
 from ds_lowrank.sharding.geometry import Geometry
-from ds_lowrank.sharding.matrix import MatrixShard, Member
+from ds_lowrank.sharding.matrix import MatrixShard, Member, Sums
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class SteppedMatrix:
         state_store: how its state is stored; the same object for all matrices of a geometry and a group.
         state: its state, with ``step``; changed in place.
         options: the current options of its group.
+        gathered: the rows of its basis that this rank computes with, as ``basis``, where they are kept between steps.
         updated: whether the last step changed it.
     """
 
@@ -37,6 +39,7 @@ class SteppedMatrix:
     state_store: StateStore
     state: State
     options: Options
+    gathered: State = field(default_factory=dict)
     updated: bool = False
 
     @property
@@ -61,9 +64,13 @@ class Stack:
         shard: what a method sees of them.
         state: their state in this step, as it is stored.
         found: what their method found in their gradients.
+        factors: what backward multiplies their gradients by; None where these are kept.
+        sums: what it found of the gradients so far, once there is one.
     """
 
     found: Any = None
+    factors: Sums | None = None
+    sums: Sums | None = None
 
     def __init__(self, matrices: Sequence[SteppedMatrix], is_here: bool) -> None:
         first = matrices[0]
@@ -72,6 +79,7 @@ class Stack:
         self.shard = MatrixShard(geometry, [matrix.member for matrix in matrices])
         self.state_store = first.state_store
         self._states = StackedState([matrix.state for matrix in matrices], is_here)
+        self._gathered = StackedState([matrix.gathered for matrix in matrices], is_here)
         self._runs: list[FragmentRun] = runs_of([matrix.fragment for matrix in matrices]) if is_here else []
         self._sizes = [run.count for run in self._runs]
         self._copied = [run.is_copied for run in self._runs]
@@ -87,21 +95,54 @@ class Stack:
         """Whether the matrices have been stepped before."""
         return self.matrices[0].has_begun
 
-    def attach(self) -> None:
-        """Take up this step's gradients and weights, and the state."""
+    def attach(self, gradients: bool = True) -> None:
+        """Take up this step's gradients or what backward found of them, the weights, and the state.
+
+        Args:
+            gradients: whether there are any: not before backward, and not if all that is needed of them was found.
+        """
         if self.is_here:
-            gradients, weights = [run.gradient for run in self._runs], [run.weights for run in self._runs]
-            self.shard.attach(gradients, weights, self._sizes)
+            runs = [run.gradient for run in self._runs] if gradients and self.sums is None else None
+            self.shard.attach(runs, [run.weights for run in self._runs], self._sizes)
+            self.shard.sums = self.sums
         else:
             nothing = self.matrices[0].fragment.store.new_empty(len(self.matrices), 0)
             self.shard.attach([nothing], [nothing], [len(self.matrices)])
         self.shard.precision = self.options.matmul_precision
         self.state = self._states.open()
+        if self.options.keeps_bases_gathered:
+            self.shard.held_basis = self._held_basis()
+        if self.is_here and not self.options.master_weights:
+            names, device = self.shard.names, self.shard.device
+            self.shard.rounding = StochasticRounding(names, self.state["step"], self.shard.shape[0] > 1, device)
+
+    def _held_basis(self) -> torch.Tensor | None:
+        """The gathered bases of the last step: matrices x held compressed rows x k, fp32; None if there are none."""
+        if not all("basis" in matrix.gathered for matrix in self.matrices):
+            return None
+        basis: torch.Tensor = self.state["basis"] if self._is_alone else self._gathered.open()["basis"]
+        return basis
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no other rank has elements of the matrices: what it gathers is its own state."""
+        return self.is_here and len(self.shard.geometry.holders) == 1
+
+    def keep_basis(self) -> None:
+        """Keep a basis that was gathered for the next step, also if the matrices are in other stacks then."""
+        held = self.shard.held_basis
+        if held is None:
+            return
+        if self.is_here and not self._is_alone:
+            self._gathered.close({"basis": held})
+            return
+        for matrix in self.matrices:  # only says, as other ranks know, that nothing has to be gathered
+            matrix.gathered["basis"] = held.new_empty(0, held.shape[2])
 
     def detach(self) -> None:
         """Release the gradients, the weights and what was found."""
         self.shard.detach()
-        self.found = None
+        self.shard.held_basis = self.found = None
 
     def store(self, decoded: State) -> None:
         """Keep what the step has made of the weights and of the state.
@@ -109,6 +150,7 @@ class Stack:
         Args:
             decoded: the state as the method left it.
         """
+        self.keep_basis()
         if self.is_here:
             self.state_store.encode(self.state, decoded, self.shard.names)
             for run, weights in compress(zip(self._runs, self.shard.weights.runs, strict=True), self._copied):

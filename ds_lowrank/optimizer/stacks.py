@@ -72,9 +72,8 @@ class Stacks:
             part = stack
             if len(positions) < len(magnitudes):
                 part = Stack([stack.matrices[i] for i in positions], stack.is_here)
-                part.attach()
+                part.attach(stack.shard.sums is None)
                 part.found = found.at(positions)
-                stack.shard.held_basis = None
             part.found.is_zero = zero
             parts.append(part)
         return parts
@@ -140,7 +139,7 @@ def _by_phase(
         if not runs or runs[-1][0] != phase:
             runs.append((phase, []))
         runs[-1][1].append(matrix)
-    if len(runs) <= 2 * len(distinct):
+    if len(runs) <= 4 * len(distinct):
         return [*runs]
     classes: dict[Hashable, list[SteppedMatrix]] = {}
     for phase, matrix in zip(phases, family, strict=True):

@@ -59,6 +59,7 @@ def step_matrices(
     others: Sequence[torch.Tensor] = (),
     proceed: Callable[[Sequence[float]], bool] = all_finite,
     stacks: Stacks | None = None,
+    clip: Callable[[Sequence[Stack], Sequence[float]], Rounds[None]] | None = None,
 ) -> Rounds[StepReport]:
     """One step of some matrices, in lockstep on all ranks of a group.
 
@@ -70,6 +71,8 @@ def step_matrices(
         proceed: decides, from the magnitude of each matrix's gradient and of each other one, whether the step goes on.
             It must decide alike on all ranks, which are given the same numbers.
         stacks: remembers which matrices are stepped together; None to find out for this step alone.
+        clip: may change what was found, once the step goes on, given the stacks and the magnitudes of all gradients;
+            None where gradients are clipped before.
     """
     stacks = Stacks(method) if stacks is None else stacks
     buckets = stacks.buckets(matrices)
@@ -85,6 +88,8 @@ def step_matrices(
         others_found = [by_matrix[NOT_PROJECTED + i] for i in range(len(others))]
         if not proceed([*(by_matrix[matrix.member.number] for matrix in matrices), *others_found]):
             return StepReport(skipped=True)
+        if clip is not None:
+            yield from clip([stack for bucket in buckets for stack in bucket], magnitudes.values)
         refreshes = 0
         for bucket in buckets:
             refreshes += yield from _update(method, _going_on(stacks, bucket))

@@ -14,7 +14,7 @@ Stage 3                  one flat fp32 partition per sub-group; ``param._z3_opti
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,24 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
         "the optimizer's parameters were rearranged by a wrapper that ds_lowrank does not know: it cannot tell which "
         "matrix an element belongs to. Use no wrapper, or DeepSpeed 0.19 at ZeRO 0 to 3 in fp32, bf16 or fp16."
     )
+
+
+def with_copies(placement: Placement, data_parallel: dist.ProcessGroup | None) -> Placement:
+    """The placement where data-parallel ranks have copies of the weights, and gradients of their own.
+
+    Args:
+        placement: as DeepSpeed arranged it.
+        data_parallel: these ranks; None for this rank alone.
+
+    Raises:
+        ConfigError: DeepSpeed has arranged the parameters, and gradients are reduced and split by it.
+    """
+    if placement.wrapper != "none":
+        raise ConfigError(
+            f"reduction 'projected' leaves gradients as backward makes them, and {placement.wrapper} of DeepSpeed "
+            "reduces or copies them first: use zero_optimization.stage 0, and with bf16 master_weights false"
+        )
+    return replace(placement, process_group=data_parallel)
 
 
 def read_intervals(

@@ -65,6 +65,7 @@ class DenseGaLore:
         scale: float = 0.25,
         proj_type: str = "std",
         projector: str = "randomized",
+        first_basis: str = "gradient",
         moments: str = "keep",
         inner: str = "adamw",
         momentum: float = 0.0,
@@ -77,12 +78,15 @@ class DenseGaLore:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank, self.projector, self.moments = min(rank, m, n), projector, moments
+        self.first_basis = first_basis
         self.weight_decay, self.seed, self.t = weight_decay, seed, 0
         self.right = compresses_columns(proj_type, m, n)
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign)
 
     def find_basis(self, G: torch.Tensor) -> torch.Tensor:
-        """A basis of the gradient's leading subspace, compressed x r."""
+        """A basis of the gradient's leading subspace, compressed x r, or a random one at first."""
+        if self.t == 0 and self.first_basis == "random":
+            return positive_qr(sketch(self.seed, self.name, 0, G.shape[1 if self.right else 0], self.rank))
         if self.projector == "svd":
             return singular_basis(G, self.rank, self.right)
         H = G if self.right else G.T

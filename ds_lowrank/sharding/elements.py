@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,7 +12,7 @@ from ds_lowrank.sharding.layout import Rectangle
 from ds_lowrank.sharding.precision import bf16_product, multiplies_bf16
 
 DENSE_ELEMENTS = 2**22
-"""An update that is not a product of thin factors is computed for this many elements at a time, or for one matrix."""
+"""What is dense and in fp32 is computed for this many elements at a time, or for one matrix."""
 
 
 class Piece(NamedTuple):
@@ -27,6 +27,18 @@ class Piece(NamedTuple):
     matrices: slice
     rectangle: Rectangle
     values: torch.Tensor
+
+
+class Rounding(Protocol):
+    """How new weights in bf16 are rounded."""
+
+    def write(self, piece: Piece, values: torch.Tensor) -> None:
+        """Round new weights and write them.
+
+        Args:
+            piece: of the weights, bf16.
+            values: the new weights there: matrices x rows x columns, fp32.
+        """
 
 
 class Elements:
@@ -63,7 +75,24 @@ class Elements:
         return list(self._pieces(self.runs, self.sizes))
 
     @property
+    def changed_pieces(self) -> Iterator[Piece]:
+        """All elements in pieces to be changed in fp32: bounded ones if that takes a copy."""
+        return iter(self.pieces) if all(run.dtype == torch.float32 for run in self.runs) else self.dense_pieces
+
+    @property
     def dense_pieces(self) -> Iterator[Piece]:
+        """All elements in pieces of a bounded number of elements, or of a matrix with more than one row."""
+        for piece in self._bounded_runs():
+            matrices, r, values = piece
+            if r.height > 1 or r.width <= DENSE_ELEMENTS:
+                yield piece
+                continue
+            for start in range(0, r.width, DENSE_ELEMENTS):
+                width = min(DENSE_ELEMENTS, r.width - start)
+                part = Rectangle(r.row, r.col + start, 1, width, r.offset + start)
+                yield Piece(matrices, part, values[:, :, start : start + width])
+
+    def _bounded_runs(self) -> Iterator[Piece]:
         """All elements in pieces of one matrix, or of a bounded number of elements."""
         most = max(1, DENSE_ELEMENTS // max(1, self._numel))
         runs, sizes = [], []
@@ -174,21 +203,3 @@ def add_product(matrices: torch.Tensor, factors: torch.Tensor, out: torch.Tensor
         out: l x p x k, fp32.
     """
     out.baddbmm_(matrices.float(), factors)
-
-
-def subtract_product(
-    weights: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, scale: float, decay: float
-) -> None:
-    """``W <- (1 - decay) W - scale * A B^T`` for each matrix, in one product.
-
-    Args:
-        weights: ``W``, l x p x q, any floating dtype; the arithmetic is fp32, rounded once.
-        rows: ``A``, l x p x k, fp32.
-        columns: ``B``, l x q x k, fp32.
-        scale: factor on the product.
-        decay: the share of the weights that is taken away.
-    """
-    fp32 = weights.float()
-    fp32.baddbmm_(rows, columns.mT, beta=1 - decay, alpha=-scale)
-    if fp32 is not weights:
-        weights.copy_(fp32)

@@ -119,15 +119,21 @@ def largest_magnitudes(shard: MatrixShard) -> torch.Tensor:
     return found
 
 
-def blocks(shard: MatrixShard) -> torch.Tensor:
-    """The rows of each gradient that this rank holds, with zeros for other ranks' elements.
+def blocks(shard: MatrixShard, axis: Axis) -> torch.Tensor:
+    """The rows (or columns) of each gradient that this rank holds, with zeros for other ranks' elements.
+
+    Args:
+        shard: the stack, with this step's gradients attached.
+        axis: its rows or columns.
 
     Returns:
-        matrices x held rows x n, fp32.
+        matrices x held rows x n or, along the columns, matrices x held columns x m; fp32.
     """
-    shape = len(shard), shard.rows.held_rows, shard.shape[1]
+    by_rows = axis is shard.rows
+    shape = len(shard), axis.held_rows, shard.shape[1 if by_rows else 0]
     found = torch.zeros(shape, dtype=torch.float32, device=shard.device)
     for piece in shard.gradient.pieces:
-        r = piece.rectangle
-        found[piece.matrices, shard.held(shard.rows, r), r.col : r.col + r.width] = shard.dense_gradient(piece)
+        r, values = piece.rectangle, shard.dense_gradient(piece)
+        others = slice(r.col, r.col + r.width) if by_rows else slice(r.row, r.row + r.height)
+        found[piece.matrices, shard.held(axis, r), others] = values if by_rows else values.mT
     return found

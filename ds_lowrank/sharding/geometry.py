@@ -30,6 +30,8 @@ class Geometry:
         part: what this rank holds.
         peers: as given; equal peers are one object.
         holders: the ranks that hold elements, in rank order.
+        copies: how many ranks hold each element: one, or under projected reduction as many as there are data-parallel
+            ranks. The gradient is then the sum of theirs, and their weights are equal.
         derived: a cache of what depends on the geometry alone, under any key.
     """
 
@@ -49,6 +51,7 @@ class Geometry:
         self.peers = _interned(tuple(range(len(parts))) if peers is None else tuple(peers))
         self._counts = {holder: part.numel for holder, part in enumerate(parts) if part.numel}
         self.holders = tuple(self._counts)
+        self.copies = max(1, sum(self._counts.values()) // max(1, shape[0] * shape[1]))
         self.derived: dict[Hashable, Any] = {}
 
     @cached_property

@@ -20,14 +20,18 @@ from typing import NamedTuple
 import torch
 
 from ds_lowrank.sharding.axis import Axis, AxisLayout
-from ds_lowrank.sharding.elements import Elements, Piece
+from ds_lowrank.sharding.elements import Elements, Piece, Rounding
 from ds_lowrank.sharding.geometry import Geometry, Side
 from ds_lowrank.sharding.layout import Part, Rectangle
 from ds_lowrank.sharding.precision import MatmulPrecision, products_in
 from ds_lowrank.sharding.requests import Program, Request
 from ds_lowrank.sharding.route import SumRoute, sum_route
 
-__all__ = ["MatrixShard", "Member", "Side", "shard_of"]
+__all__ = ["MatrixShard", "Member", "Side", "Sums", "shard_of"]
+
+
+Sums = tuple[torch.Tensor, ...]
+"""Quantities that are linear in a gradient, each with a leading dimension for the matrices of a stack."""
 
 
 class Member(NamedTuple):
@@ -54,7 +58,10 @@ class MatrixShard:
     Attributes:
         gradient: this rank's elements of the gradients; none between steps.
         weights: this rank's elements of the weights; none between steps.
+        sums: what a method's ``measure`` found of the gradients of all micro-batches, where these were not kept; None
+            where the gradients are attached.
         precision: in which a card multiplies with gradients and weights; None for torch's setting.
+        rounding: how this step rounds new weights in bf16; None for to the nearest.
         held_basis: a basis that a method keeps gathered, for as long as the stack consists of the same matrices:
             matrices x held compressed rows x k, fp32. None if it is not kept, or has to be gathered again.
         views: the same matrices viewed in other shapes, by shape.
@@ -65,7 +72,9 @@ class MatrixShard:
         self.names = tuple(member.name for member in members)
         self.rooted = tuple(i for i, member in enumerate(members) if member.root == geometry.rank)
         self.gradient = self.weights = Elements([], [], geometry.part.rectangles)
+        self.sums: Sums | None = None
         self.precision: MatmulPrecision | None = None
+        self.rounding: Rounding | None = None
         self.held_basis: torch.Tensor | None = None
         self.views: dict[tuple[int, int], MatrixShard] = {}
         self._axes: dict[int, Axis] = {}
@@ -74,24 +83,27 @@ class MatrixShard:
 
     def attach(
         self,
-        gradient: Sequence[torch.Tensor],
+        gradient: Sequence[torch.Tensor] | None,
         weights: Sequence[torch.Tensor],
         sizes: Sequence[int] | None = None,
     ) -> None:
         """Attach this rank's elements of the gradients and the weights for one step.
 
         Args:
-            gradient: runs of consecutive matrices, as :class:`Elements` takes them, together all of the stack in order.
+            gradient: runs of consecutive matrices, as :class:`Elements` takes them, together all of the stack in order;
+                None where only weights are looked at, or :attr:`sums` are all there is.
             weights: likewise; updated in place.
             sizes: how many matrices each run has; None for one.
         """
-        rectangles, sizes = self.geometry.part.rectangles, [1] * len(gradient) if sizes is None else sizes
-        self.gradient, self.weights = Elements(gradient, sizes, rectangles), Elements(weights, sizes, rectangles)
-        self._device = gradient[0].device
+        rectangles, sizes = self.geometry.part.rectangles, [1] * len(weights) if sizes is None else sizes
+        self.gradient = Elements([], [], rectangles) if gradient is None else Elements(gradient, sizes, rectangles)
+        self.weights = Elements(weights, sizes, rectangles)
+        self._device = weights[0].device
 
     def detach(self) -> None:
         """Release the gradients and the weights at the end of a step, also those of the views."""
         self.gradient = self.weights = Elements([], [], self.geometry.part.rectangles)
+        self.sums = None
         for view in self.views.values():
             view.detach()
 
@@ -199,6 +211,14 @@ class MatrixShard:
         """
         return value if self.part.numel else value.new_zeros(value.shape[0], rows, value.shape[2])
 
+    def once(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's share of what every rank with the same elements computes of the weights, so that it counts once.
+
+        Args:
+            value: any shape, fp32.
+        """
+        return value if self.geometry.copies == 1 else value / self.geometry.copies
+
     def all_reduce(self, value: torch.Tensor) -> Request:
         """Sum a few numbers of each matrix over all peers. Each gets the same bits, so that all decide alike.
 
@@ -213,7 +233,7 @@ class MatrixShard:
         return Request(self._sums, value)
 
     def times(self, basis: torch.Tensor) -> torch.Tensor:
-        """This rank's contribution to ``H @ basis``.
+        """This rank's contribution to ``H @ basis``: the first of :attr:`sums` where backward has multiplied already.
 
         Args:
             basis: matrices x held compressed rows x k, fp32.
@@ -221,7 +241,7 @@ class MatrixShard:
         Returns:
             matrices x held kept rows x k, fp32.
         """
-        return self.product(self.gradient, basis)
+        return self.product(self.gradient, basis) if self.sums is None else self.sums[0]
 
     def transposed_times(self, tall: torch.Tensor) -> torch.Tensor:
         """This rank's contribution to ``H^T @ tall``.

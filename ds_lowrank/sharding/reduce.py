@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+from ds_lowrank.sharding.all_to_all import all_to_all
 from ds_lowrank.sharding.plan import Plans
 from ds_lowrank.sharding.requests import Program, Request, Rounds
 from ds_lowrank.sharding.route import sum_route
@@ -153,7 +154,7 @@ class SingleProcess(Executor):
 
 
 class Distributed(Executor):
-    """The ranks of one process group; each round is one ``all_to_all_single``.
+    """The ranks of one process group; each round is one all-to-all.
 
     Args:
         group: ranks that together hold each matrix. Pipeline stages are in different groups.
@@ -168,5 +169,5 @@ class Distributed(Executor):
         """Answer the requests of one round by one all-to-all over the group."""
         plan = self._plans.plan(requests)
         buffer, send = plan.pack(requests)
-        dist.all_to_all_single(plan.received(buffer), send, plan.receive_sizes, plan.send_sizes, group=self.group)
+        all_to_all(plan.received(buffer), send, plan.receive_sizes, plan.send_sizes, self.group)
         return plan.answers(requests, buffer)

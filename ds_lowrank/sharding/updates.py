@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.elements import Piece, subtract_product
+from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along
 from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.rounding import changed, write
 
 
 class Update(ABC):
@@ -31,22 +31,6 @@ class Update(ABC):
             lr: the effective learning rate of this step.
             decay: the decoupled weight decay of this step, ``lr * weight_decay``.
         """
-
-
-@contextmanager
-def decayed(weights: torch.Tensor, decay: float) -> Iterator[torch.Tensor]:
-    """Change weights in fp32, after their decay, and round them once.
-
-    Args:
-        weights: any floating dtype, changed in place.
-        decay: the share of them that is taken away.
-    """
-    fp32 = weights.float()
-    if decay:
-        fp32.mul_(1 - decay)
-    yield fp32
-    if fp32 is not weights:
-        weights.copy_(fp32)
 
 
 @dataclass(frozen=True)
@@ -70,19 +54,10 @@ class Factors(Update):
             for weight, rows, columns in zip(singles, by_row.unbind(), by_column.mT.unbind(), strict=True):
                 weight.addmm_(rows, columns, beta=1 - decay, alpha=-lr * self.scale)
             return
-        if len(shard.part.rectangles) == 1:
-            sizes = shard.weights.sizes
-            for piece, rows, columns in zip(
-                shard.weights.pieces,
-                torch.split_with_sizes(by_row, sizes),
-                torch.split_with_sizes(by_column, sizes),
-                strict=True,
-            ):
-                subtract_product(piece.values, rows, columns, lr * self.scale, decay)
-            return
-        for piece in shard.weights.pieces:
+        for piece in shard.weights.changed_pieces:
             rows, columns = self._of(shard, piece)
-            subtract_product(piece.values, rows, columns, lr * self.scale, decay)
+            with changed(shard, piece) as fp32:
+                fp32.baddbmm_(rows, columns.mT, beta=1 - decay, alpha=-lr * self.scale)
 
     def lifted(self, shard: MatrixShard, piece: Piece) -> torch.Tensor:
         """The product ``kept @ compressed^T`` without its scale, where a piece is: matrices x rows x columns, fp32."""
@@ -128,10 +103,11 @@ class ScaledGradient(Update):
             return
         for weights, gradient in zip(shard.weights.pieces, shard.gradient.pieces, strict=True):
             factors = along(shard, shard.kept, weights, self.factors)
-            scales = self.scales[weights.matrices]
-            for w, g, factor, scale in zip(weights.values, gradient.values, factors, scales, strict=True):
-                with decayed(w, decay) as fp32:
-                    fp32.addcmul_(g.float(), factor, value=-lr * scale)
+            for i, scale in enumerate(self.scales[weights.matrices]):
+                number, own = weights.matrices.start + i, slice(i, i + 1)
+                piece = Piece(slice(number, number + 1), weights.rectangle, weights.values[own])
+                with changed(shard, piece, decay) as fp32:
+                    fp32.addcmul_(gradient.values[own].float(), factors[own], value=-lr * scale)
 
 
 @dataclass(frozen=True)
@@ -150,7 +126,7 @@ class Dense(Update):
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
         """For each piece: compute the update, decay the weights and subtract it from them."""
         for piece in shard.weights.dense_pieces:
-            with decayed(piece.values, decay) as fp32:
+            with changed(shard, piece, decay) as fp32:
                 fp32.sub_(self.make(piece), alpha=lr * self.scale)
 
     def dense(self, shard: MatrixShard, piece: Piece) -> torch.Tensor:
@@ -184,7 +160,7 @@ class Quotient(Update):
                 weight.addcdiv_(numerator, denominator, value=-lr * self.scale)
             return
         for piece in shard.weights.dense_pieces:
-            with decayed(piece.values, decay) as fp32:
+            with changed(shard, piece, decay) as fp32:
                 fp32.addcdiv_(self.numerator(piece), self.denominator(piece), value=-lr * self.scale)
 
 
@@ -208,13 +184,16 @@ class RescaledWeights(Update):
 
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
         """Scale and subtract; ``lr`` and ``decay`` are not used."""
+        step = Factors(self.kept, self.compressed, 1.0)
         if (singles := shard.weights.singles) is not None:
             scales = (self.scales if self.axis is shard.rows else self.scales.mT).unbind()
             torch._foreach_mul_(singles, list(scales))
-        else:
-            for piece in shard.weights.pieces:
-                piece.values.mul_(along(shard, self.axis, piece, self.scales))
-        Factors(self.kept, self.compressed, 1.0).write_to(shard, 1.0, 0.0)
+            step.write_to(shard, 1.0, 0.0)
+            return
+        for piece in shard.weights.changed_pieces:
+            rows, columns = step._of(shard, piece)
+            with changed(shard, piece) as fp32:
+                fp32.mul_(along(shard, self.axis, piece, self.scales)).baddbmm_(rows, columns.mT, alpha=-1)
 
 
 @dataclass(frozen=True)
@@ -233,4 +212,4 @@ class NewWeights(Update):
     def write_to(self, shard: MatrixShard, lr: float, decay: float) -> None:
         """Replace the weights; ``lr`` and ``decay`` are not used."""
         for piece in shard.weights.dense_pieces:
-            piece.values.copy_(self.make(piece))
+            write(shard, piece, self.make(piece))

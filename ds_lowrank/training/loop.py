@@ -15,10 +15,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from ds_lowrank.integration.clipping import is_repaired, keeps_no_norm
+from ds_lowrank.integration.clipping import gradient_norm, is_repaired, keeps_no_norm
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.reduction_time import reduction_timed
 from ds_lowrank.integration.train_batch import train_batch
+from ds_lowrank.placement.grid import Grid
 
 
 @dataclass
@@ -95,7 +96,7 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
     grad_norm = None
     unknown = keeps_no_norm(engine) and not is_repaired(engine)
     if measure and unknown:
-        grad_norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]))
+        grad_norm = float(gradient_norm(list(engine.parameters()), Grid()))
         watch.read()
     engine.step()
     update = watch.read()

@@ -110,8 +110,10 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def master_of(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The fp32 clone that FP16_UnfusedOptimizer keeps of a parameter."""
+    """The fp32 clone that FP16_UnfusedOptimizer keeps of a parameter; the parameter if nothing is wrapped."""
     wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        return parameter
     for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
         for a, b in zip(low, high, strict=True):
             if a is parameter:

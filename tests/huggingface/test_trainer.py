@@ -50,6 +50,17 @@ def test_ten_steps_are_those_of_our_own_engine(tmp_path, stage, ranks, dtype, ga
     assert logged == pytest.approx(every.mean(dim=(0, 2)).tolist(), rel=1e-5 if dtype == "fp32" else 1e-2)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_weights_without_fp32_copies_are_those_of_our_own_engine(tmp_path, stage):
+    config = hf_config(stage, master_weights=False)
+    got = run_ranks(2, train_with_trainer, tmp_path, stage, 2, bf16=True, deepspeed=config)
+    settings = own_config(stage, 2, 2, dtype="bf16")
+    settings["optimizer"]["params"]["master_weights"] = False
+    own = run_ranks(2, train_with_own_engine, settings, 2)
+    assert max_difference(got[0]["weights"], own[0]["weights"]) == 0
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in got[0]["weights"].values())
+
+
 METHODS = sorted(set(REGISTRY) - {"Lorenza"})
 """What trains with separate forward and backward passes; for LORENZA see test_lorenza.py."""
 

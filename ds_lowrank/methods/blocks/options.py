@@ -45,11 +45,20 @@ class Options(BaseModel):
     tensor_parallel_projection: Literal["logical", "local"] = "logical"
     """What is projected if tensor parallelism splits a matrix: the logical matrix, or each rank's shard on its own. The
     second is another algorithm at every tensor-parallel degree, and exchanges nothing between these ranks."""
+    reduction: Literal["gradient", "projected"] = "gradient"
+    """What is summed over data-parallel ranks and micro-batches at ZeRO 0: the gradient, or its projection, which each
+    rank makes of its own gradient as soon as backward has it."""
+    projected_gradient_clipping: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """With ``projected``: the largest norm of all projected gradients and of the gradients that are not projected,
+    together; 0 for no clipping."""
     state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """How moments are stored. Methods compute with them in fp32."""
     matmul_precision: MatmulPrecision | None = None
     """In which precision a card multiplies with gradients and weights: ``fp32``, or ``tf32``, which is several times as
     fast and keeps 10 bits of each factor. None leaves it to ``torch.set_float32_matmul_precision``."""
+    master_weights: bool = Field(True, strict=True)
+    """Whether weights in bf16 have fp32 copies, which DeepSpeed keeps. Without, they are stored in bf16 only, and each
+    step rounds them stochastically, so that updates too small for bf16 add up nevertheless."""
     seed: int = Field(0, ge=0)
     """Of random sketches and projections."""
 
@@ -79,6 +88,8 @@ class Options(BaseModel):
         """
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.projected_gradient_clipping and self.reduction == "gradient":
+            raise ValueError("projected_gradient_clipping belongs to reduction 'projected': remove it, or set that")
 
     def first_moment_spec(self, axis: Axis, columns: int) -> TensorSpec:
         """The spec of a moment that may be negative, stored in ``state_dtype``.
@@ -119,7 +130,7 @@ class Options(BaseModel):
     @property
     def keeps_bases_gathered(self) -> bool:
         """Whether every rank keeps the rows of a basis that it computes with, and not only those it owns."""
-        return getattr(self, "basis_placement", "partitioned") == "replicated"
+        return self.reduction == "projected" or getattr(self, "basis_placement", "partitioned") == "replicated"
 
     @property
     def adapters(self) -> dict[str, Any] | None:

@@ -74,6 +74,17 @@ class ProjectedGradient:
         """What of each matrix decides how it is updated; empty if all are updated alike."""
         return ()
 
+    def scale_by(self, factor: float) -> None:
+        """Multiply the gradients, as it were: what was found of them is linear in them.
+
+        Args:
+            factor: the same on all ranks.
+        """
+        self.projected = self.projected * factor
+        assert self.magnitudes is not None
+        self.magnitudes = self.magnitudes * factor
+        self.host_magnitudes = [magnitude * factor for magnitude in self.host_magnitudes]
+
     def at(self, positions: Sequence[int]) -> Any:
         """What was found for some of the matrices.
 

@@ -21,7 +21,7 @@ def singular_basis(shard: MatrixShard, rank: int) -> Program[torch.Tensor]:
     Returns:
         matrices x owned compressed rows x rank of the basis, fp32.
     """
-    gradient, side = (yield shard.rows.reduce_to_root(blocks(shard))), shard.side
+    gradient, side = (yield shard.rows.reduce_to_root(blocks(shard, shard.rows))), shard.side
     if shard.transposed:  # an SVD of the transpose would have other signs
         gradient, side = gradient.mT.contiguous(), "left" if side == "right" else "right"
     own: torch.Tensor = yield shard.compressed.scatter_from_root(leading_singular_vectors(gradient, rank, side))

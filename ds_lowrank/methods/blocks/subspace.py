@@ -12,7 +12,7 @@ from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, InnerOpti
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.sharding.matrix import MatrixShard
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
@@ -105,6 +105,18 @@ def project_on(shard: MatrixShard, own: torch.Tensor, due: bool, options: Option
         shard.held_basis = basis
     projected = yield shard.kept.reduce_scatter(shard.times(basis))  # R = H Q
     return Projection(projected, due, own=own, basis=basis)
+
+
+def basis_factors(shard: MatrixShard, state: State) -> Program[Sums]:
+    """The basis that the next gradients are projected onto: matrices x held compressed rows x rank, fp32.
+
+    Args:
+        shard: the stack.
+        state: with the stored basis.
+    """
+    if shard.held_basis is None:
+        shard.held_basis = yield shard.compressed.all_gather(state["basis"])
+    return (shard.held_basis,)
 
 
 def basis_of_step(shard: MatrixShard, state: State, options: Options, found: Projection) -> Program[torch.Tensor]:

@@ -61,4 +61,4 @@ def sums_of_squares(shard: MatrixShard, lift: Callable[[Piece], torch.Tensor]) -
         lifted = piece._replace(values=lift(piece))
         for axis, found in zip(axes, sums, strict=True):
             add_squared_norms(shard, axis, lifted, found)
-    return shard.rows.reduce_scatter(sums[0]), shard.columns.reduce_scatter(sums[1])
+    return shard.rows.reduce_scatter(shard.once(sums[0])), shard.columns.reduce_scatter(shard.once(sums[1]))

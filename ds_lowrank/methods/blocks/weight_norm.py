@@ -54,19 +54,29 @@ class Tangent(MatrixShard):
 
     def product(self, elements: Elements, factor: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """``dL/dv @ factor``, or ``(dL/dv)^T @ factor``, from the products of ``G`` and ``W``."""
+        is_summed_over = (self._units is self.kept) == transposed  # what the units are along
+        scaled = self._frame.g_over_v * factor if is_summed_over else factor
+        return self._of_directions(super().product(elements, scaled, transposed), scaled, transposed)
+
+    def times(self, basis: torch.Tensor) -> torch.Tensor:
+        """``dL/dv @ basis``, also where backward has multiplied ``G`` by it already."""
+        if self.sums is None:
+            return self.product(self.gradient, basis)
+        scaled = self._frame.g_over_v * basis if self._units is self.compressed else basis
+        return self._of_directions(self.sums[0], scaled, transposed=False)
+
+    def _of_directions(self, of_gradient: torch.Tensor, scaled: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """The product with ``dL/dv``, from that of ``G`` with the same factor, which is changed in place."""
         scale, a = self._frame.g_over_v, self._frame.a
-        if (self._units is self.kept) == transposed:  # the units are along what is summed over
-            scaled = scale * factor
-            of_gradient, of_weights = super().product(elements, scaled, transposed), a * scaled
-            return of_gradient.sub_(super().product(self.weights, of_weights, transposed))
-        of_gradient = super().product(elements, factor, transposed)
-        return of_gradient.sub_(a * super().product(self.weights, factor, transposed)).mul_(scale)
+        if (self._units is self.kept) == transposed:
+            return of_gradient.sub_(self.once(super().product(self.weights, a * scaled, transposed)))
+        return of_gradient.sub_(a * self.once(super().product(self.weights, scaled, transposed))).mul_(scale)
 
     def dense_gradient(self, piece: Piece) -> torch.Tensor:
         """``dL/dv`` where a piece of the gradient is."""
         weights = self.weights.values_at(piece).float()
         scale, a = (along(self, self._units, piece, numbers) for numbers in (self._frame.g_over_v, self._frame.a))
-        return (piece.values.float() - a * weights).mul_(scale)
+        return (piece.values.float() - a * self.once(weights)).mul_(scale)
 
 
 class MovedDirections:

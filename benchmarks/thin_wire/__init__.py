@@ -1,0 +1,1 @@
+"""Training of two ranks over a thin wire: two network namespaces joined by a token bucket."""
