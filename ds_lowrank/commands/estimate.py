@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> int:
     try:
         return _estimate(arguments)
     except (ValueError, OSError) as error:
-        print(f"python -m ds_lowrank estimate: {error}", file=sys.stderr)
+        print(f"python -m ds_lowrank estimate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

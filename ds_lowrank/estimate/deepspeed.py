@@ -12,9 +12,9 @@ ZeRO   weights   fp32 masters             gradients        gradients in the step
 3      w P       4 P                      w P              (w + 4) P
 =====  ========  =======================  ===============  =========================
 
-``tests/engines/test_memory.py`` counts it on engines. DeepSpeed's ``estimate_zero2_model_states_mem_needs`` and its
-like at stage 3 add up the same terms for Adam in 16 bits, ``2 N + 18 P`` and ``18 P``, with gradients in both
-precisions.
+``tests/engines/test_memory.py`` counts it on engines. DeepSpeed's ``estimate_zero2_model_states_mem_needs`` adds up the
+same terms for Adam in 16 bits, ``2 N + 18 P`` with gradients in both precisions, and its like at stage 3 ``18 P``, with
+gradients in 32 bits alone.
 """
 
 from __future__ import annotations

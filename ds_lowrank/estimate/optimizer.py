@@ -90,7 +90,6 @@ class Model:
     def __init__(self, setup: Setup) -> None:
         model = on_meta(setup.model, setup.grid.tensor, setup.dtype)
         tag_parameters(model)
-        self.grid = SimulatedGrid(number=0, size=setup.grid.tensor)
         self._named = dict(model.named_parameters())
         self.parameters = list(self._named.values())
         self.stages = [
@@ -112,26 +111,42 @@ def optimizer_part(setup: Setup, model: Model, stage: Stage) -> OptimizerPart:
     """
     if setup.method == ADAMW:
         return OptimizerPart(StateBytes(rest=8 * stepped_elements(setup, stage.numels)))
-    return _Counter(setup, model, stage).part()
+    return Counter(setup, model, stage).part()
 
 
-class _Counter:
-    """Builds the optimizer of one rank after the other, and counts."""
+class Counter:
+    """Builds the optimizer of one rank after the other, and counts.
+
+    Args:
+        setup: the run, of a method of this package.
+        model: of the run.
+        stage: one of its stages.
+
+    Raises:
+        ConfigError: an option is refused, or a parameter does not fit the method.
+    """
 
     def __init__(self, setup: Setup, model: Model, stage: Stage) -> None:
-        self._setup, self._stage = setup, stage
-        method = OPTIMIZERS[setup.method].method
-        self._optimizer = SimulatedOptimizer(method, model.parameters, setup.params, model.grid)
+        self._setup, self._model, self._stage = setup, model, stage
+        self._optimizer = self._of(0)
         shares = setup.is_flat or setup.is_projected
         data = setup.grid.data if shares else 1
         self._ranks = data * setup.grid.tensor
         deals = setup.zero_settings.get("round_robin_gradients") is True and setup.zero in {1, 2}
         self._held = intervals(stage.numels, data, setup.layout_stage, deals)
 
+    def _of(self, tensor_rank: int) -> SimulatedOptimizer:
+        grid = SimulatedGrid(number=tensor_rank, size=self._setup.grid.tensor)
+        method = OPTIMIZERS[self._setup.method].method
+        return SimulatedOptimizer(method, self._model.parameters, self._setup.params, grid)
+
+    def states(self) -> list[StateBytes]:
+        """Bytes of state of every rank that shares the stage, in the order of their group."""
+        return state_bytes_of_ranks(self._slots(0), self._ranks, self._setup.grid.tensor)
+
     def part(self) -> OptimizerPart:
-        """Everything that is counted."""
-        slots = self._slots(0)
-        each = state_bytes_of_ranks(slots, self._ranks)
+        """Everything that is counted, of the rank that needs most."""
+        slots, each = self._slots(0), self.states()
         shared = sum(slot.state_bytes for slot in slots if slot.is_projected)
         sent = self._sent()
         # At ZeRO 1 and 2 one rank may have the embedding's moments, another most matrices and so the larger step.
@@ -161,13 +176,14 @@ class _Counter:
         found = projections(slots, grid.data, grid.tensor, getattr(options, "stagger", False))
         whole = [[(0, numel) for numel in self._stage.numels]]
         alone = self._optimizer.slots(self._stage.parameters, whole, 0, False, torch.float32)
-        rest = state_bytes_of_ranks(alone, 1)[0].rest
+        rest = state_bytes_of_ranks(alone, 1, 1)[0].rest
         states = replace(part.states, rest=rest)
         return replace(part, states=states, gathered=found.bases, sent_ordinary=found.sent, projections=found)
 
     def _slots(self, rank: int) -> list[Slot]:
         dtype = torch.float32 if self._setup.has_masters else self._setup.dtype
-        return self._optimizer.slots(self._stage.parameters, self._held, rank, self._setup.is_flat, dtype)
+        optimizer = self._of(rank % self._setup.grid.tensor)
+        return optimizer.slots(self._stage.parameters, self._held, rank, self._setup.is_flat, dtype)
 
     def _numbers(self) -> list[tuple[str, int]]:
         """The kinds of steps and a number of each: the first, an ordinary one, the first on schedule that renews."""
@@ -188,15 +204,23 @@ class _Counter:
         return found["ordinary"], found["refresh"], gathered_bytes(slots)
 
     def _sent(self) -> dict[str, int]:
-        """Bytes that a rank sends in a step of each kind, the mean over the ranks."""
+        """Bytes that a rank sends in a step of each kind, the mean over the ranks.
+
+        What tensor-parallel ranks have copies of is sent among those with the same copy, so each of them is asked.
+        """
         found = {"ordinary": 0, "refresh": 0}
         if self._ranks == 1:
             return found
-        slots, stacks = self._slots(0), self._stacks(StacksOfAllRanks)
-        for kind, number in self._numbers():
-            ledger = Ledger(0, self._ranks)
-            ledger.run(step(self._optimizer.method, slots, self._ranks, number, stacks))
-            found[kind] = max(found[kind], round(float(ledger.bytes_sent.mean())))
+        tensor = self._setup.grid.tensor
+        totals = [0] * len(self._numbers())
+        for rank in range(tensor):
+            slots, stacks = self._slots(rank), self._stacks(StacksOfAllRanks)
+            for i, (_, number) in enumerate(self._numbers()):
+                ledger = Ledger(rank, self._ranks)
+                ledger.run(step(self._optimizer.method, slots, self._ranks, number, stacks))
+                totals[i] += int(ledger.bytes_sent[rank::tensor].sum())
+        for (kind, _), total in zip(self._numbers(), totals, strict=True):
+            found[kind] = max(found[kind], round(total / self._ranks))
         return found
 
     def _stacks(self, kind: type[Stacks]) -> dict[str, Stacks]:

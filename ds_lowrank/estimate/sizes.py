@@ -16,7 +16,7 @@ def read_size(text: str) -> int:
     Raises:
         ValueError: it is no such size, or less than a byte.
     """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?i?B)", text.strip(), re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?i?B)", text.strip(), re.IGNORECASE | re.ASCII)
     factor = UNITS.get(found[2].upper()) if found else None
     size = int(float(found[1]) * factor) if found and factor else 0
     if size < 1:

@@ -127,17 +127,21 @@ def _store(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return store
 
 
-def state_bytes_of_ranks(slots: Sequence[Slot], ranks: int) -> list[StateBytes]:
+def state_bytes_of_ranks(slots: Sequence[Slot], ranks: int, tensor: int) -> list[StateBytes]:
     """Bytes of the initial state of every rank of the group, by the specs that allocate it.
 
+    What every tensor-parallel rank has a copy of is counted for each as for the first.
+
     Args:
-        slots: of one of the ranks.
+        slots: of the group's first rank.
         ranks: how many the group has.
+        tensor: how many of them are next to each other in tensor parallelism.
     """
     found = []
-    for rank in range(ranks):
+    for position in range(ranks):
         moments = bases = rest = 0
         for slot in slots:
+            rank = position if slot.logical.placement == "sharded" else position - position % tensor
             specs = slot.state_store.spec(slot.state_store.rank)
             for key, spec in specs.items():
                 size = _bytes_on(spec, rank) if isinstance(spec, TensorSpec) else 0
