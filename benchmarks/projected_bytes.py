@@ -87,7 +87,7 @@ def main() -> None:
         model = json.loads((MODELS / f"llama_{size}.json").read_text())
         for side in ("std", "reverse_std"):
             chosen = GaLoreOptions(
-                rank=rank, proj_type=side, update_proj_gap=GAP, basis_placement="replicated", seed=arguments.seed
+                rank=rank, proj_type=side, update_proj_gap=GAP, reduction="projected", seed=arguments.seed
             )
             for ranks in worlds:
                 case = {"model": size, "rank": rank, "proj_type": side, "ranks": ranks}

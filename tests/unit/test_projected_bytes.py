@@ -15,7 +15,7 @@ SIDES = ("std", "reverse_std")
 
 
 def options(side: str) -> GaLoreOptions:
-    return GaLoreOptions(rank=RANK, proj_type=side, basis_placement="replicated")
+    return GaLoreOptions(rank=RANK, proj_type=side, reduction="projected")
 
 
 @pytest.mark.parametrize("side", SIDES)
