@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Numbers, options, report
+from benchmarks.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 HEADLINE = json.loads((ROOT / "ds_configs/llama_7b_24gb.json").read_text())["optimizer"]["params"]
@@ -211,7 +212,13 @@ def in_own_process(case: Case, arguments: argparse.Namespace) -> Found:
     command += [] if arguments.memory is None else ["--memory", str(arguments.memory)]
     segments = "expandable_segments:True"
     device = {"PYTORCH_CUDA_ALLOC_CONF": segments} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    one_rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     done = subprocess.run(
         command, cwd=ROOT, text=True, env={**os.environ, **device, **one_rank}, stdout=subprocess.PIPE
     )

@@ -29,7 +29,7 @@ def on_ranks(ranks: int, measure: Callable[..., Any], *arguments: Any) -> Any:
     """
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "found.json")
-        spawn(_rank, (_free_port(), ranks, measure, arguments, file), nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_rank, (free_port(), ranks, measure, arguments, file), nprocs=ranks)  # type: ignore[no-untyped-call]
         return json.loads(file.read_text())
 
 
@@ -49,7 +49,8 @@ def _rank(
     distributed.leave()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
