@@ -262,7 +262,7 @@ def silent_rank(folder: Path, rank: int) -> Outcome:
     return Outcome(outcome.verdict if outcome.detail == expected else "no message", outcome.detail)
 
 
-def free_port() -> str:
+def _free_port() -> str:
     import socket
 
     with socket.socket() as probe:
@@ -271,7 +271,7 @@ def free_port() -> str:
 
 
 def _deepspeed(folder: Path, number: int) -> Outcome:
-    launcher = ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
+    launcher = ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", _free_port())
     return launcher_signalled(folder, launcher, number)
 
 

@@ -71,9 +71,11 @@ def check_optimizer_is_kept(method: str) -> None:
         if "optimizer" not in (transformers_config() or {"optimizer": None}):
             logger.warning(DROPPED, method, HOW_TO_NAME_ONE.format(method))
         return
+    if "optimizer" in config:
+        return  # DeepSpeed builds that one, and accelerate has none to replace
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ConfigError(
             "zero_optimization.offload_optimizer is set, so accelerate would train with DeepSpeed's CPU Adam in the "
-            f"place of {method}: remove it (offload is not supported), or use ZeRO 2 or 3 on more ranks"
+            f"place of {method}: set zero_force_ds_cpu_optimizer to false, or name {method} as optimizer.type there"
         )

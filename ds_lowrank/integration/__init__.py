@@ -11,6 +11,8 @@ what                                               why, and who does it
 ``ZERO_SUPPORTED_OPTIMIZERS`` of DeepSpeed         the list of what ZeRO may wrap: ``register`` and ``initialize``
 ``engine.clip_fp32_gradients``,                    fp32 at ZeRO 0 on a grid: DeepSpeed 0.19.8 leaves shards out of the
 ``engine.gradient_clipping``                       norm: ``clipping.repair_clipping``, on engines of ``initialize``
+``engine.optimizer.step``                          at ZeRO 3, and with offload, DeepSpeed 0.19.8 steps with gradients
+                                                   of another step: ``gradient_buffers``, on engines of ``initialize``
 ``engine.load_checkpoint``                         refuses another layout before DeepSpeed fails on the size of a
                                                    tensor: ``saved_layout``, on engines of ``initialize``
 ``engine.checkpoint_engine.load``                  DeepSpeed 0.19.8 runs what a checkpoint's pickles name: within

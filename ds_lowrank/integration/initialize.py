@@ -18,7 +18,7 @@ from ds_lowrank.integration.check_model import check_model, model_parallel_unit
 from ds_lowrank.integration.ds_config.read import without_comments
 from ds_lowrank.integration.ds_config.values import autotp_size, section, zero_stage
 from ds_lowrank.integration.mpu import as_mpu, check_grid
-from ds_lowrank.integration.replaced import check_not_replaced, check_trainer
+from ds_lowrank.integration.replaced import check_not_replaced, check_trainer, without_forced_adam
 from ds_lowrank.integration.stock import allow_under_zero, stock_initialize
 from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.integration.without_masters import check_storage, convert_model, keeps_masters, without_masters
@@ -80,6 +80,7 @@ def initialize(
             rank, before anything is built.
     """
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
+    from ds_lowrank.integration.gradient_buffers import repair_gradient_buffers
     from ds_lowrank.integration.projected import check_projected, share_projections
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
@@ -121,7 +122,8 @@ def initialize(
     )
     if low_rank:
         share_projections(engine)
-        engine.basic_optimizer.bind()
+        engine.basic_optimizer.bind(may_offload=True)
+        repair_gradient_buffers(engine)
         check_groups(engine)
         check_norm(engine)
         check_before_loading(engine)
@@ -132,7 +134,7 @@ def initialize(
 def _validated(
     settings: dict[str, Any], source: str, optimizer: LowRankOptimizer | None, *, has_mpu: bool
 ) -> dict[str, Any]:
-    """The settings without comments, if they are valid and supported.
+    """The settings without comments, if they are valid and supported, as DeepSpeed has to be given them.
 
     Args:
         settings: the DeepSpeed configuration.
@@ -149,7 +151,7 @@ def _validated(
     validate(settings, source)
     if not has_masters:
         check_storage(settings)
-    return settings
+    return without_forced_adam(settings, method)
 
 
 def _prepare(

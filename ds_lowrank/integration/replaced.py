@@ -9,10 +9,29 @@ import torch
 
 from ds_lowrank.environment.huggingface import HOW_TO_NAME_ONE, accelerates_config, calling_trainer
 from ds_lowrank.errors import ConfigError
+from ds_lowrank.integration.ds_config.values import offload_device
 from ds_lowrank.optimizer.waiting import waiting_optimizer
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What ``TrainingArguments.optim`` is if nobody has chosen."""
+FORCED = "zero_force_ds_cpu_optimizer"
+
+
+def without_forced_adam(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """The settings with which DeepSpeed keeps the optimizer under offload: by default it takes none but its CPU Adam.
+
+    Args:
+        settings: the DeepSpeed configuration, validated.
+        method: the method's name, for messages.
+
+    Raises:
+        ConfigError: offload is on, and the settings ask for DeepSpeed's CPU Adam.
+    """
+    if offload_device(settings) == "none":
+        return settings
+    if settings.get(FORCED) is True:
+        raise ConfigError(f"{FORCED} is true, which asks for DeepSpeed's CPU Adam in the place of {method}: remove it")
+    return {**settings, FORCED: False}
 
 
 def check_trainer(method: str) -> None:
@@ -61,6 +80,6 @@ def check_not_replaced(parameters: Iterable[torch.nn.Parameter], optimizer: Any,
         raise ConfigError(
             f"{waiting} was built for this model, and DeepSpeed is about to train it with {other}: the Trainer drops "
             "Trainer(optimizers=...), and accelerate puts DeepSpeed's CPU Adam in the place of an optimizer if "
-            f"offload_optimizer is set. For the Trainer {HOW_TO_NAME_ONE.format(waiting)}; with accelerate remove "
-            "offload_optimizer"
+            f"offload_optimizer is set. For the Trainer {HOW_TO_NAME_ONE.format(waiting)}; with accelerate set "
+            "zero_force_ds_cpu_optimizer to false"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from ds_lowrank.errors import MISSES_SHARDS, ConfigError
 from ds_lowrank.integration.ds_config.values import (
     is_enabled,
+    offload_device,
     precision,
     section,
     zero_block,
@@ -35,8 +36,22 @@ def _enabled(*path: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda config: is_enabled(config, *path)
 
 
-def _offloads(part: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda config: section(zero_block(config), part).get("device", "none") not in ("none", "auto")
+def _offloads_parameters(config: Mapping[str, Any]) -> bool:
+    return section(zero_block(config), "offload_param").get("device", "none") not in ("none", "auto")
+
+
+def _offloads_nothing(config: Mapping[str, Any]) -> bool:
+    return offload_device(config) == "cpu" and zero_block(config).get("stage", 0) in (0, "auto")
+
+
+def _offloads_a_part(config: Mapping[str, Any]) -> bool:
+    ratio = section(zero_block(config), "offload_optimizer").get("ratio", 1.0)
+    return offload_device(config) == "cpu" and isinstance(ratio, int | float) and ratio < 1
+
+
+def _has_super_offload(config: Mapping[str, Any]) -> bool:
+    has = section(zero_block(config), "offload_optimizer").get("super_offload") is True
+    return has and offload_device(config) == "cpu"
 
 
 def _above_one(*path: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -56,6 +71,8 @@ def _false(*path: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 MORE_RANKS = "remove it, or use ZeRO 2 or 3 on more ranks"
+NOT_ZENFLOW = "remove it: it selects gradients for an Adam of its own"
+WRITE_OFFLOAD = 'write "offload_optimizer": {"device": "cpu"} instead'
 SOME_WOULD_STEP = "remove it: on a gradient that is not finite, some parameter groups would step and others would not"
 
 
@@ -70,13 +87,32 @@ NO_MASTERS = (
 QUANTIZED = "remove it: it was never tested with a low-rank update"
 
 UNSUPPORTED_SETTINGS = (
-    UnsupportedSetting("zero_optimization.offload_optimizer", _offloads("offload_optimizer"), MORE_RANKS),
-    UnsupportedSetting("zero_optimization.offload_param", _offloads("offload_param"), MORE_RANKS),
-    UnsupportedSetting("zero_optimization.cpu_offload", _true("zero_optimization", "cpu_offload"), MORE_RANKS),
+    UnsupportedSetting(
+        "zero_optimization.offload_optimizer at stage 0",
+        _offloads_nothing,
+        "remove it, or set zero_optimization.stage to 1, 2 or 3: at stage 0 DeepSpeed has nothing to offload",
+    ),
+    UnsupportedSetting(
+        "zero_optimization.offload_optimizer.device = nvme",
+        lambda c: offload_device(c) == "nvme",
+        "set it to cpu: DeepSpeed swaps states that are as large as the weights, and low-rank states are not",
+    ),
+    UnsupportedSetting(
+        "zero_optimization.offload_optimizer.ratio below 1",
+        _offloads_a_part,
+        "remove it: what is not offloaded would be stepped by DeepSpeed's own Adam",
+    ),
+    UnsupportedSetting(
+        "zero_optimization.offload_optimizer.super_offload",
+        _has_super_offload,
+        "remove it: a CPU Adam of DeepSpeed's would step everything",
+    ),
+    UnsupportedSetting("zero_optimization.offload_param", _offloads_parameters, MORE_RANKS),
+    UnsupportedSetting("zero_optimization.cpu_offload", _true("zero_optimization", "cpu_offload"), WRITE_OFFLOAD),
     UnsupportedSetting(
         "zero_optimization.cpu_offload_param", _true("zero_optimization", "cpu_offload_param"), MORE_RANKS
     ),
-    UnsupportedSetting("zero_optimization.zenflow", lambda c: bool(zero_block(c).get("zenflow")), "remove it"),
+    UnsupportedSetting("zero_optimization.zenflow", lambda c: bool(zero_block(c).get("zenflow")), NOT_ZENFLOW),
     UnsupportedSetting(
         "zero_optimization.zero_hpz_partition_size",
         _above_one("zero_optimization", "zero_hpz_partition_size"),

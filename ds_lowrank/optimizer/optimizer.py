@@ -39,7 +39,7 @@ from ds_lowrank.optimizer.step import all_finite, step_matrices
 from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
 from ds_lowrank.optimizer.waiting import mark_waiting
 from ds_lowrank.placement.averaging import check_averaging
-from ds_lowrank.placement.grid import Grid, initialized_grid, joined
+from ds_lowrank.placement.grid import Grid, for_cpu_tensors, initialized_grid, joined
 from ds_lowrank.placement.parameter_names import tag_parameters
 from ds_lowrank.placement.zero import read_placement, with_copies
 from ds_lowrank.sharding.reduce import Distributed, Executor, Rounds, SingleProcess
@@ -49,6 +49,10 @@ UNPERTURBED_GRADIENT = (
     "ds_lowrank.forward_backward(engine, forward) instead of engine(...) and engine.backward(loss), with a "
     "PipelineEngine ds_lowrank.train_batch(engine, batches), in a Hugging Face Trainer use "
     "ds_lowrank.ForwardBackwardMixin, or set perturbation_radius to 0"
+)
+UNCHECKED_OFFLOAD = (
+    "offload_optimizer in an engine that DeepSpeed's own initialize built: it leaves old gradients on the CPU. Call "
+    "ds_lowrank.initialize, or ds_lowrank.register() before anything imports deepspeed.initialize"
 )
 
 
@@ -177,10 +181,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return initialized_grid(parameters) if self._given_grid is None else self._given_grid
 
     @torch.inference_mode(False)  # state that is made in inference mode cannot be changed outside
-    def bind(self) -> None:
+    def bind(self, *, may_offload: bool = False) -> None:
         """Read where DeepSpeed put the elements, and create all state.
 
-        Idempotent; the first step calls it at the latest. Collective over the ranks that share the matrices.
+        Idempotent; the first step calls it at the latest. Collective over the ranks that share the matrices, and over
+        the world where groups have to be made.
+
+        Args:
+            may_offload: whether the elements may be on the CPU while the model is on a device: whether the engine's
+                configuration was checked, and it forgets old gradients.
 
         Raises:
             ConfigError: the layout or the grid is not supported; the message says what to change.
@@ -197,6 +206,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         placement = read_placement(self._groups.parameters, self._groups.param_groups)
         if placement.wrapper == "none" and self._groups.take_unfrozen():
             placement = read_placement(self._groups.parameters, self._groups.param_groups)
+        if placement.is_offloaded and not may_offload:
+            raise ConfigError(UNCHECKED_OFFLOAD)
         check_averaging(self.grid, placement.process_group)
         if self._groups.reduces_projections:
             placement = with_copies(placement, self._data_parallel[0])
@@ -205,6 +216,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._is_local = self.grid.tensor is not None and self._groups.project_locally
         # Tensor-parallel ranks that project their own shards have nothing to exchange, and may do so in other rounds.
         group = placement.process_group if self._is_local else joined(placement.process_group, self.grid.tensor)
+        group = for_cpu_tensors(group) if placement.is_offloaded else group
         if group is not None and dist.get_world_size(group) > 1:
             self._executor = Distributed(group)
         self.wrapper = placement.wrapper

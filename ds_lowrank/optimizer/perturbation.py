@@ -216,9 +216,10 @@ class Perturbation:
                 for slot, (_, own, shard, _) in zip(slots, moved, strict=True)
             )
         )
+        shared = sharing_draws([found.on_device_of_weights() for found in directions])
         self._moved = [
             PerturbedMatrix(place, place.weights.clone(), shard, found, copies, slot.state["step"])
-            for slot, (place, _, shard, copies), found in zip(slots, moved, sharing_draws(directions), strict=True)
+            for slot, (place, _, shard, copies), found in zip(slots, moved, shared, strict=True)
         ]
 
     def _place(self, slot: Slot) -> tuple[Fragment, MatrixShard, MatrixShard, int]:
@@ -235,8 +236,7 @@ class Perturbation:
             shard = shard_of(slot.matrix.name, Geometry(own.shape, [part], 0, own.side))
             copies *= self._executor.size if self._local_group else self._executor.size // self._grid.tensor_size
         weights = place.weights
-        for each in (own, shard):
-            each.attach([weights], [weights])  # tells directions their device
+        shard.attach([weights], [weights])  # tells directions their device
         return place, own, shard, copies
 
     def _realised(self, key: str, intended: float) -> float:
@@ -257,7 +257,7 @@ class Perturbation:
                 / m.copies
                 for m in self._moved
             ]
-            own = torch.stack(squares).sum().float().view(1, 1)
+            own = torch.stack(squares).sum().float().view(1, 1).to(self._moving[0].fragment.store.device)
             (own,) = self._executor.exchange([sum_request(own, [0], self._executor.size)])
             total = own.item()
         return math.sqrt(*self._sum_over_groups(total))

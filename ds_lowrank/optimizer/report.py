@@ -102,11 +102,10 @@ def take_inventory(slots: Sequence[Slot], groups: Sequence[dist.ProcessGroup]) -
         row = _row(slot)
         rows[row] = rows.get(row, 0) + 1
     copied = sum(_bytes([slot]) * (slot.copies - 1) / slot.copies for slot in slots)
-    totals = torch.tensor([*state_bytes(slots), copied], dtype=torch.float64, device="cpu")
+    totals = [*state_bytes(slots), copied]
     for group in groups if slots else ():
-        totals = totals.to(slots[0].fragment.store.device)
-        dist.all_reduce(totals, group=group)
-    projected_bytes, adamw_bytes, copied_bytes = (round(total) for total in totals.tolist())
+        totals = [sum(own) for own in zip(*all_gather_object(totals, group), strict=True)]
+    projected_bytes, adamw_bytes, copied_bytes = (round(total) for total in totals)
     return Inventory(
         rows=rows,
         projected_bytes=projected_bytes,

@@ -131,12 +131,35 @@ def joined(*groups: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     given = [group for group in groups if group is not None and dist.get_world_size(group) > 1]
     if len(given) < 2:
         return given[0] if given else None
-    own = [ranks_of(group) for group in given]
+    return _made([ranks_of(group) for group in given])
+
+
+def for_cpu_tensors(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group of the same ranks whose collectives take tensors on the CPU, which NCCL's do not.
+
+    A collective over the world where the group has no such backend: a group of gloo's is made then.
+
+    Args:
+        group: this rank is in it, and has it for the same reason as every other rank of the world has one; None for
+            this rank alone.
+    """
+    if group is None or "cpu:" in dist.get_backend_config(group):
+        return group
+    return _made([ranks_of(group)], "gloo")
+
+
+def _made(own: list[list[int]], backend: str | None = None) -> dist.ProcessGroup | None:
+    """The union of lists of ranks that overlap, also on other ranks, as a group. Collective over the world.
+
+    Args:
+        own: this rank is in each.
+        backend: of the group; None for the world's.
+    """
     of_all_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all_ranks, own)
     found: dist.ProcessGroup | None = None
     for ranks in _components([set(ranks) for lists in of_all_ranks for ranks in lists]):
-        group = _group_of(ranks)
+        group = _group_of(ranks, backend)  # also for ranks that are not in it: making one is collective
         if dist.get_rank() in ranks:
             found = group
     return found
@@ -171,21 +194,22 @@ def _sequence_group(mpu: Any) -> dist.ProcessGroup | None:
         return None
 
 
-# The process groups that joined() has made, by their ranks, and the world they belong to. A module global, because
+# The process groups made here, by their ranks and backend, and the world they belong to. A module global, because
 # nothing destroys the groups of an engine that is gone: otherwise a process that builds one engine after another would
 # make the same group again each time. When the world is replaced, its groups are forgotten.
-_groups_made: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})
+_groups_made: tuple[Any, dict[tuple[tuple[int, ...], str | None], Any]] = (None, {})
 
 
-def _group_of(ranks: list[int]) -> Any:
+def _group_of(ranks: list[int], backend: str | None) -> Any:
     """The process group of some ranks, made once per world."""
     global _groups_made
     if _groups_made[0] is not dist.group.WORLD:
         _groups_made = dist.group.WORLD, {}
     groups = _groups_made[1]
-    if tuple(ranks) not in groups:
-        groups[tuple(ranks)] = dist.new_group(ranks)
-    return groups[tuple(ranks)]
+    key = tuple(ranks), backend
+    if key not in groups:
+        groups[key] = dist.new_group(ranks, backend=backend)
+    return groups[key]
 
 
 def _components(sets: Sequence[set[int]]) -> list[list[int]]:

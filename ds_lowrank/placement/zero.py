@@ -25,8 +25,6 @@ from ds_lowrank.placement.fragment import Fragment
 from ds_lowrank.sharding.layout import Range
 from ds_lowrank.sharding.logical import Logical
 
-NO_OFFLOAD = "optimizer offload is not supported: remove zero_optimization.offload_optimizer"
-
 
 @dataclass
 class Placement:
@@ -36,11 +34,13 @@ class Placement:
         wrapper: name of the wrapper that stores them.
         intervals: for each group, one interval per parameter, in order.
         process_group: the ranks over which the parameters are split; None if every rank holds them whole.
+        is_offloaded: whether the elements are stored and stepped on the CPU, wherever the model is.
     """
 
     wrapper: str
     intervals: list[list[Interval]]
     process_group: dist.ProcessGroup | None
+    is_offloaded: bool = False
 
 
 @dataclass
@@ -79,7 +79,7 @@ def read_placement(parameters: Sequence[Sequence[torch.nn.Parameter]], groups: S
 
     Raises:
         RuntimeError: if an unknown wrapper rearranged the groups.
-        ConfigError: if the optimizer's states are offloaded, or a parameter is not contiguous.
+        ConfigError: if a parameter is not contiguous.
     """
     # The groups decide, not the parameters' marks, because those may be left over from an engine that is gone.
     both = list(zip(parameters, groups, strict=True))
@@ -221,7 +221,17 @@ def _flat_partitions(parameters: Sequence[Sequence[torch.nn.Parameter]], groups:
         [_by_storage(parameter, group["params"][0], process_group) for parameter in own]
         for own, group in zip(parameters, groups, strict=True)
     ]
-    return Placement("flat fp32 partitions", intervals, process_group)
+    pairs = (
+        (parameter, group["params"][0]) for own, group in zip(parameters, groups, strict=True) for parameter in own
+    )
+    is_offloaded = any(_is_offloaded(parameter, partition) for parameter, partition in pairs)
+    return Placement("flat fp32 partitions", intervals, process_group, is_offloaded)
+
+
+def _is_offloaded(parameter: torch.nn.Parameter, partition: torch.Tensor) -> bool:
+    """Whether a partition of ZeRO 1 or 2 is offloaded; where the model is on the CPU too, only a mark tells."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    return partition.device != parameter.device or (mapping is not None and bool(mapping.use_offload))
 
 
 def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_group: dist.ProcessGroup) -> Interval:
@@ -231,9 +241,6 @@ def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_
     parameter's storage offset is its position in the buffer. DeepSpeed's own ``_hp_mapping`` says the same, except
     under ``round_robin_gradients``: DeepSpeed 0.19.8 reorders the parameters and records the old order.
     """
-    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is not None and mapping.use_offload:
-        raise ConfigError(NO_OFFLOAD)
     size, world = partition.numel(), dist.get_world_size(process_group)
     buffer = parameter.untyped_storage().nbytes() // parameter.element_size()
     if parameter.numel() and buffer != size * world:
@@ -251,21 +258,19 @@ def _by_storage(parameter: torch.nn.Parameter, partition: torch.Tensor, process_
 
 def _stage3(parameters: Sequence[Sequence[torch.nn.Parameter]]) -> Placement:
     """The placement at ZeRO 3."""
-    intervals, process_group = [], None
+    intervals, process_group, is_offloaded = [], None, False
     for own in parameters:
         found = []
         for parameter in own:
             tensor: Any = parameter
             zero = tensor._z3_optimizer
-            if zero.offload_optimizer:
-                raise ConfigError(NO_OFFLOAD)
             sub_group, offset, _ = zero.grad_position[zero.get_param_id(tensor)]
-            process_group = tensor.ds_process_group
+            process_group, is_offloaded = tensor.ds_process_group, bool(zero.offload_optimizer)
             start, end = _own_share(tensor)
             partition = zero.fp32_partitioned_groups_flat[sub_group]
             found.append(Interval(partition, start=start, end=end, offset=offset))
         intervals.append(found)
-    return Placement("ZeRO stage 3 partitions", intervals, process_group)
+    return Placement("ZeRO stage 3 partitions", intervals, process_group, is_offloaded)
 
 
 def _own_share(tensor: Any) -> Range:

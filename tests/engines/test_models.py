@@ -149,8 +149,8 @@ def test_what_was_imported_before_register_needs_tags_and_says_what_to_call():
 
 
 def test_after_register_an_unsupported_configuration_is_refused_on_every_rank():
-    with pytest.raises(AssertionError, match=r"rank 0: .*(?s:.)*offload_optimizer is not supported(?s:.)*rank 1: "):
-        settings = config(2, 2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    with pytest.raises(AssertionError, match=r"rank 0: .*(?s:.)*offload_param is not supported(?s:.)*rank 1: "):
+        settings = config(2, 2, zero_optimization={"offload_param": {"device": "cpu"}})
         run_ranks(2, train_registered, settings, 1, False, False)
 
 

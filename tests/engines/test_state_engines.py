@@ -297,7 +297,7 @@ def broken(settings):
             "40 x 40: granularity 3 does not fit; p/q does for p in {1, 2, 4, 5, 8, 10, 20, 40} and q in {1, 2, 4",
         ),
         ({"params": {"target_modules": ["*nothing*"]}}, "matches no parameter"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param is not supported"),
         ({"amp": {"enabled": True}}, "use bf16 or fp16"),
     ],
     ids=lambda value: str(value)[:40],

@@ -107,16 +107,14 @@ def prepare(config, client):
 
 
 def test_a_swap_for_deepspeeds_cpu_adam_is_refused():
-    """Before accelerate compiles and builds it, on every rank."""
+    """Before accelerate compiles and builds it, on every rank; without a word where nothing is swapped."""
     config = accelerate_config(2, 1)
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    named = run_ranks(2, prepare, config, False)
-    assert all("offload_optimizer is not supported with GaLore" in error for error in named)
+    assert run_ranks(2, prepare, config, False) == [None, None]
     del config["optimizer"]
     for error in run_ranks(2, prepare, config, True):
-        assert "would train with DeepSpeed's CPU Adam in the place of GaLore: remove it" in error
-    for error in run_ranks(2, prepare, config | {"zero_force_ds_cpu_optimizer": False}, True):
-        assert "offload_optimizer is not supported with GaLore" in error
+        assert "would train with DeepSpeed's CPU Adam in the place of GaLore: set zero_force_ds_cpu_optimizer" in error
+    assert run_ranks(2, prepare, config | {"zero_force_ds_cpu_optimizer": False}, True) == [None, None]
 
 
 def test_accelerate_refuses_an_auto_that_it_cannot_fill_in_and_two_optimizers():

@@ -141,7 +141,7 @@ def test_on_a_cpu_adam_is_torchs_and_a_line_says_so(tmp_path, caplog, name):
         ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer: checkpoints are written by this program"),
         ({"datastates_ckpt": True}, "datastates_ckpt: checkpoints are written by this program"),
         ({"autotuning": {"enabled": True}}, "autotuning is not supported with AdamW"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported with"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param is not supported with"),
     ],
 )
 def test_what_the_programs_do_not_support_is_refused_with_every_optimizer(tmp_path, more, message):

@@ -180,6 +180,7 @@ def test_what_is_changed_on_foreign_objects_is_listed_in_one_place():
         "checkpoint/restricted_load.py: engine.checkpoint_engine.load",
         "integration/clipping.py: engine.clip_fp32_gradients",
         "integration/clipping.py: engine.gradient_clipping",
+        "integration/gradient_buffers.py: engine.optimizer.step",
         "integration/saved_layout.py: engine.load_checkpoint",
         "integration/stock.py: deepspeed.initialize",
         "training/distributed.py: deepspeed.ops.__compatible_ops__",

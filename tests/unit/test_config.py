@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_lowrank import ConfigError, GaLore, tag_parameters
+from ds_lowrank.integration.replaced import without_forced_adam
 from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.options import looks_like_method, method_named, parse_options
@@ -250,6 +251,9 @@ def zero(**block):
 
 REFUSED = [
     zero(offload_optimizer={"device": "cpu"}),
+    zero(stage=2, offload_optimizer={"device": "nvme"}),
+    zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+    zero(stage=3, offload_optimizer={"device": "cpu", "super_offload": True}),
     zero(offload_param={"device": "nvme"}),
     zero(cpu_offload=True),
     zero(cpu_offload_param=True),
@@ -304,7 +308,11 @@ def test_every_refusal_is_tested_and_harmless_values_pass():
     assert set().union(*refused) == {setting.key for setting in UNSUPPORTED_SETTINGS}
     check_supported(
         {
-            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "zero_hpz_partition_size": 1},
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "none", "ratio": 0.5, "super_offload": True},
+                "zero_hpz_partition_size": 1,
+            },
             "tensor_parallel": {"autotp_size": 2},
             "amp": {"enabled": False},
             "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": False},
@@ -312,6 +320,15 @@ def test_every_refusal_is_tested_and_harmless_values_pass():
         },
         "GaLore",
     )
+
+
+def test_offload_to_the_cpu_is_supported_under_zero_and_needs_deepspeeds_consent():
+    config = zero(stage=1, offload_optimizer={"device": "cpu", "pin_memory": True, "ratio": 1.0})
+    check_supported(config, "GaLore")
+    assert without_forced_adam(config, "GaLore") == config | {"zero_force_ds_cpu_optimizer": False}
+    assert without_forced_adam(zero(stage=1), "GaLore") == zero(stage=1)
+    with pytest.raises(ConfigError, match="asks for DeepSpeed's CPU Adam in the place of GaLore: remove it"):
+        without_forced_adam(config | {"zero_force_ds_cpu_optimizer": True}, "GaLore")
 
 
 @pytest.mark.parametrize("config", [{"zero_optimization": True}, {"zero_optimization": 2}, {"amp": 3}, {"bf16": None}])

@@ -41,6 +41,16 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return 0 if stage == "auto" else int(stage)
 
 
+def offload_device(config: Mapping[str, Any]) -> str:
+    """Where optimizer states are kept: ``none`` (with the model), ``cpu`` or ``nvme``. ``"auto"`` is read as absent.
+
+    Args:
+        config: the DeepSpeed configuration.
+    """
+    device = section(zero_block(config), "offload_optimizer").get("device", "none")
+    return device if device in ("cpu", "nvme") else "none"
+
+
 def is_enabled(config: Mapping[str, Any], *path: str) -> bool:
     """Whether a section has ``enabled``. DeepSpeed reads ``"auto"`` as absent, which is off.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -63,6 +64,14 @@ class Directions(ABC):
         Args:
             combination: of directions.
         """
+
+    def on_device_of_weights(self) -> Directions:
+        """The same directions, with what they are made of on the device of the weights: states may be on the CPU."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), torch.Tensor):
+                moved[field.name] = value.to(self.shard.device)
+        return replace(self, **moved)
 
     def coordinates(self, combination: Combination, rows: Range, columns: Range) -> torch.Tensor:
         """Some of the normal numbers that directions are made of, in a weighted sum: 1 x rows x columns, fp32.
