@@ -13,7 +13,7 @@ from benchmarks.gpu.agreement import BOUNDS, exact_products
 from benchmarks.gpu.cases import method_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import config, full_weights, make_model, max_relative_difference, train_step
+from tests.engines.scenario import config, full_weights, make_model, max_relative_difference, tokens, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -54,10 +54,10 @@ def weights_of(settings, steps=4):
     torch.backends.cuda.matmul.allow_tf32 = False
     engine, *_ = ds_lowrank.initialize(model=make_model().cuda(), config=settings)
     losses = []
-    for step in range(steps):
-        train_step(engine, step % 2, device="cuda")
-        tokens = torch.arange(12, device="cuda", dtype=torch.int64).view(1, -1)
-        losses.append(float(engine(input_ids=tokens, labels=tokens).loss))
+    for _ in range(steps):
+        train_step(engine, 0, device="cuda")  # the same batch
+        batch = tokens(0).to("cuda")
+        losses.append(float(engine(input_ids=batch, labels=batch).loss))
     return {name: weight.cpu() for name, weight in full_weights(engine).items()}, losses
 
 
