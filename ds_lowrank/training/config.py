@@ -22,6 +22,7 @@ from ds_lowrank.integration.ds_config.read import read_file
 from ds_lowrank.integration.ds_config.validate import validate_program
 from ds_lowrank.integration.ds_config.values import precision, zero_block, zero_stage
 from ds_lowrank.integration.unsupported_settings import check_supported
+from ds_lowrank.integration.without_masters import check_storage, keeps_masters
 
 __all__ = ["BatchSizes", "precision", "read_config", "set_batch_sizes", "set_learning_rate", "zero_stage"]
 
@@ -69,7 +70,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
     validate_program(config, str(path), filled_in=(GLOBAL, MICRO, ACCUMULATION))
     try:
-        check_supported(config, optimizer["type"])
+        has_masters = keeps_masters(config, None)
+        check_supported(config, optimizer["type"], has_masters=has_masters)
+        if not has_masters:
+            check_storage(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     _check_checkpoints(config, path)

@@ -298,6 +298,12 @@ REFUSED = {
     "parameters on several devices": lambda: ds_lowrank.GaLore(
         [*weights((4, 4)), ("other", torch.nn.Parameter(torch.ones(4, 4, device="meta")))]
     ).bind(),
+    "fp32 or fp16 weights with `master_weights` `false`": lambda: ds_lowrank.GaLore(
+        weights((4, 4)), rank=2, master_weights=False
+    ).bind(),
+    "groups that differ in `master_weights`": lambda: ds_lowrank.GaLore(
+        [{"params": weights((4, 4))}, {"params": [("other", weights((4, 4))[0][1])], "master_weights": False}], rank=2
+    ).bind(),
     "a sparse gradient": step_with_a_sparse_gradient,
 }
 

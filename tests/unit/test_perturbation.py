@@ -258,7 +258,9 @@ def test_each_micro_batch_can_have_its_own_perturbation():
 
 
 def test_a_perturbation_lost_to_bf16_rounding_is_warned_of_once(caplog):
-    optimizer, weight, loss = optimizer_after_a_step(dtype=torch.bfloat16, probe_radius=1e-6, perturbation_radius=1e-4)
+    optimizer, weight, loss = optimizer_after_a_step(
+        dtype=torch.bfloat16, probe_radius=1e-6, perturbation_radius=1e-4, master_weights=False
+    )
     with caplog.at_level(logging.WARNING, logger="ds_lowrank"):
         for _ in range(2):
             forward_backward(optimizer, lambda: loss(weight.float()))
