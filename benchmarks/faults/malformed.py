@@ -21,7 +21,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "zero_optimization.zero_hpz_partition_size": (0, 2),
     "zero_optimization.mics_shard_size": (2,),
     "zero_optimization.compute_grad_norm": (False,),
-    "zero_optimization.offload_optimizer": ({"device": "gpu"}, {"devce": "cpu"}, {"device": "cpu"}, 3),
+    "zero_optimization.offload_optimizer": ({"device": "gpu"}, {"devce": "cpu"}, {"device": "nvme"}, 3),
     "bf16.enabled": ("auto", "true", 1, None),
     "bf16.bf16_master_weights_and_grads": (True,),
     "bf16.bf16_optimizer_states": (True,),

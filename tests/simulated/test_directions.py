@@ -45,6 +45,21 @@ def test_every_layout_draws_the_same_directions_on_parts_and_on_the_whole(ranks,
             assert found.square(direction) == pytest.approx(expected.square().sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_directions_of_a_state_on_another_device_follow_the_weights(form):
+    """As with optimizer offload; here the state is on the CPU and the weights are on no real device."""
+    shape = (17, 9)
+    sharded = ShardedMatrix("Lorenza", torch.zeros(shape), even_parts(shape, 2), lr=1e-2, **form)
+    sharded.step(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    for target, found in directions_on(sharded, None):
+        target.attach([torch.empty(target.part.numel, device="meta")], [torch.empty(target.part.numel, device="meta")])
+        moved = found.on_device_of_weights()
+        assert type(moved) is type(found)
+        tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in tensors)
+        assert len(tensors) == sum(isinstance(value, torch.Tensor) for value in vars(found).values())
+
+
 def target_of(parts, sharded):
     """What is moved, with weights attached that are as large as it."""
     geometry = sharded.matrices[0].geometry

@@ -1,4 +1,4 @@
-"""What the benchmarks of a step's cost count is right, and all three run."""
+"""What the benchmarks of a step's cost count is right, and all of them run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks import host_cost, operations, ordinary, world_cost
+from benchmarks import host_cost, offload, operations, ordinary, world_cost
 from benchmarks.gpu.contenders import ADAMW, OFFICIAL
 from benchmarks.grid_bytes import counted as ledger_of
 from benchmarks.grid_layout import Degrees
@@ -111,7 +111,9 @@ def test_zero_3_leaves_every_rank_a_row(world):
 
 @needs_galore_torch
 @pytest.mark.parametrize(
-    "module", [host_cost, operations, pytest.param(world_cost, marks=pytest.mark.slow)], ids=lambda each: each.__name__
+    "module",
+    [host_cost, operations, offload, pytest.param(world_cost, marks=pytest.mark.slow)],
+    ids=lambda each: each.__name__,
 )
 def test_it_writes_what_it_prints(module, monkeypatch, tmp_path, capsys):
     file = tmp_path / "numbers.json"
