@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def main() -> int:
         print(f"python -m benchmarks.thin_wire {lacking}", file=sys.stderr)
         return 1
     model: dict[str, Any] = json.loads(MODEL.read_text()) | {"vocab_size": VOCABULARY}
+    load = os.getloadavg()[0]
     rates, repeats, numbers = arguments.rates, arguments.repeats, PROBE_NUMBERS
     if arguments.quick:
         model, rates, repeats, numbers = model | SMALL, [100.0], 1, 2**12
@@ -85,7 +87,7 @@ def main() -> int:
         tables["refused"] += race.refused
     print(*(table(one) for one in tables.values() if one), sep="\n\n")
     if arguments.json is not None:
-        machine = {**hardware(), "threads a process": 1, "processes": len(ADDRESSES)}
+        machine = {**hardware(), "threads a process": 1, "processes": len(ADDRESSES), "load average at start": load}
         record = {**provenance("benchmarks.thin_wire", arguments), "hardware": machine, "model": model, **tables}
         write_json(arguments.json, record)
     return 0

@@ -129,6 +129,7 @@ def _deepspeed(contender: Contender, zero: int, model: LlamaConfig, seed: int) -
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": contender.micro_batches,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
         "zero_optimization": {"stage": zero},
         "optimizer": copy.deepcopy(contender.optimizer),
     }
