@@ -81,7 +81,7 @@ def initialize(
     """
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
     from ds_lowrank.integration.gradient_buffers import repair_gradient_buffers
-    from ds_lowrank.integration.projected import check_projected, share_projections
+    from ds_lowrank.integration.projected import check_projected, share_projections, without_clipping
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
@@ -98,8 +98,9 @@ def initialize(
             check_trainer(str(name))
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         check_mesh(mesh_param)  # before the model gets adapters
-        params = section(settings, "optimizer").get("params", {})
-        check_projected(settings, params if optimizer is None else optimizer.defaults, str(name))
+        params = section(settings, "optimizer", "params") if optimizer is None else optimizer.defaults
+        check_projected(settings, params, str(name))
+        settings = without_clipping(settings, params)
         given, has_masters = settings, keeps_masters(settings, optimizer)
         if not has_masters:
             settings = without_masters(settings)

@@ -60,6 +60,18 @@ def check_projected(config: Mapping[str, Any], options: Mapping[str, Any], metho
         )
 
 
+def without_clipping(config: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the clipping off that DeepSpeed 0.19.8 does by default, at a norm of 1.
+
+    It would clip the gradients that it finds, those of parameters that are not projected.
+
+    Args:
+        config: the DeepSpeed configuration, checked by :func:`check_projected`.
+        options: of the optimizer.
+    """
+    return {**config, "gradient_clipping": 0.0} if options.get("reduction") == "projected" else config
+
+
 def share_projections(engine: DeepSpeedEngine) -> None:
     """Tell the optimizer of an engine which ranks have gradients of their own.
 

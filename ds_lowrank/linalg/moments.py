@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch.optim.adamw import adamw
 
+PART_ELEMENTS = 2**22
+"""Directions that replace gradients are computed for this many elements at a time."""
+
 
 def adam(
     exp_avg: torch.Tensor,
@@ -34,6 +37,33 @@ def adam(
     direction = torch.zeros_like(exp_avg)
     fused_adamw([direction], [gradient], [exp_avg], [exp_avg_sq], [step - 1], -1.0, betas, eps, weight_decay=0.0)
     return direction
+
+
+def adam_in_place(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    gradient: torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+) -> torch.Tensor:
+    """The same as :func:`adam`, with the direction in the place of the gradient and little memory beside it.
+
+    Args:
+        exp_avg: the first moment, contiguous, fp32, updated in place.
+        exp_avg_sq: the second moment, likewise.
+        gradient: same shape, contiguous, fp32, overwritten.
+        betas: as there.
+        eps: as there.
+        step: as there.
+
+    Returns:
+        The gradient's tensor.
+    """
+    parts = (torch.split(tensor.view(-1), PART_ELEMENTS) for tensor in (exp_avg, exp_avg_sq, gradient))
+    for first, second, own in zip(*parts, strict=True):
+        own.copy_(adam(first, second, own, betas, eps, step))
+    return gradient
 
 
 def fused_adamw(

@@ -111,7 +111,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._refresh_clock = RefreshClock()
         self._perturbation: Perturbation | None = None
         self._accumulation: Accumulation | None = None
-        self._data_parallel: tuple[dist.ProcessGroup | None, float] = None, 1.0
+        self._data_parallel: tuple[dist.ProcessGroup | None, float] | None = None
         self._of_all_ranks: list[dict[str, Any]] = []
         self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
         parsed = parse_options(self.method, options)
@@ -176,6 +176,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         self._data_parallel = group, share
 
+    @property
+    def _copies(self) -> tuple[dist.ProcessGroup | None, float]:
+        """The ranks that have gradients of their own, and the share of each in the average.
+
+        Raises:
+            ConfigError: nobody has told which they are.
+        """
+        if self._data_parallel is not None:
+            return self._data_parallel
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                "reduction 'projected' on several ranks needs an engine of ds_lowrank.initialize, which tells the "
+                "optimizer over which of them gradients are averaged; without one, set reduction to 'gradient'"
+            )
+        return None, 1.0
+
     def _grid_of(self, parameters: Iterable[torch.nn.Parameter]) -> Grid:
         """The grid of some of the parameters. AutoTP may create its groups after a client optimizer is built."""
         return initialized_grid(parameters) if self._given_grid is None else self._given_grid
@@ -210,7 +226,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ConfigError(UNCHECKED_OFFLOAD)
         check_averaging(self.grid, placement.process_group)
         if self._groups.reduces_projections:
-            placement = with_copies(placement, self._data_parallel[0])
+            placement = with_copies(placement, self._copies[0])
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
         self._is_local = self.grid.tensor is not None and self._groups.project_locally
@@ -239,7 +255,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _accumulate(self) -> None:
         """Take the gradients of projected matrices from backward."""
-        stacks, share = self._stacks["projected"], self._data_parallel[1]
+        stacks, share = self._stacks["projected"], self._copies[1]
         self._accumulation = Accumulation(self.method, stacks, self._executor, share)
         self._accumulation.watch(slot for slot in self.slots if slot.is_projected)
         self._accumulation.prepare(self.options)
@@ -479,7 +495,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def checkpoint_event_prologue(self) -> None:
         """Bring together what one rank will save for all: DeepSpeed calls it before it saves. Collective."""
-        group = self._data_parallel[0]
+        group = self._copies[0]
         if self._accumulation is not None and group is not None and dist.get_world_size(group) > 1:
             self._of_all_ranks = []  # of a save that failed
             self._of_all_ranks = states_on_first(self.state_dict(), group)
@@ -512,7 +528,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _own_part(self, saved: dict[str, Any]) -> dict[str, Any]:
         """This rank's state from what one rank saved for all."""
         parts = saved.get("of_data_parallel_ranks")
-        group = self._data_parallel[0]
+        group = self._copies[0]
         size = 1 if group is None else dist.get_world_size(group)
         if parts is None or (self._accumulation is None and len(parts) == 1):
             return saved

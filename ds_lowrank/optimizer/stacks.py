@@ -18,6 +18,8 @@ from ds_lowrank.optimizer.stack import Stack, SteppedMatrix
 
 BUCKET_ELEMENTS = 2**28
 """Matrices with up to this many elements of state (1 GiB in fp32) are in flight at a time."""
+SMALL_BUCKET_ELEMENTS = 2**26
+"""The same where memory counts more than rounds: under projected reduction, and of what AdamW steps."""
 
 
 @dataclass
@@ -96,7 +98,10 @@ class Remembered:
         """The stacks of this step, in buckets."""
         used: dict[tuple[int, ...], Stack] = {}
         formed: list[list[Stack]] = []
-        for bucket in _bucketed([part for family in self._families for part in self._parts(family, method)]):
+        first = self._families[0][0] if self._families else None
+        is_small = method is None or (first is not None and first.options.reduction == "projected")
+        most = SMALL_BUCKET_ELEMENTS if is_small else BUCKET_ELEMENTS
+        for bucket in _bucketed([part for family in self._families for part in self._parts(family, method)], most):
             stacks, elsewhere = [], dict[Hashable, list[SteppedMatrix]]()
             for phase, matrices in bucket:
                 first = matrices[0]
@@ -148,9 +153,9 @@ def _by_phase(
 
 
 def _bucketed(
-    parts: Sequence[tuple[Hashable, Sequence[SteppedMatrix]]],
+    parts: Sequence[tuple[Hashable, Sequence[SteppedMatrix]]], most: int
 ) -> list[list[tuple[Hashable, Sequence[SteppedMatrix]]]]:
-    """Put stacks into buckets of at most ``BUCKET_ELEMENTS`` elements of state, or one matrix; the same on all ranks.
+    """Put stacks into buckets of at most so many elements of state, or one matrix; the same on all ranks.
 
     The largest matrices come first, each into the first bucket with room; a stack is cut where a bucket is full. A step
     gathers the basis and the direction of a matrix, which together are about as large as its initial state. The rank
@@ -163,7 +168,7 @@ def _bucketed(
         while start < len(part):
             if bucket == len(buckets):
                 buckets.append([])
-                rooms.append(max(BUCKET_ELEMENTS, elements))
+                rooms.append(max(most, elements))
             end = min(len(part), start + rooms[bucket] // elements)
             if start < end:
                 buckets[bucket].append((phase, part[start:end]))

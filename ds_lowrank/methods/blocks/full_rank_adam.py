@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ds_lowrank.linalg.moments import adam
+from ds_lowrank.linalg.moments import adam, adam_in_place
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.sharding.elements import Elements, Piece
@@ -66,6 +66,6 @@ def full_rank_adam(
     for piece in shard.gradient.dense_pieces:
         elements.values_at(piece).copy_(gradient(piece))
     owned = yield shard.elements.reduce_scatter(held)
-    held = yield shard.elements.all_gather(adam(*moments, owned, options.betas, options.eps, step))
+    held = yield shard.elements.all_gather(adam_in_place(*moments, owned, options.betas, options.eps, step))
     directions = Elements([held.squeeze(2)], [len(shard)], shard.part.rectangles)
     return Dense(directions.values_at, 1.0)
