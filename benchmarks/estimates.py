@@ -4,8 +4,9 @@ python -m benchmarks.estimates
 
 GaLore at the rank of its paper for each size, moments in fp32, and AdamW, in bf16 on eight ranks, one micro-batch of
 one sequence, activations recomputed. *projected* is GaLore at ZeRO 0 with ``reduction`` ``projected``, no masters,
-8-bit moments, ``stagger`` and a first basis that is ``random``. GB are of the rank that needs most; *sent* is what a rank sends in an ordinary step, mean over the ranks.
-Buffers that DeepSpeed makes at ZeRO 1 to 3 have the size of its defaults, 10^9 bytes and more, whatever the model.
+8-bit moments, ``stagger`` and a first basis that is ``random``. GB are of the rank that needs most; *sent* is what a
+rank sends in an ordinary step, mean over the ranks. Buffers that DeepSpeed makes at ZeRO 1 to 3 have the size of its
+defaults, 10^9 bytes and more, whatever the model.
 """
 
 from __future__ import annotations
