@@ -112,7 +112,7 @@ def kept(setup: Setup, numels: Sequence[int]) -> Kept:
         in_the_step = setup.weight * stepped
     converting = 0
     if setup.zero in {1, 2}:  # the share is made flat, then converted, before the parameters' own gradients go
-        converting = (2 * setup.accumulator + (4 if setup.accumulator < 4 else 0)) * stepped
+        converting = (2 * setup.accumulator + (4 if setup.accumulator < 4 and setup.has_masters else 0)) * stepped
     return Kept(
         weights=each["weights"] + _persistent(setup, numels),
         masters=masters,

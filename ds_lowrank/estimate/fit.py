@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any
 
 from ds_lowrank.errors import ConfigError
-from ds_lowrank.estimate.setup import Setup
+from ds_lowrank.estimate.setup import Setup, check_reduction
 from ds_lowrank.estimate.sizes import size_text
 from ds_lowrank.estimate.total import Estimator
 from ds_lowrank.integration.unsupported_settings import check_stage, check_supported
@@ -139,7 +139,7 @@ FREE = (
         INT8,
         NO_MASTERS,
     ),
-    (Change("reduction projected", _param("reduction", "projected", _without_partitions)), INT8, NO_MASTERS),
+    (NO_MASTERS, Change("reduction projected", _param("reduction", "projected", _without_partitions)), INT8),
 )
 """Changes that cost no speed: those with partitioned gradients, and those with projected ones."""
 COSTLY = (
@@ -213,6 +213,7 @@ def _changed(setup: Setup, changes: Sequence[Change]) -> Setup | None:
         check_supported(changed.config, changed.method)
         check_stage(changed.config, changed.grid.tensor, changed.grid.pipeline > 1)
         _ = changed.options  # validated
+        check_reduction(changed.config)
     except ConfigError:
         return None
     return changed

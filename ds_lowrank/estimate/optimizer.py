@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,14 +15,13 @@ from ds_lowrank.models.llama_shapes import names_of_stages, on_meta
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.optimizer.report import gathered_bytes
 from ds_lowrank.optimizer.simulated import (
+    Rehearsal,
     SimulatedOptimizer,
     StacksOfAllRanks,
     StateBytes,
     state_bytes_of_ranks,
-    step,
 )
 from ds_lowrank.optimizer.slots import Slot
-from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.placement.parameter_names import tag_parameters
 from ds_lowrank.placement.simulated import SimulatedGrid, intervals
 from ds_lowrank.sharding.ledger import Alone, Ledger
@@ -154,54 +153,68 @@ class Counter:
         by_matrices = max(range(self._ranks), key=lambda rank: each[rank].matrices)
         parts = []
         for rank in {by_total, by_matrices}:
-            ordinary, refresh, gathered = self._temporary(rank)
+            found = self._temporary(rank)
             parts.append(
                 OptimizerPart(
                     states=each[rank],
                     shared=shared,
-                    gathered=gathered,
-                    ordinary=ordinary,
-                    refresh=refresh,
+                    gathered=found["gathered"],
+                    ordinary=found["ordinary"],
+                    refresh=found["refresh"],
                     sent_ordinary=sent["ordinary"],
                     sent_refresh=sent["refresh"],
                     copy=self._copy(slots),
+                    projections=projections(slots, found["renewed"]) if self._setup.is_projected else None,
                 )
             )
-        part = max(parts, key=lambda part: part.in_the_step)
-        return self._projected(part, slots) if self._setup.is_projected else part
-
-    def _projected(self, part: OptimizerPart, slots: Sequence[Slot]) -> OptimizerPart:
-        """The same where gradients are projected first: bases stay gathered, and AdamW's states are on every rank."""
-        grid, options = self._setup.grid, self._optimizer.options
-        found = projections(slots, grid.data, grid.tensor, getattr(options, "stagger", False))
-        whole = [[(0, numel) for numel in self._stage.numels]]
-        alone = self._optimizer.slots(self._stage.parameters, whole, 0, False, torch.float32)
-        rest = state_bytes_of_ranks(alone, 1, 1)[0].rest
-        states = replace(part.states, rest=rest)
-        return replace(part, states=states, gathered=found.bases, sent_ordinary=found.sent, projections=found)
+        return max(parts, key=lambda part: part.in_the_step)
 
     def _slots(self, rank: int) -> list[Slot]:
         dtype = torch.float32 if self._setup.has_masters else self._setup.dtype
         optimizer = self._of(rank % self._setup.grid.tensor)
         return optimizer.slots(self._stage.parameters, self._held, rank, self._setup.is_flat, dtype)
 
-    def _numbers(self) -> list[tuple[str, int]]:
-        """The kinds of steps and a number of each: the first, an ordinary one, the first on schedule that renews."""
-        gap = getattr(self._optimizer.options, "update_proj_gap", None)
-        return [("refresh", 0), ("ordinary", 1), *([("refresh", gap)] if gap else [])]
+    def _numbers(self, slots: Sequence[Slot]) -> list[tuple[str, int]]:
+        """The kinds of steps and a number of each: the first, an ordinary one, the fullest of those that renew bases.
 
-    def _temporary(self, rank: int) -> tuple[int, int, int]:
-        """Temporary bytes of an ordinary step and of one with a refresh, and the bases that stay gathered."""
-        found = {"ordinary": 0, "refresh": 0}
+        The ordinary one comes twice, because the first keeps what it makes. With staggered refreshes the steps that
+        follow on each other differ: the fullest renews most elements, the ordinary one fewest.
+        """
+        options, method = self._optimizer.options, self._optimizer.method
+        gap = getattr(options, "update_proj_gap", None)
+        if not gap:
+            return [("refresh", 0), ("ordinary", 1), ("ordinary", 1)]
+        due = {
+            number: sum(
+                slot.parameter.numel()
+                for slot in slots
+                if slot.is_projected and bool(method.phase(slot.tag.name, number, options))
+            )
+            for number in range(1, gap + 1)
+        }
+        ordinary = min(due, key=lambda number: due[number])
+        fullest = max(due, key=lambda number: due[number]) if any(due.values()) else gap
+        return [("refresh", 0), ("ordinary", ordinary), ("ordinary", ordinary), ("refresh", fullest)]
+
+    def _temporary(self, rank: int) -> dict[str, int]:
+        """Temporary bytes of an ordinary step and of one with a refresh, and what else stays or is whole."""
+        found = {"ordinary": 0, "refresh": 0, "renewed": 0}
         with LiveBytes() as live:
             slots = self._slots(rank)
-            stacks, alone = self._stacks(Stacks), Alone(rank, self._ranks)
-            for kind, number in self._numbers():
-                live.restart()
+            rehearsal, alone = Rehearsal(self._optimizer.method, slots), Alone(rank, self._ranks)
+            before = 0
+
+            def between(whole: int) -> None:
+                nonlocal before
+                found["renewed"] = max(found["renewed"], whole)
                 before = live.now
-                alone.run(step(self._optimizer.method, slots, self._ranks, number, stacks))
+                live.restart()
+
+            for kind, number in self._numbers(slots):
+                rehearsal.run(alone, number, between)
                 found[kind] = max(found[kind], live.peak - before)
-        return found["ordinary"], found["refresh"], gathered_bytes(slots)
+        shared = [slot for slot in slots if len(slot.geometry.holders) > 1]  # alone, a rank uses the bases it stores
+        return {**found, "gathered": gathered_bytes(shared)}
 
     def _sent(self) -> dict[str, int]:
         """Bytes that a rank sends in a step of each kind, the mean over the ranks.
@@ -212,19 +225,18 @@ class Counter:
         if self._ranks == 1:
             return found
         tensor = self._setup.grid.tensor
-        totals = [0] * len(self._numbers())
-        for rank in range(tensor):
-            slots, stacks = self._slots(rank), self._stacks(StacksOfAllRanks)
-            for i, (_, number) in enumerate(self._numbers()):
+        asked = [self._slots(rank) for rank in range(tensor)]
+        rehearsals = [Rehearsal(self._optimizer.method, slots, StacksOfAllRanks) for slots in asked]
+        # What an ordinary step sends is what the second of them sends: the first may gather what it then keeps.
+        for kind, number in self._numbers(asked[0]):
+            total = 0
+            for rank, rehearsal in enumerate(rehearsals):
                 ledger = Ledger(rank, self._ranks)
-                ledger.run(step(self._optimizer.method, slots, self._ranks, number, stacks))
-                totals[i] += int(ledger.bytes_sent[rank::tensor].sum())
-        for (kind, _), total in zip(self._numbers(), totals, strict=True):
-            found[kind] = max(found[kind], round(total / self._ranks))
+                rehearsal.run(ledger, number)
+                total += int(ledger.bytes_sent[rank::tensor].sum())
+            mean = round(total / self._ranks)
+            found[kind] = mean if kind == "ordinary" else max(found[kind], mean)
         return found
-
-    def _stacks(self, kind: type[Stacks]) -> dict[str, Stacks]:
-        return {"projected": kind(self._optimizer.method), "rest": kind(None)}
 
     def _copy(self, slots: Sequence[Slot]) -> int:
         """Bytes of the weights that an ascent saves: those that forward passes read of the projected matrices."""

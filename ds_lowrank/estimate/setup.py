@@ -14,6 +14,8 @@ from transformers import LlamaConfig
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.ds_config.values import precision, section, zero_block, zero_stage
+from ds_lowrank.integration.projected import check_projected
+from ds_lowrank.integration.without_masters import check_storage
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -99,7 +101,7 @@ class Setup:
 
         It does in bf16 in a pipeline at ZeRO 0, and at ZeRO 1 with gradients that are accumulated in fp32.
         """
-        if self.dtype != torch.bfloat16:
+        if self.dtype != torch.bfloat16 or not getattr(self.options, "master_weights", True):
             return False
         return (self.zero == 0 and self.grid.pipeline > 1) or (self.zero == 1 and self.accumulator == 4)
 
@@ -142,6 +144,21 @@ class Setup:
         return replace(self, config={**self.config, "optimizer": {"type": ADAMW, "params": {}}})
 
 
+def check_reduction(config: Mapping[str, Any]) -> None:
+    """Refuse projected reduction and weights without masters where an engine would.
+
+    Args:
+        config: the DeepSpeed configuration, validated.
+
+    Raises:
+        ConfigError: it is such a configuration; the message says what to change.
+    """
+    method, params = config["optimizer"]["type"], config["optimizer"]["params"]
+    check_projected(config, params, method)
+    if params.get("master_weights", True) is False:
+        check_storage(config)
+
+
 def read_setup(arguments: Namespace) -> Setup:
     """Read and check the files and sizes of the command line, as a training program does.
 
@@ -162,6 +179,7 @@ def read_setup(arguments: Namespace) -> Setup:
     grid = grid_shape(arguments, config, model, arguments.gpus)
     if grid.autotp > 1:
         raise ConfigError("tensor_parallel.autotp_size is not estimated: give --tensor-parallel, which splits alike")
+    check_reduction(config)
     batch = set_batch_sizes(config, grid.data, arguments.global_batch_size, arguments.micro_batch_size)
     sequence = arguments.sequence_length or model.max_position_embeddings
     if sequence > model.max_position_embeddings:

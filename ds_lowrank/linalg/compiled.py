@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 Result = TypeVar("Result")
 
@@ -36,6 +38,10 @@ def compiled_on_cuda(
     @wraps(function)
     def run(first: torch.Tensor, *others: torch.Tensor) -> Result:
         nonlocal compiled
+        if first.is_meta:  # where a step is costed: as on a card, nothing but the result takes memory
+            with _disable_current_modes():
+                found = function(first, *others)
+            return cast(Result, tree_map(torch.empty_like, found))
         if not first.is_cuda or compiled is function:
             return function(first, *others)
         if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":

@@ -12,6 +12,7 @@ and no hook of it may wait for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from weakref import ref
 
 import torch
@@ -121,7 +122,8 @@ class Accumulation:
             shard, fragment = self._shards[slot.matrix.member.number], slot.fragment
             shard.precision = stack.options.matmul_precision
             shard.attach([fragment.gradient.unsqueeze(0)], [fragment.weights.unsqueeze(0)])
-            with torch.autocast(fragment.store.device.type, enabled=False):
+            kind = fragment.store.device.type
+            with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():  # which has no autocast
                 factors = tuple(factor[position : position + 1] for factor in stack.factors)
                 found = self._method.measure(shard, stack.options, factors)
             shard.detach()

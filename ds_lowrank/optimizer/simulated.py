@@ -6,7 +6,7 @@ its requests say what every other rank sends, so one rank tells the bytes of all
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from ds_lowrank.methods.base import Method, Options
 from ds_lowrank.methods.blocks.state_spec import TensorSpec
+from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import slots_of
 from ds_lowrank.optimizer.options import parse_options
@@ -27,7 +28,7 @@ from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.zero import Interval
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.layout import Range
-from ds_lowrank.sharding.reduce import Rounds
+from ds_lowrank.sharding.reduce import Executor, Rounds
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,12 @@ class SimulatedOptimizer:
 def _intervals(
     parameters: Sequence[torch.nn.Parameter], held: Sequence[Range], is_flat: bool, dtype: torch.dtype
 ) -> list[Interval]:
-    """A rank's elements with gradients, in one store or in one for each parameter."""
+    """A rank's elements with gradients, in one store or in one for each parameter: itself, or an fp32 clone."""
     lengths = [high - low for low, high in held]
     if not is_flat:
-        stores = [_store(parameter.shape, dtype) for parameter in parameters]
+        stores = [p if p.dtype == dtype else _store(p.shape, dtype) for p in parameters]
+        for store in stores:
+            store.grad = torch.empty_like(store)
         return [Interval(store, *span, 0) for store, span in zip(stores, held, strict=True)]
     flat, starts = _store((sum(lengths),), dtype), [0, *accumulate(lengths)]
     return [Interval(flat, *span, start) for span, start in zip(held, starts, strict=False)]
@@ -141,7 +144,11 @@ def state_bytes_of_ranks(slots: Sequence[Slot], ranks: int, tensor: int) -> list
     for position in range(ranks):
         moments = bases = rest = 0
         for slot in slots:
-            rank = position if slot.logical.placement == "sharded" else position - position % tensor
+            rank = position
+            if not slot.is_projected and slot.matrix.options.reduction == "projected":
+                rank = position % tensor  # every data-parallel rank has all of it
+            if slot.logical.placement != "sharded":
+                rank -= rank % tensor
             specs = slot.state_store.spec(slot.state_store.rank)
             for key, spec in specs.items():
                 size = _bytes_on(spec, rank) if isinstance(spec, TensorSpec) else 0
@@ -160,26 +167,63 @@ def _bytes_on(spec: TensorSpec, rank: int) -> int:
     return sum(rows * columns * dtype.itemsize for (rows, columns), dtype in there.tensors.values())
 
 
-def step(
-    method: type[Method], slots: Sequence[Slot], ranks: int, number: int, stacks: Mapping[str, Stacks]
-) -> Rounds[None]:
-    """Step number ``number``, as the optimizer takes it.
+class Rehearsal:
+    """Steps of one rank, as the optimizer takes them.
 
     Args:
         method: what steps the matrices.
-        slots: of one rank, all of its stage.
-        ranks: how many ranks share them.
-        number: of the step, from 0.
-        stacks: forms the stacks of the ``projected`` matrices and of the ``rest``.
+        slots: of the rank, all of its stage.
+        stacks: the class that forms stacks.
     """
-    projected = [slot for slot in slots if slot.is_projected]
-    rest = [slot for slot in slots if not slot.is_projected]
-    for slot in slots:
-        slot.state["step"] = number
-    others = [slot.fragment.gradient for slot in rest]
-    matrices = [slot.matrix for slot in projected]
-    yield from step_matrices(method, matrices, ranks, others, stacks=stacks["projected"])
-    yield from adamw_step(rest, {id(slot.group): slot.matrix.options for slot in slots}, stacks["rest"])
+
+    def __init__(self, method: type[Method], slots: Sequence[Slot], stacks: type[Stacks] = Stacks) -> None:
+        self._method, self._slots = method, slots
+        self._options = {id(slot.group): slot.matrix.options for slot in slots}
+        self._projected = [slot for slot in slots if slot.is_projected]
+        self._rest = [slot for slot in slots if not slot.is_projected]
+        self._stacks, self._stacks_of_rest = stacks(method), stacks(None)
+
+    def rounds(self, number: int, ranks: int) -> Rounds[None]:
+        """Step number ``number``, whose gradients are there or have been accumulated.
+
+        Args:
+            number: of the step, from 0.
+            ranks: how many ranks share the matrices.
+        """
+        for slot in self._slots:
+            slot.state["step"] = number
+        others = [slot.fragment.gradient for slot in self._rest]
+        matrices = [slot.matrix for slot in self._projected]
+        yield from step_matrices(self._method, matrices, ranks, others, stacks=self._stacks)
+        yield from adamw_step(self._rest, self._options, self._stacks_of_rest)
+
+    @torch.no_grad()
+    def run(self, executor: Executor, number: int, between: Callable[[int], None] = lambda _: None) -> None:
+        """A step with everything around it. Under projected reduction, gradients are taken from backward first.
+
+        Args:
+            executor: answers the requests.
+            number: of the step, from 0.
+            between: called between backward and the step, with the number of elements of projected matrices whose
+                whole gradients are there.
+        """
+        if not any(slot.is_accumulated for slot in self._slots):
+            between(sum(slot.parameter.numel() for slot in self._projected))
+            executor.run(self.rounds(number, executor.size))
+            return
+        accumulation = Accumulation(self._method, self._stacks, executor, 1 / executor.size)
+        accumulation.watch(self._projected)
+        for slot in self._slots:
+            slot.state["step"] = number
+        accumulation.prepare(self._options)
+        for slot in self._slots:
+            slot.parameter.grad = torch.empty_like(slot.parameter)
+        accumulation.finish(self._options)
+        kept = {id(slot.parameter): slot.parameter for slot in self._projected if slot.parameter.grad is not None}
+        between(sum(parameter.numel() for parameter in kept.values()))
+        executor.run(self.rounds(number, executor.size))
+        accumulation.drop()
+        accumulation.close()
 
 
 class StacksOfAllRanks(Stacks):

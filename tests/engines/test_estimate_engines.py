@@ -69,6 +69,21 @@ def test_states_where_parameters_are_dealt():
     assert len(set(estimated)) == 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "params"),
+    [
+        ("fp32", {"reduction": "projected"}),
+        ("bf16", {"reduction": "projected", "master_weights": False, "state_dtype": "int8"}),
+    ],
+)
+def test_states_where_gradients_are_projected(ranks, dtype, params):
+    settings = {"GaLore": config(0, ranks, dtype=dtype, params=params)}
+    stored = run_ranks(ranks, run_all, settings)
+    (estimated,) = states_of(setup_of(make_model().config, settings["GaLore"], ranks))
+    assert estimated == [rank["GaLore"][0] for rank in stored]
+
+
 def stored_on_grid(grid: Grid, settings: dict[str, Any], **changes: Any) -> tuple[int, int]:
     matrices, rest = run_grid(grid, settings, 0, **changes)["bytes"]
     return matrices, rest

@@ -18,7 +18,7 @@ import torch
 
 import ds_lowrank
 from benchmarks.memory import CASES, measure
-from ds_lowrank.commands import evaluate, glue
+from ds_lowrank.commands import estimate, evaluate, glue
 from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.options import Options
@@ -187,7 +187,7 @@ def test_every_flag_that_is_mentioned_exists(parsers):
     elsewhere |= {"--env", "--ipc", "--network", "--device", "--ulimit", "--detach", "--name", "--ssh_port", "--work"}
     elsewhere |= {"--like-nvidias"}
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
-    for command in (evaluate, glue):
+    for command in (estimate, evaluate, glue):
         of_command = argparse.ArgumentParser()
         command.add_arguments(of_command)
         known |= of_command._option_string_actions.keys()

@@ -16,12 +16,10 @@ from ds_lowrank.estimate.deepspeed import bytes_sent, kept
 from ds_lowrank.estimate.fit import COSTLY, search
 from ds_lowrank.estimate.live import LiveBytes
 from ds_lowrank.estimate.optimizer import Counter, Model
-from ds_lowrank.estimate.projected import projections, without_whole_gradients
 from ds_lowrank.estimate.sizes import read_size, size_text
 from ds_lowrank.estimate.total import Estimator
 from ds_lowrank.methods import METHODS
-from ds_lowrank.optimizer.simulated import SimulatedOptimizer, step
-from ds_lowrank.optimizer.stacks import Stacks
+from ds_lowrank.optimizer.simulated import Rehearsal, SimulatedOptimizer
 from ds_lowrank.placement.simulated import SimulatedGrid, intervals
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.engines.estimates import setup_of
@@ -123,11 +121,12 @@ def test_what_is_sent_is_what_a_simulated_world_sends(method, data, tensor, zero
     params |= {"granularity": 2} if method == "VLoRP" else {}
     setup, model, stage, ranks = slots_of_all_ranks(method, params, data, tensor, zero)
     of = METHODS[method]
-    stacks = [{"projected": Stacks(of), "rest": Stacks(None)} for _ in ranks]
+    rehearsals = [Rehearsal(of, slots) for slots in ranks]
     sent = []
     for number in (0, 1):
         world = SimulatedWorld(len(ranks))
-        world.run([step(of, own, len(ranks), number, kept_) for own, kept_ in zip(ranks, stacks, strict=True)])
+        with torch.no_grad():
+            world.run([rehearsal.rounds(number, len(ranks)) for rehearsal in rehearsals])
         sent.append(round(sum(world.bytes_sent) / len(ranks)))
     part = Counter(setup, model, stage).part()
     assert part.sent_ordinary == sent[1]
@@ -176,19 +175,26 @@ def test_deepspeeds_estimators_agree_for_adam():
         assert found.gradients == 2 * stepped
 
 
-def test_projected_gradients_are_never_whole():
-    _, model, stage, ranks = slots_of_all_ranks("GaLore", {"rank": 16}, 2, 1, 1)
-    found = projections(ranks[0], data=2, tensor=1, staggers=False)
-    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 172)
-    assert found.renewed == matrices and found.largest_layer == matrices // 3
-    assert found.rest == sum(stage.numels) - matrices
-    assert found.accumulators == 4 * 16 * 3 * (4 * 64 + 3 * 172) and found.bases == 4 * 16 * 3 * 7 * 64
-    assert found.sent == found.accumulators  # 2 (W - 1) / W of it on two ranks
-    whole = kept(setup_of(MODEL, config(0, 2, dtype="bf16"), 2), stage.numels)
-    staggered = projections(ranks[0], data=2, tensor=1, staggers=True)
-    less = without_whole_gradients(whole, staggered, 2)
-    assert less.gradients == 2 * (found.rest + found.largest_layer) + found.accumulators
-    assert model.parameters
+PROJECTED = {"rank": 16, "reduction": "projected", "update_proj_gap": 10}
+
+
+@pytest.mark.parametrize(("staggers", "renewed"), [(False, 1.0), (True, 0.4)])
+def test_projected_gradients_are_never_whole(staggers, renewed):
+    """Without masters, two ranks: matrices that renew bases at once, one layer's, or all."""
+    first = {"stagger": True, "first_basis": "random"} if staggers else {}
+    params = {**PROJECTED, **first, "master_weights": False}
+    setup = setup_of(MODEL, config(0, 2, dtype="bf16", params=params), 2)
+    (rank,) = Estimator().estimate(setup).ranks
+    found, matrices = rank.optimizer.projections, 3 * (4 * 64 * 64 + 3 * 64 * 172)
+    assert found.largest_layer == matrices // 3
+    assert found.renewed == matrices if renewed == 1 else 0 < found.renewed <= renewed * matrices
+    assert found.rest == 2 * 500 * 64 + 7 * 64
+    assert found.sums == 4 * 16 * 3 * (4 * 64 + 3 * 172) and rank.optimizer.gathered == 4 * 16 * 3 * 7 * 64
+    assert rank.kept.gradients == 2 * (found.rest + max(found.renewed, found.largest_layer)) + found.sums
+    assert rank.kept.masters == 0
+    # A reduce-scatter of R and an all-gather of N; the decision sends one number a parameter and rank.
+    assert rank.traffic.optimizer == found.sums + 4 * (3 * 9 + 3)
+    assert rank.traffic.gradients_and_weights == 2 * found.rest  # 2 (W - 1) / W of bf16
 
 
 def estimate(monkeypatch, capsys, *arguments, model="llama_9m", deepspeed="galore_zero2_bf16"):
@@ -299,6 +305,8 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, name):
             "adapters are not estimated",
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "give --tensor-parallel"),
+        ({"optimizer": {"type": "GaLore", "params": {"lr": 1e-3, "reduction": "projected"}}}, "Set it to 0"),
+        ({"optimizer": {"type": "GaLore", "params": {"lr": 1e-3, "master_weights": False}}}, "trains in fp32"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size is not supported"),
     ],
 )
