@@ -197,8 +197,7 @@ class LorenzaMethod(PerturbingMethod):
     def update(shard: MatrixShard, state: State, options: LorenzaOptions, found: ProjectedGradient) -> Program[Update]:
         """``N <- Adam(R)``, and the update ``scale * N Q^T``."""
         if not isinstance(found, Projection):
-            gradient = shard.gradient
-            return (yield from full_rank_adam(shard, state, options, lambda piece: gradient.values_at(piece).float()))
+            return (yield from full_rank_adam(shard, state, options, shard.gradient.values_at))
         basis = yield from basis_of_step(shard, state, options, found)
         if found.refreshed:
             yield from change_subspace(shard, state, options, found)

@@ -85,4 +85,4 @@ def _stacked_step(stacks: Sequence[Stack]) -> Rounds[None]:
 
 
 def _gradient(stack: Stack, piece: Piece) -> torch.Tensor:
-    return stack.shard.gradient.values_at(piece).float()
+    return stack.shard.gradient.values_at(piece)

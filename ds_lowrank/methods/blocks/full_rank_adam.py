@@ -44,7 +44,7 @@ def full_rank_adam(
         state: with ``exp_avg`` and ``exp_avg_sq``, which are updated in place, and ``step``, the number of steps before
             this one.
         options: with ``betas`` and ``eps``.
-        gradient: computes the gradient where a piece of this rank's elements is, fp32.
+        gradient: computes the gradient where a piece of this rank's elements is, any floating dtype.
 
     Returns:
         The update on the elements that this rank holds, to be scaled by the learning rate.
@@ -55,7 +55,7 @@ def full_rank_adam(
         def direction(piece: Piece) -> torch.Tensor:
             places = piece.rectangle.offset, piece.rectangle.height * piece.rectangle.width
             first, second = (moment[piece.matrices, :, 0].narrow(1, *places) for moment in moments)
-            values = gradient(piece).reshape(first.shape)
+            values = gradient(piece).float().reshape(first.shape)
             rows = zip(first, second, values, strict=True)  # a fused kernel needs tensors without gaps
             found = [adam(one, two, value, options.betas, options.eps, step) for one, two, value in rows]
             return torch.stack(found).view(piece.values.shape)
