@@ -6,7 +6,8 @@ python -m benchmarks.peak_memory --cases 7b --memory 24
 Every case is a process of its own: a LLaMA with random weights, made where it is trained, gradient checkpointing, an
 engine of ``ds_lowrank.initialize``, a few steps of as many micro-batches as the case says on random tokens. ``peak`` is
 the most that was allocated from the first step on, everything included; ``reserved`` is what the allocator took from
-the device. On a CPU the bytes of all live tensors are followed, and models are small unless ``--cases`` asks.
+the device. On a CPU the bytes of all live tensors are followed, and models are small unless ``--cases`` asks;
+``--sequence`` makes that quicker.
 
 With ``--memory`` the process may take no more than so many GB of the card (a GB is 10^9 bytes), CUDA's own context
 apart: what does not fit fails as it would there.
@@ -15,7 +16,6 @@ apart: what does not fit fails as it would there.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import math
@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,7 @@ def in_own_process(case: Case, arguments: argparse.Namespace) -> Found:
     group = next(group for group, cases in CASES.items() if case in cases)
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--one", f"{group}:{CASES[group].index(case)}"]
     command += ["--steps", str(arguments.steps), "--seed", str(arguments.seed)]
+    command += [] if arguments.sequence is None else ["--sequence", str(arguments.sequence)]
     command += [] if arguments.memory is None else ["--memory", str(arguments.memory)]
     segments = "expandable_segments:True"
     device = {"PYTORCH_CUDA_ALLOC_CONF": segments} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
@@ -254,18 +255,23 @@ def row(case: Case, found: Found, base: int | None) -> dict[str, Any]:
     }
 
 
+def _with_sequence(case: Case, tokens: int | None) -> Case:
+    return case if tokens is None else replace(case, sequence=tokens)
+
+
 def main() -> None:
     """Measure and report."""
     parser = options(__doc__)
     parser.add_argument("--cases", choices=list(CASES), help="default: 350m on a GPU, quickstart on a CPU")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each case")
+    parser.add_argument("--sequence", type=int, help="tokens of a sequence, instead of the case's")
     parser.add_argument("--memory", type=float, metavar="GB", help="the most that a process may take of a GPU")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.one is not None:
         group, index = arguments.one.split(":")
-        case = copy.deepcopy(CASES[group][int(index)])
+        case = _with_sequence(CASES[group][int(index)], arguments.sequence)
         from ds_lowrank.training import distributed
 
         distributed.join()
@@ -274,6 +280,7 @@ def main() -> None:
         return
     cases = CASES[arguments.cases or ("350m" if torch.cuda.is_available() and not arguments.quick else "quickstart")]
     measured = [in_own_process(case, arguments) for case in cases]
+    cases = [_with_sequence(case, arguments.sequence) for case in cases]
     base = next((f.peak for c, f in zip(cases, measured, strict=True) if c.name == "GaLore, masters"), None)
     rows: Numbers = [row(case, found, base) for case, found in zip(cases, measured, strict=True)]
     report(rows, arguments)

@@ -13,6 +13,8 @@ what                                               why, and who does it
 ``engine.gradient_clipping``                       norm: ``clipping.repair_clipping``, on engines of ``initialize``
 ``engine.optimizer.step``                          at ZeRO 3, and with offload, DeepSpeed 0.19.8 steps with gradients
                                                    of another step: ``gradient_buffers``, on engines of ``initialize``
+``engine.no_sync``                                 refuses: nothing is reduced before a step under projected reduction:
+                                                   ``projected``, on engines of ``initialize``
 ``engine.load_checkpoint``                         refuses another layout before DeepSpeed fails on the size of a
                                                    tensor: ``saved_layout``, on engines of ``initialize``
 ``engine.checkpoint_engine.load``                  DeepSpeed 0.19.8 runs what a checkpoint's pickles name: within

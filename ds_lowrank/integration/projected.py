@@ -14,6 +14,7 @@ from deepspeed import DeepSpeedEngine
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.ds_config.values import precision, zero_stage
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
+from ds_lowrank.optimizer.projected import DataParallel
 
 NO_SYNC = (
     "no_sync with reduction 'projected': projections are accumulated without it, and nothing is reduced before a step. "
@@ -83,7 +84,7 @@ def share_projections(engine: DeepSpeedEngine) -> None:
     if not optimizer.reduces_projections:
         return
     group = engine.seq_data_parallel_group
-    optimizer.set_data_parallel(group, engine.sequence_parallel_size / dist.get_world_size(group))
+    optimizer.set_data_parallel(DataParallel(group, engine.sequence_parallel_size / dist.get_world_size(group)))
     engine.no_sync = _refuse(NO_SYNC)
 
 

@@ -98,11 +98,7 @@ class GaLoreMethod(Method):
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
         due = refresh_due(shard.names[0], options, state["step"])  # the same for all
-        if due and shard.is_accumulated:  # on the random first basis
-            assert shard.held_basis is not None
-            own = shard.compressed.own_of_held(shard.held_basis)
-        else:
-            own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
+        own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
         return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod
@@ -135,6 +131,8 @@ def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[
 
 def random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Tensor]:
     """A random orthonormal basis, a function of seed and name: matrices x owned compressed rows x rank, fp32."""
+    if shard.is_accumulated and shard.held_basis is not None:  # backward has projected onto it
+        return shard.compressed.own_of_held(shard.held_basis)
     rooted = [shard.names[i] for i in shard.rooted]
     size, rank = shard.compressed.size, min(options.rank, *shard.shape)
     drawn = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))

@@ -152,12 +152,16 @@ class Accumulation:
                 continue
             self._measure(slots)
             if kept:
-                parameter.grad.mul_(self._share)
+                self._take_share(parameter.grad)
             else:
                 parameter.grad = None
         for stack in self._unique_stacks():
             for total in stack.sums or ():
-                total.mul_(self._share)
+                self._take_share(total)
+
+    def _take_share(self, summed: torch.Tensor) -> None:
+        if self._share != 1:
+            summed.mul_(self._share)
 
     def _check_unchanged(self, before: Options, now: Options) -> None:
         if before is now:

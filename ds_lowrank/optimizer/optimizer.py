@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.environment.huggingface import check_optimizer_is_kept
-from ds_lowrank.errors import MISSES_SHARDS, CheckpointError, ConfigError
+from ds_lowrank.errors import MISSES_SHARDS, ConfigError
 from ds_lowrank.methods.base import Method, Options, PerturbingMethod
 from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.adamw import adamw_step
@@ -27,14 +27,12 @@ from ds_lowrank.optimizer.check_masters import check_masters
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
-from ds_lowrank.optimizer.projected_norm import EPS, projected_norm
+from ds_lowrank.optimizer.projected import DataParallel, ProjectedReduction, alone, own_state
 from ds_lowrank.optimizer.refresh_clock import RefreshClock
 from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.slots import Slot
-from ds_lowrank.optimizer.stack import Stack
 from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
-from ds_lowrank.optimizer.states_of_ranks import states_on_first
 from ds_lowrank.optimizer.step import all_finite, step_matrices
 from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
 from ds_lowrank.optimizer.waiting import mark_waiting
@@ -110,9 +108,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._refresh_clock = RefreshClock()
         self._perturbation: Perturbation | None = None
-        self._accumulation: Accumulation | None = None
-        self._data_parallel: tuple[dist.ProcessGroup | None, float] | None = None
-        self._of_all_ranks: list[dict[str, Any]] = []
+        self._projected: ProjectedReduction | None = None
+        self._data_parallel: DataParallel | None = None
         self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
         parsed = parse_options(self.method, options)
         check_optimizer_is_kept(self.method.name)
@@ -167,30 +164,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         return self._groups.reduces_projections
 
-    def set_data_parallel(self, group: dist.ProcessGroup | None, share: float) -> None:
+    def set_data_parallel(self, ranks: DataParallel) -> None:
         """Tell an optimizer that reduces projections itself which ranks have gradients of their own.
 
         Args:
-            group: ranks with copies of the weights; None for this rank alone.
-            share: what the gradient of one rank counts in their sum: one over their number for an average.
+            ranks: with copies of the weights.
         """
-        self._data_parallel = group, share
-
-    @property
-    def _copies(self) -> tuple[dist.ProcessGroup | None, float]:
-        """The ranks that have gradients of their own, and the share of each in the average.
-
-        Raises:
-            ConfigError: nobody has told which they are.
-        """
-        if self._data_parallel is not None:
-            return self._data_parallel
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ConfigError(
-                "reduction 'projected' on several ranks needs an engine of ds_lowrank.initialize, which tells the "
-                "optimizer over which of them gradients are averaged; without one, set reduction to 'gradient'"
-            )
-        return None, 1.0
+        self._data_parallel = ranks
 
     def _grid_of(self, parameters: Iterable[torch.nn.Parameter]) -> Grid:
         """The grid of some of the parameters. AutoTP may create its groups after a client optimizer is built."""
@@ -226,7 +206,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ConfigError(UNCHECKED_OFFLOAD)
         check_averaging(self.grid, placement.process_group)
         if self._groups.reduces_projections:
-            placement = with_copies(placement, self._copies[0])
+            self._data_parallel = self._data_parallel or alone()
+            placement = with_copies(placement, self._data_parallel.group)
         if placement.wrapper == "FP16_UnfusedOptimizer" and self.grid.tensor is not None:
             raise ConfigError(MISSES_SHARDS)
         self._is_local = self.grid.tensor is not None and self._groups.project_locally
@@ -249,29 +230,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
         if self._groups.reduces_projections:
-            self._accumulate()
+            self._project_gradients()
         mark_waiting(chain.from_iterable(self._groups.parameters), None)
         log_roles(f"{self.method.name} on {self.wrapper}", slots, self._executor, self.grid, self._is_local)
 
-    def _accumulate(self) -> None:
-        """Take the gradients of projected matrices from backward."""
-        stacks, share = self._stacks["projected"], self._copies[1]
-        self._accumulation = Accumulation(self.method, stacks, self._executor, share)
-        self._accumulation.watch(slot for slot in self.slots if slot.is_projected)
-        self._accumulation.prepare(self.options)
-        self.get_grads_for_reduction = self._gradients_to_reduce  # DeepSpeed asks whoever has it
-
-    def _gradients_to_reduce(self) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """The gradients that DeepSpeed sums over data-parallel ranks: of parameters that are not projected.
-
-        Returns:
-            These gradients, zeros where backward has made none, as on other ranks it may have; and none of experts.
-        """
-        found = list(dict.fromkeys(slot.parameter for slot in self.slots if not slot.is_projected))
-        for parameter in found:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in found if parameter.grad is not None], {}
+    def _project_gradients(self) -> None:
+        """Take the gradients of projected matrices from backward, from now on."""
+        ranks = self._data_parallel
+        assert ranks is not None
+        if self._projected is not None:
+            self._projected.accumulation.close()
+        accumulation = Accumulation(self.method, self._stacks["projected"], self._executor, ranks.share)
+        self._projected = ProjectedReduction(self.slots, accumulation, ranks, self._executor, self.grid, self._is_local)
+        accumulation.prepare(self.options)
+        self.get_grads_for_reduction = self._projected.gradients_to_reduce  # DeepSpeed asks whoever has it
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, and what was accumulated of them.
@@ -280,13 +252,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             set_to_none: as in torch; what was accumulated is forgotten either way.
         """
         super().zero_grad(set_to_none)
-        if self._accumulation is not None:
-            self._accumulation.drop()
+        if self._projected is not None:
+            self._projected.accumulation.drop()
 
     @property
     def _may_unfreeze(self) -> bool:
         """Whether parameters can be taken up after binding: nothing was arranged, and there is nobody to agree with."""
-        return self.wrapper == "none" and isinstance(self._executor, SingleProcess) and self.grid.pipeline is None
+        is_alone = isinstance(self._executor, SingleProcess) and self.grid.pipeline is None
+        return self.wrapper == "none" and is_alone and self._projected is None
 
     def _take_unfrozen(self) -> None:
         """Take up what was frozen when the optimizer was bound and is not now, where that is possible."""
@@ -322,13 +295,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             RuntimeError: the parameter groups hold other tensors than those that were bound, a gradient is sparse, or
                 it was not taken where the method needs it.
         """
-        loss, self._of_all_ranks = None, []
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.bind()
         assert self._slots is not None
-        arranged = f"the {self.wrapper} of DeepSpeed" if self.wrapper != "none" else "a grid"
+        plain = "a grid" if self._projected is None else "projected reduction"
+        arranged = f"the {self.wrapper} of DeepSpeed" if self.wrapper != "none" else plain
         ranks = self._executor.group if isinstance(self._executor, Distributed) else None
         refuse_gradients(self._groups, arranged, ranks)
         if self._perturbation is not None:
@@ -343,15 +317,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
         for slot in (slot for store in stores for slot in self._slots[id(store)]):
             slot.stepped = False
-        if self._accumulation is not None:
-            self._accumulation.finish(self.options)
+        if self._projected is not None:
+            self._projected.release_states()  # of a load that failed
+            self._projected.accumulation.finish(self.options)
         slots = [s for store in stores for s in self._slots[id(store)] if store.grad is not None or s.is_accumulated]
         if slots:
             with torch.autocast(slots[0].fragment.store.device.type, enabled=False):
                 self._executor.run(self._step(slots))
-        if self._accumulation is not None:
-            self._accumulation.drop()
-            self._accumulation.prepare(self.options)
+        if self._projected is not None:
+            self._projected.accumulation.drop()
+            self._projected.accumulation.prepare(self.options)
+            self._global_grad_norm = self._projected.norm  # DeepSpeed's engine reports it
         return loss
 
     def _step(self, slots: Sequence[Slot]) -> Rounds[None]:
@@ -376,7 +352,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             slot.matrix.options, slot.matrix.updated = options[id(slot.group)], False
         matrices = [slot.matrix for slot in projected]
         others = [slot.fragment.gradient for slot in rest]
-        clip = partial(self._clip, slots) if self._accumulation is not None else None
+        limit = self._groups.projected_gradient_clipping
+        clip = None if self._projected is None else partial(self._projected.clip, limit, slots)
         report = yield from step_matrices(
             self.method, matrices, self._executor.size, others, proceed, self._stacks["projected"], clip
         )
@@ -392,21 +369,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         yield from adamw_step(live, options, self._stacks["rest"])
         for slot in live:
             slot.mark_stepped()
-
-    def _clip(self, slots: Sequence[Slot], stacks: Sequence[Stack], magnitudes: Sequence[float]) -> Rounds[None]:
-        """Take the norm of what this step sees, and scale it down to ``projected_gradient_clipping``."""
-        norm = yield from projected_norm(
-            stacks, slots, max(magnitudes, default=0.0), self._executor, self.grid, self._is_local
-        )
-        self._global_grad_norm = norm  # DeepSpeed's engine reports it
-        limit = self._groups.projected_gradient_clipping
-        if not limit or norm + EPS <= limit:
-            return
-        for stack in stacks:
-            stack.found.scale_by(limit / (norm + EPS))
-        for store in {id(s.fragment.store): s.fragment.store for s in slots if not s.is_projected}.values():
-            if store.grad is not None:
-                store.grad.mul_(limit / (norm + EPS))
 
     def _agree_all_finite(self, finite: bool) -> bool:
         """Whether all ranks found their gradients finite, including those that exchange nothing with this one.
@@ -489,20 +451,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         While DeepSpeed saves a checkpoint, under projected reduction, the states of all data-parallel ranks on the one
         that saves for all.
         """
-        if self._of_all_ranks:
-            return {**self._of_all_ranks[0], "of_data_parallel_ranks": self._of_all_ranks}
-        return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
+        own = dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
+        return own if self._projected is None else self._projected.with_other_ranks(own)
 
     def checkpoint_event_prologue(self) -> None:
         """Bring together what one rank will save for all: DeepSpeed calls it before it saves. Collective."""
-        group = self._copies[0]
-        if self._accumulation is not None and group is not None and dist.get_world_size(group) > 1:
-            self._of_all_ranks = []  # of a save that failed
-            self._of_all_ranks = states_on_first(self.state_dict(), group)
+        if self._projected is not None:
+            self._projected.gather_states(self.state_dict)
 
     def checkpoint_event_epilogue(self) -> None:
         """Release what was brought together: DeepSpeed calls it after it has saved."""
-        self._of_all_ranks = []
+        if self._projected is not None:
+            self._projected.release_states()
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -514,7 +474,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; the message says which.
         """
-        state_dict = self._own_part(state_dict)
+        state_dict = own_state(state_dict, None if self._projected is None else self._data_parallel)
         fixed = self.method.Options.fixed_on_resume
         slots, groups = self.slots, self._groups
         frozen = [groups.name_of(parameter) for parameter in groups.left_out()]
@@ -522,21 +482,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = load_state(self.method.name, slots, groups.param_groups, state_dict, fixed, frozen)
         for slot in slots:
             slot.matrix.gathered.clear()
-        if self._accumulation is not None:
-            self._accumulate()
-
-    def _own_part(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """This rank's state from what one rank saved for all."""
-        parts = saved.get("of_data_parallel_ranks")
-        group = self._copies[0]
-        size = 1 if group is None else dist.get_world_size(group)
-        if parts is None or (self._accumulation is None and len(parts) == 1):
-            return saved
-        if len(parts) != size or self._accumulation is None:
-            here = "reduction 'gradient'" if self._accumulation is None else f"{size} of them"
-            raise CheckpointError(
-                f"the checkpoint was saved with reduction 'projected' on {len(parts)} data-parallel ranks, and this "
-                f"run has {here}: resume with the reduction and the number of ranks of the run that saved it"
-            )
-        own: dict[str, Any] = parts[0 if group is None else dist.get_rank(group)]
-        return own
+        if self._projected is not None:
+            self._project_gradients()

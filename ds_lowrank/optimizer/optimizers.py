@@ -65,6 +65,7 @@ class GaLore(LowRankOptimizer):
         moments: what a refresh does to the moments, ``keep`` (the default, as the official code) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
         stagger: whether the matrices' refreshes are spread over the interval; False.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
@@ -89,6 +90,7 @@ class GradNormLoRP(LowRankOptimizer):
         moments: what a refresh does to the moments, ``keep`` (the default) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
         stagger: whether the matrices' refreshes are spread over the interval; False.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.

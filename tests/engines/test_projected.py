@@ -53,6 +53,35 @@ def test_every_world_and_accumulation_matches_one_process(world, gas, method):
         assert result["wrapper"] == method
 
 
+VARIANTS = [
+    ("GradNormLoRP", {"norm_axis": "input"}),  # units along what is summed over, on one side or the other
+    ("GaLore", {"proj_type": "reverse_std", "moments": "rotate", "projector": "svd"}),
+    ("GaLore", {"inner": "lion", "lion_sign": "original"}),
+    ("VLoRP", {"granularity": "1/2", "proj_type": "reverse_std"}),
+    ("VLoRP", {"update_scheme": "subspace"}),
+    ("Lorenza", {"probe_form": "gaussian", "moment_on_refresh": "reset"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), VARIANTS, ids=str)
+def test_options_match_one_process(method, options):
+    dense = Oracle(method=method, **options)
+    for step in range(STEPS):
+        dense.step(step)
+    settings = config(0, 2, gas=2, method=method, params={**PROJECTED, **options})
+    for result in run_ranks(2, run_engine, settings, STEPS):
+        assert max_relative_difference(result["last"], dense.weights()) < 1e-4
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_weights_without_masters_stay_the_same_bits_on_all_ranks(method):
+    """As with whole gradients in bf16, whose sums are rounded: what the runs differ by is that rounding."""
+    params = {**PROJECTED, "master_weights": False, "state_dtype": "int8"}
+    results = run_ranks(2, run_engine, config(0, 2, "bf16", gas=2, method=method, params=params), 6)
+    assert all(torch.equal(results[0]["last"][name], results[1]["last"][name]) for name in results[0]["last"])
+    assert all(result["metrics"]["lowrank/projected_matrices"] == 14 for result in results)
+
+
 GRIDS = [Grid(1, 2, 1, 0), Grid(1, 1, 2, 0), Grid(2, 2, 1, 0), Grid(2, 1, 2, 0), Grid(2, 2, 1, 0, "autotp")]
 CROSSED = [Grid(2, 2, 1, 0), Grid(2, 1, 2, 0)]
 ON_GRIDS = [*((grid, "GaLore") for grid in GRIDS), *((grid, m) for grid in CROSSED for m in EXACT if m != "GaLore")]
@@ -298,6 +327,29 @@ def test_what_does_not_go_with_projected_reduction_is_refused_on_every_rank(give
 
 def refusal(settings):
     return own_initialize_error(make_model(), settings)
+
+
+def test_deepspeeds_default_clipping_is_switched_off():
+    settings = config(0, 1, params=PROJECTED)
+    del settings["gradient_clipping"]  # DeepSpeed then clips at 1.0
+    (result,) = run_ranks(1, run_engine, settings, 2)
+    (explicit,) = run_ranks(1, run_engine, config(0, 1, params=PROJECTED), 2)
+    assert max_relative_difference(result["last"], explicit["last"]) == 0
+
+
+def test_several_ranks_without_an_engine_are_refused():
+    assert all("needs an engine of ds_lowrank.initialize" in said for said in run_ranks(2, without_engine))
+
+
+def without_engine():
+    import ds_lowrank
+
+    optimizer = ds_lowrank.GaLore(make_model(), rank=4, reduction="projected")
+    try:
+        optimizer.bind()
+    except ds_lowrank.ConfigError as error:
+        return str(error)
+    return ""
 
 
 def test_no_sync_is_refused():

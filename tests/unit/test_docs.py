@@ -173,6 +173,11 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--simulated",
         "--basis-placement",
         "--bench",
+        "--repeats",
+        "--worlds",
+        "--cases",
+        "--memory",
+        "--rates",
         "--quiet",
         "--x",
     }
