@@ -56,8 +56,8 @@ def alone() -> DataParallel:
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigError(
-            "reduction 'projected' on several ranks needs an engine of ds_lowrank.initialize, which tells over which of "
-            "them gradients are averaged; without one, set reduction to 'gradient'"
+            "reduction 'projected' on several ranks needs an engine of ds_lowrank.initialize, which tells over which "
+            "of them gradients are averaged; without one, set reduction to 'gradient'"
         )
     return DataParallel()
 
