@@ -99,7 +99,7 @@ class OnlineSubspaceDescentMethod(Method):
         shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
     ) -> Program[Update]:
         """Descend along ``scale * rho(R) Q^T``, and move ``Q`` by one step of its own optimizer."""
-        state["basis"] = found.own
+        state["basis"], shard.held_basis = found.own, None  # the next step has another one
         descent = descend(shard, state, options, found.projected, found.basis)
         is_of_this_gradient = state["step"] == 0 and options.basis_init != "random"
         if is_of_this_gradient or found.is_zero:
