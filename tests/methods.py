@@ -161,6 +161,7 @@ ROWS = {
             {"rank": 4, "inner": "lion", "lion_sign": "original", "basis_optimizer": "lion"},
             {"rank": 4, "inner": "sgd", "momentum": 0.9, "basis_optimizer": "sgd", "basis_lr_ratio": 20.0},
             {"rank": 4, "pca_lambda": 0.0, "proj_type": "reverse_std"},
+            {"rank": 4, "pca_norm": "projected", "basis_optimizer": "sgd"},
             {"rank": 4, "weight_decay": 0.1, "scale": 1.0},
             {"rank": 4, "weight_decay": 0.1, "basis_weight_decay": 0.3},
         ],

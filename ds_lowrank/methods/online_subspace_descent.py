@@ -7,6 +7,8 @@ With the compressed dimension second, ``H`` is kept x compressed and ``Q`` compr
     Q <- Q - eps_P * (rho_P(grad L(Q)) + wd_P * Q)        with the Q that was used for W
 
     L(Q) = |H~ Q Q^T - H~|^2 + lambda |Q^T Q - I|^2,  H~ = H / |H|        (Equation 6)
+
+With ``pca_norm`` ``projected`` it is ``H~ = H / |H Q|``, which is known where only projections of gradients are summed.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer
+from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
 from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program, concurrently
+from ds_lowrank.sharding.reduce import Program, concurrently, without_rounds
 from ds_lowrank.sharding.updates import Update
 
 
@@ -43,6 +46,8 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """rho_P: what turns the gradient of the PCA loss into a direction."""
     basis_init: Literal["svd", "randomized", "random"] = "randomized"
     """The first basis: of the first gradient, or a random orthonormal one."""
+    pca_norm: Literal["gradient", "projected"] = "gradient"
+    """What the gradient is divided by in the PCA loss: its norm, or that of its projection ``H Q``."""
     basis_weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
 
@@ -68,12 +73,19 @@ class OnlineSubspaceDescentMethod(Method):
         }
 
     @staticmethod
-    def needs_gradient(options: OnlineSubspaceDescentOptions) -> str:
-        """A step multiplies the gradient by ``Q`` and then by ``R``, and divides by its norm."""
-        return (
-            "every step moves the basis along (H^T R) / |H|^2, so it needs the gradient again once R is summed, and "
-            "the norm of the summed gradient: set reduction to 'gradient'"
-        )
+    def needs_gradient(options: OnlineSubspaceDescentOptions) -> str | None:
+        """A step needs ``|H|``, unless ``pca_norm`` is ``projected``."""
+        if options.pca_norm == "gradient":
+            return (
+                "its loss divides by the norm of the summed gradient, which nobody has: set pca_norm to 'projected', "
+                "or reduction to 'gradient'"
+            )
+        return None
+
+    @staticmethod
+    @without_rounds
+    def factors(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> None:
+        """None: every step multiplies the gradient once more, by ``R``, which is known once all have summed it."""
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> Program[Projection]:
@@ -87,7 +99,7 @@ class OnlineSubspaceDescentMethod(Method):
         shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
     ) -> Program[Update]:
         """Descend along ``scale * rho(R) Q^T``, and move ``Q`` by one step of its own optimizer."""
-        state["basis"] = found.own
+        state["basis"], shard.held_basis = found.own, None  # the next step has another one
         descent = descend(shard, state, options, found.projected, found.basis)
         is_of_this_gradient = state["step"] == 0 and options.basis_init != "random"
         if is_of_this_gradient or found.is_zero:
@@ -129,9 +141,8 @@ def move_basis(
     The state gets a new tensor: the old basis is still needed for W.
     """
     basis = state["basis"]
-    gradient = yield from pca_gradient(
-        shard, basis, found.projected, options.pca_lambda, found.safe_scale, found.are_ordinary
-    )
+    norm = None if options.pca_norm == "projected" else found.are_ordinary
+    gradient = yield from pca_gradient(shard, basis, found.projected, options.pca_lambda, found.safe_scale, norm)
     state["basis_steps"] += 1
     inner = options.basis_inner_optimizer
     direction = yield from inner.direction(shard, shard.compressed, state, gradient, state["basis_steps"])  # rho_P
@@ -146,7 +157,7 @@ def pca_gradient(
     projected: torch.Tensor,
     pca_lambda: float,
     safe_scale: torch.Tensor,
-    are_ordinary: bool = False,
+    are_ordinary: bool | None = False,
 ) -> Program[torch.Tensor]:
     """The gradient of Equation 6 in closed form, without a compressed x compressed product.
 
@@ -160,14 +171,17 @@ def pca_gradient(
         projected: ``R`` as summed over all ranks, matrices x owned kept rows x rank, fp32.
         pca_lambda: the paper's lambda.
         safe_scale: of the gradients, matrices x 1 x 1.
-        are_ordinary: whether the gradients can be squared in fp32.
+        are_ordinary: whether the gradients can be squared in fp32, to take their norms; None for ``|H Q|`` instead.
 
     Returns:
         matrices x owned compressed rows x rank, fp32.
     """
     rank = basis.shape[2]
     projected = projected / safe_scale
-    norms = squared_norms(shard, shard.kept, shard.gradient, safe_scale, are_ordinary).sum((1, 2), keepdim=True)
+    if are_ordinary is None:
+        norms = projected.square().sum((1, 2), keepdim=True)
+    else:
+        norms = squared_norms(shard, shard.kept, shard.gradient, safe_scale, are_ordinary).sum((1, 2), keepdim=True)
     # R^T R, Q^T Q and |H|^2 travel as one small tensor, next to R and to H^T R: two rounds in all.
     squares = torch.cat([projected.mT @ projected, basis.mT @ basis, norms.expand(-1, 1, rank)], dim=1)
     small = shard.replicated_axis(2 * rank + 1)
@@ -182,7 +196,8 @@ def pca_gradient(
     rtr, qtq, norm_square = torch.split(shard.or_zeros(squares, 2 * rank + 1), [rank, rank, 1], dim=1)
     identity = torch.eye(rank, dtype=basis.dtype, device=basis.device)
     reconstruction = basis @ rtr + back @ (qtq - 2 * identity)  # Q (R^T R) + (H^T R) (Q^T Q) - 2 H^T R
-    gradient: torch.Tensor = 2 / norm_square * reconstruction
+    twice = torch.full_like(norm_square, 2.0)
+    gradient: torch.Tensor = safe_ratio(twice, norm_square) * reconstruction  # zero where H Q is
     if pca_lambda:
         gradient = gradient + 4 * pca_lambda * basis @ (qtq - identity)
     return gradient

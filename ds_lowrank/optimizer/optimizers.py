@@ -144,6 +144,8 @@ class OnlineSubspaceDescent(LowRankOptimizer):
         lion_sign: where ``inner`` ``lion`` takes its sign, in the ``subspace`` (the default) or in the ``original``
             space.
         pca_lambda: the weight of the term that keeps the basis near orthonormal, lambda; 0.1.
+        pca_norm: what the gradient is divided by in the PCA loss, the norm of the ``gradient`` (the default) or of its
+            ``projected`` form.
         basis_lr_ratio: the basis moves at ``basis_lr_ratio * lr``; 5.0.
         basis_optimizer: what steps the basis, ``adam`` (the default), ``sgd``, ``lion`` or ``adafactor``.
         basis_init: the first basis, of the first gradient by a ``randomized`` range finder (the default) or by ``svd``,

@@ -139,6 +139,8 @@ class Stack:
         """
         held = self.shard.held_basis
         if held is None:
+            for matrix in self.matrices:
+                matrix.gathered.pop("basis", None)
             return
         if self.is_here and not (is_stored and self._is_alone):
             self._gathered.close({"basis": held})

@@ -19,7 +19,7 @@ from ds_lowrank.reference.sketch import sketch
 
 
 def pca_loss(Q: torch.Tensor, G: torch.Tensor, pca_lambda: float) -> torch.Tensor:
-    """Equation 6 as a scalar, for a gradient G of norm one, kept x compressed, and Q, compressed x r."""
+    """Equation 6 as a scalar, for a gradient G that is divided by a norm, kept x compressed, and Q, compressed x r."""
     identity = torch.eye(Q.shape[1], dtype=Q.dtype)
     return (G - G @ Q @ Q.T).square().sum() + pca_lambda * (Q.T @ Q - identity).square().sum()
 
@@ -59,6 +59,7 @@ class DenseOnlineSubspaceDescent:
         basis_lr_ratio: float = 5.0,
         basis_optimizer: str = "adam",
         basis_init: str = "randomized",
+        pca_norm: str = "gradient",
         basis_weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -69,6 +70,7 @@ class DenseOnlineSubspaceDescent:
         self.weight, self.name, self.lr, self.scale = weight, name, lr, scale
         self.rank, self.right = min(rank, m, n), compresses_columns(proj_type, m, n)
         self.pca_lambda, self.basis_lr_ratio, self.basis_init = pca_lambda, basis_lr_ratio, basis_init
+        self.pca_norm = pca_norm
         self.weight_decay, self.seed, self.t = weight_decay, seed, 0
         self.basis_weight_decay = weight_decay if basis_weight_decay is None else basis_weight_decay
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign)
@@ -84,7 +86,8 @@ class DenseOnlineSubspaceDescent:
 
     def improve_basis(self, H: torch.Tensor, lr: float) -> None:
         """Take one step on the basis at its own learning rate."""
-        D = self.basis_optimizer.direction(pca_gradient(self.basis, H / H.norm(), self.pca_lambda))
+        norm = H.norm() if self.pca_norm == "gradient" else (H @ self.basis).norm()
+        D = self.basis_optimizer.direction(pca_gradient(self.basis, H / norm, self.pca_lambda))
         self.basis = (1 - lr * self.basis_weight_decay) * self.basis - lr * D
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:

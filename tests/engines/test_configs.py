@@ -33,7 +33,10 @@ def test_every_method_has_its_configuration_files():
         *(f"galore_zero{stage}{dtype}" for stage in range(4) for dtype in ("", "_bf16")),
         "galore_zero2_offload",
     }
-    assert {path.stem for path in OTHERS} == {f"{method}_zero2_bf16" for method in methods} | {"adamw_zero2", "llama_7b_24gb"}
+    assert {path.stem for path in OTHERS} == {f"{method}_zero2_bf16" for method in methods} | {
+        "adamw_zero2",
+        "llama_7b_24gb",
+    }
 
 
 @pytest.mark.parametrize("path", GALORE, ids=lambda path: path.stem)

@@ -57,6 +57,8 @@ VARIANTS = [
     ("GradNormLoRP", {"norm_axis": "input"}),  # units along what is summed over, on one side or the other
     ("GaLore", {"proj_type": "reverse_std", "moments": "rotate", "projector": "svd"}),
     ("GaLore", {"inner": "lion", "lion_sign": "original"}),
+    ("OnlineSubspaceDescent", {"pca_norm": "projected"}),
+    ("OnlineSubspaceDescent", {"pca_norm": "projected", "basis_optimizer": "sgd", "proj_type": "reverse_std"}),
     ("VLoRP", {"granularity": "1/2", "proj_type": "reverse_std"}),
     ("VLoRP", {"update_scheme": "subspace"}),
     ("Lorenza", {"probe_form": "gaussian", "moment_on_refresh": "reset"}),
@@ -310,7 +312,7 @@ REFUSED = [
     ({"stage": 3}, {}, "zero_optimization.stage 3: DeepSpeed reduces whole gradients there"),
     ({"stage": 0, "clip": 1.0}, {}, "gradient_clipping 1.0: nobody has the norm of the whole gradient"),
     ({"stage": 0, "method": "Apollo"}, {}, "it scales the gradient itself"),
-    ({"stage": 0, "method": "OnlineSubspaceDescent"}, {}, "it needs the gradient again once R is summed"),
+    ({"stage": 0, "method": "OnlineSubspaceDescent"}, {}, "its loss divides by the norm of the summed gradient"),
     ({"stage": 0, "method": "Lorenza"}, {"rank": None, "probe_form": "gaussian"}, "AdaZo-SAM steps on whole gradients"),
     ({"stage": 0, "method": "Lorenza"}, {"orthogonal_component": True}, "Lorenza+ adds what the subspace leaves out"),
     ({"stage": 0, "method": "VLoRP"}, {"update_scheme": "original_space"}, "keeps moments of every element"),
