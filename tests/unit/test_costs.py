@@ -60,6 +60,7 @@ def single_changes(method):
     options = METHODS[method].Options
     fields = options.model_fields.items()
     choices = {key: get_args(field.annotation) for key, field in fields if get_origin(field.annotation) is Literal}
+    choices.pop("reduction")  # another world, which has a test of its own
     # stagger moves a refresh to another step.
     choices |= {key: (False, True) for key, field in fields if field.annotation is bool and key != "stagger"}
     for key, value in ((key, value) for key, values in choices.items() for value in values):
