@@ -81,7 +81,7 @@ def initialize(
     """
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
     from ds_lowrank.integration.gradient_buffers import repair_gradient_buffers
-    from ds_lowrank.integration.projected import check_projected, share_projections, without_clipping
+    from ds_lowrank.integration.projected import share_projections
     from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
@@ -98,9 +98,6 @@ def initialize(
             check_trainer(str(name))
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         check_mesh(mesh_param)  # before the model gets adapters
-        params = section(settings, "optimizer", "params") if optimizer is None else optimizer.defaults
-        check_projected(settings, params, str(name))
-        settings = without_clipping(settings, params)
         given, has_masters = settings, keeps_masters(settings, optimizer)
         if not has_masters:
             settings = without_masters(settings)
@@ -144,6 +141,7 @@ def _validated(
         has_mpu: whether the caller passes a model-parallel unit.
     """
     from ds_lowrank.integration.ds_config.validate import validate
+    from ds_lowrank.integration.projected import check_projected, without_clipping
 
     settings = without_comments(settings)
     method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
@@ -152,7 +150,9 @@ def _validated(
     validate(settings, source)
     if not has_masters:
         check_storage(settings)
-    return without_forced_adam(settings, method)
+    options = section(settings, "optimizer", "params") if optimizer is None else optimizer.defaults
+    check_projected(settings, options, method)
+    return without_clipping(without_forced_adam(settings, method), options)
 
 
 def _prepare(

@@ -75,12 +75,12 @@ class ProjectedGradient:
         return ()
 
     def scale_by(self, factor: float) -> None:
-        """Multiply the gradients, as it were: what was found of them is linear in them.
+        """Multiply the gradients, as it were: what was found of them is linear in them, and is changed in place.
 
         Args:
             factor: the same on all ranks.
         """
-        self.projected = self.projected * factor
+        self.projected.mul_(factor)
         assert self.magnitudes is not None
         self.magnitudes = self.magnitudes * factor
         self.host_magnitudes = [magnitude * factor for magnitude in self.host_magnitudes]
