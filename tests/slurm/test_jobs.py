@@ -45,8 +45,8 @@ def test_a_preempted_job_comes_back_and_ends_as_if_nothing_had_been(cluster: Clu
     assert "on n[1-2], start 1: ranks meet at 127.0.0.1:" in log and "start 2" in log
     assert "stopped: requeued, to continue" in log and "finished" in log
     assert f"asked to stop at step {at_stop} of {STEPS}; --resume continues from here" in log
-    # torchrun's agents meet once more at the end. One that comes when the agent with the store has left logs an exception
-    # of its own, and goes on.
+    # torchrun's agents meet once more at the end. One that comes when the agent with the store has left logs an
+    # exception of its own, and goes on.
     said = "\n".join(line for line in log.splitlines() if "elastic/agent/server/api.py" not in line)
     assert "Traceback" not in said and "Killed" not in log
     for result in ("metrics.jsonl", "summary.json"):
