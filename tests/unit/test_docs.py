@@ -176,6 +176,7 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--repeats",
         "--worlds",
         "--cases",
+        "--sequence",
         "--memory",
         "--rates",
         "--quiet",
