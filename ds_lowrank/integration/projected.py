@@ -5,7 +5,7 @@ At ZeRO 0 in fp32 DeepSpeed leaves the optimizer as it is, and asks it which gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -85,11 +85,8 @@ def share_projections(engine: DeepSpeedEngine) -> None:
         return
     group = engine.seq_data_parallel_group
     optimizer.set_data_parallel(DataParallel(group, engine.sequence_parallel_size / dist.get_world_size(group)))
-    engine.no_sync = _refuse(NO_SYNC)
 
+    def no_sync() -> None:
+        raise ConfigError(NO_SYNC)
 
-def _refuse(message: str) -> Callable[..., Any]:
-    def refused(*args: Any, **named: Any) -> Any:
-        raise ConfigError(message)
-
-    return refused
+    engine.no_sync = no_sync

@@ -127,11 +127,6 @@ class AdaRankGradMethod(Method):
         return None if state["used_up"] else (yield from basis_factors(shard, state))
 
     @staticmethod
-    def measure(shard: MatrixShard, options: AdaRankGradOptions, factors: Sums) -> Sums:
-        """``R = H Q`` of a micro-batch."""
-        return (shard.times(factors[0]),)
-
-    @staticmethod
     def project(shard: MatrixShard, state: State, options: AdaRankGradOptions) -> Program[Projection]:
         """``R = H Q``, on a new subspace if the last one is used up."""
         if state["used_up"]:

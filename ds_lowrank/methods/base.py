@@ -150,7 +150,7 @@ class Method(ABC):
 
     @staticmethod
     def measure(shard: MatrixShard, options: Any, factors: Sums) -> Sums:
-        """What an ordinary step needs of the gradients, all linear in them.
+        """What an ordinary step needs of the gradients, all linear in them: unless a method says more, ``H Q``.
 
         It is called in the middle of backward, once a gradient is there, and summed over micro-batches. ``project``
         finds the sums in ``shard.sums``, and sums them over ranks.
@@ -160,7 +160,7 @@ class Method(ABC):
             options: of the matrices' group.
             factors: what :meth:`factors` returned for these matrices.
         """
-        raise NotImplementedError
+        return (shard.times(factors[0]),)
 
     @staticmethod
     @abstractmethod

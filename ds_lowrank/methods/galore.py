@@ -90,11 +90,6 @@ class GaLoreMethod(Method):
         return (yield from basis_factors(shard, state))
 
     @staticmethod
-    def measure(shard: MatrixShard, options: GaLoreOptions, factors: Sums) -> Sums:
-        """``R = H Q`` of a micro-batch."""
-        return (shard.times(factors[0]),)
-
-    @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
         due = refresh_due(shard.names[0], options, state["step"])  # the same for all

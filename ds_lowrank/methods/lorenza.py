@@ -177,11 +177,6 @@ class LorenzaMethod(PerturbingMethod):
         return None if subspace_due(state, options) else (yield from basis_factors(shard, state))
 
     @staticmethod
-    def measure(shard: MatrixShard, options: LorenzaOptions, factors: Sums) -> Sums:
-        """``R = H Q`` of a micro-batch."""
-        return (shard.times(factors[0]),)
-
-    @staticmethod
     def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
         """Find ``Q`` if it is due, and project: ``R = H Q``. Without a rank the gradient itself is what is found."""
         if options.rank is None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_lowrank.collectives import all_gather_object
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor's shape and dtype, in its place."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def states_on_first(own: dict[str, Any], group: dist.ProcessGroup) -> list[dict[str, Any]]:
@@ -22,57 +32,27 @@ def states_on_first(own: dict[str, Any], group: dist.ProcessGroup) -> list[dict[
     Returns:
         On the first rank a dict of every rank, in order, its tensors on the CPU; elsewhere an empty list.
     """
-    tensors: list[torch.Tensor] = []
-    outlines = all_gather_object(_outline(own, tensors), group)
+    tensors = [leaf for leaf in tree_leaves(own) if isinstance(leaf, torch.Tensor)]
+    outlines = all_gather_object(tree_map(_like, own), group)
     first, *others = dist.get_process_group_ranks(group)
     if dist.get_rank() != first:
         for tensor in tensors:
             dist.send(tensor.contiguous(), first, group=group)
         return []
     device = tensors[0].device if tensors else torch.device("cpu")
-    found = [_filled(outlines[0], [tensor.cpu() for tensor in tensors])]
+
+    def received(leaf: Any, sender: int) -> Any:
+        if not isinstance(leaf, _Like):
+            return leaf
+        tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+        dist.recv(tensor, sender, group=group)
+        return tensor.cpu()
+
+    found = [tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, own)]
     for sender, outline in zip(others, outlines[1:], strict=True):
-        received = [_received(like, sender, group, device) for like in _likes(outline)]
-        found.append(_filled(outline, received))
+        found.append(tree_map(lambda leaf, sender=sender: received(leaf, sender), outline))
     return found
 
 
-class _Like(tuple[tuple[int, ...], torch.dtype]):
-    """The shape and dtype of a tensor, in its place."""
-
-
-def _outline(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """The value with every tensor replaced by its shape and dtype; the tensors are appended in order."""
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return _Like((tuple(value.shape), value.dtype))
-    if isinstance(value, dict):
-        return {key: _outline(one, tensors) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_outline(one, tensors) for one in value]
-    return value
-
-
-def _likes(outline: Any) -> list[_Like]:
-    if isinstance(outline, _Like):
-        return [outline]
-    inner = outline.values() if isinstance(outline, dict) else outline if isinstance(outline, list) else ()
-    return [like for one in inner for like in _likes(one)]
-
-
-def _received(like: _Like, sender: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
-    shape, dtype = like
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    dist.recv(tensor, sender, group=group)
-    return tensor.cpu()
-
-
-def _filled(outline: Any, tensors: list[torch.Tensor]) -> Any:
-    """An outline with tensors in their places again."""
-    if isinstance(outline, _Like):
-        return tensors.pop(0)
-    if isinstance(outline, dict):
-        return {key: _filled(one, tensors) for key, one in outline.items()}
-    if isinstance(outline, list):
-        return [_filled(one, tensors) for one in outline]
-    return outline
+def _like(leaf: Any) -> Any:
+    return _Like(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
