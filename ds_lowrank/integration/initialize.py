@@ -98,12 +98,7 @@ def initialize(
             check_trainer(str(name))
         settings = _validated(settings, source, optimizer, has_mpu=mpu is not None)
         check_mesh(mesh_param)  # before the model gets adapters
-        given, has_masters = settings, keeps_masters(settings, optimizer)
-        if not has_masters:
-            settings = without_masters(settings)
         settings, optimizer = _prepare(model, settings, optimizer, model_parameters, mpu)
-        if not has_masters and model is not None and not zero_stage(given):
-            convert_model(model, given)
     engine, wrapped, loader, scheduler = stock_initialize()(
         args=without_path(args),
         model=model,
@@ -145,14 +140,20 @@ def _validated(
 
     settings = without_comments(settings)
     method = settings["optimizer"]["type"] if optimizer is None else optimizer.method.name
-    has_masters = keeps_masters(settings, optimizer)
+    options = _options_of(settings, optimizer)
+    has_masters = keeps_masters(options)
     check_supported(settings, method, has_mpu=has_mpu, has_masters=has_masters)
     validate(settings, source)
     if not has_masters:
         check_storage(settings)
-    options = section(settings, "optimizer", "params") if optimizer is None else optimizer.defaults
     check_projected(settings, options, method)
-    return without_clipping(without_forced_adam(settings, method), options)
+    settings = without_clipping(without_forced_adam(settings, method), options)
+    return settings if has_masters else without_masters(settings)
+
+
+def _options_of(settings: Mapping[str, Any], optimizer: LowRankOptimizer | None) -> Mapping[str, Any]:
+    """The options of the client's optimizer, or those that the settings name."""
+    return section(settings, "optimizer", "params") if optimizer is None else optimizer.defaults
 
 
 def _prepare(
@@ -162,7 +163,7 @@ def _prepare(
     model_parameters: Iterable[Any] | None,
     mpu: Any,
 ) -> tuple[dict[str, Any], Any]:
-    """Check the model and the configuration, and tag the parameters with their names.
+    """Check the model and the configuration, tag the parameters with their names, and convert weights without masters.
 
     Args:
         model: the caller's.
@@ -194,6 +195,8 @@ def _prepare(
     unit = model_parallel_unit(model, mpu)
     grid = None if unit is None else grid_of(unit)
     settings = with_whole_activations(model, settings, grid)
+    if not keeps_masters(_options_of(settings, optimizer)) and not zero_stage(settings):
+        convert_model(model, settings)
     allow_under_zero()
     if optimizer is None:
         return settings, _factory(model, settings, grid)

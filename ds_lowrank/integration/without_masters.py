@@ -18,7 +18,6 @@ import torch
 from ds_lowrank.collectives import global_rank
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.ds_config.values import precision, section, zero_stage
-from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -27,15 +26,13 @@ BF16_STORAGE = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 which means nothing to an optimizer of this package: ``state_dtype`` says how moments are stored."""
 
 
-def keeps_masters(settings: Mapping[str, Any], optimizer: LowRankOptimizer | None) -> bool:
+def keeps_masters(options: Mapping[str, Any]) -> bool:
     """Whether the weights have fp32 copies, as ``master_weights`` says.
 
     Args:
-        settings: the DeepSpeed configuration.
-        optimizer: the client's; None for the one that the settings name.
+        options: of the optimizer.
     """
-    given = section(settings, "optimizer", "params") if optimizer is None else optimizer.defaults
-    return given.get("master_weights", True) is not False
+    return options.get("master_weights", True) is not False
 
 
 def check_storage(settings: Mapping[str, Any]) -> None:
@@ -91,7 +88,7 @@ def convert_model(model: torch.nn.Module, settings: Mapping[str, Any]) -> None:
 
     Args:
         model: changed in place.
-        settings: the DeepSpeed configuration, before :func:`without_masters`.
+        settings: the DeepSpeed configuration.
     """
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.config import DtypeEnum

@@ -20,7 +20,7 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.integration.ds_config.optimizer_block import ADAM
 from ds_lowrank.integration.ds_config.read import read_file
 from ds_lowrank.integration.ds_config.validate import validate_program
-from ds_lowrank.integration.ds_config.values import precision, zero_block, zero_stage
+from ds_lowrank.integration.ds_config.values import precision, section, zero_block, zero_stage
 from ds_lowrank.integration.unsupported_settings import check_supported
 from ds_lowrank.integration.without_masters import check_storage, keeps_masters
 
@@ -70,7 +70,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f'{path} names no optimizer: it needs "optimizer": {{"type": ..., "params": {{"lr": ...}}}}')
     validate_program(config, str(path), filled_in=(GLOBAL, MICRO, ACCUMULATION))
     try:
-        has_masters = keeps_masters(config, None)
+        has_masters = keeps_masters(section(config, "optimizer", "params"))
         check_supported(config, optimizer["type"], has_masters=has_masters)
         if not has_masters:
             check_storage(config)
