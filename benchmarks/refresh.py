@@ -121,7 +121,7 @@ def pca_steps(gradient: torch.Tensor, basis: torch.Tensor) -> Callable[[], objec
     """Return a function that takes one step on the basis, compressed x rank, as one process does."""
     shard, rank = _shard("matrix", gradient), basis.shape[1]
     options = OnlineSubspaceDescentOptions.model_validate({"rank": rank})
-    store = StateStore(lambda at: OnlineSubspaceDescentMethod.state(shard, options, at), rank)
+    store = StateStore(lambda at, _: OnlineSubspaceDescentMethod.state(shard, options, at), rank)
     own = basis.unsqueeze(0)
     (single,) = store.empty(gradient.device, 1)
     state = {key: value.unsqueeze(0) if isinstance(value, torch.Tensor) else value for key, value in single.items()}

@@ -7,7 +7,9 @@ every rank must have selected its device (``torch.cuda.set_device``) first.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +58,23 @@ def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gathered_once(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather a picklable value from every rank, equal ones once. Collective.
+
+    Args:
+        value: this rank's value; its pickle must be the same wherever it is equal.
+        group: the ranks that take part; None for all.
+
+    Returns:
+        The different values, in the order of the first ranks that have them; the same list on every rank.
+    """
+    digests = all_gather_object(hashlib.blake2b(pickle.dumps(value), digest_size=16).digest(), group)
+    rank = dist.get_rank(group) if is_distributed() else 0
+    is_first = digests.index(digests[rank]) == rank
+    found = all_gather_object([value] if is_first else [], group)
+    return [one for part in found for one in part]
 
 
 def any_rank(*flags: bool | torch.Tensor, device: torch.device) -> list[bool]:

@@ -156,19 +156,19 @@ def seal(path: Path) -> Sealed:
     return Sealed(bytes=path.stat().st_size, sha256=sha256(path))
 
 
-def write_manifest(directory: Path, identity: Identity, progress: Progress, files: Mapping[str, Sealed]) -> None:
+def write_manifest(directory: Path, run: Mapping[str, Any], progress: Progress, files: Mapping[str, Sealed]) -> None:
     """Write manifest.json and flush it to the disk.
 
     Args:
         directory: the folder of the checkpoint, complete except for the manifest.
-        identity: identifies the run.
+        run: identifies the run; empty for an engine that is driven by another program.
         progress: how far the run is.
         files: the files in ``directory``, by name.
     """
     content = {
         "format": FORMAT,
         "progress": asdict(progress),
-        "run": asdict(identity),
+        "run": dict(run),
         "files": {name: sealed.model_dump() for name, sealed in sorted(files.items())},
     }
     content["checksum"] = _checksum(content)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -43,11 +43,11 @@ def zero_stage(enumeration: Any, name: str) -> ZeroStageEnum:
 UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)|class ([\w.]+)")
 
 
-def read_data(path: Path, map_location: Any = "cpu") -> Any:
+def read_data(path: Path | BinaryIO, map_location: Any = "cpu") -> Any:
     """Read a file of ``torch.save``; nothing in it is run.
 
     Args:
-        path: the file.
+        path: the file, or what is to be written to one.
         map_location: as for ``torch.load``.
 
     Raises:
@@ -60,6 +60,10 @@ def read_data(path: Path, map_location: Any = "cpu") -> Any:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         named = UNSUPPORTED.search(str(error))
         reason = f"it names {named[1] or named[2]}" if named else lines[0]
+        if not isinstance(path, Path):
+            raise CheckpointError(
+                f"client_state can only have tensors and plain values, which can be read again ({reason})"
+            ) from error
         raise CheckpointError(
             f"{path} does not contain the data of a checkpoint ({reason}); nothing in it was run. Resume from another "
             "checkpoint"

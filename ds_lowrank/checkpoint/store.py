@@ -13,22 +13,28 @@ therefore never damages the previous checkpoint. SAVE must be the same directory
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from ds_lowrank.checkpoint.choose import leftovers, list_tags
 from ds_lowrank.checkpoint.deferred import DeferredErrors
-from ds_lowrank.checkpoint.disk import flush, is_full
-from ds_lowrank.checkpoint.manifest import FILE, Identity, Progress, Sealed, read_manifest, seal, write_manifest
-from ds_lowrank.checkpoint.owned import MARK, delete_owned, is_owned, make_owned, mark
+from ds_lowrank.checkpoint.folder import (
+    advice,
+    complete,
+    merged,
+    on_first_rank,
+    partial_of,
+    prepare,
+    prune,
+    share_of_files,
+)
+from ds_lowrank.checkpoint.manifest import Identity, Progress, read_manifest, seal
+from ds_lowrank.checkpoint.owned import is_owned
 from ds_lowrank.checkpoint.restricted_load import read_data, restricted
-from ds_lowrank.collectives import all_gather_object, global_rank, is_distributed, raise_on_all_ranks
+from ds_lowrank.collectives import all_gather_object, global_rank, raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
 
 
@@ -57,9 +63,9 @@ def save_checkpoint(
         CheckpointError: any rank failed; raised on all ranks. ``directory`` is then unchanged.
     """
     tag = f"global_step{progress.step}"
-    partial = directory / f".{tag}.partial"
+    partial = partial_of(directory, tag)
     try:
-        _on_first_rank(lambda: _prepare(directory, tag, partial))
+        on_first_rank(lambda: prepare(directory, tag))
         with DeferredErrors(engine) as deferred:
             engine.save_checkpoint(
                 str(partial), tag=tag, client_state={"progress": asdict(progress)}, save_latest=False
@@ -69,29 +75,22 @@ def save_checkpoint(
             own = partial / tag / _rank_file(global_rank())
             torch.save({"rank": global_rank(), "progress": asdict(progress), "state": rank_state}, own)
             written = {path.relative_to(partial / tag).as_posix(): seal(path) for path in [*deferred.written, own]}
-        files = _merged(all_gather_object(written))
-        _on_first_rank(lambda: _complete(directory, tag, partial, identity, progress, files))
+        files = merged(all_gather_object(written))
+        wanted = [_rank_file(rank) for rank in range(identity.ranks)]
+        on_first_rank(lambda: complete(directory, tag, asdict(identity), progress, files, wanted))
     except (OSError, RuntimeError, CheckpointError) as error:
         if global_rank() == 0 and is_owned(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{directory / tag} was not saved: {error}{_advice(error)}. Earlier checkpoints are intact"
+            f"{directory / tag} was not saved: {error}{advice(error)}. Earlier checkpoints are intact"
         ) from error
     try:
-        _on_first_rank(lambda: _prune(directory, keep))
+        on_first_rank(lambda: prune(directory, keep))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{directory / tag} was saved, but an older checkpoint was not deleted: {error}"
         ) from error
     return directory / tag
-
-
-def _advice(error: Exception) -> str:
-    """What to do where a disk is full, and what may be the reason where torch does not say why it could not write."""
-    text = str(error)
-    if is_full(error):
-        return "; make room on the disk"
-    return "; is the disk full?" if "PytorchStreamWriter" in text or "file write failed" in text else ""
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
@@ -127,11 +126,6 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> tuple[Progress
     return manifest.progress, own
 
 
-def share_of_files() -> slice:
-    """The share of a checkpoint's files that this rank checks. All ranks together check all of them."""
-    return slice(dist.get_rank(), None, dist.get_world_size()) if is_distributed() else slice(None)
-
-
 def _own_state(checkpoint: Path, progress: Progress) -> dict[str, Any]:
     """This rank's own state, from a file that must be this rank's and of the checkpoint's step."""
     name = _rank_file(global_rank())
@@ -154,79 +148,3 @@ def _check_progress(checkpoint: Path, name: str, found: Any, progress: Progress)
 
 def _rank_file(rank: int) -> str:
     return f"rank_{rank}.pt"
-
-
-def _on_first_rank(act: Callable[[], None]) -> None:
-    with raise_on_all_ranks():
-        if global_rank() == 0:
-            act()
-
-
-def _prepare(directory: Path, tag: str, partial: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in leftovers(directory):
-        delete_owned(leftover)
-    if (directory / tag).exists():
-        raise CheckpointError(f"{directory / tag} already exists and is not overwritten; give another --save")
-    make_owned(partial)
-    (partial / tag).mkdir()
-
-
-def _merged(parts: Iterable[Mapping[str, Sealed]]) -> dict[str, Sealed | None]:
-    """What the ranks wrote together; None for a file that several of them wrote."""
-    files: dict[str, Sealed | None] = {}
-    for part in parts:
-        for name, sealed in part.items():
-            files[name] = None if name in files else sealed
-    return files
-
-
-def _complete(
-    directory: Path,
-    tag: str,
-    partial: Path,
-    identity: Identity,
-    progress: Progress,
-    written: Mapping[str, Sealed | None],
-) -> None:
-    """Write the manifest and give the checkpoint its name. Everything is on the disk before it has one."""
-    checkpoint = partial / tag
-    missing = [rank for rank in range(identity.ranks) if not (checkpoint / _rank_file(rank)).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"rank {missing[0]} wrote elsewhere: --save {directory} must be one directory for all ranks"
-        )
-    files = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        name = path.relative_to(checkpoint).as_posix()
-        files[name] = written.get(name) or seal(path)
-    write_manifest(checkpoint, identity, progress, files)
-    flush(checkpoint)
-    for script in partial.glob("*.py"):
-        script.replace(directory / script.name)
-    (partial / "latest").write_text(tag)
-    flush(partial / "latest")
-    checkpoint.rename(directory / tag)
-    (partial / "latest").replace(directory / "latest")
-    flush(directory)
-    delete_owned(partial)
-
-
-def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest whole checkpoints, except those to which somebody else has added a file."""
-    for old in list_checkpoints(directory)[:-keep]:
-        try:
-            known = read_manifest(old).files.keys() | {FILE, MARK}
-        except CheckpointError:
-            continue
-        present = {path.relative_to(old).as_posix() for path in old.rglob("*") if not path.is_dir()}
-        if old.is_symlink() or present - known:
-            continue
-        mark(old)
-        removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill never leaves half a checkpoint
-        delete_owned(removed)
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in ``directory``, oldest first; their files are not read."""
-    return [path for path in list_tags(directory) if (path / FILE).is_file()]

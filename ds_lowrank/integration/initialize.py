@@ -80,9 +80,9 @@ def initialize(
             rank, before anything is built.
     """
     from ds_lowrank.integration.clipping import check_norm, repair_clipping
+    from ds_lowrank.integration.engine_checkpoints import keep_checkpoints_of_any_grid
     from ds_lowrank.integration.gradient_buffers import repair_gradient_buffers
     from ds_lowrank.integration.projected import share_projections
-    from ds_lowrank.integration.saved_layout import check_before_loading
     from ds_lowrank.integration.stages import check_groups
 
     settings, source = settings_of(args, config if config is not None else config_params)
@@ -119,7 +119,7 @@ def initialize(
         repair_gradient_buffers(engine)
         check_groups(engine)
         check_norm(engine)
-        check_before_loading(engine)
+        keep_checkpoints_of_any_grid(engine)
     repair_clipping(engine)
     return engine, wrapped, loader, scheduler
 

@@ -29,6 +29,8 @@ CPU_CHUNK_ELEMENTS = 2**17
 """Elements that a CPU encodes or decodes at a time."""
 CHUNK_ELEMENTS = 2**24
 """Elements that other devices encode or decode at a time, which bounds the temporary memory."""
+Range = tuple[int, int]
+"""A half-open range of rows."""
 
 
 class Quantizer(ABC):
@@ -75,6 +77,15 @@ class Quantizer(ABC):
             out: the tensors to write to, under the suffixes of :meth:`tensors`, with a leading dimension L; they may
                 be strided as long as rows are contiguous.
         """
+
+    def stored_rows(self, suffix: str, rows: Range) -> Range:
+        """Where a stored tensor has what belongs to some rows of the matrix.
+
+        Args:
+            suffix: of the tensor, as in :meth:`tensors`.
+            rows: ``[first, last)``; the first a multiple of ``block_rows``, the last too or the end of the matrix.
+        """
+        return rows
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Number of bytes that are stored for one matrix.
@@ -163,6 +174,10 @@ class Int8(Quantizer):
         """The codes, and one scale per block and column."""
         scales = (-(-rows // BLOCK), columns)
         return {"": ((rows, columns), torch.uint8), "_scale": (scales, torch.float32)}
+
+    def stored_rows(self, suffix: str, rows: Range) -> Range:
+        """There is one scale for each block."""
+        return (rows[0] // BLOCK, -(-rows[1] // BLOCK)) if suffix == "_scale" else rows
 
     def decode(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Restore the numbers that the codes stand for, chunk by chunk."""

@@ -90,6 +90,7 @@ def slots_of(
                 rank_text=text,
                 parameter=parameter.parameter,
                 logical=logical,
+                whole=parameter.logical,
             )
         )
     matrices.make_states()

@@ -62,7 +62,9 @@ class Matrices:
         if key not in self._stores:
             shard, method = shard_of(name, geometry), self._method
             initial = method.rank(as_output_first, options)
-            self._stores[key] = StateStore(lambda rank: method.state(shard, options, rank), initial)
+            self._stores[key] = StateStore(
+                lambda rank, dtype: method.state(shard, _stored_as(options, dtype), rank), initial
+            )
         number, self._count = self._count, self._count + 1
         root = geometry.holders[number % len(geometry.holders)]
         return self._made(Member(name, root, number), geometry, fragment, self._stores[key], options)
@@ -85,7 +87,7 @@ class Matrices:
         key = (id(geometry), group, "elementwise")
         if key not in self._stores:
             shard = shard_of(name, geometry)
-            self._stores[key] = StateStore(lambda _: full_rank_state(shard, options), 0)
+            self._stores[key] = StateStore(lambda _, dtype: full_rank_state(shard, _stored_as(options, dtype)), 0)
         return self._made(Member(name), geometry, fragment, self._stores[key], options)
 
     def _geometry(
@@ -124,3 +126,8 @@ def output_first(shape: tuple[int, int], transposed: bool) -> tuple[int, int]:
         transposed: whether the layer stores it input x output.
     """
     return (shape[1], shape[0]) if transposed else shape
+
+
+def _stored_as(options: Options, state_dtype: str | None) -> Options:
+    """The options with another ``state_dtype``, as a checkpoint may have; None for the options themselves."""
+    return options if state_dtype is None else options.model_copy(update={"state_dtype": state_dtype})

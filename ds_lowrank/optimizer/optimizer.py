@@ -7,7 +7,7 @@ in :mod:`ds_lowrank.optimizer.step`. DeepSpeed unscales and clips the gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -30,6 +30,8 @@ from ds_lowrank.optimizer.perturbation import Perturbation
 from ds_lowrank.optimizer.projected import DataParallel, ProjectedReduction, alone, own_state
 from ds_lowrank.optimizer.refresh_clock import RefreshClock
 from ds_lowrank.optimizer.report import log_roles
+from ds_lowrank.optimizer.rows import state_pieces
+from ds_lowrank.optimizer.saved_state import Parts, load_everything, plain_state
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
@@ -39,7 +41,8 @@ from ds_lowrank.optimizer.waiting import mark_waiting
 from ds_lowrank.placement.averaging import check_averaging
 from ds_lowrank.placement.grid import Grid, for_cpu_tensors, initialized_grid, joined
 from ds_lowrank.placement.parameter_names import tag_parameters
-from ds_lowrank.placement.zero import read_placement, with_copies
+from ds_lowrank.placement.zero import Interval, read_placement, with_copies
+from ds_lowrank.sharding.pieces import Piece, Source
 from ds_lowrank.sharding.reduce import Distributed, Executor, Rounds, SingleProcess
 
 UNPERTURBED_GRADIENT = (
@@ -103,6 +106,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._given_grid = grid
         self._groups = ParameterGroups(self.method, options, self._grid_of)
         self._slots: dict[int, list[Slot]] | None = None
+        self._intervals: dict[torch.nn.Parameter, Interval] = {}
         self._executor: Executor = SingleProcess()
         self.wrapper, self.grid, self._is_local = "none", Grid(), False
         self._counts = {"skipped_updates": 0, "refreshes": 0}
@@ -229,6 +233,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for slot in slots:
             by_store.setdefault(id(slot.fragment.store), []).append(slot)
         self._slots = by_store
+        pairs = zip(chain.from_iterable(self._groups.parameters), chain.from_iterable(placement.intervals), strict=True)
+        self._intervals = dict(pairs)
         if self._groups.reduces_projections:
             self._project_gradients()
         mark_waiting(chain.from_iterable(self._groups.parameters), None)
@@ -463,6 +469,47 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Release what was brought together: DeepSpeed calls it after it has saved."""
         if self._projected is not None:
             self._projected.release_states()
+
+    def interval_of(self, parameter: torch.nn.Parameter) -> Interval | None:
+        """Where this rank's elements of a parameter are stored and stepped; None if the optimizer was not given it.
+
+        Args:
+            parameter: of the model.
+        """
+        self.bind()
+        return self._intervals.get(parameter)
+
+    def state_pieces(self) -> Iterator[Piece]:
+        """This rank's rows of the state, as pieces of logical tensors: what a checkpoint for any grid consists of."""
+        yield from state_pieces(self.slots)
+
+    def plain_state(self) -> dict[str, Any]:
+        """What belongs to a checkpoint for any grid besides tensors: of this pipeline stage, the same on its ranks."""
+        return plain_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load_rows(self, source: Source, saved: dict[str, Any], parts: Parts = "all") -> None:
+        """Load a state that was saved on whatever grid. Nothing is changed unless all of it fits.
+
+        Args:
+            source: has the pieces of :meth:`state_pieces` of all ranks.
+            saved: what :meth:`plain_state` returned, of all stages.
+            parts: ``all``, or ``rest`` to begin anew with the projected matrices.
+
+        Raises:
+            CheckpointError: it belongs to another method, model or configuration; the message says which.
+        """
+        slots, groups = self.slots, self._groups
+        frozen = [groups.name_of(parameter) for parameter in groups.left_out()]
+        fixed = self.method.Options.fixed_on_resume
+        counts = load_everything(self.method.name, slots, groups.param_groups, source, saved, fixed, frozen, parts)
+        self._stacks = {"projected": Stacks(self.method), "rest": Stacks(None)}
+        self._counts |= counts
+        for slot in slots:
+            slot.matrix.gathered.clear()
+        if self._projected is not None:
+            self._project_gradients()
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Slot:
         rank_text: the rank as the role table shows it.
         parameter: the model's parameter; several slots share that of a fused weight.
         logical: where in the parameter the elements are that the slot steps.
+        whole: the logical matrix or vector that they belong to, before it was taken as one row or as a shard.
         stepped: whether the last step changed it.
         perturbed: whether its gradient was taken as the method's ``ascent`` asks.
     """
@@ -43,6 +44,7 @@ class Slot:
     rank_text: str
     parameter: torch.nn.Parameter
     logical: Logical
+    whole: Logical
     stepped: bool = False
     perturbed: bool = False
 
@@ -60,6 +62,11 @@ class Slot:
     def state(self) -> State:
         """What the method keeps, and ``step``."""
         return self.matrix.state
+
+    @property
+    def plain_values(self) -> dict[str, Any]:
+        """What its state has besides tensors, such as ``step``."""
+        return {key: value for key, value in self.state.items() if not isinstance(value, torch.Tensor)}
 
     @property
     def state_store(self) -> StateStore:

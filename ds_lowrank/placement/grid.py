@@ -50,6 +50,11 @@ class Grid:
         return 1 if self.tensor is None else dist.get_world_size(self.tensor)
 
     @property
+    def pipeline_rank(self) -> int:
+        """This rank's stage of the pipeline."""
+        return 0 if self.pipeline is None else dist.get_rank(self.pipeline)
+
+    @property
     def pipeline_size(self) -> int:
         """Number of pipeline stages."""
         return 1 if self.pipeline is None else dist.get_world_size(self.pipeline)

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, step_of
+from ds_lowrank.checkpoint.folder import share_of_files
 from ds_lowrank.checkpoint.manifest import Identity, check_identity
-from ds_lowrank.checkpoint.store import share_of_files
 from ds_lowrank.collectives import global_rank
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights

@@ -87,19 +87,34 @@ class StateStore:
     """How the state of matrices that are cut alike is stored, and how a method sees it: in fp32.
 
     Args:
-        spec: returns the state's spec for a rank.
+        spec: returns the state's spec for a rank and a ``state_dtype``, None for that of the options.
         rank: the initial rank, 0 for what has none; a state may have a smaller one under ``rank``.
 
     Attributes:
         is_exact: whether every tensor is stored in fp32.
     """
 
-    def __init__(self, spec: Callable[[int], StateSpec], rank: int) -> None:
-        self.spec, self.rank = spec, rank
-        self.is_exact = all(spec.quantizer is FP32 for spec in self._tensor_specs(rank).values())
+    def __init__(self, spec: Callable[[int, str | None], StateSpec], rank: int) -> None:
+        self._spec, self.rank = spec, rank
+        self.is_exact = all(spec.quantizer is FP32 for spec in self.tensor_specs(rank).values())
 
-    def _tensor_specs(self, rank: int) -> dict[str, TensorSpec]:
-        return {key: spec for key, spec in self.spec(rank).items() if isinstance(spec, TensorSpec)}
+    def spec(self, rank: int) -> StateSpec:
+        """The spec of a matrix's state.
+
+        Args:
+            rank: of the state.
+        """
+        return self._spec(rank, None)
+
+    def tensor_specs(self, rank: int, state_dtype: str | None = None) -> dict[str, TensorSpec]:
+        """The spec of every tensor of the state, by its key.
+
+        Args:
+            rank: of the state.
+            state_dtype: as which it is stored; None for that of the options.
+        """
+        specs = self._spec(rank, state_dtype).items()
+        return {key: spec for key, spec in specs if isinstance(spec, TensorSpec)}
 
     def rank_of(self, state: State) -> int:
         """The current rank of a state.
@@ -113,7 +128,7 @@ class StateStore:
     @cached_property
     def numel(self) -> int:
         """Elements of a matrix's initial state, summed over ranks."""
-        return sum(spec.numel for spec in self._tensor_specs(self.rank).values())
+        return sum(spec.numel for spec in self.tensor_specs(self.rank).values())
 
     def nbytes(self, state: State) -> int:
         """Stored bytes of all tensors of a matrix at the state's current rank, summed over ranks.
@@ -121,7 +136,7 @@ class StateStore:
         Args:
             state: stored or decoded.
         """
-        return sum(spec.nbytes for spec in self._tensor_specs(self.rank_of(state)).values())
+        return sum(spec.nbytes for spec in self.tensor_specs(self.rank_of(state)).values())
 
     def tensors(self, rank: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         """Shape and dtype of every tensor that this rank stores of a matrix, by its key in the state.
@@ -129,7 +144,7 @@ class StateStore:
         Args:
             rank: the rank of the state.
         """
-        specs = self._tensor_specs(rank)
+        specs = self.tensor_specs(rank)
         return {key + suffix: like for key, spec in specs.items() for suffix, like in spec.tensors.items()}
 
     def empty(self, device: torch.device, matrices: int) -> list[State]:
@@ -157,7 +172,7 @@ class StateStore:
         """
         if self.is_exact:
             return state
-        specs = self._tensor_specs(self.rank_of(state))
+        specs = self.tensor_specs(self.rank_of(state))
         stored = {key + suffix for key, spec in specs.items() for suffix in spec.tensors}
         others = {key: value for key, value in state.items() if key not in stored}
         return others | {
@@ -174,7 +189,7 @@ class StateStore:
         """
         if decoded is state:
             return
-        specs = self._tensor_specs(self.rank_of(decoded))
+        specs = self.tensor_specs(self.rank_of(decoded))
         state |= {key: value for key, value in decoded.items() if key not in specs}
         for key, spec in specs.items():
             values = decoded[key]
@@ -182,8 +197,20 @@ class StateStore:
             for suffix, (shape, dtype) in spec.tensors.items():
                 if out[suffix].shape[1:] != shape:  # the rank has changed
                     out[suffix] = torch.empty(len(names), *shape, dtype=dtype, device=values.device)
-            spec.encode(values, offsets(_hashes(tuple(names), key, values.device), decoded["step"], values.device), out)
+            spec.encode(values, rounding_offsets(names, key, decoded["step"], values.device), out)
             state |= {key + suffix: value for suffix, value in out.items()}
+
+
+def rounding_offsets(names: Sequence[str], key: str, step: int, device: torch.device) -> torch.Tensor:
+    """What decides how the tensors under a key are rounded in a step: one offset for each matrix, int32.
+
+    Args:
+        names: of the matrices.
+        key: of the tensor in their states.
+        step: their number of steps before this one.
+        device: of the tensors.
+    """
+    return offsets(_hashes(tuple(names), key, device), step, device)
 
 
 @lru_cache(maxsize=256)

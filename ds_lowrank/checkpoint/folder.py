@@ -1,0 +1,207 @@
+"""The folders of checkpoints: a folder with a checkpoint's name is always complete.
+
+A checkpoint TAG is written to SAVE/.TAG.partial and renamed once every rank has finished. A kill or a full disk
+therefore never damages an earlier checkpoint. SAVE must be the same folder for all ranks. The functions here are for
+rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_lowrank.checkpoint.choose import leftovers, list_tags
+from ds_lowrank.checkpoint.disk import flush, is_full
+from ds_lowrank.checkpoint.manifest import (
+    FILE,
+    Manifest,
+    Progress,
+    Sealed,
+    check_files,
+    read_manifest,
+    seal,
+    write_manifest,
+)
+from ds_lowrank.checkpoint.owned import MARK, delete_owned, make_owned, mark
+from ds_lowrank.collectives import global_rank, is_distributed, raise_on_all_ranks
+from ds_lowrank.errors import CheckpointError
+
+
+def on_first_rank(act: Callable[[], None]) -> None:
+    """Do something on rank 0; an error there is raised on all ranks. Collective.
+
+    Args:
+        act: called on rank 0.
+    """
+    with raise_on_all_ranks():
+        if global_rank() == 0:
+            act()
+
+
+def partial_of(directory: Path, tag: str) -> Path:
+    """Where a checkpoint is written before it has its name.
+
+    Args:
+        directory: where checkpoints are saved.
+        tag: the checkpoint's name.
+    """
+    return directory / f".{tag}.partial"
+
+
+def prepare(directory: Path, tag: str, *, replaces: bool = False) -> None:
+    """Make the folder that a checkpoint is written to, and delete what interrupted saves have left.
+
+    Args:
+        directory: where checkpoints are saved.
+        tag: the checkpoint's name.
+        replaces: whether an earlier checkpoint of this name is replaced.
+
+    Raises:
+        CheckpointError: there is something of this name that is not replaced.
+        OSError: the folder cannot be made.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in leftovers(directory):
+        delete_owned(leftover)
+    if (directory / tag).exists() and not (replaces and (directory / tag / FILE).is_file()):
+        raise CheckpointError(f"{directory / tag} already exists and is not overwritten; give another --save")
+    partial = partial_of(directory, tag)
+    delete_owned(partial)
+    make_owned(partial)
+    (partial / tag).mkdir()
+
+
+def complete(
+    directory: Path,
+    tag: str,
+    run: Mapping[str, Any],
+    progress: Progress,
+    written: Mapping[str, Sealed | None],
+    wanted: Iterable[str],
+    *,
+    is_latest: bool = True,
+) -> None:
+    """Write the manifest and give the checkpoint its name. Everything is on the disk before it has one.
+
+    Args:
+        directory: where checkpoints are saved.
+        tag: the checkpoint's name.
+        run: what identifies the run.
+        progress: how far it is.
+        written: what the ranks have written: None for a file that several of them wrote.
+        wanted: files that must be there.
+        is_latest: whether ``latest`` names this checkpoint from now on.
+
+    Raises:
+        CheckpointError: a file is missing.
+        OSError: something cannot be written.
+    """
+    partial = partial_of(directory, tag)
+    checkpoint = partial / tag
+    missing = [name for name in wanted if not (checkpoint / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]} is not there: another rank wrote elsewhere, --save {directory} must be one directory for "
+            "all ranks"
+        )
+    files = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        files[name] = written.get(name) or seal(path)
+    write_manifest(checkpoint, run, progress, files)
+    flush(checkpoint)
+    for script in partial.glob("*.py"):
+        script.replace(directory / script.name)
+    if is_latest:
+        (partial / "latest").write_text(tag)
+        flush(partial / "latest")
+    replaced = directory / f".{tag}.removed"
+    if (directory / tag).exists():
+        mark(directory / tag)
+        (directory / tag).rename(replaced)
+    checkpoint.rename(directory / tag)
+    if is_latest:
+        (partial / "latest").replace(directory / "latest")
+    flush(directory)
+    delete_owned(replaced)
+    delete_owned(partial)
+
+
+def merged(parts: Iterable[Mapping[str, Sealed]]) -> dict[str, Sealed | None]:
+    """What the ranks wrote together; None for a file that several of them wrote.
+
+    Args:
+        parts: what each of them wrote.
+    """
+    files: dict[str, Sealed | None] = {}
+    for part in parts:
+        for name, sealed in part.items():
+            files[name] = None if name in files else sealed
+    return files
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest whole checkpoints, except those to which somebody else has added a file.
+
+    Args:
+        directory: where checkpoints are saved.
+        keep: how many remain.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    for old in list_checkpoints(directory)[:-keep]:
+        try:
+            known = read_manifest(old).files.keys() | {FILE, MARK}
+        except CheckpointError:
+            continue
+        present = {path.relative_to(old).as_posix() for path in old.rglob("*") if not path.is_dir()}
+        if old.is_symlink() or present - known:
+            continue
+        mark(old)
+        removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill never leaves half a checkpoint
+        delete_owned(removed)
+
+
+def share_of_files() -> slice:
+    """The share of a checkpoint's files that this rank checks. All ranks together check all of them."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if is_distributed() else slice(None)
+
+
+def check_files_together(checkpoint: Path) -> Manifest:
+    """Check the files of a checkpoint, each of them on one rank. Collective.
+
+    Args:
+        checkpoint: its folder.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        CheckpointError: it is damaged, or was saved by another version.
+        RemoteError: another rank found so.
+    """
+    with raise_on_all_ranks():
+        manifest = read_manifest(checkpoint)
+        check_files(checkpoint, manifest, share_of_files())
+    return manifest
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in ``directory``, oldest first; their files are not read."""
+    return [path for path in list_tags(directory) if (path / FILE).is_file()]
+
+
+def advice(error: Exception) -> str:
+    """What to do where a disk is full, and what may be the reason where torch does not say why it could not write.
+
+    Args:
+        error: of a save.
+    """
+    text = str(error)
+    if is_full(error):
+        return "; make room on the disk"
+    return "; is the disk full?" if "PytorchStreamWriter" in text or "file write failed" in text else ""
