@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.placement.grid import Grid
@@ -53,28 +54,34 @@ def load_weights(engine: Any, source: Source) -> None:
         source: what was saved; it has the tensors of :func:`weight_names`.
 
     Raises:
-        CheckpointError: a tensor has another shape there.
+        CheckpointError: it cannot be read.
+        RemoteError: another rank failed.
     """
     wrapper = engine.optimizer
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
     release_gathered(engine.module.parameters())
+    with raise_on_all_ranks():
+        _read_weights(engine, source)
+    _renew_forward_weights(wrapper)
+    if hasattr(wrapper, "checkpoint_event_epilogue"):
+        wrapper.checkpoint_event_epilogue()
+
+
+def _read_weights(engine: Any, source: Source) -> None:
+    """Read the masters where there are any, otherwise what forward passes read."""
     for logical, interval in _parts(engine):
         rectangles = logical.part(logical.own, interval.start, interval.end).rectangles
-        if not rectangles:
-            continue
-        fragment = interval.fragment(logical)
-        weights = fragment.weights
-        source.read(logical.name, rectangles, weights)
-        fragment.put(weights)
+        if rectangles:
+            fragment = interval.fragment(logical)
+            weights = fragment.weights
+            source.read(logical.name, rectangles, weights)
+            fragment.put(weights)
     for name, buffer in _buffers(engine.module):
         rows, columns = as_matrix(buffer.shape)
         found = torch.empty_like(buffer, memory_format=torch.contiguous_format)
         source.read(name, [Rectangle(0, 0, rows, columns, 0)], found)
         buffer.copy_(found)
-    _renew_forward_weights(wrapper)
-    if hasattr(wrapper, "checkpoint_event_epilogue"):
-        wrapper.checkpoint_event_epilogue()
 
 
 def check_shapes(engine: Any, source: Source) -> None:

@@ -27,7 +27,7 @@ from ds_lowrank.optimizer.check_masters import check_masters
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
-from ds_lowrank.optimizer.projected import DataParallel, ProjectedReduction, alone, own_state
+from ds_lowrank.optimizer.projected import DataParallel, ProjectedReduction, alone
 from ds_lowrank.optimizer.refresh_clock import RefreshClock
 from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.rows import state_pieces
@@ -324,7 +324,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for slot in (slot for store in stores for slot in self._slots[id(store)]):
             slot.stepped = False
         if self._projected is not None:
-            self._projected.release_states()  # of a load that failed
             self._projected.accumulation.finish(self.options)
         slots = [s for store in stores for s in self._slots[id(store)] if store.grad is not None or s.is_accumulated]
         if slots:
@@ -452,23 +451,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads.
-
-        While DeepSpeed saves a checkpoint, under projected reduction, the states of all data-parallel ranks on the one
-        that saves for all.
-        """
-        own = dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
-        return own if self._projected is None else self._projected.with_other_ranks(own)
-
-    def checkpoint_event_prologue(self) -> None:
-        """Bring together what one rank will save for all: DeepSpeed calls it before it saves. Collective."""
-        if self._projected is not None:
-            self._projected.gather_states(self.state_dict)
-
-    def checkpoint_event_epilogue(self) -> None:
-        """Release what was brought together: DeepSpeed calls it after it has saved."""
-        if self._projected is not None:
-            self._projected.release_states()
+        """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads."""
+        return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
 
     def interval_of(self, parameter: torch.nn.Parameter) -> Interval | None:
         """Where this rank's elements of a parameter are stored and stepped; None if the optimizer was not given it.
@@ -521,7 +505,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; the message says which.
         """
-        state_dict = own_state(state_dict, None if self._projected is None else self._data_parallel)
         fixed = self.method.Options.fixed_on_resume
         slots, groups = self.slots, self._groups
         frozen = [groups.name_of(parameter) for parameter in groups.left_out()]

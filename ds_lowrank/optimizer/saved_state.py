@@ -15,12 +15,10 @@ Parts = Literal["all", "rest"]
 """``all`` of a state, or the ``rest``: the moments of what AdamW steps, while the method begins anew."""
 CONVERTED = frozenset({"state_dtype", "master_weights"})
 """Options that decide how numbers are stored: they are converted, and so need not be those of the saving run."""
-NOT_RESTORED = CONVERTED | {
-    *("reduction", "projected_gradient_clipping", "matmul_precision", "basis_placement", "target_modules"),
-    "exclude_modules",
-}
-"""Options that keep the values of the resumed run: they say how a step is computed and stored, not which step it is, or
-have been applied already."""
+STORED = CONVERTED | {"reduction", "projected_gradient_clipping", "matmul_precision", "basis_placement"}
+"""Options that say how a step is computed and its state is stored, not which step it is: those of the resumed run."""
+NOT_RESTORED = STORED | {"target_modules", "exclude_modules"}
+"""These, and options that have been applied already."""
 
 
 def plain_state(
@@ -160,7 +158,7 @@ def _check_names(slots: Sequence[Slot], saved: Mapping[str, Any], frozen: Sequen
     projected = set(saved["projected"])
     for slot in slots:
         if slot.is_projected != (slot.tag.name in projected):
-            here, there = ("projected", "not") if slot.is_projected else ("not projected", "projected")
+            here, there = ("projected", "not projected") if slot.is_projected else ("not projected", "projected")
             raise CheckpointError(
                 f"{slot.tag.name} is {here} in this run and was {there} in the run that saved the checkpoint: use its "
                 "target_modules and exclude_modules"

@@ -81,6 +81,9 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
         parser.error("the following arguments are required: --deepspeed_config")
     if not found.deepspeed_config.strip():
         parser.error("--deepspeed_config is empty: name the DeepSpeed JSON")
+    for flag in ("reset_optimizer", "reset_data"):
+        if getattr(found, flag) and found.resume is None:
+            parser.error(f"--{flag.replace('_', '-')} says what --resume keeps: give --resume too")
     if found.save is None:
         found.save = found.output / "checkpoints"
     return found
@@ -130,6 +133,24 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
     group.add_argument(
         "--resume", nargs="?", const="", metavar="TAG_OR_PATH", help="continue from the newest checkpoint, or this one"
+    )
+    group.add_argument(
+        "--reset-optimizer",
+        nargs="?",
+        const="all",
+        choices=["all", "projected"],
+        help="with --resume: allow another optimizer or other options of it; weights, data and step are kept, and with "
+        "projected also the moments of what AdamW steps",
+    )
+    group.add_argument(
+        "--reset-data",
+        action="store_true",
+        help="with --resume: allow other data, batch or sequence length; weights, optimizer and step are kept",
+    )
+    group.add_argument(
+        "--synchronous-save",
+        action="store_true",
+        help="wait until a checkpoint is on the disk, instead of writing it from a copy in memory while training",
     )
     group.add_argument("--export", action="store_true", help="write a Hugging Face folder, OUTPUT/export, at the end")
 

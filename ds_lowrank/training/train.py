@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -85,11 +86,12 @@ class _Training:
             if evaluates and run.evaluate is not None:
                 record |= run.evaluate(step)
         error = self._write(record)
-        asked, failed, *symptoms = any_rank(
-            self._stop.received, error is not None, *self._health.symptoms(result), device=run.engine.device
-        )
+        flags = self._stop.received, error is not None, run.is_writing
+        asked, failed, writing, *symptoms = any_rank(*flags, *self._health.symptoms(result), device=run.engine.device)
         if failed:
             raise_if_any_failed(error)
+        if run.is_saving and not writing:
+            self._complete_save()
         self._health.note(step, *symptoms)
         self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0)
         # After a step that failed, a save waits for one that does not: it may be the first of many.
@@ -98,7 +100,7 @@ class _Training:
             if final and not sound:
                 self._health.end(step)
             if sound and self._save_is_due:
-                self._save(asked and not final)
+                self._save(final, stops=asked and not final)
                 return asked and not final
         return False
 
@@ -124,12 +126,23 @@ class _Training:
             return error
         return None
 
-    def _save(self, stops: bool) -> None:
-        saved, run = self._run.save(), self._run
-        self._save_is_due = False
-        with raise_on_all_ranks():
-            self._report.say(f"saved {saved}")
-            if stops:
+    def _save(self, final: bool, stops: bool) -> None:
+        run, self._save_is_due = self._run, False
+        self._complete_save()
+        run.begin_save()
+        if not run.is_saving:
+            self._complete_save(run.checkpoint)
+        elif final or stops:
+            self._complete_save()
+        if stops:
+            with raise_on_all_ranks():
                 self._report.say(
                     f"{self._stop.reason} at step {run.progress.step} of {run.steps}; --resume continues from here"
                 )
+
+    def _complete_save(self, saved: Path | None = None) -> None:
+        """Complete a checkpoint that has been begun, and report it or one that is complete already."""
+        saved = saved or self._run.complete_save()
+        if saved is not None:
+            with raise_on_all_ranks():
+                self._report.say(f"saved {saved}")
