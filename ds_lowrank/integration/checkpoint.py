@@ -34,8 +34,9 @@ from ds_lowrank.optimizer import saved_state
 from ds_lowrank.sharding.pieces import Piece
 
 COMMON = "common.pt"
-StateParts = Literal["all", "rest", "none"]
-"""What is loaded of an optimizer's state: ``all``; the ``rest``, which AdamW steps; or ``none``."""
+StateParts = Literal["all", "state", "rest", "none"]
+"""What is loaded of an optimizer: ``all``; its ``state`` with other options; of it the ``rest``, which AdamW steps; or
+``none``."""
 
 
 def rank_file(rank: int) -> str:

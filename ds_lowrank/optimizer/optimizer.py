@@ -479,7 +479,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Args:
             source: has the pieces of :meth:`state_pieces` of all ranks.
             saved: what :meth:`plain_state` returned, of all stages.
-            parts: ``all``, or ``rest`` to begin anew with the projected matrices.
+            parts: ``all``; ``state`` without the options; or ``rest`` to begin anew with the projected matrices.
 
         Raises:
             CheckpointError: it belongs to another method, model or configuration; the message says which.

@@ -11,8 +11,9 @@ from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.sharding.pieces import Source
 
 FORMAT = 1
-Parts = Literal["all", "rest"]
-"""``all`` of a state, or the ``rest``: the moments of what AdamW steps, while the method begins anew."""
+Parts = Literal["all", "state", "rest"]
+"""``all``: the state, and the options that the groups had. ``state``: with the options of this run. ``rest``: of it the
+moments of what AdamW steps, while the method begins anew."""
 CONVERTED = frozenset({"state_dtype", "master_weights"})
 """Options that decide how numbers are stored: they are converted, and so need not be those of the saving run."""
 STORED = CONVERTED | {"reduction", "projected_gradient_clipping", "matmul_precision", "basis_placement"}
@@ -110,7 +111,7 @@ def load_everything(
         _check_method(method, saved)
         _check_names(slots, saved, frozen)
     chosen = [_saved_group(slots, number, group, saved, parts) for number, group in enumerate(groups)]
-    if parts == "all":
+    if parts != "rest":
         for group, found in zip(groups, chosen, strict=True):
             _check_fixed(group, found["settings"], fixed_on_resume)
     own = [[slot for slot in slots if slot.group is group] for group in groups]
@@ -121,7 +122,7 @@ def load_everything(
         load_rows(members, source, saved["values"], found["settings"]["state_dtype"])
         if parts == "all":
             group.update({key: value for key, value in found["settings"].items() if key not in NOT_RESTORED})
-    return dict(saved["counts"]) if parts == "all" else {}
+    return dict(saved["counts"]) if parts != "rest" else {}
 
 
 def _check_method(method: str, saved: Mapping[str, Any]) -> None:
@@ -174,7 +175,7 @@ def _saved_group(
     if not names:
         return stored[min(number, len(stored) - 1)]
     holding = [one for one in stored if names & set(one["names"])]
-    if len(holding) != 1 and parts == "all":
+    if len(holding) != 1 and parts != "rest":
         raise CheckpointError(
             f"parameter group {number} has parameters of {len(holding)} groups of the checkpoint: build the groups as "
             "in the run that saved it"

@@ -138,9 +138,9 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
         "--reset-optimizer",
         nargs="?",
         const="all",
-        choices=["all", "projected"],
-        help="with --resume: allow another optimizer or other options of it; weights, data and step are kept, and with "
-        "projected also the moments of what AdamW steps",
+        choices=["settings", "projected", "all"],
+        help="with --resume: allow other options of the optimizer (settings: its state is kept), or another rank or "
+        "method (projected: the moments of what AdamW steps are kept; all: none); weights, data and step are kept",
     )
     group.add_argument(
         "--reset-data",

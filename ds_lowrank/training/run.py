@@ -36,6 +36,13 @@ from ds_lowrank.training.output import begin_output, is_new, record_save
 
 logger = logging.getLogger("ds_lowrank")
 
+KEPT: dict[str, StateParts] = {"settings": "state", "projected": "rest", "all": "none"}
+"""What is loaded of the optimizer, by what ``--reset-optimizer`` resets."""
+SAID = {
+    "state": "its state, with the options of this run",
+    "rest": "the moments of what AdamW steps, and begins anew with the matrices",
+    "none": "nothing, and begins anew",
+}
 LAYOUT = ("zero_stage", "ranks", "tensor_parallel", "autotp_size", "pipeline_parallel", "micro_batch_size")
 """With the same of these, every rank draws the random numbers that it would have drawn."""
 
@@ -135,7 +142,7 @@ class Run:
         has_changed = any(saved.get(key) != wanted[key] for key in ("optimizer", "optimizer_params"))
         parts: StateParts = "all"
         if has_changed:  # which check_identity lets pass with this flag alone
-            parts = "rest" if self.arguments.reset_optimizer == "projected" else "none"
+            parts = KEPT[self.arguments.reset_optimizer]
         loaded = load(
             self.engine, checkpoint, manifest, parts=parts, schedule="restore" if parts == "all" else "advance"
         )
@@ -153,8 +160,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(states[name])
         if has_changed and dist.get_rank() == 0:
-            kept = "the moments of what AdamW steps and " if parts == "rest" else ""
-            logger.info("the optimizer begins anew: of %s %sthe weights were kept", checkpoint, kept)
+            logger.info("of %s the optimizer keeps %s", checkpoint, SAID[parts])
         with raise_on_all_ranks():
             rank = dist.get_rank()
             if all(manifest.run.get(key) == own[key] for key in LAYOUT):

@@ -54,9 +54,10 @@ def other_optimizer(**params):
 @pytest.mark.parametrize(
     ("kept", "config", "said"),
     [
-        ("projected", other_optimizer(rank=4), "of {} the moments of what AdamW steps and the weights were kept"),
-        ("all", other_optimizer(rank=4), "of {} the weights were kept"),
-        ("all", deepspeed_config("AdaRankGrad"), "of {} the weights were kept"),
+        ("settings", other_optimizer(lr=0.02), "its state, with the options of this run"),
+        ("projected", other_optimizer(rank=4), "the moments of what AdamW steps, and begins anew with the matrices"),
+        ("all", other_optimizer(rank=4), "nothing, and begins anew"),
+        ("all", deepspeed_config("AdaRankGrad"), "nothing, and begins anew"),
     ],
 )
 def test_another_optimizer_needs_a_flag_that_says_what_is_kept(workspace, whole, kept, config, said):
@@ -66,12 +67,13 @@ def test_another_optimizer_needs_a_flag_that_says_what_is_kept(workspace, whole,
     run = resume(workspace, name, 1, "--reset-optimizer", kept, config=config)
     assert run.returncode == 0, run.stderr
     checkpoint = workspace.path / "moving" / "checkpoints" / "global_step3"
-    assert f"the optimizer begins anew: {said.format(checkpoint)}" in run.stderr + run.stdout
+    assert f"of {checkpoint} the optimizer keeps {said}" in run.stderr + run.stdout
     found = workspace.metrics(name)
     assert list(found) == [4, 5, 6]
     # The loss of the first step is that of the same weights on the same batch, at the rate of its step.
     assert found[4]["loss"] == pytest.approx(whole[4]["loss"], rel=2e-5)
-    assert [record["lr"] for record in found.values()] == [whole[step]["lr"] for step in found]
+    factor = config["optimizer"]["params"]["lr"] / 0.01
+    assert [record["lr"] for record in found.values()] == pytest.approx([factor * whole[step]["lr"] for step in found])
 
 
 def test_a_reset_run_that_is_resumed_with_the_same_command_keeps_its_own_state(workspace, whole):
@@ -86,7 +88,7 @@ def test_a_reset_run_that_is_resumed_with_the_same_command_keeps_its_own_state(w
     last.rmdir()
     again = resume(workspace, "reset-twice", 1, *arguments, config=config)
     assert again.returncode == 0, again.stderr
-    assert "begins anew" not in again.stderr + again.stdout
+    assert "the optimizer keeps" not in again.stderr + again.stdout
     assert workspace.metrics("reset-twice")[6]["loss"] == metrics[6]["loss"]
 
 
