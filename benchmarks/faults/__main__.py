@@ -21,6 +21,7 @@ SUBJECTS = {
     "damage": "damaged checkpoints",
     "kills": "kills, signals and full disks",
     "one_rank": "errors of one rank alone",
+    "hangs": "ranks that stop answering",
     "configurations": "malformed configurations and flags",
     "data": "bad data and models",
 }

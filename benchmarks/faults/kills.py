@@ -56,7 +56,18 @@ ATTEMPTS = 3
 def _command(folder: Path, layout: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     # --resume from the first time on, as in a script that a cluster starts again and again.
-    more = ("--save-interval", str(INTERVAL), "--eval-interval", "4", "--export", "--timeout", "20", "--resume")
+    more = (
+        "--save-interval",
+        str(INTERVAL),
+        "--eval-interval",
+        "4",
+        "--export",
+        "--timeout",
+        "20",
+        "--setup-timeout",
+        "20",
+        "--resume",
+    )
     return workspace(folder, STEPS, *more, config=LAYOUTS[layout])
 
 
@@ -170,6 +181,33 @@ def full_disk(folder: Path, target: str, error: Exception, calls: int) -> Outcom
     return _again(folder, arguments, "ZeRO 2")
 
 
+def _without_a_reader(rank: int) -> None:
+    """Give rank 0 a pipe as its standard output whose reader is gone, as ``| head`` leaves it."""
+    if rank == 0:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # the former one may have been of a file
+
+
+def lost_console(folder: Path) -> Outcome:
+    """Rank 0 cannot print any more: the run is saved before it ends, and the same command line finishes it.
+
+    Args:
+        folder: an empty folder.
+    """
+    arguments = _command(folder / "killed", "ZeRO 2")
+    running = Running("pretrain", arguments, 2, folder / "killed", _without_a_reader)
+    finished = running.finish(60)
+    outcome = finished.refusal()
+    if outcome.verdict != "refused":
+        return outcome
+    saved = [path.name for path in (folder / "killed" / "run" / "checkpoints").glob("global_step*")]
+    if saved != ["global_step1"] or "rank 0: error: the console output cannot be written" not in finished.err:
+        return Outcome("files lost", f"{saved}: {finished.err[-300:]}")
+    return _again(folder, arguments, "ZeRO 2")
+
+
 def launcher_signalled(folder: Path, launcher: Sequence[str], number: int) -> Outcome:
     """Signal the launcher alone: the ranks save, and end.
 
@@ -259,7 +297,7 @@ def silent_rank(folder: Path, rank: int) -> Outcome:
     running.send(signal.SIGKILL, rank)
     outcome = running.finish(10).refusal()
     expected = f"rank {1 - rank}: error: no answer from rank {rank} within --timeout 3 s: stopped, or hanging"
-    return Outcome(outcome.verdict if outcome.detail == expected else "no message", outcome.detail)
+    return Outcome(outcome.verdict if outcome.detail.startswith(expected) else "no message", outcome.detail)
 
 
 def _free_port() -> str:
@@ -296,6 +334,7 @@ def trials() -> list[Trial]:
         Trial(f"a full disk at {what}", partial(full_disk, target=t, error=e, calls=n), what == "the export")
         for what, (t, e, n) in WRITES.items()
     ]
+    found.append(Trial("a console whose reader is gone", lost_console, True))
     found += [
         Trial(f"a second {number.name} while rank 1 is stopped", partial(stopped_rank, number=number), index == 0)
         for index, number in enumerate((signal.SIGTERM, signal.SIGINT))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import deepspeed
 
+from ds_lowrank.training.time_limits import SETUP_TIMEOUT, TIMEOUT
 from ds_lowrank.training.usage import JobParser
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_lowrank"
@@ -117,7 +118,14 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=seed, default=0, help="seed of weights and data order")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
-        "--timeout", type=seconds, default=1800.0, metavar="SECONDS", help="how long to wait for a rank that is silent"
+        "--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help="how long to wait for a rank that is silent"
+    )
+    group.add_argument(
+        "--setup-timeout",
+        type=seconds,
+        default=SETUP_TIMEOUT,
+        metavar="SECONDS",
+        help="the same before the second step, and while files are written; --timeout if that is longer",
     )
     group.add_argument(
         "--join-timeout", type=seconds, default=45.0, metavar="SECONDS", help="how long to wait for a rank at the start"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from ds_lowrank.collectives import any_rank, raise_if_any_failed, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
+from ds_lowrank.training.console import ConsoleError
 from ds_lowrank.training.health import Health
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.launcher import Launchers
@@ -19,13 +22,16 @@ from ds_lowrank.training.meter import Meter
 from ds_lowrank.training.metrics import Reporter
 from ds_lowrank.training.run import Run
 from ds_lowrank.training.step_record import step_record
+from ds_lowrank.training.time_limits import TimeLimits
+from ds_lowrank.training.whereabouts import Stage, enter
 
 
-def train(run: Run, launchers: Launchers | None = None) -> bool:
+def train(run: Run, limits: TimeLimits, launchers: Launchers | None = None) -> bool:
     """Train until the last step, or until a rank is asked to stop. Collective.
 
     Args:
         run: the run.
+        limits: how long the ranks wait for each other: in the first step, and while they save, longer than otherwise.
         launchers: the launchers above this process; their end is a request to stop.
 
     Returns:
@@ -35,13 +41,14 @@ def train(run: Run, launchers: Launchers | None = None) -> bool:
         BrokenRunError: losses, gradients or weights have not been finite for some steps, or are not at the end.
         CheckpointError: a checkpoint could not be written.
         DataError: the data cannot be read any further.
-        OutputError: the metrics could not be written.
+        OutputError: the metrics, or what is said on the console, could not be written; of the console it is raised
+            when a checkpoint has been saved.
         RemoteError: another rank failed.
     """
     with raise_on_all_ranks():
         report = Reporter(run.arguments.output, run.engine, run.steps, run.progress.step)
     with report:
-        training = _Training(run, report, StopRequest(dist.get_rank(), launchers))
+        training = _Training(run, report, StopRequest(dist.get_rank(), launchers), limits)
         while run.progress.step < run.steps:
             if training.step():
                 return False
@@ -54,11 +61,13 @@ def due(step: int, interval: int) -> bool:
 
 
 class _Training:
-    def __init__(self, run: Run, report: Reporter, stop: StopRequest) -> None:
-        self._run, self._report, self._stop = run, report, stop
+    def __init__(self, run: Run, report: Reporter, stop: StopRequest, limits: TimeLimits) -> None:
+        self._run, self._report, self._stop, self._limits = run, report, stop, limits
         self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint)
         self._last_record = replace(run.progress)
         self._save_is_due = False
+        self._is_unheard = False
+        self._console_error: Exception | None = None
         self._meter = Meter(run.steps, run.flops, run.sharers, run.identity.precision)
         with raise_on_all_ranks():
             if (line := self._meter.describe()) is not None:
@@ -73,9 +82,13 @@ class _Training:
         records = final or evaluates or step == 1 or due(step, run.arguments.log_interval)
         lr = run.engine.get_lr()[0]
         started = time.perf_counter()
+        self._enter(step, "reading data")
         batches, tokens = self._read()
+        self._enter(step, "training")
         with self._health.step(step):
             result = train_step(run.engine, batches, measure=records)
+        if not self._limits.short:
+            self._limits.shorten()
         self._meter.add(batches)
         progress.step, progress.tokens = step, progress.tokens + tokens
         progress.seconds += time.perf_counter() - started
@@ -84,25 +97,39 @@ class _Training:
             record = step_record(run.engine, result, lr, progress, self._last_record, self._meter)
             self._last_record = replace(progress)
             if evaluates and run.evaluate is not None:
+                self._enter(step, "evaluating")
                 record |= run.evaluate(step)
         error = self._write(record)
-        flags = self._stop.received, error is not None, run.is_writing
-        asked, failed, writing, *symptoms = any_rank(*flags, *self._health.symptoms(result), device=run.engine.device)
+        unheard = isinstance(error, ConsoleError)
+        flags = self._stop.received, unheard, error is not None and not unheard, run.is_writing
+        found = any_rank(*flags, *self._health.symptoms(result), device=run.engine.device)
+        asked, unheard, failed, writing, *symptoms = found
         if failed:
             raise_if_any_failed(error)
+        if unheard:  # the run is in order: it ends with this error once it is saved
+            self._is_unheard, self._console_error = True, self._console_error or error
         if run.is_saving and not writing:
-            self._complete_save()
+            with self._saving(step):
+                self._complete_save()
         self._health.note(step, *symptoms)
-        self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0)
+        self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0) or unheard
         # After a step that failed, a save waits for one that does not: it may be the first of many.
         if final or (self._save_is_due and self._health.is_clean(step)):
             sound = self._health.is_sound(batches[-1])
             if final and not sound:
                 self._health.end(step)
             if sound and self._save_is_due:
-                self._save(final, stops=asked and not final)
-                return asked and not final
+                stops = (asked or self._is_unheard) and not final
+                with self._saving(step):
+                    self._save(waits=final or stops or self._is_unheard, stops=stops)
+                if self._is_unheard:
+                    raise_if_any_failed(self._console_error)
+                return stops
         return False
+
+    def _enter(self, step: int, what: str) -> None:
+        """Note what this rank does; the first step may take as long as the set-up, as it compiles."""
+        enter(Stage.STEP if self._limits.short else Stage.SETUP, f"step {step}, {what}")
 
     def _read(self) -> Step:
         """Read this rank's data of the next step. Collective: a cheaper ``raise_on_all_ranks``."""
@@ -119,20 +146,27 @@ class _Training:
     def _write(self, record: dict[str, Any] | None) -> Exception | None:
         """Report a step; return this rank's error, on which the ranks still have to agree."""
         try:
-            self._report.advance()
             if record is not None:
                 self._report.record(record)
+            self._report.advance()
         except Exception as error:
             return error
         return None
 
-    def _save(self, final: bool, stops: bool) -> None:
+    @contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        """While this rank may wait for files, its own or those of the others."""
+        enter(Stage.FILES, f"step {step}, saving")
+        with self._limits.longer():
+            yield
+
+    def _save(self, waits: bool, stops: bool) -> None:
         run, self._save_is_due = self._run, False
         self._complete_save()
         run.begin_save()
         if not run.is_saving:
             self._complete_save(run.checkpoint)
-        elif final or stops:
+        elif waits:
             self._complete_save()
         if stops:
             with raise_on_all_ranks():
