@@ -82,7 +82,15 @@ def _result(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[str, torch.Te
     return records, load_file(output / "export" / "model.safetensors")
 
 
-def _wait_for_moment(running: Running, moment: str, folder: Path, chance: random.Random) -> None:
+def wait_for_moment(running: Running, moment: str, folder: Path, chance: random.Random) -> None:
+    """Wait until a run is at a moment, and a little longer.
+
+    Args:
+        running: the run.
+        moment: one of ``MOMENTS``.
+        folder: in which it runs.
+        chance: of the exact moment.
+    """
     checkpoints, metrics = folder / "run" / "checkpoints", folder / "run" / "metrics.jsonl"
 
     def steps() -> int:
@@ -114,7 +122,7 @@ def killed(folder: Path, layout: str, moment: str, victim: str, seed: int) -> Ou
     """
     arguments = _command(folder / "killed", layout)
     running = Running("pretrain", arguments, 2, folder / "killed")
-    _wait_for_moment(running, moment, folder / "killed", random.Random(seed))
+    wait_for_moment(running, moment, folder / "killed", random.Random(seed))
     number = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
     for rank in (0, 1) if "all" in victim else (int(victim[-1]),):
         running.send(number, rank)
