@@ -21,6 +21,7 @@ from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
 from ds_lowrank.errors import CheckpointError
+from ds_lowrank.training.course import Course
 from ds_lowrank.training.flops import ModelFlops
 from ds_lowrank.training.output import begin_output, is_new, record_save
 
@@ -61,6 +62,7 @@ class Run:
         flops: of the model, on rank 0; None where they are not counted.
         sharers: the number of ranks that one copy of the model is split over.
         facts: returns further entries of the summary at the end of the run.
+        course: the losses and gradient norms so far, as far as later ones are compared with them.
         progress: how far the run is.
         checkpoint: the newest checkpoint that was saved or loaded; None for none.
     """
@@ -76,6 +78,7 @@ class Run:
     flops: ModelFlops | None = None
     sharers: int = 1
     facts: Callable[[], Mapping[str, Any]] = dict
+    course: Course = field(default_factory=Course)
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
 
@@ -106,6 +109,7 @@ class Run:
         with raise_on_all_ranks():
             states = {name: own[name] for name in self.parts}
             self.data.load_state_dict(own["data"])
+            self.course.load_state_dict(own["course"])
         for name, part in self.parts.items():
             part.load_state_dict(states[name])
         with raise_on_all_ranks():
@@ -115,8 +119,11 @@ class Run:
             logger.info("%s is at the last step: only the results are written again", checkpoint)
         self.checkpoint = checkpoint
 
-    def save(self) -> Path:
+    def save(self, keep: int | None = None) -> Path:
         """Save a checkpoint and return its folder. Collective.
+
+        Args:
+            keep: how many of the newest to keep; None for as many as the command line says.
 
         Raises:
             CheckpointError: the checkpoint could not be written.
@@ -124,13 +131,13 @@ class Run:
         with raise_on_all_ranks():
             own = {name: part.state_dict() for name, part in self._stateful().items()}
             own["random"] = get_random_state()
-        directory, keep = self.arguments.save, self.arguments.keep_checkpoints
+        directory, keep = self.arguments.save, self.arguments.keep_checkpoints if keep is None else keep
         self.checkpoint = save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
         broadcast_from_rank0(lambda: record_save(self.arguments.output, directory))
         return self.checkpoint
 
     def _stateful(self) -> dict[str, Stateful]:
-        return {"data": self.data, **self.parts}
+        return {"data": self.data, "course": self.course, **self.parts}
 
 
 def start_engine(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from ds_lowrank.collectives import any_rank, raise_if_any_failed, raise_on_all_ranks
+from ds_lowrank.collectives import any_rank, any_rank_and_mean, raise_if_any_failed, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
+from ds_lowrank.training.arguments import LARGEST
 from ds_lowrank.training.health import Health
 from ds_lowrank.training.interrupt import StopRequest
 from ds_lowrank.training.launcher import Launchers
@@ -55,7 +58,11 @@ def due(step: int, interval: int) -> bool:
 class _Training:
     def __init__(self, run: Run, report: Reporter, stop: StopRequest) -> None:
         self._run, self._report, self._stop = run, report, stop
-        self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint)
+        conditions = run.arguments.stop_on or ()
+        self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint, conditions, run.course)
+        self._watches_norm = any(each.kind == "grad-norm" for each in conditions)
+        self._saved = run.progress.step
+        self._good_batch: Mapping[str, Tensor] | None = None
         self._last_record = replace(run.progress)
         self._save_is_due = False
         self._meter = Meter(run.steps, run.flops, run.sharers, run.identity.precision)
@@ -74,7 +81,9 @@ class _Training:
         started = time.perf_counter()
         batches, tokens = self._read()
         with self._health.step(step):
-            result = train_step(run.engine, batches, measure=records)
+            update = records and run.arguments.update_ratio
+            result = train_step(run.engine, batches, records, self._watches_norm, update)
+        result.grad_norm_ratio = run.course.add_norm(result.grad_norm)
         self._meter.add(batches)
         progress.step, progress.tokens = step, progress.tokens + tokens
         progress.seconds += time.perf_counter() - started
@@ -85,12 +94,16 @@ class _Training:
             if evaluates and run.evaluate is not None:
                 record |= run.evaluate(step)
         error = self._write(record)
-        asked, failed, *symptoms = any_rank(
-            self._stop.received, error is not None, *self._health.symptoms(result), device=run.engine.device
-        )
+        own = self._stop.received, error is not None, *self._health.symptoms(result), self._health.is_beyond(result)
+        flags, loss = any_rank_and_mean(*own, number=result.loss, device=run.engine.device)
+        asked, failed, no_loss, no_gradient, is_beyond = flags
         if failed:
             raise_if_any_failed(error)
-        self._health.note(step, *symptoms)
+        if (found := self._health.note(step, no_loss, no_gradient, loss, is_beyond)) is not None:
+            self._save_last_good()
+            self._health.end(step, found)
+        if self._health.sound == step:
+            self._good_batch = batches[-1]
         self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0)
         # After a step that failed, a save waits for one that does not: it may be the first of many.
         if final or (self._save_is_due and self._health.is_clean(step)):
@@ -124,8 +137,20 @@ class _Training:
             return error
         return None
 
+    def _save_last_good(self) -> None:
+        """Save the weights of the last good step, if every later update was skipped, and delete nothing for them."""
+        run, good = self._run, self._health.sound
+        is_due = self._saved < good < run.progress.step and run.arguments.save_interval > 0
+        if not is_due or not self._health.keeps_good_weights or self._good_batch is None:
+            return
+        if self._health.is_sound(self._good_batch):
+            saved = run.save(keep=LARGEST)
+            with raise_on_all_ranks():
+                self._report.say(f"saved {saved}, with the weights of step {good}")
+
     def _save(self, stops: bool) -> None:
         saved, run = self._run.save(), self._run
+        self._saved = run.progress.step
         self._save_is_due = False
         with raise_on_all_ranks():
             self._report.say(f"saved {saved}")
