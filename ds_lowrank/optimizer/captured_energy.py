@@ -18,7 +18,7 @@ from ds_lowrank.sharding.reduce import Executor, sum_request
 
 
 def captured_energies(slots: Sequence[Slot], executor: Executor, grid: Grid, is_local: bool) -> list[float]:
-    """What the newest basis of each projected matrix captures, where it is known. Collective over the grid.
+    """What bases that are new since the last call capture. Collective over the grid.
 
     Args:
         slots: all slots of the optimizer.
@@ -27,28 +27,26 @@ def captured_energies(slots: Sequence[Slot], executor: Executor, grid: Grid, is_
         is_local: whether tensor-parallel ranks project their own shards and are not among these ranks.
 
     Returns:
-        One number for each matrix of the whole model whose basis was found in a gradient since the program started, the
-        same on all ranks.
+        One number for each matrix of the whole model with a new basis, the same numbers on all ranks; of its newest one
+        if there are several. A basis that was not found in a whole gradient has none.
     """
     projected = [slot for slot in slots if slot.is_projected]
-    if projected:
-        _sum(projected, executor)
-    if is_local and grid.tensor_rank:  # shards are matrices of their own, but a copy counts once
-        projected = [slot for slot in projected if slot.copies == 1]
-    known = [slot.matrix.captured_energy for slot in projected if slot.matrix.captured_energy is not None]
+    found = _ratios(projected, executor) if projected else []
+    if is_local and grid.tensor_rank:  # shards are matrices of their own, but of copies one counts
+        found = [one for one, slot in zip(found, projected, strict=True) if slot.copies == 1]
+    known = [one for one in found if one is not None]
     for group in (grid.tensor if is_local else None, grid.pipeline):
         if group is not None:
             known = [energy for own in all_gather_object(known, group) for energy in own]
     return known
 
 
-def _sum(projected: Sequence[Slot], executor: Executor) -> None:
+def _ratios(projected: Sequence[Slot], executor: Executor) -> list[float | None]:
     """Sum what was noted since the last call: of the same matrices on all ranks that have a part of them."""
     nothing = torch.zeros(2, dtype=torch.float32, device=projected[0].fragment.store.device)
     own = torch.stack([nothing if s.matrix.energies is None else s.matrix.energies for s in projected])
     numbers = [slot.matrix.member.number for slot in projected]
     (total,) = executor.exchange([sum_request(own, numbers, executor.size)])
-    for slot, (captured, whole) in zip(projected, total.view(-1, 2).tolist(), strict=True):
+    for slot in projected:
         slot.matrix.energies = None
-        if whole > 0:
-            slot.matrix.captured_energy = captured / whole
+    return [captured / whole if whole > 0 else None for captured, whole in total.view(-1, 2).tolist()]

@@ -443,13 +443,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def captured_energy(self) -> dict[str, float | None]:
-        """How much of their gradients the newest bases capture, ``|H Q|^2 / |H|^2``: metrics for a log, by name.
+        """How much of their gradients new bases capture, ``|H Q|^2 / |H|^2``: metrics for a log, by name.
 
         Collective over the ranks that share the matrices, and over the grid: steps send nothing for it.
 
         Returns:
-            The mean and the least over the matrices whose basis was found in a gradient since the program started; None
-            if there are none.
+            The mean and the least over the matrices that have got a new basis since the last call; None if none has, or
+            it was not found in a gradient that some rank, or all together, have whole.
         """
         known = captured_energies(self.slots, self._executor, self.grid, self._is_local)
         return {
@@ -518,6 +518,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = load_state(self.method.name, slots, groups.param_groups, state_dict, fixed, frozen)
         for slot in slots:
             slot.matrix.gathered.clear()
-            slot.matrix.energies = slot.matrix.captured_energy = None
+            slot.matrix.energies = None
         if self._projected is not None:
             self._project_gradients()

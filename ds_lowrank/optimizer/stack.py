@@ -33,7 +33,6 @@ class SteppedMatrix:
         updated: whether the last step changed it.
         energies: of the gradient that its newest basis was found in, this rank's contributions to ``|H Q|^2`` and
             ``|H|^2``, over any factor: 2, fp32; None if they have been summed, or are not known.
-        captured_energy: the ratio of the sums, once they were asked for; None if it is not known.
     """
 
     member: Member
@@ -45,7 +44,6 @@ class SteppedMatrix:
     gathered: State = field(default_factory=dict)
     updated: bool = False
     energies: torch.Tensor | None = None
-    captured_energy: float | None = None
 
     @property
     def name(self) -> str:
