@@ -7,11 +7,12 @@ import functools
 import pytest
 import torch
 
+from ds_lowrank.reference import DENSE
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
 from tests.engines import grids
 from tests.engines.grids import Grid, GridOracle, dense_model, settings_of
 from tests.engines.pool import run_ranks
-from tests.engines.scenario import Oracle, config, make_model, train_step
+from tests.engines.scenario import METHODS, Oracle, config, make_model, train_step
 from tests.engines.test_local_projection_engines import ShardOracle
 
 STEPS = 6  # new bases of GaLore in steps 0 and 4
@@ -140,3 +141,42 @@ def weights_with_and_without(settings):
 def test_measuring_changes_no_bit(stage):
     settings = config(stage, 2, "bf16", params={"master_weights": stage == 2})
     assert run_ranks(2, weights_with_and_without, settings) == [True, True]
+
+
+SPLIT = "model.layers.1.self_attn.o_proj.weight"
+
+
+def has_copies_or_is_split(name):
+    return "embed_tokens" in name or name == SPLIT
+
+
+class OracleOfCopies(ShardOracle):
+    """The oracle that projects a whole embedding, and each shard of one other matrix."""
+
+    def __init__(self, ranks):
+        GridOracle.__init__(self, 0.0, dense_model(), projected=has_copies_or_is_split)
+        self.ranks, self.dims = ranks, {SPLIT: 1}
+        whole = self.rules.pop(SPLIT).weight
+        for shard, part in self.shards(SPLIT, whole):
+            self.rules[shard] = DENSE["GaLore"](part, name=shard, **METHODS["GaLore"])
+
+
+def measure_with_copies(grid, settings):
+    engine = grids.start(grid, settings)
+    found = measured(engine, grids.train_step)
+    assert [slot.tag.name for slot in engine.basic_optimizer.slots if slot.is_projected and slot.copies > 1] == [
+        "model.embed_tokens.weight"
+    ]
+    return found
+
+
+@pytest.mark.parametrize("projection", ["logical", "local"])
+@pytest.mark.parametrize("grid", [Grid(1, 2, 1, 0, "autotp"), Grid(2, 2, 1, 3, "autotp")], ids=str)
+def test_a_matrix_of_which_tensor_parallel_ranks_have_copies_counts_once(grid, projection):
+    """AutoTP leaves the embedding whole on every rank; the other matrix shows whether its copies count more."""
+    globs = ["*embed_tokens*", f"*{SPLIT.removesuffix('.weight').removeprefix('model.')}*"]
+    settings = settings_of(grid, params={"target_modules": globs, "tensor_parallel_projection": projection})
+    oracle = OracleOfCopies(2)
+    if projection == "logical":
+        oracle = GridOracle(0.0, dense_model(), projected=has_copies_or_is_split)
+    assert_close(run_ranks(grid.world, measure_with_copies, grid, settings), expected_of(oracle))
