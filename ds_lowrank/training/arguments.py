@@ -11,6 +11,7 @@ from pathlib import Path
 
 import deepspeed
 
+from ds_lowrank.training.stop_on import OneOfEachKind, condition
 from ds_lowrank.training.time_limits import SETUP_TIMEOUT, TIMEOUT
 from ds_lowrank.training.usage import JobParser
 
@@ -130,12 +131,23 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--join-timeout", type=seconds, default=45.0, metavar="SECONDS", help="how long to wait for a rank at the start"
     )
+    group.add_argument(
+        "--stop-on",
+        type=condition,
+        action=OneOfEachKind,
+        nargs="+",
+        metavar="CONDITION",
+        help="end the run with an error: nan:K, loss:X[:M], grad-norm:X[:M], as docs/reliability.md says",
+    )
 
 
 def add_outputs(group: argparse._ArgumentGroup) -> None:
     """Add the arguments for what a run writes."""
     group.add_argument("--output", type=path, required=True, metavar="DIR", help="metrics, plot, summary, export")
     group.add_argument("--log-interval", type=positive, default=10, help="in steps")
+    group.add_argument(
+        "--update-ratio", action="store_true", help="log how far a step moves the matrices; copies a stack of weights"
+    )
     group.add_argument("--save", type=path, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
     group.add_argument("--save-interval", type=count, default=1000, help="in steps; 0 saves only when asked to stop")
     group.add_argument("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")

@@ -31,6 +31,7 @@ from ds_lowrank.errors import CheckpointError
 from ds_lowrank.integration.checkpoint import COMMON, Saving, Snapshots, StateParts, begin_saving, load
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.saved_state import STORED
+from ds_lowrank.training.course import Course
 from ds_lowrank.training.flops import ModelFlops
 from ds_lowrank.training.output import begin_output, is_new, record_save
 
@@ -81,6 +82,7 @@ class Run:
         flops: of the model, on rank 0; None where they are not counted.
         sharers: the number of ranks that one copy of the model is split over.
         facts: returns further entries of the summary at the end of the run.
+        course: the losses and gradient norms so far, as far as later ones are compared with them.
         progress: how far the run is.
         checkpoint: the newest checkpoint that was saved or loaded; None for none.
     """
@@ -96,6 +98,7 @@ class Run:
     flops: ModelFlops | None = None
     sharers: int = 1
     facts: Callable[[], Mapping[str, Any]] = dict
+    course: Course = field(default_factory=Course)
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
     _saving: Saving | None = None
@@ -150,6 +153,7 @@ class Run:
         state = loaded.caller
         with raise_on_all_ranks():
             states = {name: state[name] for name in self.parts}
+            self.course.load_state_dict(state["course"])
             try:
                 self.data.load_state_dict(state["data"])
             except DataError:
@@ -176,6 +180,7 @@ class Run:
         with raise_on_all_ranks():
             states = {name: own[name] for name in self.parts}
             self.data.load_state_dict(own["data"])
+            self.course.load_state_dict(own["course"])
         for name, part in self.parts.items():
             part.load_state_dict(states[name])
         with raise_on_all_ranks():
@@ -191,8 +196,11 @@ class Run:
         """Whether this rank is still writing its part of a checkpoint."""
         return self._saving is not None and self._saving.is_pending
 
-    def begin_save(self) -> None:
+    def begin_save(self, keep: int | None = None) -> None:
         """Begin to save a checkpoint, after completing one that has been begun before. Collective.
+
+        Args:
+            keep: how many of the newest to keep; None for as many as the command line says.
 
         Raises:
             CheckpointError: one of them could not be written.
@@ -200,7 +208,7 @@ class Run:
         self.complete_save()
         with raise_on_all_ranks():
             own = {name: part.state_dict() for name, part in self._stateful().items()}
-        directory, keep = self.arguments.save, self.arguments.keep_checkpoints
+        directory, keep = self.arguments.save, self.arguments.keep_checkpoints if keep is None else keep
         if not isinstance(self.engine.basic_optimizer, LowRankOptimizer):
             own["random"] = get_random_state()
             self._note(save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep))
@@ -241,7 +249,7 @@ class Run:
         return saved
 
     def _stateful(self) -> dict[str, Stateful]:
-        return {"data": self.data, **self.parts}
+        return {"data": self.data, "course": self.course, **self.parts}
 
 
 def start_engine(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from ds_lowrank.collectives import any_rank, raise_if_any_failed, raise_on_all_ranks
+from ds_lowrank.collectives import any_rank, any_rank_and_mean, raise_if_any_failed, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
+from ds_lowrank.training.arguments import LARGEST
 from ds_lowrank.training.console import ConsoleError
 from ds_lowrank.training.health import Health
 from ds_lowrank.training.interrupt import StopRequest
@@ -63,7 +65,11 @@ def due(step: int, interval: int) -> bool:
 class _Training:
     def __init__(self, run: Run, report: Reporter, stop: StopRequest, limits: TimeLimits) -> None:
         self._run, self._report, self._stop, self._limits = run, report, stop, limits
-        self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint)
+        conditions = run.arguments.stop_on or ()
+        self._health = Health(run.engine, run.progress.step, lambda: run.checkpoint, conditions, run.course)
+        self._watches_norm = any(each.kind == "grad-norm" for each in conditions)
+        self._saved = run.progress.step
+        self._good_batch: Mapping[str, Tensor] | None = None
         self._last_record = replace(run.progress)
         self._save_is_due = False
         self._is_unheard = False
@@ -86,9 +92,11 @@ class _Training:
         batches, tokens = self._read()
         self._enter(step, "training")
         with self._health.step(step):
-            result = train_step(run.engine, batches, measure=records)
+            update = records and run.arguments.update_ratio
+            result = train_step(run.engine, batches, records, self._watches_norm, update)
         if not self._limits.short:
             self._limits.shorten()
+        result.grad_norm_ratio = run.course.add_norm(result.grad_norm)
         self._meter.add(batches)
         progress.step, progress.tokens = step, progress.tokens + tokens
         progress.seconds += time.perf_counter() - started
@@ -101,9 +109,10 @@ class _Training:
                 record |= run.evaluate(step)
         error = self._write(record)
         unheard = isinstance(error, ConsoleError)
-        flags = self._stop.received, unheard, error is not None and not unheard, run.is_writing
-        found = any_rank(*flags, *self._health.symptoms(result), device=run.engine.device)
-        asked, unheard, failed, writing, *symptoms = found
+        own = self._stop.received, unheard, error is not None and not unheard, run.is_writing
+        seen = *self._health.symptoms(result), self._health.is_beyond(result)
+        flags, loss = any_rank_and_mean(*own, *seen, number=result.loss, device=run.engine.device)
+        asked, unheard, failed, writing, no_loss, no_gradient, is_beyond = flags
         if failed:
             raise_if_any_failed(error)
         if unheard:  # the run is in order: it ends with this error once it is saved
@@ -111,7 +120,12 @@ class _Training:
         if run.is_saving and not writing:
             with self._saving(step):
                 self._complete_save()
-        self._health.note(step, *symptoms)
+        if (found := self._health.note(step, no_loss, no_gradient, loss, is_beyond)) is not None:
+            with self._saving(step):
+                self._save_last_good()
+            self._health.end(step, found)
+        if self._health.sound == step:
+            self._good_batch = batches[-1]
         self._save_is_due |= (asked and not final) or due(step, interval) or (final and interval > 0) or unheard
         # After a step that failed, a save waits for one that does not: it may be the first of many.
         if final or (self._save_is_due and self._health.is_clean(step)):
@@ -153,6 +167,19 @@ class _Training:
             return error
         return None
 
+    def _save_last_good(self) -> None:
+        """Save the weights of the last good step, if every later update was skipped, and delete nothing for them."""
+        run, good = self._run, self._health.sound
+        self._complete_save()
+        is_due = self._saved < good < run.progress.step and run.arguments.save_interval > 0
+        if not is_due or not self._health.keeps_good_weights or self._good_batch is None:
+            return
+        if self._health.is_sound(self._good_batch):
+            run.begin_save(keep=LARGEST)
+            run.complete_save()
+            with raise_on_all_ranks():
+                self._report.say(f"saved {run.checkpoint}, with the weights of step {good}")
+
     @contextmanager
     def _saving(self, step: int) -> Iterator[None]:
         """While this rank may wait for files, its own or those of the others."""
@@ -162,6 +189,7 @@ class _Training:
 
     def _save(self, waits: bool, stops: bool) -> None:
         run, self._save_is_due = self._run, False
+        self._saved = run.progress.step
         self._complete_save()
         run.begin_save()
         if not run.is_saving:
