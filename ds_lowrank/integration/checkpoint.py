@@ -191,8 +191,7 @@ def begin_saving(
             trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
             kept = weight_names(engine, trained)
             pieces = [piece for piece in pieces if "/" in piece.key or piece.key in kept]
-        stage = optimizer.grid.pipeline_rank
-        own = own_share(pieces, stage)
+        own = own_share(pieces, (optimizer.grid.pipeline_rank, optimizer.grid.tensor_rank))
         states = gathered_once(optimizer.plain_state())
         content = {
             "optimizer": saved_state.merged(states),
