@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ds_lowrank.checkpoint.manifest import DamagedError
 from ds_lowrank.checkpoint.tensor_file import DTYPES, PLACES
 from ds_lowrank.sharding.layout import Rectangle
-from ds_lowrank.sharding.pieces import as_matrix
+from ds_lowrank.sharding.pieces import are_disjoint, as_matrix
 
 BLOCK_ELEMENTS = 2**22
 """So many elements are read at a time."""
@@ -125,11 +125,12 @@ class SavedTensors:
         tensor.chunks.append(_Chunk(number, tuple(rectangles)))
 
     def _check_whole(self, key: str, tensor: _Tensor) -> None:
-        present = sum(r.height * r.width for chunk in tensor.chunks for r in chunk.rectangles)
-        if present != math.prod(tensor.shape):
-            raise DamagedError(
-                f"{self._folder} is damaged: it has {present} of the {math.prod(tensor.shape)} elements of {key}"
-            )
+        rectangles = [r for chunk in tensor.chunks for r in chunk.rectangles]
+        present, total = sum(r.height * r.width for r in rectangles), math.prod(tensor.shape)
+        if present != total or not are_disjoint(rectangles):
+            found = f"{present} of the {total}" if present != total else "some twice, and not all, of the"
+            names = ", ".join(self._names[chunk.file] for chunk in tensor.chunks[:4])
+            raise DamagedError(f"{self._folder} is damaged: it has {found} elements of {key} ({names})")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -303,7 +304,8 @@ def load(
                     f"the checkpoint belongs to another model: this one lacks {extra[0]} ({len(extra)} tensors in all)"
                 )
             if parts != "none":
-                optimizer.load_rows(source, common["optimizer"], parts)
+                with _read_as_saved(checkpoint):
+                    optimizer.load_rows(source, common["optimizer"], parts)
         try:
             load_weights(engine, source)
         except CheckpointError:
@@ -313,8 +315,20 @@ def load(
         metadata = source.metadata
     if with_counters:
         same_precision = parts != "none"
-        load_engine_state(engine, common["engine"], with_scheduler=with_scheduler, with_scale=same_precision)
+        with _read_as_saved(checkpoint):
+            load_engine_state(engine, common["engine"], with_scheduler=with_scheduler, with_scale=same_precision)
     return Loaded(common["caller"], metadata)
+
+
+@contextmanager
+def _read_as_saved(checkpoint: Path) -> Iterator[None]:
+    """A context in which values of another form than those that are saved are damage, and no error of the program."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {COMMON} does not have what is saved ({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:
