@@ -253,7 +253,7 @@ def damages() -> list[Damage]:
         Damage("a file too many", "extra.pt", lambda f: shutil.copy(f / COMMON, f / "extra.pt"), True),
         Damage("a rank too many", rank_file(2), lambda f: shutil.copy(f / FIRST, f / rank_file(2)), True),
         Damage(f"{MANIFEST}: a bit flipped", MANIFEST, partial(_flip, MANIFEST, 0.5), True),
-        Damage(f"{MANIFEST}: that of another step", COMMON, partial(_copy, "global_step2", MANIFEST)),
+        Damage(f"{MANIFEST}: that of another step", "as it was saved", partial(_copy, "global_step2", MANIFEST)),
         Damage(f"{MANIFEST}: missing", MANIFEST, lambda folder: (folder / MANIFEST).unlink()),
         Damage(f"{MANIFEST}: no JSON", MANIFEST, lambda f: (f / MANIFEST).write_bytes(b"[" * 10**5)),
     ]

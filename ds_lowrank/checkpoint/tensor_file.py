@@ -1,7 +1,7 @@
 """A rank's file of a checkpoint: its pieces of logical tensors, in the safetensors format, with their places.
 
 The safetensors package takes all tensors of a file at once, as bytes in memory. Here they are written one block after
-the other, and the checksum is taken on the way, so that nothing is copied or read a second time.
+the other, and the checksum is taken beside it, so that nothing is copied or read a second time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,13 @@ def write_pieces(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as beside:
         for block in _blocks(text, pieces):
-            digest.update(block)
-            _write(file.fileno(), block)
+            hashed = beside.submit(digest.update, block)
+            try:
+                _write(file.fileno(), block)
+            finally:
+                hashed.result()  # the next block may be in the same memory
         os.fsync(file.fileno())
     return Sealed(bytes=8 + len(text) + position, sha256=digest.hexdigest())
 
