@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.engines import grids
 from tests.engines.grids import Grid
-from tests.engines.moves import Move, Place, curves, rows_are_equal
-from tests.engines.scenario import METHODS
+from tests.engines.moves import Move, Place, curves, rows_are_equal, tensors_of
+from tests.engines.pool import run_ranks
+from tests.engines.scenario import METHODS, config
 
 ROWS = [
     Move(Place(Grid(3, 1, 1, 3), "int8"), Place(Grid(1, 1, 2, 0), "int8"), "GaLore"),
@@ -58,3 +63,18 @@ def test_every_kind_of_run_moves():
     assert {place.grid.layers for place in places} == {"megatron", "autotp"}
     assert max(place.grid.world for place in places) == 8
     assert {move.precision for move in ROWS} == {"fp32", "bf16", "bf16 alone"}
+
+
+def test_a_copy_that_zero_cuts_elsewhere_on_another_tensor_parallel_rank_is_saved_once(tmp_path):
+    """AutoTP splits 101 rows into 51 and 50, so that the embedding, of which both have a copy, is cut in two ways."""
+    grid = Grid(4, 2, 1, 1, "autotp")
+    trained = run_ranks(grid.world, save_uneven, grid, config(grid.stage, grid.data), str(tmp_path))[0]
+    saved = tensors_of(Path(tmp_path) / "there")
+    assert torch.equal(saved["model.embed_tokens.weight"], trained)
+
+
+def save_uneven(grid: Grid, settings: dict[str, Any], directory: str) -> torch.Tensor:
+    engine = grids.start(grid, settings, intermediate_size=101, vocab_size=400)
+    grids.train_step(engine, 0)
+    engine.save_checkpoint(directory, tag="there")
+    return engine.module.model.embed_tokens.weight.detach().clone()

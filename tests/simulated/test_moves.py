@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lowrank.methods import METHODS
-from tests.simulated.moves import Move, Rank, World, drawn_move, load, save, tried
+from tests.simulated.move_worlds import World
+from tests.simulated.moves import Move, Rank, drawn_move, load, save, tried
 
 WORLDS = st.builds(
     World,
