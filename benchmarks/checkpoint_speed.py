@@ -42,6 +42,9 @@ MODEL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
 MIDDLE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 METHOD = "GaLore"
+GATHERED = 10**7
+"""Elements of forward weights that DeepSpeed gathers at a time at ZeRO 1 and 2, after a step as after loading; gloo has
+a copy of them meanwhile. The default of 5e8 is more than the model has."""
 
 
 def pieces_of(mebibytes: int) -> list[Piece]:
@@ -152,7 +155,7 @@ def _engine(stage: int, ranks: int, sizes: Mapping[str, int]) -> Any:
         "train_batch_size": ranks,
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": METHOD, "params": params},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "allgather_bucket_size": GATHERED},
         "steps_per_print": 10**9,
     }
     return ds_lowrank.initialize(model=model, config=settings)[0]

@@ -66,12 +66,15 @@ def write_pieces(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as beside:
+        written = 0
         for block in _blocks(text, pieces):
             hashed = beside.submit(digest.update, block)
             try:
                 _write(file.fileno(), block)
+                _begin_flushing(file.fileno(), written, len(block))
             finally:
                 hashed.result()  # the next block may be in the same memory
+            written += len(block)
         os.fsync(file.fileno())
     return Sealed(bytes=8 + len(text) + position, sha256=digest.hexdigest())
 
@@ -94,6 +97,12 @@ def _blocks(header: bytes, pieces: Sequence[Piece]) -> Iterator[memoryview]:
         flat = piece.data.detach().reshape(-1)
         for block in torch.split(flat, max(1, BLOCK_BYTES // flat.element_size())):
             yield block.cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _begin_flushing(descriptor: int, start: int, size: int) -> None:
+    """Have the disk write a block while the next ones are made. Linux does so at this advice, and keeps the block."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _write(descriptor: int, block: memoryview) -> None:

@@ -130,9 +130,9 @@ class Saving:
                 f"{self.path} was not saved: {error}{advice(error)}. Earlier checkpoints are intact"
             ) from error
         if self.keep is not None:
-            keep = self.keep
+            keep, in_background = self.keep, self._thread is not None
             try:
-                on_first_rank(lambda: prune(self.directory, keep))
+                on_first_rank(lambda: prune(self.directory, keep, in_background=in_background))
             except (OSError, RuntimeError) as error:
                 raise CheckpointError(
                     f"{self.path} was saved, but an older checkpoint was not deleted: {error}"
