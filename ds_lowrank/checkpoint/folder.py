@@ -31,7 +31,6 @@ from ds_lowrank.checkpoint.owned import MARK, delete_owned, make_owned, mark
 from ds_lowrank.collectives import global_rank, is_distributed, raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
 
-
 logger = logging.getLogger("ds_lowrank")
 
 _deleting: list[threading.Thread] = []
