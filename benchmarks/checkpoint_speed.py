@@ -7,7 +7,8 @@ gigabyte of pieces, written and read in turns with torch.save and DCP of the sam
 the disk (fsync). What is read is still in memory (the page cache), as it is after a save. Reading includes the check of
 the checksum. *Stall*: how long training stands still for a save in the background, over the time of one in the
 foreground. *Memory*: what loading on another grid needs beyond what a rank has anyway, from the kernel's count of each
-process. Needs the ``dev`` extra.
+process. At ZeRO 1 and 2 that has the gather by which DeepSpeed fills the forward weights, as after every step: gloo
+copies them meanwhile. Needs the ``dev`` extra.
 """
 
 from __future__ import annotations
@@ -42,9 +43,6 @@ MODEL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
 MIDDLE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 METHOD = "GaLore"
-GATHERED = 10**7
-"""Elements of forward weights that DeepSpeed gathers at a time at ZeRO 1 and 2, after a step as after loading; gloo has
-a copy of them meanwhile. The default of 5e8 is more than the model has."""
 
 
 def pieces_of(mebibytes: int) -> list[Piece]:
@@ -155,7 +153,7 @@ def _engine(stage: int, ranks: int, sizes: Mapping[str, int]) -> Any:
         "train_batch_size": ranks,
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": METHOD, "params": params},
-        "zero_optimization": {"stage": stage, "allgather_bucket_size": GATHERED},
+        "zero_optimization": {"stage": stage},
         "steps_per_print": 10**9,
     }
     return ds_lowrank.initialize(model=model, config=settings)[0]
