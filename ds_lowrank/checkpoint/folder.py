@@ -7,6 +7,8 @@ rank 0.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ from ds_lowrank.checkpoint.manifest import (
 from ds_lowrank.checkpoint.owned import MARK, delete_owned, make_owned, mark
 from ds_lowrank.collectives import global_rank, is_distributed, raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
+
+logger = logging.getLogger("ds_lowrank")
+
+_deleting: list[threading.Thread] = []
 
 
 def on_first_rank(act: Callable[[], None]) -> None:
@@ -63,6 +69,8 @@ def prepare(directory: Path, tag: str, *, replaces: bool = False) -> None:
         CheckpointError: there is something of this name that is not replaced.
         OSError: the folder cannot be made.
     """
+    while _deleting:
+        _deleting.pop().join()
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in leftovers(directory):
         delete_owned(leftover)
@@ -143,12 +151,14 @@ def merged(parts: Iterable[Mapping[str, Sealed]]) -> dict[str, Sealed | None]:
     return files
 
 
-def prune(directory: Path, keep: int) -> None:
+def prune(directory: Path, keep: int, *, in_background: bool = False) -> None:
     """Delete all but the newest whole checkpoints, except those to which somebody else has added a file.
 
     Args:
         directory: where checkpoints are saved.
         keep: how many remain.
+        in_background: whether a thread deletes them, which takes some tenths of a second per GB. They have lost their
+            names at once. The next :func:`prepare` waits for it, as the end of the process does.
 
     Raises:
         OSError: one cannot be deleted.
@@ -163,7 +173,19 @@ def prune(directory: Path, keep: int) -> None:
             continue
         mark(old)
         removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill never leaves half a checkpoint
-        delete_owned(removed)
+        if in_background:
+            _deleting.append(threading.Thread(target=_delete, args=(removed,), name="delete checkpoint"))
+            _deleting[-1].start()
+        else:
+            delete_owned(removed)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder; what cannot be deleted now is left to the next save, which says so."""
+    try:
+        delete_owned(folder)
+    except OSError as error:
+        logger.warning("%s was not deleted: %s", folder, error)
 
 
 def share_of_files() -> slice:

@@ -234,8 +234,8 @@ def check_files(directory: Path, manifest: Manifest, share: slice = slice(None))
             raise DamagedError(
                 f"{directory} is damaged: {name} has {path.stat().st_size} bytes instead of {sealed.bytes}"
             )
-    for path in directory.glob("*.pt"):  # DeepSpeed would load it, as it finds files by their names
-        if path.name not in manifest.files:
+    for path in sorted(directory.glob("*")):  # DeepSpeed would load it, as it finds files by their names
+        if path.suffix in (".pt", ".safetensors") and path.name not in manifest.files:
             raise DamagedError(f"{directory} is damaged: {path.name} was not saved with it; remove that file")
     for name in sorted(manifest.files)[share]:
         if sha256(directory / name) != manifest.files[name].sha256:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -130,9 +131,9 @@ class Saving:
                 f"{self.path} was not saved: {error}{advice(error)}. Earlier checkpoints are intact"
             ) from error
         if self.keep is not None:
-            keep = self.keep
+            keep, in_background = self.keep, self._thread is not None
             try:
-                on_first_rank(lambda: prune(self.directory, keep))
+                on_first_rank(lambda: prune(self.directory, keep, in_background=in_background))
             except (OSError, RuntimeError) as error:
                 raise CheckpointError(
                     f"{self.path} was saved, but an older checkpoint was not deleted: {error}"
@@ -192,8 +193,7 @@ def begin_saving(
             trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
             kept = weight_names(engine, trained)
             pieces = [piece for piece in pieces if "/" in piece.key or piece.key in kept]
-        stage = optimizer.grid.pipeline_rank
-        own = own_share(pieces, stage)
+        own = own_share(pieces, (optimizer.grid.pipeline_rank, optimizer.grid.tensor_rank))
         states = gathered_once(optimizer.plain_state())
         content = {
             "optimizer": saved_state.merged(states),
@@ -305,12 +305,25 @@ def load(
                     f"the checkpoint belongs to another model: this one lacks {extra[0]} ({len(extra)} tensors in all)"
                 )
             if parts != "none":
-                optimizer.load_rows(source, common["optimizer"], parts)
+                with _read_as_saved(checkpoint):
+                    optimizer.load_rows(source, common["optimizer"], parts)
         load_weights(engine, source)
         metadata = source.metadata
     if with_counters:
-        load_engine_state(engine, common["engine"], schedule)
+        with _read_as_saved(checkpoint):
+            load_engine_state(engine, common["engine"], schedule)
     return Loaded(common["caller"], metadata)
+
+
+@contextmanager
+def _read_as_saved(checkpoint: Path) -> Iterator[None]:
+    """A context in which values of another form than those that are saved are damage, and no error of the program."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {COMMON} does not have what is saved ({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_lowrank.checkpoint.folder import check_files_together
-from ds_lowrank.checkpoint.manifest import FILE, Progress
+from ds_lowrank.checkpoint.manifest import Progress
 from ds_lowrank.collectives import broadcast_from_rank0, global_rank
-from ds_lowrank.integration.checkpoint import COMMON, begin_saving, load
+from ds_lowrank.integration.checkpoint import COMMON, begin_saving, load, rank_file
 from ds_lowrank.integration.saved_layout import check_before_loading
 
 logger = logging.getLogger("ds_lowrank")
@@ -35,12 +36,12 @@ def keep_checkpoints_of_any_grid(engine: Any) -> None:
 
 
 def is_of_any_grid(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that knows no grid.
+    """Whether a folder is a checkpoint that knows no grid, or what is left of one.
 
     Args:
         folder: of a checkpoint.
     """
-    return (folder / FILE).is_file() and (folder / COMMON).is_file()
+    return any(os.path.lexists(folder / name) for name in (COMMON, rank_file(0)))
 
 
 def _saving(engine: Any, stock: Callable[..., Any]) -> Callable[..., bool]:
