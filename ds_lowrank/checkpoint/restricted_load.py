@@ -43,19 +43,20 @@ def zero_stage(enumeration: Any, name: str) -> ZeroStageEnum:
 UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)|class ([\w.]+)")
 
 
-def read_data(path: Path | BinaryIO, map_location: Any = "cpu") -> Any:
+def read_data(path: Path | BinaryIO, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
     """Read a file of ``torch.save``; nothing in it is run.
 
     Args:
         path: the file, or what is to be written to one.
         map_location: as for ``torch.load``.
+        mapped: whether tensors stay on the disk until they are used.
 
     Raises:
         CheckpointError: the file is damaged, or contains something else than data.
     """
     try:
         with torch.serialization.safe_globals([*CLASSES, (zero_stage, "builtins.getattr")]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged pickle leads to
         lines = str(error).strip().splitlines() or [type(error).__name__]
         named = UNSUPPORTED.search(str(error))

@@ -31,11 +31,20 @@ ALLOWED = {
         "sharding",
     },
     "adapters": {"errors", "linalg", "optimizer", "placement"},
-    "integration": {"adapters", "collectives", "environment", "errors", "optimizer", "placement"},
+    "checkpoint": {"adapters", "collectives", "errors", "placement", "sharding"},
+    "integration": {
+        "adapters",
+        "checkpoint",
+        "collectives",
+        "environment",
+        "errors",
+        "optimizer",
+        "placement",
+        "sharding",
+    },
     # The parts of the two programs in launch/.
     "models": {"errors", "placement"},
     "data": {"collectives"},
-    "checkpoint": {"adapters", "collectives", "errors", "placement"},
     "training": {
         "checkpoint",
         "collectives",
@@ -49,7 +58,7 @@ ALLOWED = {
     },
     "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
     "estimate": {"errors", "integration", "models", "optimizer", "placement", "sharding", "training"},
-    "commands": {"data", "environment", "errors", "estimate", "integration", "training"},
+    "commands": {"checkpoint", "data", "environment", "errors", "estimate", "integration", "training"},
     "__main__": {"commands"},
 }
 
