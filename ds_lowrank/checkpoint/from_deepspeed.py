@@ -112,7 +112,8 @@ def _partitioned(folder: Path, models: list[dict[str, Any]], shards: list[dict[s
     shapes = models[0][keys.PARAM_SHAPES]
     trained = [name for group in shapes for name in group]
     weights_key = keys.FP32_FLAT_GROUPS if stage == 3 else keys.SINGLE_PARTITION_OF_FP32_GROUPS
-    base = [shard[keys.OPTIMIZER_STATE_DICT if stage == 3 else keys.BASE_OPTIMIZER_STATE] for shard in shards]
+    base_key = keys.OPTIMIZER_STATE_DICT if stage == 3 else keys.BASE_OPTIMIZER_STATE
+    base = [shard.get(base_key, {"state": {}}) for shard in shards]
     if not isinstance(base[0], dict):
         raise CheckpointError(
             f"{folder} was saved with zero_optimization.elastic_checkpoint, which cannot be converted"

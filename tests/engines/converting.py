@@ -40,7 +40,19 @@ def groups_of(model: torch.nn.Module, count: int) -> Any:
     return [{"params": [p for p in trained if p.ndim == 2]}, {"params": [p for p in trained if p.ndim != 2]}]
 
 
-def model_of(frozen: bool = False, **changes: Any) -> torch.nn.Module:
+def experts_config() -> Any:
+    from transformers import MixtralConfig
+
+    sizes = {key: value for key, value in grids.SIZES.items() if key != "num_hidden_layers"}
+    return MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2)
+
+
+def model_of(frozen: bool = False, experts: bool = False, **changes: Any) -> torch.nn.Module:
+    if experts:
+        from transformers import MixtralForCausalLM
+
+        torch.manual_seed(0)
+        return MixtralForCausalLM(experts_config())
     model = grids.dense_model(**changes)
     if frozen:
         model.model.embed_tokens.weight.requires_grad_(False)
@@ -61,10 +73,11 @@ def train(engine: Any, steps: int = STEPS) -> None:
 
 def stock_run(settings: dict[str, Any], directory: str, groups: int = 1, **changes: Any) -> dict[str, Any]:
     """Train, save, and return weights and moments of every parameter."""
-    engine = stock_engine(settings, groups, **changes)
-    for step in range(STEPS):
-        import torch.distributed as dist
+    import torch.distributed as dist
 
+    engine = stock_engine(settings, groups, **changes)
+
+    for step in range(STEPS):
         mine = grids.tokens(step).chunk(dist.get_world_size())[dist.get_rank()]
         engine.backward(engine(input_ids=mine, labels=mine).loss)
         engine.step()
@@ -75,6 +88,9 @@ def stock_run(settings: dict[str, Any], directory: str, groups: int = 1, **chang
 def moments_of(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    if engine.zero_optimization_stage() in (1, 2):  # DeepSpeed links the states when only the first group has any
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, dict[str, torch.Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for key, values in found.items():
         for name, parameter in engine.module.named_parameters():
@@ -102,6 +118,21 @@ def low_rank_run(
     return full_weights(engine)
 
 
+def identified_run(settings: dict[str, Any], directory: str, **changes: Any) -> dict[str, torch.Tensor]:
+    """Train and save as launch/pretrain.py does: the checkpoint says which model it is of."""
+    import ds_lowrank
+    from ds_lowrank.checkpoint.manifest import Progress
+    from ds_lowrank.integration.checkpoint import begin_saving
+
+    model = model_of(**changes)
+    run = {"model": model.config.to_diff_dict()}
+    engine = ds_lowrank.initialize(model=model, config=settings)[0]
+    train(engine)
+    path = Path(directory)
+    begin_saving(engine, path, "global_step3", run=run, progress=Progress(3), common={}).complete()
+    return full_weights(engine)
+
+
 def low_rank_start(settings: dict[str, Any], directory: str, again: str, **changes: Any) -> dict[str, torch.Tensor]:
     """Load weights as a user does, then the moments of the rest as well, and save what there is then."""
     import ds_lowrank
@@ -124,12 +155,11 @@ def low_rank_start(settings: dict[str, Any], directory: str, again: str, **chang
 
 def stock_load(settings: dict[str, Any], directory: str, groups: int = 1, **arguments: Any) -> dict[str, torch.Tensor]:
     """Load into a stock engine whose weights were others."""
-    torch.manual_seed(5)
+    import deepspeed
+
     changes = arguments.pop("changes", {})
     engine = stock_engine(settings, groups, **changes)
     with torch.no_grad():
-        import deepspeed
-
         for parameter in engine.module.parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.fill_(7.0)

@@ -13,8 +13,6 @@ from tests.engines.converting import galore_settings, stock_settings
 from tests.engines.pool import run_ranks
 from tests.engines.test_any_grid import tensors_of
 
-CONFIG = {"model_type": "llama"}
-
 
 def assert_equal(found, expected):
     assert found.keys() == expected.keys()
@@ -140,3 +138,32 @@ def test_the_export_is_a_hugging_face_folder(tied, tmp_path):
         assert len(list((tmp_path / dtype).glob("*.safetensors"))) > 1
         expected = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
         assert_equal(dict(model.named_parameters()), expected)
+
+
+def test_the_checkpoint_of_a_run_says_which_model_it_is_of(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    weights = run_ranks(
+        2, converting.identified_run, galore_settings(1), str(tmp_path / "ours"), tie_word_embeddings=True
+    )[0]
+    convert(tmp_path / "ours", tmp_path / "export", Wanted(to="huggingface"))
+    assert_equal(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "export").named_parameters()), weights)
+    convert(tmp_path / "ours", tmp_path / "stock", Wanted(to="deepspeed"))
+    states = torch.load(tmp_path / "stock" / "global_step3" / "mp_rank_00_model_states.pt", weights_only=True)
+    assert torch.equal(states["module"]["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_stacks_of_experts_go_out_and_come_in_as_the_parameters_of_the_model(tmp_path):
+    """In a checkpoint of ours every expert's matrix is one of its own."""
+    from transformers import AutoModelForCausalLM
+
+    weights = run_ranks(2, converting.low_rank_run, galore_settings(2), str(tmp_path / "ours"), experts=True)[0]
+    assert any(weight.ndim == 3 for weight in weights.values())
+    converting.experts_config().save_pretrained(tmp_path / "config")
+    wanted = {"config": tmp_path / "config"}
+    convert(tmp_path / "ours", tmp_path / "export", Wanted(to="huggingface", **wanted))
+    assert_equal(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "export").named_parameters()), weights)
+
+    expected = run_ranks(2, converting.stock_run, stock_settings(1), str(tmp_path / "stock"), experts=True)[0]
+    convert(tmp_path / "stock", tmp_path / "in", Wanted(to="ours", **wanted))
+    check_start(tmp_path / "in", expected, 2, tmp_path / "again", experts=True)
