@@ -60,6 +60,7 @@ def to_ours(found: Incoming, source: Path, skeleton: Skeleton | None, out: Path,
         OSError: it cannot be written.
     """
     check_free(out)
+    was_there = out.exists()
     kept = found.steps if moments else {}
     prepare(out, TAG)
     try:
@@ -83,6 +84,8 @@ def to_ours(found: Incoming, source: Path, skeleton: Skeleton | None, out: Path,
         complete(out, TAG, {}, Progress(), writer.sealed, [*writer.sealed, COMMON])
     except BaseException:
         delete_owned(partial_of(out, TAG))
+        if not was_there:
+            out.rmdir()
         raise
 
 

@@ -15,13 +15,14 @@ from typing import Any, BinaryIO
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_lowrank.errors import CheckpointError
 
-CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, SubparamShape)
 """The classes that DeepSpeed's wrappers put into their files; none of them does anything when it is made."""
 
 

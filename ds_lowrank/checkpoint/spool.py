@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -36,6 +37,4 @@ def reserve(descriptor: int, size: int) -> None:
     Raises:
         OSError: there is no room.
     """
-    import os
-
     os.posix_fallocate(descriptor, 0, size)

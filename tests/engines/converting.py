@@ -168,6 +168,21 @@ def stock_load(settings: dict[str, Any], directory: str, groups: int = 1, **argu
     return full_weights(engine)
 
 
+def tensor_parallel_run(settings: dict[str, Any], directory: str) -> None:
+    """Take steps that do not move the weights, under DeepSpeed's AutoTP on two ranks, and save."""
+    import deepspeed
+
+    model = grids.dense_model()
+    settings = {**settings, "tensor_parallel": {"autotp_size": 2}}
+    settings["optimizer"] = {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0, "torch_adam": True}}
+    settings["train_micro_batch_size_per_gpu"] = settings.pop("train_batch_size")
+    engine = deepspeed.initialize(model=model, config=settings, model_parameters=model.parameters())[0]
+    batch = grids.tokens(0)
+    engine.backward(engine(input_ids=batch, labels=batch).loss)
+    engine.step()
+    engine.save_checkpoint(directory)
+
+
 def to_universal_by_deepspeed(directory: str, out: str) -> None:
     from deepspeed.checkpoint import ds_to_universal
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from ds_lowrank.checkpoint.convert import Wanted, convert
+from ds_lowrank.errors import CheckpointError
 from tests.engines import converting
 from tests.engines.converting import galore_settings, stock_settings
 from tests.engines.pool import run_ranks
 from tests.engines.test_any_grid import tensors_of
+
+pytestmark = pytest.mark.slow
 
 
 def assert_equal(found, expected):
@@ -65,6 +68,19 @@ def test_a_run_starts_from_a_universal_checkpoint(stage, tmp_path):
     converting.to_universal_by_deepspeed(str(tmp_path / "stock"), str(tmp_path / "universal" / "u"))
     convert(tmp_path / "universal", tmp_path / "ours", Wanted(to="ours", source="universal"))
     check_start(tmp_path / "ours", expected, 1, tmp_path / "again", **changes)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_universal_checkpoint_of_a_tensor_parallel_run_has_whole_weights(stage, tmp_path):
+    run_ranks(2, converting.tensor_parallel_run, stock_settings(stage), str(tmp_path / "stock"))
+    with pytest.raises(CheckpointError, match="ds_to_universal"):
+        convert(tmp_path / "stock", tmp_path / "ours", Wanted(to="ours"))
+    converting.to_universal_by_deepspeed(str(tmp_path / "stock"), str(tmp_path / "universal" / "u"))
+    convert(tmp_path / "universal", tmp_path / "ours", Wanted(to="ours"))
+    found = tensors_of(tmp_path / "ours" / "global_step0")
+    weights = dict(converting.model_of().named_parameters())
+    assert_equal({key: tensor for key, tensor in found.items() if "/" not in key}, weights)
+    assert all(found[f"{name}/exp_avg"].shape == weight.shape for name, weight in weights.items())
 
 
 def test_without_moments_there_are_only_weights(tmp_path):
