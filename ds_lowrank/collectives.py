@@ -90,6 +90,24 @@ def any_rank(*flags: bool | torch.Tensor, device: torch.device) -> list[bool]:
     return [bool(flag) for flag in own.tolist()]
 
 
+def any_rank_and_mean(
+    *flags: bool | torch.Tensor, number: torch.Tensor, device: torch.device
+) -> tuple[list[bool], float]:
+    """As :func:`any_rank`, and the mean of a number over all ranks in the same all-reduce. Collective.
+
+    Args:
+        flags: as there.
+        number: this rank's, a scalar. If one is not finite the mean is not, and the flags are right.
+        device: the device of the process group's tensors.
+    """
+    own = [torch.as_tensor(flag, dtype=torch.float64, device=device) for flag in flags]
+    total = torch.stack([*own, number.detach().to(device=device, dtype=torch.float64)])
+    if is_distributed():
+        dist.all_reduce(total)
+    *found, summed = total.tolist()
+    return [flag > 0 for flag in found], summed / (dist.get_world_size() if is_distributed() else 1)
+
+
 def raise_if_any_failed(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Return if no rank passes an error; otherwise raise on every rank. Collective.
 

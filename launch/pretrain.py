@@ -93,7 +93,7 @@ def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:
     from ds_lowrank.models import llama_parallel
 
     tensor, pipeline = plan.grid.tensor, plan.grid.pipeline
-    mpu = make_grid(tensor, pipeline, arguments.timeout)
+    mpu = make_grid(tensor, pipeline, max(arguments.timeout, arguments.setup_timeout))
     model = llama_parallel.build(
         plan.model,
         arguments.seed,

@@ -20,7 +20,9 @@ from benchmarks.faults.trial import Outcome, Trial
 SUBJECTS = {
     "damage": "damaged checkpoints",
     "kills": "kills, signals and full disks",
+    "moves": "kills, after which the run is finished on another grid",
     "one_rank": "errors of one rank alone",
+    "hangs": "ranks that stop answering",
     "configurations": "malformed configurations and flags",
     "data": "bad data and models",
 }
@@ -31,12 +33,13 @@ def main() -> int:
     """Run the trials that the command line names; the exit code says whether all faults were handled."""
     parser = options(__doc__)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--trials", type=int, metavar="N", help="at most so many of each subject")
     arguments = parser.parse_args()
     found: dict[str, dict[str, tuple[Outcome, float]]] = {}
     for subject in arguments.subjects:
         trials: list[Trial] = import_module(f"benchmarks.faults.{subject}").trials()
         chosen = [trial for trial in trials if trial.compact or not arguments.quick]
-        found[subject] = {trial.name: _tried(trial) for trial in chosen}
+        found[subject] = {trial.name: _tried(trial) for trial in chosen[: arguments.trials]}
         _report(subject, found[subject])
     if arguments.json is not None:
         tried = {

@@ -56,7 +56,18 @@ ATTEMPTS = 3
 def _command(folder: Path, layout: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     # --resume from the first time on, as in a script that a cluster starts again and again.
-    more = ("--save-interval", str(INTERVAL), "--eval-interval", "4", "--export", "--timeout", "20", "--resume")
+    more = (
+        "--save-interval",
+        str(INTERVAL),
+        "--eval-interval",
+        "4",
+        "--export",
+        "--timeout",
+        "20",
+        "--setup-timeout",
+        "20",
+        "--resume",
+    )
     return workspace(folder, STEPS, *more, config=LAYOUTS[layout])
 
 
@@ -71,7 +82,15 @@ def _result(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[str, torch.Te
     return records, load_file(output / "export" / "model.safetensors")
 
 
-def _wait_for_moment(running: Running, moment: str, folder: Path, chance: random.Random) -> None:
+def wait_for_moment(running: Running, moment: str, folder: Path, chance: random.Random) -> None:
+    """Wait until a run is at a moment, and a little longer.
+
+    Args:
+        running: the run.
+        moment: one of ``MOMENTS``.
+        folder: in which it runs.
+        chance: of the exact moment.
+    """
     checkpoints, metrics = folder / "run" / "checkpoints", folder / "run" / "metrics.jsonl"
 
     def steps() -> int:
@@ -103,7 +122,7 @@ def killed(folder: Path, layout: str, moment: str, victim: str, seed: int) -> Ou
     """
     arguments = _command(folder / "killed", layout)
     running = Running("pretrain", arguments, 2, folder / "killed")
-    _wait_for_moment(running, moment, folder / "killed", random.Random(seed))
+    wait_for_moment(running, moment, folder / "killed", random.Random(seed))
     number = signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL
     for rank in (0, 1) if "all" in victim else (int(victim[-1]),):
         running.send(number, rank)
@@ -167,6 +186,33 @@ def full_disk(folder: Path, target: str, error: Exception, calls: int) -> Outcom
     lines = finished.err.splitlines()
     if not any(line.startswith("rank 0: error: ") and "--resume" in line for line in lines):
         return Outcome("no message", outcome.detail)
+    return _again(folder, arguments, "ZeRO 2")
+
+
+def _without_a_reader(rank: int) -> None:
+    """Give rank 0 a pipe as its standard output whose reader is gone, as ``| head`` leaves it."""
+    if rank == 0:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # the former one may have been of a file
+
+
+def lost_console(folder: Path) -> Outcome:
+    """Rank 0 cannot print any more: the run is saved before it ends, and the same command line finishes it.
+
+    Args:
+        folder: an empty folder.
+    """
+    arguments = _command(folder / "killed", "ZeRO 2")
+    running = Running("pretrain", arguments, 2, folder / "killed", _without_a_reader)
+    finished = running.finish(60)
+    outcome = finished.refusal()
+    if outcome.verdict != "refused":
+        return outcome
+    saved = [path.name for path in (folder / "killed" / "run" / "checkpoints").glob("global_step*")]
+    if saved != ["global_step1"] or "rank 0: error: the console output cannot be written" not in finished.err:
+        return Outcome("files lost", f"{saved}: {finished.err[-300:]}")
     return _again(folder, arguments, "ZeRO 2")
 
 
@@ -259,7 +305,7 @@ def silent_rank(folder: Path, rank: int) -> Outcome:
     running.send(signal.SIGKILL, rank)
     outcome = running.finish(10).refusal()
     expected = f"rank {1 - rank}: error: no answer from rank {rank} within --timeout 3 s: stopped, or hanging"
-    return Outcome(outcome.verdict if outcome.detail == expected else "no message", outcome.detail)
+    return Outcome(outcome.verdict if outcome.detail.startswith(expected) else "no message", outcome.detail)
 
 
 def _free_port() -> str:
@@ -296,6 +342,7 @@ def trials() -> list[Trial]:
         Trial(f"a full disk at {what}", partial(full_disk, target=t, error=e, calls=n), what == "the export")
         for what, (t, e, n) in WRITES.items()
     ]
+    found.append(Trial("a console whose reader is gone", lost_console, True))
     found += [
         Trial(f"a second {number.name} while rank 1 is stopped", partial(stopped_rank, number=number), index == 0)
         for index, number in enumerate((signal.SIGTERM, signal.SIGINT))

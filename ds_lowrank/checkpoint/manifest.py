@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from ds_lowrank.checkpoint.disk import flush, sha256
 from ds_lowrank.errors import CheckpointError
 
 FILE = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 
 
 class DamagedError(CheckpointError):
@@ -242,27 +242,48 @@ def check_files(directory: Path, manifest: Manifest, share: slice = slice(None))
             raise DamagedError(f"{directory} is damaged: {name} is not as it was saved")
 
 
-def check_identity(directory: Path, manifest: Manifest, identity: Identity) -> None:
+def check_identity(
+    directory: Path,
+    manifest: Manifest,
+    identity: Identity,
+    may_differ: Collection[str] = (),
+    params_may_differ: Collection[str] = (),
+) -> None:
     """Check that a checkpoint belongs to a run with this identity.
 
     Args:
         directory: the folder of the checkpoint.
         manifest: its manifest.
         identity: identifies this run.
+        may_differ: settings that need not be equal.
+        params_may_differ: options of the optimizer that need not be equal.
 
     Raises:
         CheckpointError: settings differ; the message lists all differences and how to remove them.
     """
-    # Through JSON, so that a tuple equals the list that it was saved as.
-    wanted = json.loads(json.dumps(asdict(identity)))
+    saved, wanted = comparable(manifest.run, params_may_differ), comparable(asdict(identity), params_may_differ)
     different = [
-        f"{key}: the checkpoint has {_brief(manifest.run.get(key), wanted[key])}, this run "
-        f"{_brief(wanted[key], manifest.run.get(key))} ({remedy})"
+        f"{key}: the checkpoint has {_brief(saved.get(key), wanted[key])}, this run "
+        f"{_brief(wanted[key], saved.get(key))} ({remedy})"
         for key, remedy in REMEDIES.items()
-        if manifest.run.get(key) != wanted[key]
+        if key not in may_differ and saved.get(key) != wanted[key]
     ]
     if different:
         raise CheckpointError(f"{directory} belongs to a different run; nothing was changed. " + "; ".join(different))
+
+
+def comparable(run: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """What identifies a run, as it is compared.
+
+    Args:
+        run: an identity's attributes, as they are or as a manifest has them.
+        without: options of the optimizer that are left out.
+    """
+    found: dict[str, Any] = json.loads(json.dumps(dict(run)))  # so that a tuple equals the list that it was saved as
+    params = found.get("optimizer_params")
+    if isinstance(params, dict):
+        found["optimizer_params"] = {key: value for key, value in params.items() if key not in without}
+    return found
 
 
 def _brief(value: Any, other: Any) -> str:

@@ -73,8 +73,8 @@ def ensure_built_on_nodes(path: Path, write: Callable[[Path], None]) -> None:
 
     Nodes may share the folder, or have one each. One process builds in each.
 
-    The wait counts towards the timeout of the process group: build data that take longer by a short run on one process
-    first.
+    The wait counts towards the time limit of collectives: build data that take longer by a short run on one process
+    first, or give a longer ``--setup-timeout``.
 
     Args:
         path: the cached file.

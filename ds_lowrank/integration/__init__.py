@@ -15,8 +15,9 @@ what                                               why, and who does it
                                                    of another step: ``gradient_buffers``, on engines of ``initialize``
 ``engine.no_sync``                                 refuses: nothing is reduced before a step under projected reduction:
                                                    ``projected``, on engines of ``initialize``
-``engine.load_checkpoint``                         refuses another layout before DeepSpeed fails on the size of a
-                                                   tensor: ``saved_layout``, on engines of ``initialize``
+``engine.save_checkpoint``,                        checkpoints that open on any grid: ``engine_checkpoints``, on engines
+``engine.load_checkpoint``                         of ``initialize``; files of DeepSpeed's of another layout are refused
+                                                   before it fails on the size of a tensor: ``saved_layout``
 ``engine.checkpoint_engine.load``                  DeepSpeed 0.19.8 runs what a checkpoint's pickles name: within
                                                    ``checkpoint/restricted_load.py``, and put back
 ``engine.checkpoint_engine.save``                  a full disk on one rank would hang the others: within

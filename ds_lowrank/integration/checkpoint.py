@@ -29,13 +29,14 @@ from ds_lowrank.checkpoint.restricted_load import read_data
 from ds_lowrank.checkpoint.tensor_file import write_pieces
 from ds_lowrank.collectives import all_gather_object, gathered_once, global_rank, raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.integration.engine_state import engine_state, load_engine_state
+from ds_lowrank.integration.engine_state import Schedule, engine_state, load_engine_state
 from ds_lowrank.integration.engine_weights import check_shapes, load_weights, weight_names, weight_pieces
 from ds_lowrank.optimizer import saved_state
 from ds_lowrank.sharding.pieces import Piece
 
-StateParts = Literal["all", "rest", "none"]
-"""What is loaded of an optimizer's state: ``all``; the ``rest``, which AdamW steps; or ``none``."""
+StateParts = Literal["all", "state", "rest", "none"]
+"""What is loaded of an optimizer: ``all``; its ``state`` with other options; of it the ``rest``, which AdamW steps; or
+``none``."""
 
 
 @dataclass
@@ -263,7 +264,7 @@ def load(
     manifest: Manifest,
     *,
     parts: StateParts = "all",
-    with_scheduler: bool = True,
+    schedule: Schedule = "restore",
     with_counters: bool = True,
 ) -> Loaded:
     """Load a checkpoint into an engine that was just built, on whatever grid. Collective.
@@ -273,7 +274,7 @@ def load(
         checkpoint: its folder, whose files were checked.
         manifest: its manifest.
         parts: what is loaded of the optimizer's state.
-        with_scheduler: whether the scheduler's state is restored.
+        schedule: what becomes of the scheduler.
         with_counters: whether the engine's counters and loss scale are.
 
     Raises:
@@ -296,14 +297,8 @@ def load(
                 )
             if parts != "none":
                 optimizer.load_rows(source, common["optimizer"], parts)
-        try:
-            load_weights(engine, source)
-        except CheckpointError:
-            raise
-        except Exception as error:  # on this rank only, maybe, and the others wait for it
-            raise CheckpointError(f"{checkpoint} was not loaded: {type(error).__name__}: {error}") from error
+        load_weights(engine, source)
         metadata = source.metadata
     if with_counters:
-        same_precision = parts != "none"
-        load_engine_state(engine, common["engine"], with_scheduler=with_scheduler, with_scale=same_precision)
+        load_engine_state(engine, common["engine"], schedule)
     return Loaded(common["caller"], metadata)

@@ -91,7 +91,7 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., tuple[str 
             folder,
             manifest,
             parts="all" if has_states else "none",
-            with_scheduler=found["load_lr_scheduler_states"],
+            schedule="restore" if found["load_lr_scheduler_states"] else "leave",
             with_counters=not only_module,
         )
         if global_rank() == 0:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+Schedule = Literal["restore", "advance", "leave"]
+"""What becomes of a scheduler: its state is restored, it goes to the saved step with its own rates, or nothing."""
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -24,21 +28,25 @@ def engine_state(engine: Any) -> dict[str, Any]:
     }
 
 
-def load_engine_state(engine: Any, saved: Mapping[str, Any], *, with_scheduler: bool, with_scale: bool) -> None:
+def load_engine_state(engine: Any, saved: Mapping[str, Any], schedule: Schedule) -> None:
     """Restore the state.
 
     Args:
         engine: an engine just built.
         saved: what :func:`engine_state` returned.
-        with_scheduler: whether the scheduler's state is restored.
-        with_scale: whether the loss scale is.
+        schedule: what becomes of the scheduler.
     """
     for name, value in saved["counters"].items():
         setattr(engine, name, value)
-    if with_scheduler and engine.lr_scheduler is not None and saved["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(saved["scheduler"])
+    scheduler = engine.lr_scheduler
+    if scheduler is not None and saved["scheduler"] is not None and schedule == "restore":
+        scheduler.load_state_dict(saved["scheduler"])
+    elif scheduler is not None and schedule == "advance":
+        with warnings.catch_warnings(action="ignore"):  # that the optimizer has made no steps
+            for _ in range(engine.global_steps - engine.skipped_steps):
+                scheduler.step()
     scaler = _scaler(engine.optimizer)
-    for key, value in saved["loss_scale"].items() if with_scale else ():
+    for key, value in saved["loss_scale"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
 

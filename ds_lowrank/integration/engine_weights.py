@@ -7,12 +7,19 @@ from typing import Any
 
 import torch
 
+from ds_lowrank.collectives import raise_on_all_ranks
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.parameter_names import tag_names
 from ds_lowrank.placement.tensor_parallel import logical_matrices
-from ds_lowrank.placement.zero import Interval, forward_weights, release_gathered, unpartitioned_shape
+from ds_lowrank.placement.zero import (
+    Interval,
+    forward_weights,
+    release_gathered,
+    renew_forward_weights,
+    unpartitioned_shape,
+)
 from ds_lowrank.sharding.layout import Rectangle
 from ds_lowrank.sharding.logical import Logical
 from ds_lowrank.sharding.pieces import Piece, Source, as_matrix
@@ -53,28 +60,34 @@ def load_weights(engine: Any, source: Source) -> None:
         source: what was saved; it has the tensors of :func:`weight_names`.
 
     Raises:
-        CheckpointError: a tensor has another shape there.
+        CheckpointError: it cannot be read.
+        RemoteError: another rank failed.
     """
     wrapper = engine.optimizer
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
     release_gathered(engine.module.parameters())
+    with raise_on_all_ranks():
+        _read_weights(engine, source)
+    renew_forward_weights(wrapper)
+    if hasattr(wrapper, "checkpoint_event_epilogue"):
+        wrapper.checkpoint_event_epilogue()
+
+
+def _read_weights(engine: Any, source: Source) -> None:
+    """Read the masters where there are any, otherwise what forward passes read."""
     for logical, interval in _parts(engine):
         rectangles = logical.part(logical.own, interval.start, interval.end).rectangles
-        if not rectangles:
-            continue
-        fragment = interval.fragment(logical)
-        weights = fragment.weights
-        source.read(logical.name, rectangles, weights)
-        fragment.put(weights)
+        if rectangles:
+            fragment = interval.fragment(logical)
+            weights = fragment.weights
+            source.read(logical.name, rectangles, weights)
+            fragment.put(weights)
     for name, buffer in _buffers(engine.module):
         rows, columns = as_matrix(buffer.shape)
         found = torch.empty_like(buffer, memory_format=torch.contiguous_format)
         source.read(name, [Rectangle(0, 0, rows, columns, 0)], found)
         buffer.copy_(found)
-    _renew_forward_weights(wrapper)
-    if hasattr(wrapper, "checkpoint_event_epilogue"):
-        wrapper.checkpoint_event_epilogue()
 
 
 def check_shapes(engine: Any, source: Source) -> None:
@@ -122,17 +135,3 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in child.named_buffers(recurse=False):
             if name not in child._non_persistent_buffers_set:
                 yield f"{prefix}.{name}" if prefix else name, buffer
-
-
-def _renew_forward_weights(wrapper: Any) -> None:
-    """Write what forward passes read from the masters that DeepSpeed's wrapper has."""
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
-        for number, masters in enumerate(wrapper.fp32_partitioned_groups_flat):
-            if masters.numel():
-                wrapper._reassign_or_swap_out_partitioned_parameters(number)
-    elif hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, BF16_Optimizer
-        wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_groups"):  # FP16_UnfusedOptimizer
-        for own, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-            for parameter, master in zip(own, masters, strict=True):
-                parameter.data.copy_(master.data)

@@ -135,7 +135,7 @@ UNSUPPORTED_SETTINGS = (
     UnsupportedSetting(
         "zero_optimization.elastic_checkpoint",
         _true("zero_optimization", "elastic_checkpoint"),
-        "set it to false: low-rank state cannot be split like elementwise state",
+        "set it to false: checkpoints open on any number of ranks without it",
     ),
     UnsupportedSetting(
         "zero_optimization.load_from_fp32_weights = false",
@@ -155,7 +155,7 @@ UNSUPPORTED_SETTINGS = (
     UnsupportedSetting(
         "checkpoint.load_universal",
         _true("checkpoint", "load_universal"),
-        "remove it and resume on the layout that saved the checkpoint",
+        "remove it: checkpoints open on any layout, and universal ones are read by python -m ds_lowrank checkpoint",
     ),
     UnsupportedSetting(
         "bf16.check_grad_overflow = false",

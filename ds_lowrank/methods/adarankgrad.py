@@ -79,14 +79,20 @@ class AdaptiveProjection(Projection):
 
     Attributes:
         ranks: the rank that was chosen for each matrix; columns beyond it are zero.
+        squares: ``|H Q|^2`` and ``|H|^2`` of the kept rows that this rank owns, over any factor: matrices x 2, fp32.
     """
 
     ranks: list[int] = field(kw_only=True)
+    squares: torch.Tensor = field(kw_only=True)
 
     @property
     def tells_apart(self) -> list[int]:
         """Matrices of different ranks have states of different sizes."""
         return self.ranks
+
+    def energies(self, shard: MatrixShard, options: AdaRankGradOptions) -> torch.Tensor:
+        """What the rank was chosen by, which is known of summed gradients under any ``reduction``."""
+        return self.squares
 
 
 class AdaRankGradMethod(Method):
@@ -181,6 +187,7 @@ def new_subspace(
         summed_product(shard, basis),
         summed_squared_norms(shard, safe_scale),
     )
+    own_squares = norms.sum((1, 2))
     whole, norms = yield shard.kept.gather_to_root(projected), shard.kept.gather_to_root(norms)
     ranks = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
     rooted = torch.tensor(shard.rooted, dtype=torch.int64, device=shard.device)
@@ -190,7 +197,11 @@ def new_subspace(
     within = shard.or_zeros(within, most)
     # On the meta device, where a step is costed and nothing is computed, every subspace has the largest rank.
     chosen_ranks = [most] * len(shard) if ranks.is_meta else [int(rank) for rank in ranks.view(-1).tolist()]
-    return AdaptiveProjection(projected @ within, True, own=own @ within, basis=basis @ within, ranks=chosen_ranks)
+    projected = projected @ within
+    squares = torch.stack([(projected / safe_scale).square().sum((1, 2)), own_squares], dim=1)
+    return AdaptiveProjection(
+        projected, True, own=own @ within, basis=basis @ within, ranks=chosen_ranks, squares=squares
+    )
 
 
 def summed_product(shard: MatrixShard, basis: torch.Tensor) -> Program[torch.Tensor]:

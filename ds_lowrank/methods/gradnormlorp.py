@@ -39,7 +39,7 @@ from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
 from ds_lowrank.methods.blocks.weight_norm import Frame, MovedDirections, Tangent, gather_frame
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.elementwise import dots, squared_norms
+from ds_lowrank.sharding.elementwise import dots, squared_norms, sum_of_squares
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import NewWeights, Update
@@ -109,6 +109,12 @@ class TangentProjection(Projection):
         """Multiply the gradients of both magnitude and direction, as it were."""
         super().scale_by(factor)
         self.dg = self.dg * factor
+
+    def gradient_squares(self, shard: MatrixShard, options: GradNormLoRPOptions) -> torch.Tensor:
+        """Squared norms of the kept rows of dL/dv, which is formed a piece at a time."""
+        tangent = Tangent(shard, magnitude_axis(shard, options), self.frame)
+        pieces = (p._replace(values=tangent.dense_gradient(p)) for p in shard.gradient.dense_pieces)
+        return sum_of_squares(shard, shard.kept, pieces, self.safe_scale)
 
 
 class GradNormLoRPMethod(Method):

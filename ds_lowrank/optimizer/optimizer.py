@@ -8,7 +8,7 @@ in :mod:`ds_lowrank.optimizer.step`. DeepSpeed unscales and clips the gradients 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
@@ -23,11 +23,12 @@ from ds_lowrank.methods.base import Method, Options, PerturbingMethod
 from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import build_slots
+from ds_lowrank.optimizer.captured_energy import captured_energies
 from ds_lowrank.optimizer.check_masters import check_masters
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.param_groups import ParameterGroups
 from ds_lowrank.optimizer.perturbation import Perturbation
-from ds_lowrank.optimizer.projected import DataParallel, ProjectedReduction, alone, own_state
+from ds_lowrank.optimizer.projected import DataParallel, ProjectedReduction, alone
 from ds_lowrank.optimizer.refresh_clock import RefreshClock
 from ds_lowrank.optimizer.report import log_roles
 from ds_lowrank.optimizer.rows import state_pieces
@@ -37,6 +38,7 @@ from ds_lowrank.optimizer.stacks import Stacks
 from ds_lowrank.optimizer.state_dict import dump_state, load_state
 from ds_lowrank.optimizer.step import all_finite, step_matrices
 from ds_lowrank.optimizer.unfreezing import refuse_gradients, with_late
+from ds_lowrank.optimizer.update_norms import UpdateNorms, shares_of
 from ds_lowrank.optimizer.waiting import mark_waiting
 from ds_lowrank.placement.averaging import check_averaging
 from ds_lowrank.placement.grid import Grid, for_cpu_tensors, initialized_grid, joined
@@ -111,6 +113,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.wrapper, self.grid, self._is_local = "none", Grid(), False
         self._counts = {"skipped_updates": 0, "refreshes": 0}
         self._refresh_clock = RefreshClock()
+        self._update_norms: UpdateNorms | None = None
         self._perturbation: Perturbation | None = None
         self._projected: ProjectedReduction | None = None
         self._data_parallel: DataParallel | None = None
@@ -324,7 +327,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for slot in (slot for store in stores for slot in self._slots[id(store)]):
             slot.stepped = False
         if self._projected is not None:
-            self._projected.release_states()  # of a load that failed
             self._projected.accumulation.finish(self.options)
         slots = [s for store in stores for s in self._slots[id(store)] if store.grad is not None or s.is_accumulated]
         if slots:
@@ -360,8 +362,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         others = [slot.fragment.gradient for slot in rest]
         limit = self._groups.projected_gradient_clipping
         clip = None if self._projected is None else partial(self._projected.clip, limit, slots)
+        norms = self._update_norms
+        written = None if norms is None else partial(norms.around, shares_of(projected))
         report = yield from step_matrices(
-            self.method, matrices, self._executor.size, others, proceed, self._stacks["projected"], clip
+            self.method, matrices, self._executor.size, others, proceed, self._stacks["projected"], clip, written
         )
         for slot in projected:
             if slot.matrix.updated:
@@ -443,6 +447,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
             **(perturbation.metrics() if perturbation else {}),
         }
 
+    def captured_energy(self) -> dict[str, float | None]:
+        """How much of their gradients new bases capture, ``|H Q|^2 / |H|^2``: metrics for a log, by name.
+
+        Collective over the ranks that share the matrices, and over the grid: steps send nothing for it.
+
+        Returns:
+            The mean and the least over the matrices that have got a new basis since the last call; None if none has, or
+            it was not found in a gradient that some rank, or all together, have whole.
+        """
+        known = captured_energies(self.slots, self._executor, self.grid, self._is_local)
+        return {
+            "lowrank/captured_energy": sum(known) / len(known) if known else None,
+            "lowrank/least_captured_energy": min(known, default=None),
+        }
+
+    @contextmanager
+    def updates_measured(self) -> Iterator[Callable[[], float | None]]:
+        """Measure how far the optimizer step in this context moves the projected matrices.
+
+        The step takes memory for a copy of the weights of one stack, and the same bits.
+
+        Yields:
+            What returns ``|W_after - W_before| / |W_before|`` over all projected matrices of the model, after the step;
+            None if it moved none. Collective over the ranks that share the matrices, and over the grid.
+        """
+        norms = self._update_norms = UpdateNorms()
+        try:
+            yield lambda: norms.ratio(self.slots, self._executor, self.grid, self._is_local)
+        finally:
+            self._update_norms = None
+
     def matrices(self) -> dict[str, dict[str, int]]:
         """Current rank, and bytes of state summed over ranks, of every matrix whose rank is not fixed, by its name."""
         return {
@@ -452,23 +487,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads.
-
-        While DeepSpeed saves a checkpoint, under projected reduction, the states of all data-parallel ranks on the one
-        that saves for all.
-        """
-        own = dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
-        return own if self._projected is None else self._projected.with_other_ranks(own)
-
-    def checkpoint_event_prologue(self) -> None:
-        """Bring together what one rank will save for all: DeepSpeed calls it before it saves. Collective."""
-        if self._projected is not None:
-            self._projected.gather_states(self.state_dict)
-
-    def checkpoint_event_epilogue(self) -> None:
-        """Release what was brought together: DeepSpeed calls it after it has saved."""
-        if self._projected is not None:
-            self._projected.release_states()
+        """This rank's state under parameter names, in plain values that ``torch.load(weights_only=True)`` reads."""
+        return dump_state(self.method.name, self.slots, self._groups.param_groups, self._counts)
 
     def interval_of(self, parameter: torch.nn.Parameter) -> Interval | None:
         """Where this rank's elements of a parameter are stored and stepped; None if the optimizer was not given it.
@@ -495,7 +515,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Args:
             source: has the pieces of :meth:`state_pieces` of all ranks.
             saved: what :meth:`plain_state` returned, of all stages.
-            parts: ``all``, or ``rest`` to begin anew with the projected matrices.
+            parts: ``all``; ``state`` without the options; or ``rest`` to begin anew with the projected matrices.
 
         Raises:
             CheckpointError: it belongs to another method, model or configuration; the message says which.
@@ -521,7 +541,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it belongs to another method, model, layout or configuration; the message says which.
         """
-        state_dict = own_state(state_dict, None if self._projected is None else self._data_parallel)
         fixed = self.method.Options.fixed_on_resume
         slots, groups = self.slots, self._groups
         frozen = [groups.name_of(parameter) for parameter in groups.left_out()]
@@ -529,5 +548,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counts = load_state(self.method.name, slots, groups.param_groups, state_dict, fixed, frozen)
         for slot in slots:
             slot.matrix.gathered.clear()
+            slot.matrix.energies = None
         if self._projected is not None:
             self._project_gradients()

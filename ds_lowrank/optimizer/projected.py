@@ -5,24 +5,19 @@ Each data-parallel rank has a gradient of its own, and the states are dealt over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_lowrank.errors import CheckpointError, ConfigError
+from ds_lowrank.errors import ConfigError
 from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.projected_norm import EPS, projected_norm
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.stack import Stack
-from ds_lowrank.optimizer.states_of_ranks import states_on_first
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.sharding.reduce import Executor, Rounds
-
-OF_RANKS = "of_data_parallel_ranks"
-"""The key in a state dict under which the states of all data-parallel ranks are."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def alone() -> DataParallel:
 
 
 class ProjectedReduction:
-    """Clipping, the gradients that are left to DeepSpeed, and the states of all ranks.
+    """Clipping, and the gradients that are left to DeepSpeed.
 
     Args:
         slots: of all parameters.
@@ -91,7 +86,6 @@ class ProjectedReduction:
         self.norm: float | None = None
         self._ranks, self._executor, self._grid, self._is_local = ranks, executor, grid, is_local
         self._rest = list(dict.fromkeys(slot.parameter for slot in slots if not slot.is_projected))
-        self._of_all_ranks: list[dict[str, Any]] = []
         accumulation.watch(slot for slot in slots if slot.is_projected)
 
     def gradients_to_reduce(self) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
@@ -126,48 +120,3 @@ class ProjectedReduction:
         for store in {id(s.fragment.store): s.fragment.store for s in slots if not s.is_projected}.values():
             if store.grad is not None:
                 store.grad.mul_(limit / (norm + EPS))
-
-    def gather_states(self, dump: Callable[[], dict[str, Any]]) -> None:
-        """Bring together on the first data-parallel rank what DeepSpeed saves there for all. Collective.
-
-        Args:
-            dump: makes this rank's state dict.
-        """
-        self._of_all_ranks = []
-        if self._ranks.group is not None and self._ranks.size > 1:
-            self._of_all_ranks = states_on_first(dump(), self._ranks.group)
-
-    def release_states(self) -> None:
-        """Forget what was brought together."""
-        self._of_all_ranks = []
-
-    def with_other_ranks(self, own: dict[str, Any]) -> dict[str, Any]:
-        """A state dict with those of all ranks, where they are brought together.
-
-        Args:
-            own: this rank's.
-        """
-        return {**own, OF_RANKS: self._of_all_ranks} if self._of_all_ranks else own
-
-
-def own_state(saved: dict[str, Any], ranks: DataParallel | None) -> dict[str, Any]:
-    """This rank's part of a state dict that may have those of all data-parallel ranks.
-
-    Args:
-        saved: a state dict.
-        ranks: the data-parallel ranks under projected reduction; None if gradients are reduced.
-
-    Raises:
-        CheckpointError: it was saved on another number of ranks, or with projected reduction and this is without.
-    """
-    parts = saved.get(OF_RANKS)
-    if parts is None:
-        return saved
-    if ranks is None or len(parts) != ranks.size:
-        here = "reduction 'gradient'" if ranks is None else f"{ranks.size} of them"
-        raise CheckpointError(
-            f"the checkpoint was saved with reduction 'projected' on {len(parts)} data-parallel ranks, and this run "
-            f"has {here}: resume with the reduction and the number of ranks of the run that saved it"
-        )
-    own: dict[str, Any] = parts[ranks.rank]
-    return own

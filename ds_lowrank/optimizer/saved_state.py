@@ -11,16 +11,15 @@ from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.sharding.pieces import Source
 
 FORMAT = 1
-Parts = Literal["all", "rest"]
-"""``all`` of a state, or the ``rest``: the moments of what AdamW steps, while the method begins anew."""
+Parts = Literal["all", "state", "rest"]
+"""``all``: the state, and the options that the groups had. ``state``: with the options of this run. ``rest``: of it the
+moments of what AdamW steps, while the method begins anew."""
 CONVERTED = frozenset({"state_dtype", "master_weights"})
 """Options that decide how numbers are stored: they are converted, and so need not be those of the saving run."""
-NOT_RESTORED = CONVERTED | {
-    *("reduction", "projected_gradient_clipping", "matmul_precision", "basis_placement", "target_modules"),
-    "exclude_modules",
-}
-"""Options that keep the values of the resumed run: they say how a step is computed and stored, not which step it is, or
-have been applied already."""
+STORED = CONVERTED | {"reduction", "projected_gradient_clipping", "matmul_precision", "basis_placement"}
+"""Options that say how a step is computed and its state is stored, not which step it is: those of the resumed run."""
+NOT_RESTORED = STORED | {"target_modules", "exclude_modules"}
+"""These, and options that have been applied already."""
 
 
 def plain_state(
@@ -112,7 +111,7 @@ def load_everything(
         _check_method(method, saved)
         _check_names(slots, saved, frozen)
     chosen = [_saved_group(slots, number, group, saved, parts) for number, group in enumerate(groups)]
-    if parts == "all":
+    if parts != "rest":
         for group, found in zip(groups, chosen, strict=True):
             _check_fixed(group, found["settings"], fixed_on_resume)
     own = [[slot for slot in slots if slot.group is group] for group in groups]
@@ -123,7 +122,7 @@ def load_everything(
         load_rows(members, source, saved["values"], found["settings"]["state_dtype"])
         if parts == "all":
             group.update({key: value for key, value in found["settings"].items() if key not in NOT_RESTORED})
-    return dict(saved["counts"]) if parts == "all" else {}
+    return dict(saved["counts"]) if parts != "rest" else {}
 
 
 def _check_method(method: str, saved: Mapping[str, Any]) -> None:
@@ -160,7 +159,7 @@ def _check_names(slots: Sequence[Slot], saved: Mapping[str, Any], frozen: Sequen
     projected = set(saved["projected"])
     for slot in slots:
         if slot.is_projected != (slot.tag.name in projected):
-            here, there = ("projected", "not") if slot.is_projected else ("not projected", "projected")
+            here, there = ("projected", "not projected") if slot.is_projected else ("not projected", "projected")
             raise CheckpointError(
                 f"{slot.tag.name} is {here} in this run and was {there} in the run that saved the checkpoint: use its "
                 "target_modules and exclude_modules"
@@ -176,7 +175,7 @@ def _saved_group(
     if not names:
         return stored[min(number, len(stored) - 1)]
     holding = [one for one in stored if names & set(one["names"])]
-    if len(holding) != 1 and parts == "all":
+    if len(holding) != 1 and parts != "rest":
         raise CheckpointError(
             f"parameter group {number} has parameters of {len(holding)} groups of the checkpoint: build the groups as "
             "in the run that saved it"

@@ -31,6 +31,8 @@ class SteppedMatrix:
         options: the current options of its group.
         gathered: the rows of its basis that this rank computes with, as ``basis``, where they are kept between steps.
         updated: whether the last step changed it.
+        energies: of the gradient that its newest basis was found in, this rank's contributions to ``|H Q|^2`` and
+            ``|H|^2``, over any factor: 2, fp32; None if they have been summed, or are not known.
     """
 
     member: Member
@@ -41,6 +43,7 @@ class SteppedMatrix:
     options: Options
     gathered: State = field(default_factory=dict)
     updated: bool = False
+    energies: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -147,6 +150,13 @@ class Stack:
             return
         for matrix in self.matrices:  # only says, as other ranks know, that nothing has to be gathered
             matrix.gathered["basis"] = held.new_empty(0, held.shape[2])
+
+    def note_energies(self) -> None:
+        """Note what a new basis captures of the gradients. Nothing is sent."""
+        if self.is_here and self.found.refreshed:
+            energies = self.found.energies(self.shard, self.options)
+            for matrix, own in zip(self.matrices, [] if energies is None else energies.unbind(), strict=False):
+                matrix.energies = own
 
     def detach(self) -> None:
         """Release the gradients, the weights and what was found."""

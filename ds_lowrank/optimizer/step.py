@@ -11,6 +11,7 @@ whose gradients and weights may come from anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,7 @@ def step_matrices(
     proceed: Callable[[Sequence[float]], bool] = all_finite,
     stacks: Stacks | None = None,
     clip: Callable[[Sequence[Stack], Sequence[float]], Rounds[None]] | None = None,
+    written: Callable[[Stack], AbstractContextManager[None]] | None = None,
 ) -> Rounds[StepReport]:
     """One step of some matrices, in lockstep on all ranks of a group.
 
@@ -73,6 +75,7 @@ def step_matrices(
         stacks: remembers which matrices are stepped together; None to find out for this step alone.
         clip: may change what was found, once the step goes on, given the stacks and the magnitudes of all gradients;
             None where gradients are clipped before.
+        written: the context in which the weights of a stack are changed; None for none.
     """
     stacks = Stacks(method) if stacks is None else stacks
     buckets = stacks.buckets(matrices)
@@ -92,7 +95,7 @@ def step_matrices(
             yield from clip([stack for bucket in buckets for stack in bucket], magnitudes.values)
         refreshes = 0
         for bucket in buckets:
-            refreshes += yield from _update(method, _going_on(stacks, bucket))
+            refreshes += yield from _update(method, _going_on(stacks, bucket), written)
         return StepReport(False, refreshes, tuple(others_found))
     finally:
         for bucket in buckets:
@@ -109,10 +112,14 @@ def _going_on(stacks: Stacks, bucket: Sequence[Stack]) -> list[Stack]:
     return parts
 
 
-def _update(method: type[Method], stacks: Sequence[Stack]) -> Rounds[int]:
+def _update(
+    method: type[Method], stacks: Sequence[Stack], written: Callable[[Stack], AbstractContextManager[None]] | None
+) -> Rounds[int]:
     """The second half of a step; how many matrices have a new basis."""
     if not stacks:
         return 0
+    for stack in stacks:
+        stack.note_energies()
     states = [stack.state_store.decode(stack.state) for stack in stacks]
     updates = yield from lockstep(
         method.update(stack.shard, state, stack.options, stack.found)
@@ -121,7 +128,8 @@ def _update(method: type[Method], stacks: Sequence[Stack]) -> Rounds[int]:
     refreshes = 0
     for stack, state, update in zip(stacks, states, updates, strict=True):
         lr = stack.options.effective_lr
-        with products_in(stack.options.matmul_precision, stack.shard.device):
+        watched = nullcontext() if written is None else written(stack)
+        with products_in(stack.options.matmul_precision, stack.shard.device), watched:
             update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
         refreshes += len(stack.matrices) * stack.found.refreshed
         stack.found = None

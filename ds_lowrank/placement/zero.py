@@ -180,6 +180,24 @@ def release_gathered(parameters: Iterable[torch.nn.Parameter]) -> None:
         wrapper.parameter_offload.partition_all_parameters()
 
 
+def renew_forward_weights(wrapper: Any) -> None:
+    """Write what forward passes read from the masters that DeepSpeed's wrapper has. Collective at ZeRO 1 to 3.
+
+    Args:
+        wrapper: the engine's ``optimizer``.
+    """
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        for number, masters in enumerate(wrapper.fp32_partitioned_groups_flat):
+            if masters.numel():
+                wrapper._reassign_or_swap_out_partitioned_parameters(number)
+    elif hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, BF16_Optimizer
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp32_groups"):  # FP16_UnfusedOptimizer
+        for own, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for parameter, master in zip(own, masters, strict=True):
+                parameter.data.copy_(master.data)
+
+
 def unpartitioned_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of a parameter on this tensor-parallel rank, even if ZeRO 3 has emptied it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

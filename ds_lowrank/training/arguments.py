@@ -11,6 +11,8 @@ from pathlib import Path
 
 import deepspeed
 
+from ds_lowrank.training.stop_on import OneOfEachKind, condition
+from ds_lowrank.training.time_limits import SETUP_TIMEOUT, TIMEOUT
 from ds_lowrank.training.usage import JobParser
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_lowrank"
@@ -81,6 +83,9 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
         parser.error("the following arguments are required: --deepspeed_config")
     if not found.deepspeed_config.strip():
         parser.error("--deepspeed_config is empty: name the DeepSpeed JSON")
+    for flag in ("reset_optimizer", "reset_data"):
+        if getattr(found, flag) and found.resume is None:
+            parser.error(f"--{flag.replace('_', '-')} says what --resume keeps: give --resume too")
     if found.save is None:
         found.save = found.output / "checkpoints"
     return found
@@ -114,10 +119,25 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=seed, default=0, help="seed of weights and data order")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
-        "--timeout", type=seconds, default=1800.0, metavar="SECONDS", help="how long to wait for a rank that is silent"
+        "--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help="how long to wait for a rank that is silent"
+    )
+    group.add_argument(
+        "--setup-timeout",
+        type=seconds,
+        default=SETUP_TIMEOUT,
+        metavar="SECONDS",
+        help="the same before the second step, and while files are written; --timeout if that is longer",
     )
     group.add_argument(
         "--join-timeout", type=seconds, default=45.0, metavar="SECONDS", help="how long to wait for a rank at the start"
+    )
+    group.add_argument(
+        "--stop-on",
+        type=condition,
+        action=OneOfEachKind,
+        nargs="+",
+        metavar="CONDITION",
+        help="end the run with an error: nan:K, loss:X[:M], grad-norm:X[:M], as docs/reliability.md says",
     )
 
 
@@ -125,11 +145,32 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
     """Add the arguments for what a run writes."""
     group.add_argument("--output", type=path, required=True, metavar="DIR", help="metrics, plot, summary, export")
     group.add_argument("--log-interval", type=positive, default=10, help="in steps")
+    group.add_argument(
+        "--update-ratio", action="store_true", help="log how far a step moves the matrices; copies a stack of weights"
+    )
     group.add_argument("--save", type=path, metavar="DIR", help="checkpoints; OUTPUT/checkpoints by default")
     group.add_argument("--save-interval", type=count, default=1000, help="in steps; 0 saves only when asked to stop")
     group.add_argument("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
     group.add_argument(
         "--resume", nargs="?", const="", metavar="TAG_OR_PATH", help="continue from the newest checkpoint, or this one"
+    )
+    group.add_argument(
+        "--reset-optimizer",
+        nargs="?",
+        const="all",
+        choices=["settings", "projected", "all"],
+        help="with --resume: allow other options of the optimizer (settings: its state is kept), or another rank or "
+        "method (projected: the moments of what AdamW steps are kept; all: none); weights, data and step are kept",
+    )
+    group.add_argument(
+        "--reset-data",
+        action="store_true",
+        help="with --resume: allow other data, batch or sequence length; weights, optimizer and step are kept",
+    )
+    group.add_argument(
+        "--synchronous-save",
+        action="store_true",
+        help="wait until a checkpoint is on the disk, instead of writing it from a copy in memory while training",
     )
     group.add_argument("--export", action="store_true", help="write a Hugging Face folder, OUTPUT/export, at the end")
 

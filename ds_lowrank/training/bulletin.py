@@ -14,6 +14,8 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ds_lowrank.training.failures import Crew, Failure, Kind
+from ds_lowrank.training.vigil import Vigil, key, read
+from ds_lowrank.training.whereabouts import Sign
 
 SECONDS_FOR_OTHERS = 2.0
 """How long a rank that fails waits for the errors of the others, which have the same one or lose their connection."""
@@ -31,11 +33,14 @@ class Bulletin:
 
     Attributes:
         crew: the ranks of the job.
+        signs: what the ranks were last seen doing, once an error was posted or read.
         closed: whether the job is at its end, where a rank that goes has not failed.
     """
 
     def __init__(self, rank: int, crew: Crew) -> None:
         self.crew = crew
+        self.signs: dict[int, Sign] = {}
+        self._vigil: Vigil | None = None
         self._rank, self._ranks = rank, crew.ranks
         store = PrefixStore("ds_lowrank/errors", _get_default_store())
         # Connections of their own, as the first may be held by a thread that waits for a key; made now, as later the
@@ -49,19 +54,25 @@ class Bulletin:
 
     def claim(self) -> bool:
         """Whether the caller is the first of this process, and hence the one that ends it."""
-        return self._claim.acquire(blocking=False)
+        first = self._claim.acquire(blocking=False)
+        if first and self._vigil is not None:
+            self._vigil.end()
+        return first
 
     def close(self) -> None:
         """Stop watching, as the ranks are about to end one after the other."""
         self.closed = True
 
-    def watch(self, end: Callable[[dict[int, Failure]], None]) -> None:
+    def watch(self, end: Callable[[dict[int, Failure]], None], vigil: Vigil) -> None:
         """Call a function in a thread if another rank fails and this one has not ended some seconds later.
 
         Args:
             end: ends the process; gets the errors of the ranks that have posted one.
+            vigil: this rank's part of the watch over ranks that are silent, which begins.
         """
         if self._ranks > 1:
+            self._vigil = vigil
+            vigil.start()
             threading.Thread(target=self._watch, args=(end,), name="errors of others", daemon=True).start()
 
     def exchange(self, failure: Failure) -> dict[int, Failure]:
@@ -84,10 +95,14 @@ class Bulletin:
         found: dict[int, Failure] = {}
         try:
             while not self._watched.check([ANY]):
+                if self._vigil is not None:
+                    self._vigil.tell(self._watched)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             found = self._read(self._watched)
         except RuntimeError:
             pass  # the store is gone, and with it the rank or the launcher that kept it
+        if self._vigil is not None:
+            self._vigil.end()  # ranks that end show no more signs of life
         time.sleep(SECONDS_FOR_OTHERS)
         if not self.closed and self.claim():
             end(found)
@@ -107,6 +122,8 @@ class Bulletin:
             return
 
     def _read(self, store: Any) -> dict[int, Failure]:
+        seen = [rank for rank in range(self._ranks) if store.check([key(rank)])]
+        self.signs = {rank: sign for rank in seen if (sign := read(store.get(key(rank)).decode())) is not None}
         posted = [rank for rank in range(self._ranks) if store.check([str(rank)])]
         entries = {rank: store.get(str(rank)).decode().partition("\n") for rank in posted}
         return {rank: Failure(Kind(kind), text) for rank, (kind, _, text) in entries.items()}

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ds_lowrank.checkpoint.disk import is_full, is_of_a_write
@@ -17,15 +17,20 @@ class OutputError(RuntimeError):
     """A file in the output folder, or the console, cannot be written."""
 
 
+class ConsoleError(OutputError):
+    """Only the console cannot be written, so that everything else of the run is in order."""
+
+
 @contextmanager
-def explained(what: Path | str = "the console output") -> Iterator[None]:
+def explained(what: Path | None = None) -> Iterator[None]:
     """Turn the error of a write into an ``OutputError`` that says what to do.
 
     Args:
-        what: what is written.
+        what: the file that is written; None for the console.
 
     Raises:
-        OutputError: it could not be written.
+        ConsoleError: the console could not be written.
+        OutputError: the file could not be written.
     """
     try:
         yield
@@ -36,7 +41,9 @@ def explained(what: Path | str = "the console output") -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             advice = "its reader has ended: send it to a file or to a reader that stays"
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{what} cannot be written: {reason}; {advice}, and continue with --resume") from error
+        kind = ConsoleError if what is None else OutputError
+        shown = what or "the console output"
+        raise kind(f"{shown} cannot be written: {reason}; {advice}, and continue with --resume") from error
 
 
 class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -49,6 +56,16 @@ class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
         """Report an error of the program, and none of the stream."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error in one call, so that lines of several ranks are not mixed, if it can be written.
+
+    Args:
+        text: the line, or several.
+    """
+    with suppress(OSError):  # of a pipe whose reader is gone: who tells it does what it has to, all the same
+        os.write(2, f"{text.rstrip()}\n".encode(errors="backslashreplace"))
 
 
 def open_console() -> None:

@@ -22,24 +22,36 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import set_log_level_from_string
-from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store, _set_pg_timeout, _world
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from transformers.utils.logging import disable_progress_bar
 
 from ds_lowrank.errors import ConfigError
 from ds_lowrank.training.bulletin import Bulletin
-from ds_lowrank.training.console import ConsoleHandler, explained
-from ds_lowrank.training.failures import Crew, Failure, Kind, is_from_network, message, quoted, unanswered
+from ds_lowrank.training.console import ConsoleHandler, explained, tell
+from ds_lowrank.training.failures import (
+    Crew,
+    Failure,
+    Kind,
+    is_from_network,
+    kept_by,
+    message,
+    quoted,
+    silence,
+    unanswered,
+    waited_for,
+)
 from ds_lowrank.training.launcher import check_environment
 from ds_lowrank.training.lifeline import hold_lifelines
 from ds_lowrank.training.mpirun import adopt
 from ds_lowrank.training.roll_call import Presence, call_roll, describe
 from ds_lowrank.training.same_everywhere import difference
+from ds_lowrank.training.time_limits import SETUP_TIMEOUT, TimeLimits, limit_collectives, limit_later_groups
+from ds_lowrank.training.vigil import Vigil
+from ds_lowrank.training.whereabouts import Sign, described, main_stack, waits
 
 logger = logging.getLogger("ds_lowrank")
 
-TIMEOUT = 1800.0
-"""Default time limit of a collective in seconds."""
 JOIN_TIMEOUT = 45.0
 """Default of how long to wait at the start for ranks that do not come, in seconds."""
 MORE = "; with NCCL_DEBUG=INFO, NCCL says what it tries"
@@ -48,7 +60,7 @@ RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def join(
-    timeout: float = TIMEOUT, join_timeout: float = JOIN_TIMEOUT, facts: Mapping[str, str] | None = None
+    timeout: float = SETUP_TIMEOUT, join_timeout: float = JOIN_TIMEOUT, facts: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
     """Initialise ``torch.distributed`` from the launcher's environment or, without one, as a single process.
 
@@ -152,28 +164,6 @@ def _connect(store: Store, rank: int, ranks: int, timeout: float, join_timeout: 
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=timeout))
 
 
-def limit_later_groups(timeout: float) -> None:
-    """Give groups that are made without a time limit, as DeepSpeed makes them, this one instead of torch's own.
-
-    It also ends the wait for a rank that is gone when a group is made, of which no connection tells.
-
-    Args:
-        timeout: in seconds.
-    """
-    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
-    setattr(distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=timeout))  # noqa: B010  # not exported
-
-
-def limit_collectives(timeout: float) -> None:
-    """Give every process group the time limit of :func:`join`, also those that were made with another one.
-
-    Args:
-        timeout: in seconds.
-    """
-    for group in list(_world.pg_map):
-        _set_pg_timeout(timedelta(seconds=timeout), group)
-
-
 def _show_roles() -> None:
     """Print what the optimizer logs at the start: which parameters it projects, and how large their state is."""
     log = logging.getLogger("ds_lowrank")
@@ -197,32 +187,46 @@ def leave() -> NoReturn:
     _end(0)
 
 
-def watch_others(timeout: float = TIMEOUT, hosts: Sequence[str] | None = None) -> Bulletin:
+def watch_others(limits: TimeLimits, hosts: Sequence[str] | None = None) -> Bulletin:
     """Open the board of errors, and from now on end this process a few seconds after another rank has failed.
 
     Args:
-        timeout: the time limit of collectives in seconds, for messages.
+        limits: how long a rank may not answer.
         hosts: the node of every rank; None for one node.
     """
     rank, crew = dist.get_rank(), Crew(dist.get_world_size(), tuple(hosts or ()))
     bulletin = Bulletin(rank, crew)
 
     def end(found: dict[int, Failure]) -> None:
-        failure = quoted(found, crew) or Failure(Kind.GONE)
-        _print_and_end(message(failure, rank, crew, found, timeout))
+        others_waited = any(failure.kind is Kind.SILENT for failure in found.values())
+        if others_waited and not waits(main_stack()):
+            failure = Failure(Kind.OWN, waited_for(described()))
+        else:
+            failure = quoted(found, crew) or Failure(Kind.SILENT if others_waited else Kind.GONE)
+        say_and_end(failure, found)
 
     def lost(there: int, seconds: float) -> None:
         if not bulletin.closed and bulletin.claim():
             failure = Failure(Kind.OWN, unanswered(there, crew, seconds))
-            _print_and_end(message(failure, rank, crew, bulletin.exchange(failure), timeout))
+            say_and_end(failure, bulletin.exchange(failure))
 
-    bulletin.watch(end)
-    hold_lifelines(PrefixStore("ds_lowrank/lifelines", _get_default_store()), rank, crew.hosts, timeout, lost)
+    def silent(other: int | None, sign: Sign | None) -> None:
+        if not bulletin.closed and bulletin.claim():
+            who = kept_by() if other is None else [other]
+            text = silence(who, crew, f"--timeout {limits.timeout:g} s", dict.fromkeys(who, sign))
+            failure = Failure(Kind.SILENT, text)
+            say_and_end(failure, bulletin.exchange(failure))
+
+    def say_and_end(failure: Failure, found: dict[int, Failure]) -> NoReturn:
+        _print_and_end(message(failure, rank, crew, found, str(limits), bulletin.signs))
+
+    bulletin.watch(end, Vigil(rank, crew.ranks, limits.timeout, silent))
+    hold_lifelines(PrefixStore("ds_lowrank/lifelines", _get_default_store()), rank, crew.hosts, limits.timeout, lost)
     return bulletin
 
 
 def fail(
-    error: Exception, expected: tuple[type[Exception], ...], bulletin: Bulletin | None, timeout: float = TIMEOUT
+    error: Exception, expected: tuple[type[Exception], ...], bulletin: Bulletin | None, limits: TimeLimits
 ) -> NoReturn:
     """End a process that cannot start or continue with exit code 1, with one line that says why.
 
@@ -230,7 +234,7 @@ def fail(
         error: the error of this rank. The other ranks have it too, or have others, or lose their connection.
         expected: kinds of errors whose messages say what to change; of others the traceback is printed.
         bulletin: where the ranks post their errors; None if this process could not join the others.
-        timeout: the time limit of collectives in seconds, for messages.
+        limits: the time limit of collectives, for messages.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which launchers end the others once the first has ended
     failure = Failure.of(error, expected)
@@ -239,7 +243,7 @@ def fail(
     if not bulletin.claim():
         threading.Event().wait()  # for the thread that is ending this process
     found = bulletin.exchange(failure)
-    _print_and_end(message(failure, dist.get_rank(), bulletin.crew, found, timeout))
+    _print_and_end(message(failure, dist.get_rank(), bulletin.crew, found, str(limits), bulletin.signs))
 
 
 def _before_joining(failure: Failure, error: Exception) -> str:
@@ -263,9 +267,7 @@ def _on_this_node() -> str:
 
 def _print_and_end(text: str | None) -> NoReturn:
     if text is not None:
-        os.write(
-            2, f"{text.rstrip()}\n".encode(errors="backslashreplace")
-        )  # one call, so that lines of several ranks are not mixed
+        tell(text)
     _end(1)  # no teardown: with gloo, the last ranks would abort with messages of their own
 
 

@@ -8,13 +8,19 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 
 from ds_lowrank.collectives import RemoteError
 from ds_lowrank.training.roll_call import describe, numbers
+from ds_lowrank.training.whereabouts import Sign
 
+WAITED_SECONDS = 2.0
+"""A rank that was seen waiting for others for this long was not the one that they waited for."""
+MOST_PLACES = 3
+"""How many places of ranks are told in a line."""
 INTACT = "Checkpoints are intact: --resume continues from the newest"
 
 
@@ -33,7 +39,8 @@ class Failure:
 
     Attributes:
         kind: what it says about the rank.
-        text: what to print, without the rank; empty where that depends on the other ranks.
+        text: what to print, without the rank; empty where that depends on the other ranks. Of a rank that has noticed
+            by its watch which one is silent, it says so.
     """
 
     kind: Kind
@@ -79,7 +86,14 @@ class Crew:
         return f"rank {rank} on {self.hosts[rank]}" if len(set(self.hosts)) > 1 else f"rank {rank}"
 
 
-def message(failure: Failure, rank: int, crew: Crew, found: Mapping[int, Failure], timeout: float) -> str | None:
+def message(
+    failure: Failure,
+    rank: int,
+    crew: Crew,
+    found: Mapping[int, Failure],
+    limit: str,
+    signs: Mapping[int, Sign | None] = MappingProxyType({}),
+) -> str | None:
     """What a rank prints when it ends with an error.
 
     Args:
@@ -87,7 +101,8 @@ def message(failure: Failure, rank: int, crew: Crew, found: Mapping[int, Failure
         rank: its number.
         crew: the ranks of the job.
         found: the errors of all ranks that have reported one; empty if nothing is known about the others.
-        timeout: the time limit of collectives in seconds.
+        limit: the time limit of collectives, as ``--timeout 300 s``.
+        signs: what ranks were last seen doing.
 
     Returns:
         The text, or None. An error that all ranks have is printed once, and what another rank has said by rank 0 only.
@@ -96,8 +111,8 @@ def message(failure: Failure, rank: int, crew: Crew, found: Mapping[int, Failure
         return f"error: {failure.text}"
     if failure.kind is Kind.OWN and len(found) == crew.ranks and len(set(found.values())) == 1:
         return f"error: {failure.text}" if rank == 0 else None
-    if failure.kind in (Kind.GONE, Kind.SILENT):
-        failure = _about_others(failure.kind, found, crew, timeout)
+    if failure.kind in (Kind.GONE, Kind.SILENT) and not failure.text:
+        failure = _about_others(failure.kind, rank, found, crew, limit, signs)
     if failure.kind is Kind.REMOTE and rank != 0:
         return None
     return textwrap.indent(f"error: {failure.text}", f"{crew.name(rank)}: ", lambda line: True)
@@ -110,7 +125,11 @@ def quoted(found: Mapping[int, Failure], crew: Crew) -> Failure | None:
         found: the errors of the ranks that have reported one.
         crew: the ranks of the job.
     """
-    own = [f"{crew.name(rank)}: {f.text.partition(chr(10))[0]}" for rank, f in found.items() if f.kind is Kind.OWN]
+    own = [
+        f"{crew.name(rank)}: {f.text.partition(chr(10))[0]}"
+        for rank, f in found.items()
+        if f.kind is Kind.OWN or (f.kind is Kind.SILENT and f.text)
+    ]
     return Failure(Kind.REMOTE, f"another rank failed; {'; '.join(own)}") if own else None
 
 
@@ -130,25 +149,60 @@ def unanswered(rank: int, crew: Crew, seconds: float) -> str:
     )
 
 
-def _about_others(kind: Kind, found: Mapping[int, Failure], crew: Crew, timeout: float) -> Failure:
+def silence(ranks: Sequence[int], crew: Crew, limit: str, signs: Mapping[int, Sign | None]) -> str:
+    """What a rank says that has waited for others in vain.
+
+    Args:
+        ranks: those that did not answer; none if all have waited for each other.
+        crew: the ranks of the job.
+        limit: for how long, as ``--timeout 300 s``.
+        signs: what ranks were last seen doing.
+    """
+    who = _named(ranks, crew) if ranks else "another rank"
+    text = f"no answer from {who} within {limit}: stopped, or hanging"
+    seen = {rank: str(sign) for rank in ranks or signs if (sign := signs.get(rank)) is not None}
+    if len(ranks) == 1 and seen:
+        return f"{text}; last seen in {seen[ranks[0]]}"
+    places = {place: [rank for rank in seen if seen[rank] == place] for place in seen.values()}
+    if not places or len(places) > MOST_PLACES or (len(places) == 1 and not ranks):
+        return text
+    return f"{text}; last seen: {'; '.join(f'{numbers(there)} in {place}' for place, there in places.items())}"
+
+
+def waited_for(doing: str) -> str:
+    """What a rank says for which the others have waited.
+
+    Args:
+        doing: what it does, and its stack.
+    """
+    return f"the other ranks have waited for this one in vain, which is still in {doing}"
+
+
+def _about_others(
+    kind: Kind, rank: int, found: Mapping[int, Failure], crew: Crew, limit: str, signs: Mapping[int, Sign | None]
+) -> Failure:
     """What a rank says that ends only because others do not answer."""
     cause = quoted(found, crew)
     if cause is not None:
         return cause
-    missing = [rank for rank in range(crew.ranks) if rank not in found]
-    if not found:  # The store is not reachable. Where the launcher does not keep it, rank 0 does.
-        missing = [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
-    who = _named(missing, crew)
-    if kind is Kind.SILENT:
-        text = (
-            f"no answer from {who if missing else 'another rank'} within --timeout {timeout:g} s: stopped, or hanging"
-        )
+    missing = [other for other in range(crew.ranks) if other not in found and other != rank]
+    if not found:
+        missing = kept_by()
+    if kind is Kind.SILENT or (found and not missing):  # all have waited for each other, or for who has
+        text = silence([other for other in missing if not _waited(signs.get(other))] or missing, crew, limit, signs)
     else:
-        text = (
-            f"another rank is gone{f' ({who})' if missing else ''}; its own message, the launcher's or the kernel's "
-            f"log says why. {INTACT}"
-        )
+        who = f" ({_named(missing, crew)})" if missing else ""
+        text = f"another rank is gone{who}; its own message, the launcher's or the kernel's log says why. {INTACT}"
     return Failure(Kind.OWN, text)
+
+
+def kept_by() -> list[int]:
+    """The ranks that are named where the store does not answer: rank 0, unless the launcher keeps it."""
+    return [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
+
+
+def _waited(sign: Sign | None) -> bool:
+    return sign is not None and sign.waits and sign.still >= WAITED_SECONDS
 
 
 def _named(ranks: Sequence[int], crew: Crew) -> str:

@@ -1,4 +1,4 @@
-"""Noticing that a run is broken: its losses, gradients or weights are not finite any more.
+"""Noticing that a run is broken: its losses, gradients or weights are not finite any more, or ``--stop-on`` says so.
 
 Such a run does not recover. It is ended, and what it has become is neither saved nor exported.
 """
@@ -6,7 +6,7 @@ Such a run does not recover. It is ended, and what it has become is neither save
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -19,10 +19,13 @@ from torch import Tensor
 from ds_lowrank.collectives import any_rank
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.placement.zero import forward_weights
+from ds_lowrank.training.course import Course
 from ds_lowrank.training.loop import StepResult
+from ds_lowrank.training.stop_on import Condition, Limits
 
 BROKEN_STEPS = 10
-"""So many steps in a row without a finite loss and gradient end the run. Damaged data rarely fill as many."""
+"""So many steps in a row without a finite loss and gradient end the run, unless ``--stop-on nan:K`` says how many.
+Damaged data rarely fill as many."""
 
 SCALE_SEARCH_STEPS = 50
 """So many skipped steps in a row with finite losses end an fp16 run. DeepSpeed halves its loss scale from up to 2**32
@@ -32,7 +35,7 @@ REMEDY = "lower the learning rate (--lr, optimizer.params.lr), lengthen --warmup
 
 
 class BrokenRunError(RuntimeError):
-    """The losses, gradients or weights of a run are not finite any more. Raised on every rank."""
+    """The losses, gradients or weights of a run are not what they have to be any more. Raised on every rank."""
 
 
 class Health:
@@ -42,12 +45,26 @@ class Health:
         engine: the engine of the model.
         step: the step after which the run starts or resumes.
         newest: returns the newest checkpoint that was saved or loaded, for messages; None for none.
+        conditions: those of ``--stop-on``.
+        course: of the run; None for one that has only begun.
+
+    Attributes:
+        sound: the last step with a finite loss and gradient, whose update was made. Later ones were skipped.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, step: int, newest: Callable[[], Path | None]) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        step: int,
+        newest: Callable[[], Path | None],
+        conditions: Sequence[Condition] = (),
+        course: Course | None = None,
+    ) -> None:
         self._engine = engine
         self._newest = newest
-        self._sound = step  # the last step with a finite loss and gradient
+        self._nan = next((each for each in conditions if each.kind == "nan"), None)
+        self._limits = Limits(conditions, course or Course(), step)
+        self.sound = self._updated = step
         self._trained = step  # the last step with a finite loss, whose update may have been skipped
         self._skipped = self._skips()
 
@@ -87,44 +104,67 @@ class Health:
         norm = result.grad_norm
         return ~torch.isfinite(result.loss.detach()), skips > before or (norm is not None and not math.isfinite(norm))
 
-    def note(self, step: int, loss: bool, gradient: bool) -> None:
-        """Count a step, and end the run if it is one of too many.
+    def is_beyond(self, result: StepResult) -> bool:
+        """Whether this rank sees a gradient norm beyond the limit of ``--stop-on``: another flag for ``any_rank``.
+
+        Args:
+            result: the measurements of the step.
+        """
+        return self._limits.is_beyond(result.grad_norm_ratio)
+
+    def note(
+        self, step: int, no_loss: bool, no_gradient: bool, mean_loss: float = 0.0, norm_is_beyond: bool = False
+    ) -> str | None:
+        """Count a step, and find out whether it is one of too many.
 
         Args:
             step: its number.
-            loss: whether any rank's loss was not finite.
-            gradient: whether any rank's gradient was not finite, or its update was skipped.
+            no_loss: whether any rank's loss was not finite.
+            no_gradient: whether any rank's gradient was not finite, or its update was skipped.
+            mean_loss: mean over micro-batches and ranks.
+            norm_is_beyond: whether :meth:`is_beyond` on any rank.
 
-        Raises:
-            BrokenRunError: it was one of too many in a row.
+        Returns:
+            Why the run has to end; None if it has not.
         """
-        if not loss:
+        if not no_gradient:
+            self._updated = step
+        if not no_loss:
             self._trained = step
-            if not gradient:
-                self._sound = step
-        if step - self._trained >= BROKEN_STEPS:
-            raise self._error(step, f"the loss has not been finite since step {self._trained + 1}")
-        if step - self._sound >= (SCALE_SEARCH_STEPS if self._engine.fp16_enabled() else BROKEN_STEPS):
-            raise self._error(step, f"the gradient has not been finite since step {self._sound + 1}")
+            if not no_gradient:
+                self.sound = step
+        most = BROKEN_STEPS if self._nan is None else self._nan.steps
+        cause = "" if self._nan is None else f"--stop-on {self._nan}: "
+        if step - self._trained >= most:
+            return f"{cause}the loss has not been finite since step {self._trained + 1}"
+        if step - self.sound >= (max(most, SCALE_SEARCH_STEPS) if self._engine.fp16_enabled() else most):
+            return f"{cause}the gradient has not been finite since step {self.sound + 1}"
+        return self._limits.note(step, mean_loss, norm_is_beyond)
 
     def is_clean(self, step: int) -> bool:
-        """Whether a step that was noted had a finite loss and gradient, and its update was made.
+        """Whether a step that was noted had a finite loss and gradient within their limits, and its update was made.
 
         Args:
             step: the number of the last step.
         """
-        return self._sound == step
+        return self.sound == step and self._limits.is_quiet(step)
 
-    def end(self, step: int) -> NoReturn:
-        """End a run that is not sound after its last step.
+    @property
+    def keeps_good_weights(self) -> bool:
+        """Whether the weights are those of the last good step: it was within the limits, and no update followed."""
+        return self._updated == self.sound and self._limits.is_quiet(self.sound)
+
+    def end(self, step: int, found: str = "the weights, or the loss that they give, are not finite") -> NoReturn:
+        """End a run.
 
         Args:
             step: the number of the last step.
+            found: why.
 
         Raises:
             BrokenRunError: always.
         """
-        raise self._error(step, "the weights, or the loss that they give, are not finite")
+        raise self._error(step, found)
 
     def _error(self, step: int, found: str) -> BrokenRunError:
         newest = self._newest()

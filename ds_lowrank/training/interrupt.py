@@ -8,6 +8,7 @@ import threading
 import time
 from types import FrameType
 
+from ds_lowrank.training.console import tell
 from ds_lowrank.training.launcher import Launchers
 
 # A terminal, a scheduler and a launcher may each deliver the same request. Only a later signal is a second request.
@@ -62,9 +63,9 @@ class StopRequest:
         if self._first is None:
             self._first = now
             if self._rank == 0:
-                _tell("asked to stop: saving after this step; another signal ends the run at once")
+                tell("asked to stop: saving after this step; another signal ends the run at once")
         elif now - self._first > SAME_REQUEST_SECONDS:
-            _tell(f"rank {self._rank}: ended at once by a second signal; --resume continues from the last checkpoint")
+            tell(f"rank {self._rank}: ended at once by a second signal; --resume continues from the last checkpoint")
             os._exit(128 + number)
 
 
@@ -85,8 +86,3 @@ def _restore() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     _unblock()
-
-
-def _tell(text: str) -> None:
-    """Print a line in one system call, as the main thread may be holding the lock of ``sys.stderr``."""
-    os.write(2, f"{text}\n".encode())

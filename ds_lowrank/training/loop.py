@@ -19,6 +19,7 @@ from ds_lowrank.integration.clipping import gradient_norm, is_repaired, keeps_no
 from ds_lowrank.integration.forward_backward import forward_backward
 from ds_lowrank.integration.reduction_time import reduction_timed
 from ds_lowrank.integration.train_batch import train_batch
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.placement.grid import Grid
 
 
@@ -34,6 +35,8 @@ class StepResult:
         reduce_seconds: the part of it in which gradients were reduced and nothing else was done; None for a pipeline,
             and where it was not measured.
         step_seconds: time of the optimizer step; for a pipeline, of everything.
+        update_ratio: norm of the update of the projected matrices over that of their weights; None if not measured.
+        grad_norm_ratio: the gradient norm over its moving average; None if one of them is not known.
     """
 
     loss: Tensor
@@ -42,6 +45,8 @@ class StepResult:
     backward_seconds: float | None
     reduce_seconds: float | None
     step_seconds: float
+    update_ratio: float | None = None
+    grad_norm_ratio: float | None = None
 
 
 class Stopwatch:
@@ -67,17 +72,30 @@ class Stopwatch:
         return elapsed
 
 
-def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:
+def train_step(
+    engine: DeepSpeedEngine,
+    batches: Sequence[Mapping[str, Tensor]],
+    measure: bool,
+    needs_norm: bool = False,
+    update: bool = False,
+) -> StepResult:
     """Run forward and backward passes over the micro-batches, then one optimizer step. Collective.
 
     Args:
         engine: the engine of the model, in training mode.
         batches: this rank's micro-batches, as keyword arguments of the model.
         measure: whether to compute the gradient norm and exact times; otherwise only what costs nothing is reported.
+        needs_norm: whether to compute the gradient norm in any case.
+        update: whether to measure the update of a low-rank optimizer, which takes a copy of the weights of one stack.
 
     Returns:
         The measurements. Additional forward passes that an optimizer needs count as forward time.
     """
+    if update and isinstance(engine.basic_optimizer, LowRankOptimizer):
+        with engine.basic_optimizer.updates_measured() as ratio:
+            result = train_step(engine, batches, measure, needs_norm)
+        result.update_ratio = ratio()
+        return result
     if isinstance(engine, PipelineEngine):
         return _pipeline_step(engine, batches, measure)
     watch = Stopwatch(exact=measure)
@@ -95,15 +113,15 @@ def train_step(engine: DeepSpeedEngine, batches: Sequence[Mapping[str, Tensor]],
         backward += watch.read()
     grad_norm = None
     unknown = keeps_no_norm(engine) and not is_repaired(engine)
-    if measure and unknown:
+    if (measure or needs_norm) and unknown:
         grad_norm = float(gradient_norm(list(engine.parameters()), Grid()))
         watch.read()
     engine.step()
-    update = watch.read()
+    stepped = watch.read()
     if not unknown:
         grad_norm = _number(engine.get_global_grad_norm())
     reduced = None if reduction is None else reduction()
-    return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, reduced, update)
+    return StepResult(torch.stack(losses).mean(), grad_norm, forward, backward, reduced, stepped)
 
 
 def _pipeline_step(engine: PipelineEngine, batches: Sequence[Mapping[str, Tensor]], measure: bool) -> StepResult:

@@ -57,9 +57,14 @@ class Reporter:
                 self._file.close()
 
     def advance(self) -> None:
-        """Move the progress bar forward by one step."""
+        """Move the progress bar forward by one step.
+
+        Raises:
+            ConsoleError: the terminal is gone.
+        """
         if self._writes:
-            self._bar.update()
+            with explained():
+                self._bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
         """Report one log step. Numbers that are not finite are written as null, as JSON cannot represent them.
@@ -89,7 +94,7 @@ class Reporter:
             text: the line.
 
         Raises:
-            OutputError: the console is a file on a full disk, or a pipe whose reader is gone.
+            ConsoleError: the console is a file on a full disk, or a pipe whose reader is gone.
         """
         if self._writes:
             with explained():

@@ -11,12 +11,15 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, step_of
+from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.folder import share_of_files
 from ds_lowrank.checkpoint.manifest import Identity, check_identity
 from ds_lowrank.collectives import global_rank
+from ds_lowrank.errors import CheckpointError
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.optimizer.registry import OPTIMIZERS
+from ds_lowrank.optimizer.saved_state import STORED
 from ds_lowrank.training import config as ds_config
 from ds_lowrank.training.config import BatchSizes
 from ds_lowrank.training.output import check_continued, check_output, check_restart
@@ -24,6 +27,11 @@ from ds_lowrank.training.parallelism import GridShape, grid_shape, without_globa
 from ds_lowrank.training.schedule import warmup_steps
 
 logger = logging.getLogger("ds_lowrank")
+
+GRID = frozenset({"zero_stage", "ranks", "tensor_parallel", "autotp_size", "pipeline_parallel", "micro_batch_size"})
+"""What may change when a run with an optimizer of this package resumes: on which ranks it trains."""
+OPTIMIZER = frozenset({"optimizer", "optimizer_params"})
+DATA = frozenset({"sequence_length", "train_batch_size", "seed"})
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,17 @@ def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -
         return None
     check_continued(arguments.output, save, checkpoint)
     manifest = check_whole(checkpoint, save, share_of_files())
-    check_identity(checkpoint, manifest, identity)
+    may_differ: set[str] = set()
+    if COMMON in manifest.files:
+        may_differ |= GRID
+        may_differ |= OPTIMIZER if arguments.reset_optimizer else set()
+        may_differ |= DATA if arguments.reset_data else set()
+    elif arguments.reset_optimizer or arguments.reset_data:
+        raise CheckpointError(
+            f"{checkpoint} has DeepSpeed's own files, of which neither --reset-optimizer nor --reset-data can keep the "
+            "rest: leave these flags out, or convert it with python -m ds_lowrank checkpoint convert"
+        )
+    check_identity(checkpoint, manifest, identity, may_differ, STORED if COMMON in manifest.files else ())
     if step_of(checkpoint) > steps:
         raise ValueError(f"{checkpoint} is beyond --steps {steps}: give more --steps, or an earlier checkpoint")
     return checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +14,39 @@ from deepspeed import DeepSpeedEngine
 
 import ds_lowrank.integration.initialize
 from ds_lowrank.checkpoint.choose import set_aside_newer
+from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.export import Savable
-from ds_lowrank.checkpoint.manifest import Identity, Progress
-from ds_lowrank.checkpoint.random_state import get_random_state, set_random_state
+from ds_lowrank.checkpoint.manifest import Identity, Manifest, Progress, comparable, read_manifest
+from ds_lowrank.checkpoint.random_state import (
+    get_random_state,
+    random_state_text,
+    reseed,
+    restore_random_state,
+    set_random_state,
+)
 from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
+from ds_lowrank.data.errors import DataError
 from ds_lowrank.errors import CheckpointError
+from ds_lowrank.integration.checkpoint import Saving, Snapshots, StateParts, begin_saving, load
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
+from ds_lowrank.optimizer.saved_state import STORED
+from ds_lowrank.training.course import Course
 from ds_lowrank.training.flops import ModelFlops
 from ds_lowrank.training.output import begin_output, is_new, record_save
 
 logger = logging.getLogger("ds_lowrank")
+
+KEPT: dict[str, StateParts] = {"settings": "state", "projected": "rest", "all": "none"}
+"""What is loaded of the optimizer, by what ``--reset-optimizer`` resets."""
+SAID = {
+    "state": "its state, with the options of this run",
+    "rest": "the moments of what AdamW steps, and begins anew with the matrices",
+    "none": "nothing, and begins anew",
+}
+LAYOUT = ("zero_stage", "ranks", "tensor_parallel", "autotp_size", "pipeline_parallel", "micro_batch_size")
+"""With the same of these, every rank draws the random numbers that it would have drawn."""
 
 
 class Stateful(Protocol):
@@ -61,6 +83,7 @@ class Run:
         flops: of the model, on rank 0; None where they are not counted.
         sharers: the number of ranks that one copy of the model is split over.
         facts: returns further entries of the summary at the end of the run.
+        course: the losses and gradient norms so far, as far as later ones are compared with them.
         progress: how far the run is.
         checkpoint: the newest checkpoint that was saved or loaded; None for none.
     """
@@ -76,8 +99,11 @@ class Run:
     flops: ModelFlops | None = None
     sharers: int = 1
     facts: Callable[[], Mapping[str, Any]] = dict
+    course: Course = field(default_factory=Course)
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
+    _saving: Saving | None = None
+    _snapshots: Snapshots | None = None
 
     def resume(self, checkpoint: Path | None) -> None:
         """Continue from a checkpoint. Collective.
@@ -102,35 +128,129 @@ class Run:
             broadcast_from_rank0(lambda: begin_output(output))
         if checkpoint is None:
             return
-        self.progress, own = load_checkpoint(self.engine, checkpoint)
         with raise_on_all_ranks():
-            states = {name: own[name] for name in self.parts}
-            self.data.load_state_dict(own["data"])
-        for name, part in self.parts.items():
-            part.load_state_dict(states[name])
-        with raise_on_all_ranks():
-            set_random_state(own["random"])
+            manifest = read_manifest(checkpoint)
+        if COMMON in manifest.files:
+            self._load(checkpoint, manifest)
+        else:
+            self._load_stock(checkpoint)
         set_aside_newer(save, self.progress.step)
         if self.progress.step >= self.steps and dist.get_rank() == 0:
             logger.info("%s is at the last step: only the results are written again", checkpoint)
         self.checkpoint = checkpoint
 
-    def save(self) -> Path:
-        """Save a checkpoint and return its folder. Collective.
+    def _load(self, checkpoint: Path, manifest: Manifest) -> None:
+        """Load a checkpoint that knows no grid."""
+        own = asdict(self.identity)
+        saved, wanted = comparable(manifest.run, STORED), comparable(own, STORED)
+        has_changed = any(saved.get(key) != wanted[key] for key in ("optimizer", "optimizer_params"))
+        parts: StateParts = "all"
+        if has_changed:  # which check_identity lets pass with this flag alone
+            parts = KEPT[self.arguments.reset_optimizer]
+        loaded = load(
+            self.engine, checkpoint, manifest, parts=parts, schedule="restore" if parts == "all" else "advance"
+        )
+        self.progress = replace(manifest.progress)
+        state = loaded.caller
+        with raise_on_all_ranks():
+            states = {name: state[name] for name in self.parts}
+            self.course.load_state_dict(state["course"])
+            try:
+                self.data.load_state_dict(state["data"])
+            except DataError:
+                if not self.arguments.reset_data:
+                    raise
+                if dist.get_rank() == 0:
+                    logger.info("the data are others than those of %s: they begin anew", checkpoint)
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])
+        if has_changed and dist.get_rank() == 0:
+            logger.info("of %s the optimizer keeps %s", checkpoint, SAID[parts])
+        with raise_on_all_ranks():
+            rank = dist.get_rank()
+            if all(manifest.run.get(key) == own[key] for key in LAYOUT):
+                restore_random_state(loaded.metadata[rank]["random"])
+            else:
+                reseed(self.identity.seed, self.progress.step, rank)
+                if rank == 0:
+                    logger.info("%s was saved on another grid: random generators, of dropout, begin anew", checkpoint)
+
+    def _load_stock(self, checkpoint: Path) -> None:
+        """Load a checkpoint of DeepSpeed's files."""
+        self.progress, own = load_checkpoint(self.engine, checkpoint)
+        with raise_on_all_ranks():
+            states = {name: own[name] for name in self.parts}
+            self.data.load_state_dict(own["data"])
+            self.course.load_state_dict(own["course"])
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])
+        with raise_on_all_ranks():
+            set_random_state(own["random"])
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint has been begun and not completed."""
+        return self._saving is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing its part of a checkpoint."""
+        return self._saving is not None and self._saving.is_pending
+
+    def begin_save(self, keep: int | None = None) -> None:
+        """Begin to save a checkpoint, after completing one that has been begun before. Collective.
+
+        Args:
+            keep: how many of the newest to keep; None for as many as the command line says.
 
         Raises:
-            CheckpointError: the checkpoint could not be written.
+            CheckpointError: one of them could not be written.
         """
+        self.complete_save()
         with raise_on_all_ranks():
             own = {name: part.state_dict() for name, part in self._stateful().items()}
+        directory, keep = self.arguments.save, self.arguments.keep_checkpoints if keep is None else keep
+        if not isinstance(self.engine.basic_optimizer, LowRankOptimizer):
             own["random"] = get_random_state()
-        directory, keep = self.arguments.save, self.arguments.keep_checkpoints
-        self.checkpoint = save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep)
-        broadcast_from_rank0(lambda: record_save(self.arguments.output, directory))
-        return self.checkpoint
+            self._note(save_checkpoint(self.engine, directory, self.identity, self.progress, own, keep))
+            return
+        if self._snapshots is None and not self.arguments.synchronous_save:
+            self._snapshots = Snapshots()
+        self._saving = begin_saving(
+            self.engine,
+            directory,
+            f"global_step{self.progress.step}",
+            run=asdict(self.identity),
+            progress=replace(self.progress),
+            common=own,
+            metadata={"random": random_state_text()},
+            keep=keep,
+            snapshots=self._snapshots,
+        )
+        if self._snapshots is None:
+            self.complete_save()
+
+    def complete_save(self) -> Path | None:
+        """Wait for a checkpoint that has been begun, and give it its name. Collective.
+
+        Returns:
+            Its folder; None if none has been begun.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return None
+        return self._note(saving.complete())
+
+    def _note(self, saved: Path) -> Path:
+        self.checkpoint = saved
+        broadcast_from_rank0(lambda: record_save(self.arguments.output, self.arguments.save))
+        return saved
 
     def _stateful(self) -> dict[str, Stateful]:
-        return {"data": self.data, **self.parts}
+        return {"data": self.data, "course": self.course, **self.parts}
 
 
 def start_engine(

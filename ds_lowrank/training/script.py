@@ -23,7 +23,9 @@ from ds_lowrank.training.launcher import Launchers
 from ds_lowrank.training.output import AlreadyFinishedError, write_results
 from ds_lowrank.training.run import Run
 from ds_lowrank.training.same_everywhere import facts
+from ds_lowrank.training.time_limits import TimeLimits
 from ds_lowrank.training.train import train
+from ds_lowrank.training.whereabouts import Stage, enter
 
 AT_START: tuple[type[Exception], ...] = (ValueError, OSError, OutputError, RemoteError, DeepSpeedConfigError)
 LATER: tuple[type[Exception], ...] = (
@@ -47,9 +49,10 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
     launchers = Launchers()
     folders = Folders({"--output": arguments.output, "--save": arguments.save})
     expected, bulletin = AT_START, None
+    limits = TimeLimits(arguments.timeout, arguments.setup_timeout)
     try:
-        hosts = distributed.join(arguments.timeout, arguments.join_timeout, facts(arguments))
-        bulletin = distributed.watch_others(arguments.timeout, hosts)
+        hosts = distributed.join(limits.setup_timeout, arguments.join_timeout, facts(arguments))
+        bulletin = distributed.watch_others(limits, hosts)
         saves = arguments.save_interval > 0 or arguments.resume is not None
         folders.claim(hosts if saves else ())
         try:
@@ -58,16 +61,18 @@ def run_script(arguments: Namespace, set_up: Callable[[Namespace], Run]) -> NoRe
             if dist.get_rank() == 0:
                 print(reason)
         else:
-            distributed.limit_collectives(arguments.timeout)
+            limits.lengthen()
             expected = LATER
-            if train(run, launchers):
+            if train(run, limits, launchers):
+                limits.lengthen()
+                enter(Stage.FILES, "the last step, writing the results")
                 finish(run)
         folders.release()
         bulletin.close()
         distributed.leave()
     except Exception as error:
         folders.release()
-        distributed.fail(error, expected, bulletin, arguments.timeout)
+        distributed.fail(error, expected, bulletin, limits)
 
 
 def finish(run: Run) -> None:

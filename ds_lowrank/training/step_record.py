@@ -39,12 +39,14 @@ def step_record(
     matrices: dict[str, dict[str, int]] = optimizer.matrices() if low_rank else {}
     if low_rank and optimizer.grid.pipeline is not None:
         counters, matrices = _over_stages(counters, matrices, optimizer.grid.pipeline)
+    energy: dict[str, float | None] = optimizer.captured_energy() if low_rank else {}
     speed, memory = meter.read(progress, since), peak_memory(engine.device)
     return {
         "step": progress.step,
         "tokens": progress.tokens,
         "loss": mean_over_ranks(result.loss),
         "grad_norm": result.grad_norm,
+        "grad_norm_ratio": result.grad_norm_ratio,
         "lr": lr,
         "tokens_per_second": speed.tokens_per_second,
         "tokens_per_second_per_gpu": speed.tokens_per_second_per_gpu,
@@ -65,6 +67,9 @@ def step_record(
         # In fp32 at ZeRO 0, DeepSpeed does not check for overflow, and only the optimizer counts skipped steps.
         "skipped_steps": engine.skipped_steps + counters.get("lowrank/skipped_updates", 0),
         **counters,
+        "lowrank/captured_energy": energy.get("lowrank/captured_energy"),
+        "lowrank/least_captured_energy": energy.get("lowrank/least_captured_energy"),
+        "lowrank/update_ratio": result.update_ratio,
         **({"matrices": matrices} if matrices else {}),
     }
 

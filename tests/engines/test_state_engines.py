@@ -177,7 +177,12 @@ def save_only(settings, directory, model_options):
 
 
 def save_layout(stage, dtype, directory):
-    save_only(config(stage, 2, dtype), directory, {})
+    """Save DeepSpeed's own files, as an engine of its own ``initialize`` does."""
+    import ds_lowrank
+
+    engine, *_ = ds_lowrank.initialize(model=make_model(), config=config(stage, 2, dtype))
+    train_step(engine, 0)
+    type(engine).save_checkpoint(engine, directory, tag="here")
 
 
 def load_layout(stage, ranks, dtype, directory):
@@ -204,7 +209,7 @@ def load_layout(stage, ranks, dtype, directory):
         ((2, "bf16"), (2, 2, "fp32"), "ZeRO 1 or 2 in bf16, .*; this run has ZeRO 1 or 2 in fp32 or fp16"),
     ],
 )
-def test_a_checkpoint_of_another_layout_is_refused_in_one_sentence(saved, loaded, message, tmp_path):
+def test_deepspeeds_own_files_of_another_layout_are_refused_in_one_sentence(saved, loaded, message, tmp_path):
     run_ranks(2, save_layout, *saved, str(tmp_path))
     for found in run_ranks(loaded[1], load_layout, *loaded, str(tmp_path)):
         assert re.search(rf"here was saved with {message}", found), found
@@ -238,12 +243,11 @@ def load_only(settings, directory):
     [
         ({"params": {"rank": 7}}, r"^rank is 7 in the checkpoint and 4 in this run"),
         ({"params": {"proj_type": "left"}}, r"^proj_type is 'left' in the checkpoint and 'std' in this run"),
-        ({"params": {"state_dtype": "bf16"}}, r"^state_dtype is 'bf16' in the checkpoint and 'fp32' in this run"),
         ({"params": {"inner": "lion"}}, r"^inner is 'lion' in the checkpoint and 'adamw' in this run"),
-        ({"params": {"exclude_modules": ["q_proj"]}}, r"q_proj.weight: side is none in the checkpoint and right in"),
+        ({"params": {"exclude_modules": ["q_proj"]}}, r"q_proj.weight is projected in this run and was not projected"),
         ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"not saved by ds_lowrank"),
     ],
-    ids=["rank", "side", "dtype", "inner", "role", "method"],
+    ids=["rank", "side", "inner", "role", "method"],
 )
 def test_foreign_checkpoint_is_refused_on_every_rank_unchanged(stage, saved, message, tmp_path):
     if "optimizer" in saved:

@@ -2,11 +2,13 @@
 
 import pytest
 
-from benchmarks.faults.kills import trials
+from benchmarks.faults import kills, moves
+
+TRIALS = [trial for trial in [*kills.trials(), *moves.trials()] if trial.compact]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", [trial for trial in trials() if trial.compact], ids=lambda trial: trial.name)
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
 def test_the_same_command_line_finishes_the_run(trial, tmp_path):
     folder = tmp_path / "work"
     folder.mkdir()

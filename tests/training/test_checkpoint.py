@@ -15,12 +15,13 @@ import numpy
 import pytest
 import torch
 
-from ds_lowrank.checkpoint import disk, manifest, store
+from ds_lowrank.checkpoint import disk, folder, manifest
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, set_aside_newer
+from ds_lowrank.checkpoint.folder import list_checkpoints
 from ds_lowrank.checkpoint.manifest import FILE, Identity, Progress, check_identity, read_manifest, seal
 from ds_lowrank.checkpoint.owned import delete_owned, make_owned, replace_owned
 from ds_lowrank.checkpoint.random_state import get_random_state, seed_everything, set_random_state
-from ds_lowrank.checkpoint.store import list_checkpoints, load_checkpoint, save_checkpoint
+from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.errors import CheckpointError
 from tests.engines.pool import run_ranks
 
@@ -122,7 +123,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path,
 def test_a_kill_before_the_rename_leaves_nothing_that_counts(tmp_path, monkeypatch):
     save(tmp_path, 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(folder, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         save(tmp_path, 2)
     assert find_checkpoint(tmp_path, "").name == "global_step1"
     save(tmp_path, 3)
@@ -224,7 +225,7 @@ def test_damage_is_named_with_the_checkpoint_to_use_instead(tmp_path, damage, me
 def test_a_checkpoint_of_another_version_is_not_read(tmp_path):
     checkpoint = save(tmp_path, 1)
     (checkpoint / FILE).write_text(json.dumps({"format": 3}))
-    with pytest.raises(CheckpointError, match="has format 3, but this version reads format 4"):
+    with pytest.raises(CheckpointError, match="has format 3, but this version reads format 5"):
         check_whole(checkpoint, tmp_path)
 
 
@@ -285,21 +286,21 @@ def test_only_what_the_package_wrote_is_deleted(tmp_path):
 
 
 def test_a_replaced_folder_to_which_a_file_was_added_is_kept(tmp_path):
-    folder, aside = tmp_path / "export", tmp_path / ".export.partial"
+    export, aside = tmp_path / "export", tmp_path / ".export.partial"
 
     def replace(content):
         make_owned(aside)
         (aside / "weights").mkdir()
         (aside / "weights" / "model").write_text(content)
-        replace_owned(aside, folder)
+        replace_owned(aside, export)
 
     replace("1")
     replace("2")
     assert names(tmp_path) == ["export"]
-    (folder / "weights" / "run").mkdir()
-    (folder / "weights" / "run" / "metrics.jsonl").write_text("{}")
+    (export / "weights" / "run").mkdir()
+    (export / "weights" / "run" / "metrics.jsonl").write_text("{}")
     replace("3")
-    (folder / "notes").symlink_to(tmp_path)
+    (export / "notes").symlink_to(tmp_path)
     replace("4")
     assert names(tmp_path) == ["export", "export.1", "export.2"]
     contents = [(tmp_path / name / "weights" / "model").read_text() for name in names(tmp_path)]
@@ -361,7 +362,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
         events.append(f"rename {path.name}")
         return rename(path, target)
 
-    for module in (disk, manifest, store):
+    for module in (disk, manifest, folder):
         monkeypatch.setattr(module, "flush", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
     save(tmp_path, 2, keep=1)

@@ -4,13 +4,14 @@ import errno
 import logging
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
 
 from ds_lowrank.finetuning.best import Best
-from ds_lowrank.training.console import ConsoleHandler, OutputError, explained, open_console
+from ds_lowrank.training.console import ConsoleError, ConsoleHandler, OutputError, explained, open_console
 from ds_lowrank.training.failures import Failure, Kind
 from ds_lowrank.training.output import record_save, saved_in
 from ds_lowrank.training.script import _unwritten
@@ -41,8 +42,14 @@ def test_files_do_not_get_the_descriptors_of_closed_streams(tmp_path):
     ],
 )
 def test_what_to_do_depends_on_why_it_cannot_be_written(number, advice):
-    with pytest.raises(OutputError, match=f"^the console output cannot be written: .*; {advice}"), explained():
+    with pytest.raises(ConsoleError, match=f"^the console output cannot be written: .*; {advice}"), explained():
         raise OSError(number, os.strerror(number))
+    with (
+        pytest.raises(OutputError, match=rf"^run/x cannot be written: .*; {advice}") as found,
+        explained(Path("run/x")),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert not isinstance(found.value, ConsoleError)
 
 
 @pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors, of tokenizers

@@ -1,6 +1,7 @@
 """What is refused before anything is built."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -62,7 +63,7 @@ def saved(workspace, tmp_path):
     checkpoint.mkdir()
     (checkpoint / "rank_0.pt").write_bytes(b"state")
     files = {"rank_0.pt": seal(checkpoint / "rank_0.pt")}
-    write_manifest(checkpoint, plan(workspace, "a").identity, Progress(3, 300, 0.5), files)
+    write_manifest(checkpoint, asdict(plan(workspace, "a").identity), Progress(3, 300, 0.5), files)
     return checkpoint
 
 

@@ -140,7 +140,7 @@ def test_ranks_that_torchrun_starts_again_find_each_other_and_not_the_dead(tmp_p
     """``torchrun --max-restarts`` keeps the store through which the ranks exchange their addresses."""
     folder = tmp_path / "work"
     folder.mkdir()
-    arguments = small_run(folder, 6, "--save-interval", "3", "--resume", "--timeout", "20")
+    arguments = small_run(folder, 6, "--save-interval", "3", "--resume", "--timeout", "20", "--setup-timeout", "20")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for restart, codes in ((0, (1, 1)), (1, (0, 0))):
         prepare = functools.partial(as_torchrun_does, store.port, restart)

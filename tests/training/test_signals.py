@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -59,7 +61,8 @@ def _impatient(number):
         time.sleep(0.5)
         os.kill(parent, number)
         time.sleep(1.2)
-        os.kill(parent, number)
+        with suppress(ProcessLookupError):  # of rank 1, which the first signal ends
+            os.kill(parent, number)
         os._exit(0)
     _waits_for_a_rank_that_does_not_come()
 
@@ -71,6 +74,46 @@ def test_a_second_signal_ends_a_process_that_waits_in_a_collective(number):
     with pytest.raises(AssertionError, match="died without an answer"):  # which a process that goes on gives
         run_ranks(2, _impatient, number, timeout=60)
     assert time.monotonic() - started < 30
+
+
+def _impatient_while_a_thread_writes(number, folder):
+    def write():
+        with (folder / "file").open("wb") as file:
+            while True:  # as a checkpoint that is written in the background; it never ends
+                file.seek(0)
+                file.write(bytes(2**24))
+                os.fsync(file.fileno())
+
+    threading.Thread(target=write).start()  # no daemon: the end of the interpreter would wait for it
+    wait_for((folder / "file").exists)
+    _impatient(number)
+
+
+def test_a_second_signal_does_not_wait_for_a_checkpoint_that_a_thread_writes(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="died without an answer"):
+        run_ranks(2, _impatient_while_a_thread_writes, signal.SIGTERM, tmp_path, timeout=60)
+    assert time.monotonic() - started < 30
+
+
+def _asked_without_a_console():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_for(lambda: stop.received)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+    os._exit(0)
+
+
+def test_signals_are_heard_when_the_console_is_gone():
+    assert run_ranks(1, _asked_without_a_console) == [128 + signal.SIGTERM]
 
 
 def _forks():

@@ -191,6 +191,8 @@ def test_what_is_changed_on_foreign_objects_is_listed_in_one_place():
         "integration/clipping.py: engine.gradient_clipping",
         "integration/gradient_buffers.py: engine.optimizer.step",
         "integration/projected.py: engine.no_sync",
+        "integration/engine_checkpoints.py: engine.load_checkpoint",
+        "integration/engine_checkpoints.py: engine.save_checkpoint",
         "integration/saved_layout.py: engine.load_checkpoint",
         "integration/stock.py: deepspeed.initialize",
         "training/distributed.py: deepspeed.ops.__compatible_ops__",

@@ -74,6 +74,19 @@ class ProjectedGradient:
         """What of each matrix decides how it is updated; empty if all are updated alike."""
         return ()
 
+    def energies(self, shard: MatrixShard, options: Any) -> torch.Tensor | None:
+        """What a new basis captures of the gradients, and all that there is: ``|H Q|^2`` and ``|H|^2``.
+
+        Args:
+            shard: holds this step's gradients, and the weights before the step.
+            options: of the matrices' group.
+
+        Returns:
+            This rank's contributions, over any factor that both share: matrices x 2, fp32. None where no orthonormal
+            basis is found in a gradient, or no rank has its part of the summed gradient.
+        """
+        return None
+
     def scale_by(self, factor: float) -> None:
         """Multiply the gradients, as it were: what was found of them is linear in them, and is changed in place.
 

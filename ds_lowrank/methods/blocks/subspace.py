@@ -12,6 +12,7 @@ from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, InnerOpti
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
@@ -67,6 +68,29 @@ class Projection(ProjectedGradient):
     def refreshed(self) -> bool:
         """Whether this step uses a new basis. A gradient of zeros has no leading subspace: the old basis stays."""
         return self.due and not self.is_zero
+
+    def energies(self, shard: MatrixShard, options: Any) -> torch.Tensor | None:
+        """``|H Q|^2`` and ``|H|^2`` of this rank's elements, over the squares of the safe scales: matrices x 2, fp32.
+
+        None where every rank has a gradient of its own (the square of a sum is not the sum of squares), or backward has
+        dropped it.
+        """
+        if shard.geometry.copies > 1 or shard.is_accumulated:
+            return None
+        captured = (self.projected / self.safe_scale).square().sum((1, 2))
+        return torch.stack([captured, self.gradient_squares(shard, options).sum((1, 2))], dim=1)
+
+    def gradient_squares(self, shard: MatrixShard, options: Any) -> torch.Tensor:
+        """Squared norms of the kept rows of what was projected, over the squares of the safe scales.
+
+        Args:
+            shard: with the gradients.
+            options: of the matrices' group.
+
+        Returns:
+            This rank's contributions: matrices x held kept rows x 1, fp32.
+        """
+        return squared_norms(shard, shard.kept, shard.gradient, self.safe_scale, self.are_ordinary)
 
 
 def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> StateSpec:
