@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.from_deepspeed import is_deepspeed, read_deepspeed
 from ds_lowrank.checkpoint.from_universal import is_universal, read_universal
 from ds_lowrank.checkpoint.incoming import to_ours
-from ds_lowrank.checkpoint.manifest import FILE
+from ds_lowrank.checkpoint.manifest import FILE, check_files, read_manifest
 from ds_lowrank.checkpoint.outgoing import check_free
 from ds_lowrank.checkpoint.saved import find, opened
 from ds_lowrank.checkpoint.skeleton import Skeleton, build, read_config
@@ -87,6 +88,8 @@ def convert(path: Path, out: Path, wanted: Wanted) -> str:
     if source != "ours":
         skeleton = None if wanted.config is None else Skeleton(build(read_config(wanted.config)))
         moments = not wanted.weights_only
+        if (folder / FILE).is_file():  # a run of launch/* with AdamW
+            check_files(folder, read_manifest(folder))
         found = read_universal(folder) if source == "universal" else read_deepspeed(folder, moments=moments)
         to_ours(found, folder, skeleton, out, moments=moments)
         kept = f" and AdamW's moments of {len(found.steps)} parameters" if moments and found.steps else ""
@@ -129,10 +132,12 @@ def source_of(path: Path, source: str | None) -> tuple[Path, str]:
     tests = {"universal": is_universal, "deepspeed": is_deepspeed}
     named = [path / (path / name).read_text(errors="replace").strip() for name in LATEST if (path / name).is_file()]
     for folder in (path, *named):
-        if source is None and (folder / FILE).is_file():
-            return folder, "ours"
+        if (folder / COMMON).is_file():
+            if source is None:
+                return folder, "ours"
+            continue
         for name, test in tests.items():
-            if source in (None, name) and folder.is_dir() and test(folder) and not (folder / FILE).is_file():
+            if source in (None, name) and folder.is_dir() and test(folder):
                 return folder, name
     if source is None:
         return find(path), "ours"

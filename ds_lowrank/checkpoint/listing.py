@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lowrank.checkpoint.choose import TAG, step_of
-from ds_lowrank.checkpoint.common import TENSORS, read_common
+from ds_lowrank.checkpoint.common import COMMON, TENSORS, read_common
 from ds_lowrank.checkpoint.manifest import FILE, Manifest, check_files, read_manifest
 from ds_lowrank.checkpoint.saved import Saved
 from ds_lowrank.errors import CheckpointError
@@ -55,7 +55,8 @@ def _row(folder: Path, read: bool) -> tuple[str, ...]:
     state, method = "whole", str(manifest.run.get("optimizer", ""))
     try:
         check_files(folder, manifest, slice(None) if read else slice(0))
-        method = str(read_common(folder)["optimizer"]["method"])
+        if COMMON in manifest.files:  # otherwise DeepSpeed saved for an optimizer of its own
+            method = str(read_common(folder)["optimizer"]["method"])
     except (CheckpointError, OSError, KeyError, TypeError) as error:
         state = _state(folder, error)
     date = datetime.fromtimestamp((folder / FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
@@ -95,7 +96,7 @@ def grid_text(manifest: Manifest) -> str:
     Args:
         manifest: of the checkpoint.
     """
-    ranks = sum(name.endswith(TENSORS) for name in manifest.files)
+    ranks = sum(name.endswith(TENSORS) for name in manifest.files) or int(manifest.run.get("ranks", 1))
     run = {**manifest.run, **manifest.run.get("grid", {})}
     axes = [f"{label} {run[key]}" for key, label in AXES.items() if key in run and (run[key] != 1 or label == "ZeRO")]
     return ", ".join([f"{ranks} rank{'' if ranks == 1 else 's'}", *axes])

@@ -75,7 +75,10 @@ def opened(folder: Path, *, check: bool = True) -> Iterator[Saved]:
     manifest = read_manifest(folder)
     check_files(folder, manifest, slice(None) if check else slice(0))
     if COMMON not in manifest.files:
-        raise CheckpointError(f"{folder} was saved by an earlier version, whose checkpoints open on their grid only")
+        raise CheckpointError(
+            f"{folder} has the files of DeepSpeed's for an optimizer of its own: convert them with --to ours, or for "
+            "its own formats use DeepSpeed's zero_to_fp32 and ds_to_universal"
+        )
     common = read_common(folder)
     with SavedTensors(folder, sorted(name for name in manifest.files if name.endswith(TENSORS))) as tensors:
         yield Saved(folder, manifest, common, tensors)

@@ -6,30 +6,35 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from pathlib import Path
 
-from ds_lowrank.checkpoint.manifest import DamagedError
+from ds_lowrank.checkpoint.common import COMMON
+from ds_lowrank.checkpoint.manifest import DamagedError, check_files, read_manifest
 from ds_lowrank.checkpoint.saved import Saved, opened
 from ds_lowrank.sharding.layout import Rectangle
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Path) -> str:
     """Read all files of a checkpoint and check everything that can be checked without a model.
 
     Args:
         folder: of the checkpoint.
 
     Returns:
-        How many tensors it has.
+        What was found to be right. Of files that DeepSpeed wrote for an optimizer of its own, only that they are there.
 
     Raises:
         CheckpointError: it is damaged; the message names the file, or the tensor.
         OSError: a file cannot be read.
     """
+    manifest = read_manifest(folder)
+    if COMMON not in manifest.files:
+        check_files(folder, manifest)
+        return f"{len(manifest.files)} files, as they were saved"
     with opened(folder) as saved:
         for key in saved.tensors:  # opening it has counted the elements: each is there, if none is there twice
             if overlap(saved.tensors.rectangles(key)):
                 raise DamagedError(f"{folder} is damaged: it has elements of {key} twice, and lacks others")
         check_states(saved)
-        return len(list(saved.tensors))
+        return f"{len(list(saved.tensors))} tensors, every element once"
 
 
 def check_states(saved: Saved) -> None:

@@ -91,7 +91,7 @@ def _verify(arguments: Namespace) -> int:
     from ds_lowrank.checkpoint.verify import verify
 
     folder = find(arguments.folder)
-    print(f"{folder} is whole: {verify(folder)} tensors, every element once")
+    print(f"{folder} is whole: {verify(folder)}")
     return 0
 
 
