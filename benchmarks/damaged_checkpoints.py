@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from benchmarks.common import options, report
 from benchmarks.faults.damage import edit_manifest
-from ds_lowrank.integration.checkpoint import COMMON, rank_file
+from ds_lowrank.checkpoint.common import COMMON, rank_file
 from tests.engines import grids
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import config

@@ -3,9 +3,18 @@
 import argparse
 import sys
 
-from ds_lowrank.commands import doctor, estimate, evaluate, glue, plot, run
+from ds_lowrank.commands import checkpoint, doctor, estimate, evaluate, export, glue, plot, run
 
-COMMANDS = {"doctor": doctor, "estimate": estimate, "evaluate": evaluate, "glue": glue, "plot": plot, "run": run}
+COMMANDS = {
+    "checkpoint": checkpoint,
+    "doctor": doctor,
+    "estimate": estimate,
+    "evaluate": evaluate,
+    "export": export,
+    "glue": glue,
+    "plot": plot,
+    "run": run,
+}
 
 
 def main() -> int:

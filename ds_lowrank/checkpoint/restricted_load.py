@@ -15,13 +15,14 @@ from typing import Any, BinaryIO
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_lowrank.errors import CheckpointError
 
-CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, SubparamShape)
 """The classes that DeepSpeed's wrappers put into their files; none of them does anything when it is made."""
 
 
@@ -43,19 +44,20 @@ def zero_stage(enumeration: Any, name: str) -> ZeroStageEnum:
 UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)|class ([\w.]+)")
 
 
-def read_data(path: Path | BinaryIO, map_location: Any = "cpu") -> Any:
+def read_data(path: Path | BinaryIO, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
     """Read a file of ``torch.save``; nothing in it is run.
 
     Args:
         path: the file, or what is to be written to one.
         map_location: as for ``torch.load``.
+        mapped: whether tensors stay on the disk until they are used.
 
     Raises:
         CheckpointError: the file is damaged, or contains something else than data.
     """
     try:
         with torch.serialization.safe_globals([*CLASSES, (zero_stage, "builtins.getattr")]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged pickle leads to
         lines = str(error).strip().splitlines() or [type(error).__name__]
         named = UNSUPPORTED.search(str(error))

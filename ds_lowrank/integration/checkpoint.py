@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from ds_lowrank.checkpoint.common import COMMON, rank_file, read_common
 from ds_lowrank.checkpoint.dealt import own_share
 from ds_lowrank.checkpoint.folder import advice, complete, merged, on_first_rank, partial_of, prepare, prune
 from ds_lowrank.checkpoint.manifest import Manifest, Progress, Sealed
@@ -34,19 +35,9 @@ from ds_lowrank.integration.engine_weights import check_shapes, load_weights, we
 from ds_lowrank.optimizer import saved_state
 from ds_lowrank.sharding.pieces import Piece
 
-COMMON = "common.pt"
 StateParts = Literal["all", "state", "rest", "none"]
 """What is loaded of an optimizer: ``all``; its ``state`` with other options; of it the ``rest``, which AdamW steps; or
 ``none``."""
-
-
-def rank_file(rank: int) -> str:
-    """The name of a rank's file.
-
-    Args:
-        rank: in the whole job.
-    """
-    return f"rank_{rank:05d}.safetensors"
 
 
 @dataclass
@@ -324,19 +315,3 @@ def _read_as_saved(checkpoint: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{checkpoint} is damaged: {COMMON} does not have what is saved ({type(error).__name__}: {error})"
         ) from error
-
-
-def read_common(checkpoint: Path) -> dict[str, Any]:
-    """What the ranks of a checkpoint have alike.
-
-    Args:
-        checkpoint: its folder.
-
-    Raises:
-        CheckpointError: it is not what was saved.
-    """
-    common = read_data(checkpoint / COMMON)
-    wanted = {"optimizer", "engine", "caller", "progress"}
-    if not isinstance(common, dict) or set(common) != wanted:
-        raise CheckpointError(f"{checkpoint} is damaged: {COMMON} does not have {sorted(wanted)}")
-    return common

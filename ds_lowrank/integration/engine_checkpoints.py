@@ -15,10 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_lowrank.checkpoint.common import COMMON, rank_file
 from ds_lowrank.checkpoint.folder import check_files_together
 from ds_lowrank.checkpoint.manifest import Progress
 from ds_lowrank.collectives import broadcast_from_rank0, global_rank
-from ds_lowrank.integration.checkpoint import COMMON, begin_saving, load, rank_file
+from ds_lowrank.integration.checkpoint import begin_saving, load
 from ds_lowrank.integration.saved_layout import check_before_loading
 
 logger = logging.getLogger("ds_lowrank")

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, step_of
+from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.folder import share_of_files
 from ds_lowrank.checkpoint.manifest import Identity, check_identity
 from ds_lowrank.collectives import global_rank
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.integration.checkpoint import COMMON
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.optimizer.registry import OPTIMIZERS

@@ -14,6 +14,7 @@ from deepspeed import DeepSpeedEngine
 
 import ds_lowrank.integration.initialize
 from ds_lowrank.checkpoint.choose import set_aside_newer
+from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.export import Savable
 from ds_lowrank.checkpoint.manifest import Identity, Manifest, Progress, comparable, read_manifest
 from ds_lowrank.checkpoint.random_state import (
@@ -28,7 +29,7 @@ from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.errors import CheckpointError
-from ds_lowrank.integration.checkpoint import COMMON, Saving, Snapshots, StateParts, begin_saving, load
+from ds_lowrank.integration.checkpoint import Saving, Snapshots, StateParts, begin_saving, load
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.saved_state import STORED
 from ds_lowrank.training.course import Course

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 NAMES = (
     *("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication"),
-    *("signals", "cluster", "nodes", "containers", "huggingface", "choosing", "memory"),
+    *("signals", "cluster", "nodes", "containers", "huggingface", "choosing", "memory", "checkpoints"),
 )
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
 

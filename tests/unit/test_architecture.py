@@ -58,7 +58,7 @@ ALLOWED = {
     },
     "finetuning": {"adapters", "checkpoint", "collectives", "data", "errors", "models", "training"},
     "estimate": {"errors", "integration", "models", "optimizer", "placement", "sharding", "training"},
-    "commands": {"data", "environment", "errors", "estimate", "integration", "training"},
+    "commands": {"checkpoint", "data", "environment", "errors", "estimate", "integration", "training"},
     "__main__": {"commands"},
 }
 

@@ -18,7 +18,7 @@ import torch
 
 import ds_lowrank
 from benchmarks.memory import CASES, measure
-from ds_lowrank.commands import estimate, evaluate, glue
+from ds_lowrank.commands import checkpoint, estimate, evaluate, export, glue
 from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.options import Options
@@ -159,6 +159,13 @@ def test_commands_parse_and_name_files_that_exist(command):
     assert "finetune" in script or arguments.model == of_the_quick_start or (ROOT / arguments.model).is_file()
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a parser and of the actions below it."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    of_actions = [options_of(one) for action in below for one in action.choices.values()]
+    return set(parser._option_string_actions).union(*of_actions)
+
+
 def test_every_flag_that_is_mentioned_exists(parsers):
     elsewhere = {"--num_gpus", "--hostfile", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend"}
     elsewhere |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--init", "--time"}
@@ -193,10 +200,10 @@ def test_every_flag_that_is_mentioned_exists(parsers):
     elsewhere |= {"--env", "--ipc", "--network", "--device", "--ulimit", "--detach", "--name", "--ssh_port", "--work"}
     elsewhere |= {"--like-nvidias"}
     known = set().union(*(parser._option_string_actions for parser in parsers.values())) | elsewhere
-    for command in (estimate, evaluate, glue):
+    for command in (checkpoint, estimate, evaluate, export, glue):
         of_command = argparse.ArgumentParser()
         command.add_arguments(of_command)
-        known |= of_command._option_string_actions.keys()
+        known |= options_of(of_command)
     for page, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, page
 
@@ -409,3 +416,16 @@ def exists(name: str) -> bool:
         return True
     module, _, attribute = name.rpartition(".")
     return hasattr(importlib.import_module(module), attribute)
+
+
+def test_the_table_of_checkpoint_flags_is_complete():
+    """Each flag of ``convert``, and of ``export``, has its row."""
+    parser = argparse.ArgumentParser()
+    checkpoint.add_arguments(parser)
+    (actions,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    flags = set(actions.choices["convert"]._option_string_actions) - {"-h", "--help"}
+    of_export = argparse.ArgumentParser()
+    export.add_arguments(of_export)
+    assert set(of_export._option_string_actions) - {"-h", "--help"} <= flags
+    table = re.search(r"\| flag of `convert`.*?\n\n", PAGES["checkpoints"], re.S)[0]
+    assert {flag for row in table.splitlines() for flag in re.findall(r"`(--[a-z-]+)`", row.split(" | ")[0])} == flags
