@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -27,19 +28,22 @@ Damage = Callable[[Path], object]
 
 MANIFEST = "manifest.json"
 FILES = {
-    0: {"model": "mp_rank_00_model_states.pt", "rank": "rank_1.pt"},
-    2: {
+    ("GaLore", 0): {"tensors": "rank_00001.safetensors", "common": "common.pt"},
+    ("GaLore", 2): {"tensors": "rank_00000.safetensors", "common": "common.pt"},
+    ("GaLore", 3): {"tensors": "rank_00001.safetensors", "common": "common.pt"},
+    ("AdamW", 0): {"model": "mp_rank_00_model_states.pt", "rank": "rank_1.pt"},
+    ("AdamW", 2): {
         "model": "mp_rank_00_model_states.pt",
         "optimizer": "zero_pp_rank_1_mp_rank_00_optim_states.pt",
         "rank": "rank_0.pt",
     },
-    3: {
+    ("AdamW", 3): {
         "model": "zero_pp_rank_1_mp_rank_00_model_states.pt",
         "optimizer": "zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "rank": "rank_1.pt",
     },
 }
-"""One file of each kind, by ZeRO stage."""
+"""One file of each kind, by optimizer and ZeRO stage."""
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
@@ -101,8 +105,10 @@ def _from_step_6(path: Path, run: Run) -> None:
 
 
 def _from_other_rank(path: Path, believed: bool) -> None:
-    number = path.name.index("rank_") + len("rank_")
-    other = path.with_name(f"{path.name[:number]}{1 - int(path.name[number])}{path.name[number + 1 :]}")
+    digits = re.search(r"rank_(\d+)", path.name)
+    assert digits is not None
+    last = digits.end() - 1
+    other = path.with_name(f"{path.name[:last]}{1 - int(path.name[last])}{path.name[last + 1 :]}")
     first, second = path.read_bytes(), other.read_bytes()
     path.write_bytes(second)
     other.write_bytes(first)
@@ -126,6 +132,7 @@ DAMAGE: dict[str, Damage] = {
     "code in a zip file": partial(_arm, zipped=True),
     "noise that the manifest confirms": _noise,
 }
+COMPACT_KINDS = {("pretrain", "tensors"), ("pretrain", "common"), ("pretrain", "optimizer"), ("finetune", "tensors")}
 COMPACT_DAMAGE = ("cut in half", "a bit flipped in the middle", "code", "a link to itself")
 
 
@@ -162,14 +169,14 @@ SECTIONS: dict[tuple[str, ...], tuple[Any, ...]] = {
 TEXTS = {"empty": b"", "binary": bytes(range(256)), "a list": b"[1]", "a number": b"4", "deep": b"[" * 100000}
 
 
-def _on_file(run_of: tuple[str, int], name: str, damage: Damage, folder: Path) -> Outcome:
+def _on_file(run_of: tuple[str, int, str], name: str, damage: Damage, folder: Path) -> Outcome:
     found = finished_run(*run_of)
     output = found.copy(folder)
     damage(checkpoint(output, 3) / name)
     return found.resume(output)
 
 
-def _step_6_into_3(run_of: tuple[str, int], name: str, folder: Path) -> Outcome:
+def _step_6_into_3(run_of: tuple[str, int, str], name: str, folder: Path) -> Outcome:
     found = finished_run(*run_of)
     output = found.copy(folder)
     _from_step_6(checkpoint(output, 3) / name, found)
@@ -193,26 +200,26 @@ def _manifest_text(text: bytes, path: Path) -> None:
 
 def _file_trials() -> list[Trial]:
     trials = []
-    for program, stage in (("pretrain", 0), ("pretrain", 2), ("pretrain", 3), ("finetune", 2)):
-        for kind, name in FILES[stage].items():
-            where = f"{program}, ZeRO {stage}, {kind} file"
-            in_compact = (program, stage) == ("pretrain", 2) or (kind == "rank" and program == "finetune")
+    runs = [("pretrain", stage, optimizer) for optimizer in ("GaLore", "AdamW") for stage in (0, 2, 3)]
+    for run_of in (*runs, ("finetune", 2, "GaLore")):
+        program, stage, optimizer = run_of
+        for kind, name in FILES[optimizer, stage].items():
+            where = f"{program}, {optimizer} at ZeRO {stage}, {kind} file"
+            in_compact = stage == 2 and (run_of[0], kind) in COMPACT_KINDS
             for what, damage in DAMAGE.items():
                 compact = in_compact and what in COMPACT_DAMAGE
-                trials.append(Trial(f"{where}: {what}", partial(_on_file, (program, stage), name, damage), compact))
-            trials.append(
-                Trial(f"{where}: that of step 6", partial(_step_6_into_3, (program, stage), name), in_compact)
-            )
+                trials.append(Trial(f"{where}: {what}", partial(_on_file, run_of, name, damage), compact))
+            trials.append(Trial(f"{where}: that of step 6", partial(_step_6_into_3, run_of, name), in_compact))
             if name.startswith(("rank", "zero")):
                 for believed in (False, True):
                     swap = partial(_from_other_rank, believed=believed)
                     text = f"{where}: of the other rank{', which the manifest confirms' if believed else ''}"
-                    trials.append(Trial(text, partial(_on_file, (program, stage), name, swap), in_compact and believed))
+                    trials.append(Trial(text, partial(_on_file, run_of, name, swap), in_compact and believed))
     return trials
 
 
 def _manifest_trials() -> list[Trial]:
-    run_of = ("pretrain", 2)
+    run_of = ("pretrain", 2, "GaLore")
     trials = []
     for keys, values in SECTIONS.items():
         changes = [(f"{value!r:.40}", _set(*keys, value=value)) for value in values] + [("missing", _drop(*keys))]
@@ -234,8 +241,8 @@ def _edit(change: Callable[[dict[str, Any]], None], path: Path) -> None:
 
 def _advice_trials() -> list[Trial]:
     damages: dict[str, Damage] = {
-        "a file is cut": lambda folder: os.truncate(folder / "rank_0.pt", 100),
-        "a bit is flipped": lambda folder: _flip(folder / FILES[2]["optimizer"], 0.5),
+        "a file is cut": lambda folder: os.truncate(folder / "common.pt", 100),
+        "a bit is flipped": lambda folder: _flip(folder / FILES["GaLore", 2]["tensors"], 0.5),
         "no manifest": lambda folder: (folder / MANIFEST).unlink(),
         "an empty folder": partial(_instead, make=Path.mkdir),
         "a file instead": partial(_instead, make=Path.touch),

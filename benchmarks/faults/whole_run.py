@@ -15,6 +15,11 @@ from benchmarks.faults.programs import MODEL, run
 from benchmarks.faults.trial import Outcome
 
 RANKS = 2
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "GaLore": {"lr": 1e-2, "rank": 8, "update_proj_gap": 2},
+    "AdamW": {"lr": 1e-2, "torch_adam": True},
+}
+"""Types and options: a method, whose checkpoints know no grid, and an optimizer whose files are DeepSpeed's."""
 
 
 @dataclass(frozen=True)
@@ -88,29 +93,31 @@ def workspace() -> Path:
 
 
 @functools.cache
-def finished_run(program: str, stage: int) -> Run:
+def finished_run(program: str, stage: int, optimizer: str = "GaLore") -> Run:
     """The run without a fault, made once per process.
 
     Args:
         program: ``pretrain`` or ``finetune``.
         stage: its ZeRO stage.
+        optimizer: a key of ``OPTIMIZERS``.
     """
     folder = workspace()
-    output = folder / f"{program}{stage}"
+    output = folder / f"{program}{stage}{optimizer}"
     config = {
         "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 2,
-        "optimizer": {"type": "GaLore", "params": {"lr": 1e-2, "rank": 8, "update_proj_gap": 2}},
+        "optimizer": {"type": optimizer, "params": OPTIMIZERS[optimizer]},
         "zero_optimization": {"stage": stage},
     }
-    (folder / f"{stage}.json").write_text(json.dumps(config))
-    model = "model.json" if program == "pretrain" else "pretrain2/export"
+    settings = folder / f"{stage}{optimizer}.json"
+    settings.write_text(json.dumps(config))
+    model = "model.json" if program == "pretrain" else "pretrain2GaLore/export"
     data = ["--data", str(folder / "text"), "--sequence-length", "32", "--eval-sequences", "0", "--tokenizer", "bytes"]
     if program == "finetune":
         finished_run("pretrain", 2)
         data = ["--data", str(folder / "train.jsonl"), "--validation", str(folder / "validation.jsonl")]
         data += ["--max-length", "16", "--eval-interval", "2"]
-    arguments = ["--deepspeed_config", str(folder / f"{stage}.json"), "--model", str(folder / model), *data]
+    arguments = ["--deepspeed_config", str(settings), "--model", str(folder / model), *data]
     arguments += ["--cache", str(folder / "cache"), "--steps", "6", "--log-interval", "1", "--save-interval", "3"]
     arguments.append("--export")
     finished = run(program, [*arguments, "--output", str(output)], RANKS, folder)

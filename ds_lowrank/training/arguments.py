@@ -155,6 +155,12 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
         "--resume", nargs="?", const="", metavar="TAG_OR_PATH", help="continue from the newest checkpoint, or this one"
     )
     group.add_argument(
+        "--start-from",
+        type=path,
+        metavar="CHECKPOINT",
+        help="a new run begins with the weights of a checkpoint, and the moments of what AdamW steps there and here",
+    )
+    group.add_argument(
         "--reset-optimizer",
         nargs="?",
         const="all",

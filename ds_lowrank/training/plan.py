@@ -13,9 +13,10 @@ from transformers import LlamaConfig
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, step_of
 from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.folder import share_of_files
-from ds_lowrank.checkpoint.manifest import Identity, check_identity
+from ds_lowrank.checkpoint.manifest import Identity, check_files, check_identity, read_manifest
+from ds_lowrank.checkpoint.saved import find as find_saved
 from ds_lowrank.collectives import global_rank
-from ds_lowrank.errors import CheckpointError
+from ds_lowrank.errors import CheckpointError, ConfigError
 from ds_lowrank.models.llama import config_of_folder, load_config
 from ds_lowrank.models.weights import FolderWeights
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -170,6 +171,27 @@ def identify(
     )
 
 
+def check_start(arguments: Namespace, identity: Identity) -> None:
+    """Check the checkpoint that a new run begins with.
+
+    Args:
+        arguments: the command line of either program.
+        identity: identifies this run.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+        ConfigError: the optimizer is none of this package.
+    """
+    if arguments.start_from is None:
+        return
+    if identity.optimizer not in OPTIMIZERS:
+        raise ConfigError(
+            f"--start-from is for the optimizers of this package, and optimizer.type is {identity.optimizer!r}: give "
+            "the exported weights as --model"
+        )
+    check_files(folder := find_saved(arguments.start_from), read_manifest(folder), share_of_files())
+
+
 def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -> Path | None:
     """Find and check the checkpoint that ``--resume`` names.
 
@@ -193,9 +215,11 @@ def checkpoint_to_resume(arguments: Namespace, identity: Identity, steps: int) -
     save: Path = arguments.save
     if arguments.resume is None:
         check_unused(save)
+        check_start(arguments, identity)
         return None
     checkpoint = find_checkpoint(save, arguments.resume)
     if checkpoint is None:
+        check_start(arguments, identity)
         check_restart(arguments.output, save, steps)
         if global_rank() == 0:
             logger.info("%s has no checkpoint to resume: starting from the beginning", save)

@@ -24,6 +24,7 @@ from ds_lowrank.checkpoint.random_state import (
     restore_random_state,
     set_random_state,
 )
+from ds_lowrank.checkpoint.saved import find as find_saved
 from ds_lowrank.checkpoint.store import load_checkpoint, save_checkpoint
 from ds_lowrank.collectives import broadcast_from_rank0, raise_on_all_ranks
 from ds_lowrank.data.batches import Step
@@ -127,6 +128,8 @@ class Run:
         if broadcast_from_rank0(lambda: is_new(output, save, checkpoint)):
             broadcast_from_rank0(lambda: begin_output(output))
         if checkpoint is None:
+            if self.arguments.start_from is not None:
+                self._start_from(find_saved(self.arguments.start_from))
             return
         with raise_on_all_ranks():
             manifest = read_manifest(checkpoint)
@@ -138,6 +141,14 @@ class Run:
         if self.progress.step >= self.steps and dist.get_rank() == 0:
             logger.info("%s is at the last step: only the results are written again", checkpoint)
         self.checkpoint = checkpoint
+
+    def _start_from(self, checkpoint: Path) -> None:
+        """Begin with the weights of another run, and the moments of what AdamW steps in both. Collective."""
+        with raise_on_all_ranks():
+            manifest = read_manifest(checkpoint)
+        load(self.engine, checkpoint, manifest, parts="rest", schedule="leave", with_counters=False)
+        if dist.get_rank() == 0:
+            logger.info("the weights are those of %s, and so are the moments of what AdamW steps", checkpoint)
 
     def _load(self, checkpoint: Path, manifest: Manifest) -> None:
         """Load a checkpoint that knows no grid."""

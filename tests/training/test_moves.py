@@ -104,6 +104,18 @@ def test_other_data_need_a_flag(workspace, whole):
     assert list(workspace.metrics("reset-data")) == [4, 5, 6]
 
 
+def test_a_new_run_starts_from_another_ones_weights(workspace, whole):
+    """The first loss is that of the saved weights on the first batch; what AdamW steps goes on with its moments."""
+    saved = workspace.path / "moving" / "checkpoints" / "global_step6"
+    run = workspace.run_forked([*workspace.arguments("started", steps=2), "--start-from", str(saved)], 2)
+    assert run.returncode == 0, run.stderr
+    started = workspace.metrics("started")
+    assert list(started) == [1, 2] and started[1]["loss"] < whole[4]["loss"] < whole[1]["loss"]
+    adamw = workspace.arguments("started-adamw", config=deepspeed_config("AdamW"))
+    refused = workspace.run_forked([*adamw, "--start-from", str(saved)], 1)
+    assert refused.returncode == 1 and "give the exported weights as --model" in refused.stderr
+
+
 def test_a_reset_without_resume_is_refused(workspace):
     run = workspace.run_forked([*workspace.arguments("reset-alone"), "--reset-optimizer"], 1)
     assert run.returncode == 2 and "--reset-optimizer says what --resume keeps: give --resume too" in run.stderr
