@@ -93,7 +93,7 @@ def workspace() -> Path:
 
 
 @functools.cache
-def finished_run(program: str, stage: int, optimizer: str = "GaLore") -> Run:
+def finished_run(program: str, stage: int, optimizer: str) -> Run:
     """The run without a fault, made once per process.
 
     Args:
@@ -114,7 +114,7 @@ def finished_run(program: str, stage: int, optimizer: str = "GaLore") -> Run:
     model = "model.json" if program == "pretrain" else "pretrain2GaLore/export"
     data = ["--data", str(folder / "text"), "--sequence-length", "32", "--eval-sequences", "0", "--tokenizer", "bytes"]
     if program == "finetune":
-        finished_run("pretrain", 2)
+        finished_run("pretrain", 2, "GaLore")
         data = ["--data", str(folder / "train.jsonl"), "--validation", str(folder / "validation.jsonl")]
         data += ["--max-length", "16", "--eval-interval", "2"]
     arguments = ["--deepspeed_config", str(settings), "--model", str(folder / model), *data]

@@ -5,13 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
-
-BLOCK_BYTES = 2**22
-"""So much of a file is read at a time for its checksum."""
 
 
 def sha256(path: Path) -> str:
@@ -20,15 +16,8 @@ def sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    digest, buffers, turn = hashlib.sha256(), (bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)), 0
-    hashed: Future[None] | None = None
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as beside:
-        while size := file.readinto(buffers[turn]):  # while the block before is hashed
-            if hashed is not None:
-                hashed.result()
-            hashed = beside.submit(digest.update, memoryview(buffers[turn])[:size])
-            turn = 1 - turn
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full(error: Exception) -> bool:
