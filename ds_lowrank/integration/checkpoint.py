@@ -266,6 +266,7 @@ def load(
     parts: StateParts = "all",
     schedule: Schedule = "restore",
     with_counters: bool = True,
+    is_strict: bool = True,
 ) -> Loaded:
     """Load a checkpoint into an engine that was just built, on whatever grid. Collective.
 
@@ -276,6 +277,8 @@ def load(
         parts: what is loaded of the optimizer's state.
         schedule: what becomes of the scheduler.
         with_counters: whether the engine's counters and loss scale are.
+        is_strict: whether it must have all weights; otherwise those that it lacks stay as they are, such as frozen
+            ones that were not saved.
 
     Raises:
         CheckpointError: it does not fit the engine; nothing was changed.
@@ -289,7 +292,7 @@ def load(
     with source:
         own = set().union(*gathered_once(sorted(weight_names(engine))))
         with raise_on_all_ranks():
-            check_shapes(engine, source)
+            check_shapes(engine, source, is_strict=is_strict)
             extra = sorted(key for key in source if "/" not in key and key not in own)
             if extra:
                 raise CheckpointError(

@@ -19,6 +19,7 @@ from ds_lowrank.checkpoint.common import COMMON, rank_file
 from ds_lowrank.checkpoint.folder import check_files_together
 from ds_lowrank.checkpoint.manifest import Progress
 from ds_lowrank.collectives import broadcast_from_rank0, global_rank
+from ds_lowrank.errors import CheckpointError
 from ds_lowrank.integration.checkpoint import begin_saving, load
 from ds_lowrank.integration.saved_layout import check_before_loading
 
@@ -80,10 +81,12 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., tuple[str 
         given = signature.bind(*args, **named)
         given.apply_defaults()
         found = given.arguments
-        folder = _folder(Path(found["load_dir"]), found["tag"])
-        if folder is None or not broadcast_from_rank0(lambda: is_of_any_grid(folder)):
+        folder = broadcast_from_rank0(lambda: _of_any_grid(Path(found["load_dir"]), found["tag"]))
+        if folder is None:
             loaded: tuple[str | None, dict[str, Any] | None] = stock(*args, **named)
             return loaded
+        if found["custom_load_fn"] is not None:
+            raise CheckpointError(f"{folder} is not loaded by a custom_load_fn, which is for DeepSpeed's own files")
         manifest = check_files_together(folder)
         only_module = found["load_module_only"]
         has_states = found["load_optimizer_states"] and not only_module
@@ -94,6 +97,7 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., tuple[str 
             parts="all" if has_states else "none",
             schedule="restore" if found["load_lr_scheduler_states"] else "leave",
             with_counters=not only_module,
+            is_strict=found["load_module_strict"],
         )
         if global_rank() == 0:
             logger.info("loaded %s", folder)
@@ -106,11 +110,12 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., tuple[str 
     return load_checkpoint
 
 
-def _folder(directory: Path, tag: str | None) -> Path | None:
-    """The folder of a checkpoint; None if nothing says which one."""
+def _of_any_grid(directory: Path, tag: str | None) -> Path | None:
+    """The folder of a checkpoint that knows no grid; None if it is another one, or nothing says which."""
     if tag is None:
         latest = directory / "latest"
         if not latest.is_file():
             return None
         tag = latest.read_text().strip()
-    return directory / str(tag)
+    folder = directory / str(tag)
+    return folder if is_of_any_grid(folder) else None

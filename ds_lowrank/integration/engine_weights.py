@@ -57,7 +57,7 @@ def load_weights(engine: Any, source: Source) -> None:
 
     Args:
         engine: with an optimizer of this package, just built.
-        source: what was saved; it has the tensors of :func:`weight_names`.
+        source: what was saved; what it lacks of :func:`weight_names` stays as it is.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -78,24 +78,27 @@ def _read_weights(engine: Any, source: Source) -> None:
     """Read the masters where there are any, otherwise what forward passes read."""
     for logical, interval in _parts(engine):
         rectangles = logical.part(logical.own, interval.start, interval.end).rectangles
-        if rectangles:
+        if rectangles and source.has(logical.name):
             fragment = interval.fragment(logical)
             weights = fragment.weights
             source.read(logical.name, rectangles, weights)
             fragment.put(weights)
     for name, buffer in _buffers(engine.module):
+        if not source.has(name):
+            continue
         rows, columns = as_matrix(buffer.shape)
         found = torch.empty_like(buffer, memory_format=torch.contiguous_format)
         source.read(name, [Rectangle(0, 0, rows, columns, 0)], found)
         buffer.copy_(found)
 
 
-def check_shapes(engine: Any, source: Source) -> None:
-    """Check that all weights were saved, with the shapes that they have here.
+def check_shapes(engine: Any, source: Source, *, is_strict: bool) -> None:
+    """Check that weights were saved with the shapes that they have here.
 
     Args:
         engine: with an optimizer of this package.
         source: what was saved.
+        is_strict: whether all of them must have been.
 
     Raises:
         CheckpointError: one was not.
@@ -103,13 +106,13 @@ def check_shapes(engine: Any, source: Source) -> None:
     wanted = {logical.name: logical.shape for logical, _ in _parts(engine)}
     wanted |= {name: tuple(buffer.shape) for name, buffer in _buffers(engine.module)}
     missing = sorted(name for name in wanted if not source.has(name))
-    if missing:
+    if missing and is_strict:
         raise CheckpointError(
             f"the checkpoint belongs to another model: it has no {missing[0]}"
             + (f", and lacks {len(missing) - 1} more tensors of this one" if missing[1:] else "")
         )
     for name, shape in wanted.items():
-        if tuple(source.shape(name)) != tuple(shape):
+        if source.has(name) and tuple(source.shape(name)) != tuple(shape):
             raise CheckpointError(
                 f"the checkpoint belongs to another model: {name} is {tuple(source.shape(name))} there and "
                 f"{tuple(shape)} here"

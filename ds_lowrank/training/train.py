@@ -131,6 +131,8 @@ class _Training:
         if final or (self._save_is_due and self._health.is_clean(step)):
             sound = self._health.is_sound(batches[-1])
             if final and not sound:
+                with self._saving(step):
+                    self._complete_save()  # of an earlier step, which was sound
                 self._health.end(step)
             if sound and self._save_is_due:
                 stops = (asked or self._is_unheard) and not final

@@ -349,3 +349,33 @@ def gathered_of(settings):
     engine, *_ = ds_lowrank.initialize(model=make_model(), config=settings)
     slots = engine.basic_optimizer.slots
     return gathered_bytes(slots), [(slot.shape, slot.geometry.side) for slot in slots if slot.is_projected]
+
+
+def without_frozen(directory, stage):
+    """Save without frozen weights, as the Trainer does with PEFT, and load over other ones."""
+    import ds_lowrank
+
+    def engine_of():
+        model = make_model()
+        model.model.embed_tokens.weight.requires_grad = False
+        return ds_lowrank.initialize(model=model, config=config(stage, 2))[0]
+
+    engine = engine_of()
+    train_step(engine, 0)
+    engine.save_checkpoint(directory, tag="here", exclude_frozen_parameters=True)
+    trained = full_weights(engine)
+    other = engine_of()
+    try:
+        other.load_checkpoint(directory, tag="here")
+        message = ""
+    except ds_lowrank.CheckpointError as error:
+        message = str(error)
+    other.load_checkpoint(directory, tag="here", load_module_strict=False)
+    return message, max_relative_difference(full_weights(other), trained)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_frozen_weights_may_be_left_out(stage, tmp_path):
+    for message, difference in run_ranks(2, without_frozen, str(tmp_path), stage):
+        assert "it has no model.embed_tokens.weight" in message
+        assert difference == 0
