@@ -1,4 +1,4 @@
-"""Checkpoints on disk. A folder with a checkpoint's name is always complete.
+"""Checkpoints with DeepSpeed's own files, of runs whose optimizer is none of this package: of one layout only.
 
     SAVE/latest                          the newest tag, for DeepSpeed's own tools
     SAVE/zero_to_fp32.py                 DeepSpeed's script that turns a checkpoint into fp32 weights
@@ -6,8 +6,7 @@
     SAVE/global_step200/rank_0.pt        rank 0's position in the data and its random state; one file per rank
     SAVE/global_step200/manifest.json    the files of the checkpoint, their checksums, and the run they belong to
 
-A checkpoint is written to SAVE/.global_step200.partial and renamed once every rank has finished. A kill or a full disk
-therefore never damages the previous checkpoint. SAVE must be the same directory for all ranks.
+The folder is made and named as that of every checkpoint (:mod:`ds_lowrank.checkpoint.folder`).
 """
 
 from __future__ import annotations
