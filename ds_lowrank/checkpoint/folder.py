@@ -8,7 +8,9 @@ rank 0.
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ from ds_lowrank.collectives import global_rank, is_distributed, raise_on_all_ran
 from ds_lowrank.errors import CheckpointError
 
 logger = logging.getLogger("ds_lowrank")
+
+LATE_SECONDS = 30.0
+"""How long rank 0 waits until it sees the files of other nodes, of which NFS keeps what it knows for a while."""
 
 _deleting: list[threading.Thread] = []
 
@@ -74,8 +79,13 @@ def prepare(directory: Path, tag: str, *, replaces: bool = False) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in leftovers(directory):
         delete_owned(leftover)
-    if (directory / tag).exists() and not (replaces and (directory / tag / FILE).is_file()):
-        raise CheckpointError(f"{directory / tag} already exists and is not overwritten; give another --save")
+    if (directory / tag).exists() and not (replaces and _is_only_ours(directory / tag)):
+        raise CheckpointError(
+            f"{directory / tag} already exists"
+            + (", with files that were not saved with it," if replaces else "")
+            + " and is not overwritten; give another "
+            + ("tag" if replaces else "--save")
+        )
     partial = partial_of(directory, tag)
     delete_owned(partial)
     make_owned(partial)
@@ -109,12 +119,7 @@ def complete(
     """
     partial = partial_of(directory, tag)
     checkpoint = partial / tag
-    missing = [name for name in wanted if not (checkpoint / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{missing[0]} is not there: another rank wrote elsewhere, --save {directory} must be one directory for "
-            "all ranks"
-        )
+    _wait_for_files(checkpoint, wanted, written)
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         name = path.relative_to(checkpoint).as_posix()
@@ -136,6 +141,32 @@ def complete(
     flush(directory)
     delete_owned(replaced)
     delete_owned(partial)
+
+
+def _wait_for_files(checkpoint: Path, wanted: Iterable[str], written: Mapping[str, Sealed | None]) -> None:
+    """Wait until the files of all ranks are seen here: a network file system may show them late.
+
+    Raises:
+        CheckpointError: one is not, or is not as long as its rank says.
+    """
+
+    def is_seen(name: str) -> bool:
+        sealed = written.get(name)
+        try:
+            size = (checkpoint / name).stat().st_size
+        except FileNotFoundError:
+            return False
+        return sealed is None or size == sealed.bytes
+
+    end = time.monotonic() + LATE_SECONDS
+    while late := [name for name in wanted if not is_seen(name)]:
+        if time.monotonic() > end:
+            raise CheckpointError(
+                f"{late[0]} is not there, or shorter than its rank wrote it, {LATE_SECONDS:g} s later: the ranks must "
+                f"have one folder for checkpoints, {checkpoint.parent.parent} on a file system that they share"
+            )
+        os.listdir(checkpoint)  # so that NFS asks the server again
+        time.sleep(0.05)
 
 
 def merged(parts: Iterable[Mapping[str, Sealed]]) -> dict[str, Sealed | None]:
@@ -164,12 +195,7 @@ def prune(directory: Path, keep: int, *, in_background: bool = False) -> None:
         OSError: one cannot be deleted.
     """
     for old in list_checkpoints(directory)[:-keep]:
-        try:
-            known = read_manifest(old).files.keys() | {FILE, MARK}
-        except CheckpointError:
-            continue
-        present = {path.relative_to(old).as_posix() for path in old.rglob("*") if not path.is_dir()}
-        if old.is_symlink() or present - known:
+        if not _is_only_ours(old):
             continue
         mark(old)
         removed = old.rename(directory / f".{old.name}.removed")  # first, so that a kill never leaves half a checkpoint
@@ -186,6 +212,16 @@ def _delete(folder: Path) -> None:
         delete_owned(folder)
     except OSError as error:
         logger.warning("%s was not deleted: %s", folder, error)
+
+
+def _is_only_ours(checkpoint: Path) -> bool:
+    """Whether a folder has only what was saved in it."""
+    try:
+        known = read_manifest(checkpoint).files.keys() | {FILE, MARK}
+    except CheckpointError:
+        return False
+    present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()}
+    return not checkpoint.is_symlink() and not present - known
 
 
 def share_of_files() -> slice:
