@@ -79,12 +79,13 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     from ds_lowrank.finetuning.arguments import parse
     from ds_lowrank.finetuning.setup import set_up
     from ds_lowrank.training.records import read_metrics
+    from ds_lowrank.training.time_limits import TimeLimits
     from ds_lowrank.training.train import train
 
     disable_progress_bar()
     parsed = parse(arguments)
     run = set_up(parsed)
-    assert train(run)
+    assert train(run, TimeLimits(parsed.timeout, parsed.setup_timeout))
     export(run.engine, run.tokenizer, parsed.output / "export")
     run.engine.eval()
     with torch.no_grad():

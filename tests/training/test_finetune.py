@@ -78,6 +78,21 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(folder, zero_st
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(("lora", "stage"), [((), 3), (("--lora-rank", "4"), 0)])
+def test_fine_tuning_goes_on_with_other_ranks_and_another_stage(folder, lora, stage):
+    """The LLaMA has no dropout, so the losses are the same up to the order of sums; LoRA has frozen weights too."""
+    name = f"ranks{len(lora)}"
+    more = ("--save-interval", "5", *lora)
+    first = run_ranks(2, finetune, command_line(folder, name, *more, config=deepspeed_config(zero_stage=2)))[0]
+    resume = (*lora, "--save-interval", "0", "--resume", str(folder / name / "checkpoints" / "global_step5"))
+    config = deepspeed_config(zero_stage=stage)
+    second = run_ranks(1, finetune, command_line(folder, f"{name}-on", *resume, config=config))[0]
+    assert [record["step"] for record in second["records"]] == [6, 7, 8]
+    for ours, theirs in zip(second["records"], first["records"][5:], strict=True):
+        for key in {"loss", "grad_norm", "eval_loss"} & ours.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
 def test_the_export_is_a_classifier_with_its_class_names(folder, one_process):
     model = AutoModelForSequenceClassification.from_pretrained(folder / "one_process" / "export")
     assert model.config.id2label == dict(enumerate(CLASSES))
