@@ -60,7 +60,7 @@ STAGES: dict[str, tuple[str, int]] = {
     "reading data": ("ds_lowrank.data.batches:BatchStream.next_step", 3),
     "a step": ("ds_lowrank.training.train:train_step", 3),
     "evaluating": ("ds_lowrank.training.evaluation:evaluate", 1),
-    "saving": ("ds_lowrank.training.run:get_random_state", 1),
+    "saving": ("ds_lowrank.training.run:random_state_text", 1),
     "exporting": ("ds_lowrank.training.script:export", 1),
 }
 """Stages of a run: the function before which a rank hangs, and at its how-manieth call."""

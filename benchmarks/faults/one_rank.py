@@ -90,8 +90,8 @@ FAULTS: dict[str, tuple[str, Exception, int]] = {
     "reading data": ("ds_lowrank.data.batches:BatchStream.next_step", FULL, 3),
     "a step": ("ds_lowrank.training.train:train_step", MemoryError("rank 1 is out of memory"), 3),
     "evaluating": ("ds_lowrank.training.evaluation:evaluate", FULL, 1),
-    "collecting what to save": ("ds_lowrank.training.run:get_random_state", FULL, 1),
-    "writing a checkpoint": ("torch:save", FULL, 1),
+    "collecting what to save": ("ds_lowrank.training.run:random_state_text", FULL, 1),
+    "writing a checkpoint": ("ds_lowrank.integration.checkpoint:write_pieces", FULL, 1),
     "exporting": ("ds_lowrank.training.script:export", FULL, 1),
 }
 """Stages of a run: what raises on rank 1, and at its how-manieth call."""
@@ -138,7 +138,9 @@ def bug(folder: Path) -> Outcome:
 def dies_during_a_save(folder: Path) -> Outcome:
     """Rank 0 is killed between the files of a checkpoint; rank 1 says in one line that it is gone."""
     arguments = workspace(folder, 6, "--save-interval", "2")
-    return _judge(folder, arguments, partial(_dies, "ds_lowrank.checkpoint.store._complete"), "another rank is gone")
+    return _judge(
+        folder, arguments, partial(_dies, "ds_lowrank.integration.checkpoint.complete"), "another rank is gone"
+    )
 
 
 def _judge(folder: Path, arguments: list[str], prepare: Callable[[int], None], expected: str) -> Outcome:
