@@ -177,14 +177,6 @@ class SavedTensors:
         """
         return math.prod(self.shape(key)) * self.dtype(key).itemsize
 
-    def rectangles(self, key: str) -> list[Rectangle]:
-        """The pieces that a tensor consists of, of :func:`as_matrix` of its shape.
-
-        Args:
-            key: its name.
-        """
-        return [rectangle for chunk in self._tensors[key].chunks for rectangle in chunk.rectangles]
-
     def whole(self, key: str) -> torch.Tensor:
         """A whole tensor, on the CPU, as it was saved.
 
