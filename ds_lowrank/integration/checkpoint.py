@@ -35,6 +35,8 @@ from ds_lowrank.integration.engine_weights import check_shapes, load_weights, we
 from ds_lowrank.optimizer import saved_state
 from ds_lowrank.sharding.pieces import Piece
 
+STEP = "step"
+"""The text of each rank's file that says after which step it was saved."""
 StateParts = Literal["all", "state", "rest", "none"]
 """What is loaded of an optimizer: ``all``; its ``state`` with other options; of it the ``rest``, which AdamW steps; or
 ``none``."""
@@ -196,7 +198,8 @@ def begin_saving(
         with raise_on_all_ranks():
             if snapshots is not None:
                 own = snapshots.of(own)
-            saving.write(own, metadata or {}, in_background=snapshots is not None)
+            texts = {**(metadata or {}), STEP: str(progress.step)}
+            saving.write(own, texts, in_background=snapshots is not None)
     except (OSError, RuntimeError, CheckpointError) as error:
         saving.give_up()
         raise CheckpointError(
@@ -290,6 +293,8 @@ def load(
         common = read_common(checkpoint)
         source = SavedTensors(checkpoint, names)
     with source:
+        with raise_on_all_ranks():
+            _check_progress(checkpoint, manifest, common, dict(zip(names, source.metadata, strict=True)))
         own = set().union(*gathered_once(sorted(weight_names(engine))))
         with raise_on_all_ranks():
             check_shapes(engine, source, is_strict=is_strict)
@@ -307,6 +312,20 @@ def load(
         with _read_as_saved(checkpoint):
             load_engine_state(engine, common["engine"], schedule)
     return Loaded(common["caller"], metadata)
+
+
+def _check_progress(
+    checkpoint: Path, manifest: Manifest, common: Mapping[str, Any], metadata: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Check that the files are of one step, whatever the manifest confirms."""
+    wanted = {"step": manifest.progress.step, "tokens": manifest.progress.tokens}
+    steps = {name: texts.get(STEP, str(wanted["step"])) for name, texts in metadata.items()}
+    other = next((name for name, step in steps.items() if step != str(wanted["step"])), None)
+    if common["progress"] != wanted or other is not None:
+        raise CheckpointError(
+            f"{checkpoint} mixes files of several checkpoints: {other or COMMON} is not of step {wanted['step']} and "
+            f"{wanted['tokens']} tokens, as the manifest says; resume from another checkpoint"
+        )
 
 
 @contextmanager

@@ -379,3 +379,36 @@ def test_frozen_weights_may_be_left_out(stage, tmp_path):
     for message, difference in run_ranks(2, without_frozen, str(tmp_path), stage):
         assert "it has no model.embed_tokens.weight" in message
         assert difference == 0
+
+
+def mixed(directory, name):
+    """Save after two steps, put a file of the first checkpoint into the second, and have the manifest confirm it."""
+    import shutil
+    from pathlib import Path
+
+    import ds_lowrank
+    from benchmarks.faults.damage import edit_manifest
+    from ds_lowrank.collectives import broadcast_from_rank0
+
+    engine = ds_lowrank.initialize(model=make_model(), config=config(2, 2))[0]
+    for step in range(2):
+        train_step(engine, step)
+        engine.save_checkpoint(directory)
+    first, second = Path(directory, "global_step1"), Path(directory, "global_step2")
+
+    def mix():
+        shutil.copy(first / name, second / name)
+        edit_manifest(second)
+
+    broadcast_from_rank0(mix)
+    try:
+        engine.load_checkpoint(directory)
+    except (ds_lowrank.CheckpointError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "common.pt"])
+def test_files_of_two_steps_do_not_mix_though_the_manifest_confirms_them(name, tmp_path):
+    for message in run_ranks(2, mixed, str(tmp_path), name):
+        assert f"mixes files of several checkpoints: {name} is not of step 2" in message
