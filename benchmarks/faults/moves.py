@@ -64,7 +64,8 @@ def _command(folder: Path, place: Place) -> list[str]:
         "zero_optimization": {"stage": place.stage},
         "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 without it; projected reduction clips another norm
     }
-    more = ("--save-interval", str(INTERVAL), "--timeout", "20", "--resume", "--eval-sequences", "0", *place.flags)
+    limits = ("--timeout", "20", "--join-timeout", "10")  # also where a rank is killed before it has joined
+    more = ("--save-interval", str(INTERVAL), *limits, "--resume", "--eval-sequences", "0", *place.flags)
     return workspace(folder, STEPS, *more, config=config)
 
 
