@@ -186,6 +186,7 @@ def test_every_flag_that_is_mentioned_exists(parsers):
         "--sequence",
         "--memory",
         "--rates",
+        "--subjects",
         "--quiet",
         "--x",
     }
