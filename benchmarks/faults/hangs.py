@@ -9,14 +9,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.faults.one_rank import workspace
+from benchmarks.faults.one_rank import before_calls, workspace
 from benchmarks.faults.programs import Finished, Running
 from benchmarks.faults.trial import Outcome, Trial
 
@@ -77,20 +74,13 @@ def _hangs(target: str, calls: int, victim: int, how: str, mark: Path, rank: int
         mark: a file that the rank writes the moment before.
         rank: this rank.
     """
-    if rank != victim:
-        return
-    original = resolve_name(target)
-    count = 0
 
-    def replaced(*args: Any, **named: Any) -> Any:
-        nonlocal count
-        count += 1
+    def act(count: int) -> None:
         if count == calls:
             mark.write_text("")
             HANGS[how]()
-        return original(*args, **named)
 
-    patch(target.replace(":", "."), replaced).start()
+    before_calls(target, act, victim, rank)
 
 
 def hanging(folder: Path, stage: str, how: str, victim: int = 1, ranks: int = RANKS) -> Outcome:

@@ -48,6 +48,28 @@ def workspace(folder: Path, steps: int, *more: str, config: dict[str, Any] | Non
     ]
 
 
+def before_calls(target: str, act: Callable[[int], None], victim: int, rank: int) -> None:
+    """Do something on one rank before every call of a function.
+
+    Args:
+        target: the function, as ``module:name``.
+        act: is given which call it is, counted from 1.
+        victim: the rank on which it is done.
+        rank: this rank.
+    """
+    if rank != victim:
+        return
+    original, count = resolve_name(target), 0
+
+    def replaced(*args: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        act(count)
+        return original(*args, **named)
+
+    patch(target.replace(":", "."), replaced).start()
+
+
 def raises(target: str, error: Exception, calls: int, victim: int, rank: int) -> None:
     """Make a function raise on one rank.
 
@@ -58,19 +80,12 @@ def raises(target: str, error: Exception, calls: int, victim: int, rank: int) ->
         victim: the rank on which it raises.
         rank: this rank.
     """
-    if rank != victim:
-        return
-    original = resolve_name(target)
-    count = 0
 
-    def replaced(*args: Any, **named: Any) -> Any:
-        nonlocal count
-        count += 1
+    def act(count: int) -> None:
         if count >= calls:
             raise error
-        return original(*args, **named)
 
-    patch(target.replace(":", "."), replaced).start()
+    before_calls(target, act, victim, rank)
 
 
 def _dies(target: str, rank: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ds_lowrank.checkpoint.manifest import Manifest
 from ds_lowrank.checkpoint.restricted_load import read_data
 from ds_lowrank.errors import CheckpointError
 
@@ -19,6 +20,15 @@ def rank_file(rank: int) -> str:
         rank: in the whole job.
     """
     return f"rank_{rank:05d}{TENSORS}"
+
+
+def tensor_files(manifest: Manifest) -> list[str]:
+    """The names of a checkpoint's files of tensors, in the order of the ranks that wrote them.
+
+    Args:
+        manifest: of the checkpoint.
+    """
+    return sorted(name for name in manifest.files if name.endswith(TENSORS))
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lowrank.checkpoint.choose import TAG, step_of
-from ds_lowrank.checkpoint.common import COMMON, TENSORS, read_common
+from ds_lowrank.checkpoint.common import COMMON, read_common, tensor_files
 from ds_lowrank.checkpoint.manifest import FILE, Manifest, check_files, read_manifest
 from ds_lowrank.checkpoint.saved import Saved
 from ds_lowrank.errors import CheckpointError
@@ -96,7 +96,7 @@ def grid_text(manifest: Manifest) -> str:
     Args:
         manifest: of the checkpoint.
     """
-    ranks = sum(name.endswith(TENSORS) for name in manifest.files) or int(manifest.run.get("ranks", 1))
+    ranks = len(tensor_files(manifest)) or int(manifest.run.get("ranks", 1))
     run = {**manifest.run, **manifest.run.get("grid", {})}
     axes = [f"{label} {run[key]}" for key, label in AXES.items() if key in run and (run[key] != 1 or label == "ZeRO")]
     return ", ".join([f"{ranks} rank{'' if ranks == 1 else 's'}", *axes])

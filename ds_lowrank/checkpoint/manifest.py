@@ -75,6 +75,8 @@ class Identity:
     seed: int
 
 
+GRID = frozenset({"zero_stage", "ranks", "tensor_parallel", "autotp_size", "pipeline_parallel", "micro_batch_size"})
+"""The settings that say on which ranks a run trains. With the same ones, every rank draws the same random numbers."""
 REMEDIES = {
     "model": "give the --model, --task and LoRA flags it was trained with",
     "optimizer": "name the same optimizer.type in the DeepSpeed configuration",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_lowrank.checkpoint.common import COMMON, TENSORS, read_common
+from ds_lowrank.checkpoint.common import COMMON, read_common, tensor_files
 from ds_lowrank.checkpoint.manifest import FILE, Manifest, check_files, read_manifest
 from ds_lowrank.checkpoint.reader import SavedTensors
 from ds_lowrank.errors import CheckpointError
@@ -80,5 +80,5 @@ def opened(folder: Path, *, check: bool = True) -> Iterator[Saved]:
             "its own formats use DeepSpeed's zero_to_fp32 and ds_to_universal"
         )
     common = read_common(folder)
-    with SavedTensors(folder, sorted(name for name in manifest.files if name.endswith(TENSORS))) as tensors:
+    with SavedTensors(folder, tensor_files(manifest)) as tensors:
         yield Saved(folder, manifest, common, tensors)

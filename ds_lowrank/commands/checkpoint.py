@@ -44,6 +44,15 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of each safetensors file; 5GB by default")
 
 
+def of_model(arguments: Namespace) -> dict[str, Any]:
+    """What :func:`add_model_arguments` has added, as a conversion takes it.
+
+    Args:
+        arguments: of the command.
+    """
+    return {key: getattr(arguments, key) for key in ("config", "tokenizer", "dtype", "max_shard_size")}
+
+
 def run(arguments: Namespace) -> int:
     """Do it; 1 with one line if a checkpoint is damaged or something cannot be read or written."""
     return guarded("checkpoint", lambda: ACTIONS[arguments.action](arguments))
@@ -98,8 +107,8 @@ def _verify(arguments: Namespace) -> int:
 def _convert(arguments: Namespace) -> int:
     from ds_lowrank.checkpoint.convert import Wanted, convert
 
-    named = {key: getattr(arguments, key) for key in ("config", "tokenizer", "dtype", "max_shard_size")}
-    wanted = Wanted(to=arguments.to, source=arguments.source, weights_only=arguments.weights_only, **named)
+    own = {"to": arguments.to, "source": arguments.source, "weights_only": arguments.weights_only}
+    wanted = Wanted(**own, **of_model(arguments))
     print(convert(arguments.folder, arguments.out, wanted))
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ds_lowrank.commands.checkpoint import add_model_arguments, guarded
+from ds_lowrank.commands.checkpoint import add_model_arguments, guarded, of_model
 
 ABOUT = "write the weights of a checkpoint as a Hugging Face folder"
 
@@ -25,6 +25,5 @@ def run(arguments: Namespace) -> int:
 def _export(arguments: Namespace) -> int:
     from ds_lowrank.checkpoint.convert import Wanted, convert
 
-    named = {key: getattr(arguments, key) for key in ("config", "tokenizer", "dtype", "max_shard_size")}
-    print(convert(arguments.folder, arguments.out, Wanted(to="huggingface", **named)))
+    print(convert(arguments.folder, arguments.out, Wanted(to="huggingface", **of_model(arguments))))
     return 0

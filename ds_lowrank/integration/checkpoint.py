@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from ds_lowrank.checkpoint.common import COMMON, rank_file, read_common
+from ds_lowrank.checkpoint.common import COMMON, rank_file, read_common, tensor_files
 from ds_lowrank.checkpoint.dealt import own_share
 from ds_lowrank.checkpoint.folder import advice, complete, merged, on_first_rank, partial_of, prepare, prune
 from ds_lowrank.checkpoint.manifest import Manifest, Progress, Sealed
@@ -288,7 +288,7 @@ def load(
         RemoteError: another rank failed.
     """
     optimizer = engine.basic_optimizer
-    names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
+    names = tensor_files(manifest)
     with raise_on_all_ranks():
         common = read_common(checkpoint)
         source = SavedTensors(checkpoint, names)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ds_lowrank.errors import CheckpointError
 from ds_lowrank.optimizer.rows import load_rows, needed_tensors
 from ds_lowrank.optimizer.slots import Slot
+from ds_lowrank.optimizer.state_dict import frozen_since, refuse_frozen
 from ds_lowrank.sharding.pieces import Source
 
 FORMAT = 1
@@ -136,14 +137,7 @@ def _check_method(method: str, saved: Mapping[str, Any]) -> None:
 
 def _check_names(slots: Sequence[Slot], saved: Mapping[str, Any], frozen: Sequence[str]) -> None:
     own = {slot.tag.name for slot in slots}
-    late = sorted(
-        name for name in set(saved["values"]) - own if any(f"{name}.".startswith(f"{given}.") for given in frozen)
-    )
-    if late:
-        raise CheckpointError(
-            f"{late[0]} is frozen, but was trained in the run that saved the checkpoint ({len(late)} such parameters "
-            "in all): unfreeze them before loading"
-        )
+    refuse_frozen(frozen_since(set(saved["values"]) - own, frozen))
     missing = sorted(own - set(saved["values"]))
     if missing:
         local = [name for name in missing if "@tensor" in name]

@@ -114,13 +114,36 @@ def _check_origin(method: str, saved: dict[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint has state format {saved['format']}, this version reads {FORMAT}")
 
 
-def _check_names(own: set[str], saved: set[str], frozen: Sequence[str]) -> None:
-    late = sorted(name for name in saved - own if any(f"{name}.".startswith(f"{given}.") for given in frozen))
-    if late and set(late) == saved - own:
+def frozen_since(names: Iterable[str], frozen: Sequence[str]) -> list[str]:
+    """What was trained in the run that saved a state and is frozen in this one, in order.
+
+    Args:
+        names: of matrices and vectors that only the saved state has.
+        frozen: the names of this run's frozen parameters.
+    """
+    return sorted(name for name in names if any(f"{name}.".startswith(f"{given}.") for given in frozen))
+
+
+def refuse_frozen(late: Sequence[str]) -> None:
+    """Refuse a state if something that it has is frozen in this run.
+
+    Args:
+        late: from :func:`frozen_since`.
+
+    Raises:
+        CheckpointError: there is something.
+    """
+    if late:
         raise CheckpointError(
             f"{late[0]} is frozen, but was trained in the run that saved the checkpoint ({len(late)} such parameters "
             "in all): unfreeze them before loading"
         )
+
+
+def _check_names(own: set[str], saved: set[str], frozen: Sequence[str]) -> None:
+    late = frozen_since(saved - own, frozen)
+    if set(late) == saved - own:
+        refuse_frozen(late)
     if own != saved:
         missing, extra = sorted(own - saved)[:3], sorted(saved - own)[:3]
         raise CheckpointError(

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from ds_lowrank.checkpoint.choose import check_unused, check_whole, find_checkpoint, step_of
 from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.folder import share_of_files
-from ds_lowrank.checkpoint.manifest import Identity, check_files, check_identity, read_manifest
+from ds_lowrank.checkpoint.manifest import GRID, Identity, check_files, check_identity, read_manifest
 from ds_lowrank.checkpoint.saved import find as find_saved
 from ds_lowrank.collectives import global_rank
 from ds_lowrank.errors import CheckpointError, ConfigError
@@ -29,8 +29,6 @@ from ds_lowrank.training.schedule import warmup_steps
 
 logger = logging.getLogger("ds_lowrank")
 
-GRID = frozenset({"zero_stage", "ranks", "tensor_parallel", "autotp_size", "pipeline_parallel", "micro_batch_size"})
-"""What may change when a run with an optimizer of this package resumes: on which ranks it trains."""
 OPTIMIZER = frozenset({"optimizer", "optimizer_params"})
 DATA = frozenset({"sequence_length", "train_batch_size", "seed"})
 

@@ -16,7 +16,7 @@ import ds_lowrank.integration.initialize
 from ds_lowrank.checkpoint.choose import set_aside_newer
 from ds_lowrank.checkpoint.common import COMMON
 from ds_lowrank.checkpoint.export import Savable
-from ds_lowrank.checkpoint.manifest import Identity, Manifest, Progress, comparable, read_manifest
+from ds_lowrank.checkpoint.manifest import GRID, Identity, Manifest, Progress, comparable, read_manifest
 from ds_lowrank.checkpoint.random_state import (
     get_random_state,
     random_state_text,
@@ -46,8 +46,6 @@ SAID = {
     "rest": "the moments of what AdamW steps, and begins anew with the matrices",
     "none": "nothing, and begins anew",
 }
-LAYOUT = ("zero_stage", "ranks", "tensor_parallel", "autotp_size", "pipeline_parallel", "micro_batch_size")
-"""With the same of these, every rank draws the random numbers that it would have drawn."""
 
 
 class Stateful(Protocol):
@@ -179,7 +177,7 @@ class Run:
             logger.info("of %s the optimizer keeps %s", checkpoint, SAID[parts])
         with raise_on_all_ranks():
             rank = dist.get_rank()
-            if all(manifest.run.get(key) == own[key] for key in LAYOUT):
+            if all(manifest.run.get(key) == own[key] for key in GRID):
                 restore_random_state(loaded.metadata[rank]["random"])
             else:
                 reseed(self.identity.seed, self.progress.step, rank)

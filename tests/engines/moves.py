@@ -133,10 +133,11 @@ def curves(move: Move, folder: Path) -> tuple[list[float], list[float]]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
+    from ds_lowrank.checkpoint.common import tensor_files
     from ds_lowrank.checkpoint.manifest import read_manifest
     from ds_lowrank.checkpoint.reader import SavedTensors
 
-    names = sorted(name for name in read_manifest(folder).files if name.endswith(".safetensors"))
+    names = tensor_files(read_manifest(folder))
     with SavedTensors(folder, names) as saved:
         return {key: saved.whole(key) for key in saved}
 
