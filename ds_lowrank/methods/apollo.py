@@ -22,10 +22,11 @@ from pydantic import Field, model_validator
 
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import held_sketch
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
@@ -74,7 +75,7 @@ class ApolloMethod(Method):
         return {
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
-            "scaled_norm": TensorSpec(shard.replicated_axis(1), 1),
+            "scaled_norm": norm_spec(shard),
         }
 
     @staticmethod
@@ -142,8 +143,5 @@ def limited(
         return factors
     row_norms = squared_norms(shard, shard.kept, shard.gradient, found.safe_scale, found.are_ordinary)
     squares = (factors.square() * row_norms).sum((1, 2), keepdim=True)
-    squares, before = yield shard.all_reduce(squares), shard.replicated_axis(1).all_gather(state["scaled_norm"])
-    norm, allowed = squares.sqrt(), options.norm_growth_limit * shard.or_zeros(before, 1)
-    factor = torch.where((allowed > 0) & (norm > allowed), allowed / norm, 1.0)
-    state["scaled_norm"].copy_((norm * factor).expand_as(state["scaled_norm"]))
+    factor = yield from limit_growth(shard, state, "scaled_norm", options.norm_growth_limit, squares)
     return factors * factor

@@ -34,14 +34,14 @@ from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
 from ds_lowrank.sharding.axis import Axis
-from ds_lowrank.sharding.elements import Piece
-from ds_lowrank.sharding.elementwise import along, largest_magnitudes
+from ds_lowrank.sharding.elementwise import largest_magnitudes
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, Request
-from ds_lowrank.sharding.updates import Dense, Factors, Update
+from ds_lowrank.sharding.updates import Factors, Update
 
 
 class LorenzaOptions(Options):
@@ -263,11 +263,4 @@ def add_orthogonal_component(
         s = safe_ratio(torch.linalg.vector_norm(direction, dim=2, keepdim=True), lengths) / found.safe_scale
     else:
         s = torch.full_like(projected[..., :1], options.orthogonal_scale)
-    held = yield shard.kept.all_gather(torch.cat([options.scale * direction - s * projected, s], dim=2))
-    inside, s = held[..., :-1], held[..., -1:]
-
-    def update(piece: Piece) -> Tensor:
-        gradient = shard.gradient.values_at(piece).float()
-        return Factors(inside, basis, 1.0).lifted(shard, piece).addcmul_(gradient, along(shard, shard.kept, piece, s))
-
-    return Dense(update, 1.0)
+    return (yield from with_rest(shard, options.scale * direction, projected, basis, s, 1.0))

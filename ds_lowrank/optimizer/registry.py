@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ds_lowrank.methods import METHODS
-from ds_lowrank.optimizer import optimizers
+from ds_lowrank.optimizer import lineage, optimizers
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
 class Optimizers(Mapping[str, type[LowRankOptimizer]]):
     """The optimizers of all registered methods: those of this package, and those of any method that was imported.
 
-    Each method of this package has its own class in :mod:`ds_lowrank.optimizer.optimizers`; the class of any other
-    method is made when it is first looked up.
+    Each method of this package has its own class in :mod:`ds_lowrank.optimizer.optimizers` or
+    :mod:`ds_lowrank.optimizer.lineage`; the class of any other method is made when it is first looked up.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Optimizers(Mapping[str, type[LowRankOptimizer]]):
             KeyError: no such method is registered.
         """
         method = METHODS[name]
-        written = getattr(optimizers, name, None)
+        written = getattr(optimizers, name, None) or getattr(lineage, name, None)
         if isinstance(written, type) and issubclass(written, LowRankOptimizer) and written.method is method:
             return written
         if name not in self._made or self._made[name].method is not method:

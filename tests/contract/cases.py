@@ -18,7 +18,7 @@ EVERY = pytest.mark.parametrize("name", sorted(METHODS))
 
 
 def having(trait: str) -> pytest.MarkDecorator:
-    """Parametrize over the methods whose row in tests/methods.py has a trait."""
+    """Parametrize over the methods whose row in tests/rows has a trait."""
     return pytest.mark.parametrize("name", [name for name in sorted(METHODS) if getattr(of(name), trait)])
 
 

@@ -17,7 +17,7 @@ from tests.engines.scenario import (
     tokens,
     train_step,
 )
-from tests.methods import UNDER_ENGINES
+from tests.rows.row import UNDER_ENGINES
 
 STEPS = 3
 ADAMW = {**UNDER_ENGINES, "betas": [0.9, 0.999], "weight_decay": 0.0}

@@ -18,7 +18,7 @@ from tests.engines.grids import (
 )
 from tests.engines.pool import run_ranks
 from tests.engines.scenario import max_relative_difference
-from tests.methods import UNDER_ENGINES
+from tests.rows.row import UNDER_ENGINES
 
 ADAMW = {**UNDER_ENGINES, "betas": (0.9, 0.999), "weight_decay": 0.1}
 

@@ -12,7 +12,8 @@ from ds_lowrank.placement.tensor_parallel import logical_matrices
 from ds_lowrank.reference import DENSE
 from ds_lowrank.sharding.layout import EMPTY, Block, ContiguousPart, whole
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.methods import GALORE, of
+from tests.methods import of
+from tests.rows.row import CASE
 from tests.simulated.harness import ShardedMatrix, grid_order, grid_parts, step_together, tensor_blocks
 from tests.simulated.tensor_parallel import (
     CASES,
@@ -32,7 +33,7 @@ def copies_beside_a_split_matrix(tensor, data, method, weight, **options):
         "GaLore",
         torch.zeros(24, 12),
         grid_parts(tensor_blocks((24, 12), "rows", tensor), [cuts_inside_rows(288 // tensor, data)] * tensor, order),
-        **(COMMON | GALORE),
+        **(COMMON | CASE),
     )
     intervals = intervals_of([weight.numel()] * tensor, [cuts_inside_rows(weight.numel(), data)] * tensor, order)
     copies = []
@@ -64,7 +65,7 @@ def test_copies_of_a_matrix_step_as_one_beside_a_split_matrix(tensor, data, meth
     start = torch.randn(shape) if method == "GradNormLoRP" else torch.zeros(shape)
     world, split, copies = copies_beside_a_split_matrix(tensor, data, method, start, **options)
     dense = DENSE[method](start.clone(), name="copy", **options)
-    dense_split = DENSE["GaLore"](torch.zeros(24, 12), **(COMMON | GALORE))
+    dense_split = DENSE["GaLore"](torch.zeros(24, 12), **(COMMON | CASE))
     choose = of(method).gradients_for(shape)
     for step in range(4):
         gradient, other = choose(step), torch.randn(24, 12)

@@ -11,7 +11,8 @@ from ds_lowrank.errors import ConfigError
 from ds_lowrank.methods import METHODS
 from ds_lowrank.optimizer.build_slots import _parts
 from ds_lowrank.placement.tensor_parallel import logical_matrices
-from tests.methods import VLORP, of
+from tests.methods import of
+from tests.rows.vlorp import VLORP
 from tests.simulated.harness import (
     ShardedMatrix,
     assert_matches_reference,

@@ -8,7 +8,8 @@ import torch
 from ds_lowrank.optimizer.build_slots import _parts
 from ds_lowrank.placement.tensor_parallel import logical_matrices
 from ds_lowrank.reference import DENSE
-from tests.methods import VLORP, of
+from tests.methods import of
+from tests.rows.vlorp import VLORP
 from tests.simulated.harness import ShardedMatrix, grid_order
 from tests.simulated.tensor_parallel import (
     CASES,

@@ -13,7 +13,8 @@ from ds_lowrank.optimizer.step import step_matrices
 from ds_lowrank.reference import DenseGaLore, DenseLorenza
 from ds_lowrank.reference.sketch import sketch
 from ds_lowrank.sharding.world import SimulatedWorld
-from tests.methods import VLORP, cases, dense, of
+from tests.methods import cases, dense, of
+from tests.rows.vlorp import VLORP
 from tests.simulated.harness import (
     ShardedMatrix,
     assert_matches_reference,

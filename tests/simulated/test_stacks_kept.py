@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ds_lowrank.methods import METHODS
-from tests.methods import VLORP, of
+from tests.methods import of
+from tests.rows.vlorp import VLORP
 from tests.simulated.harness import even_parts, flat_parts
 from tests.simulated.mixed_worlds import BOUNDS, SHAPES, Layer, MixedWorld, Reference, assert_same_bits, starts_for
 from tests.simulated.tensor_parallel import COMMON

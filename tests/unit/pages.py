@@ -11,7 +11,16 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
-    *("getting_started", "configuration", "finetuning", "methods", "parallelism", "architecture", "communication"),
+    *(
+        "getting_started",
+        "configuration",
+        "finetuning",
+        "methods",
+        "lineage",
+        "parallelism",
+        "architecture",
+        "communication",
+    ),
     *("signals", "cluster", "nodes", "containers", "huggingface", "choosing", "memory", "checkpoints"),
 )
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}

@@ -260,7 +260,8 @@ def test_every_option_is_documented_with_its_choices_and_its_default(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_own_option_is_mentioned_in_the_section_of_its_method(method):
-    section = re.search(rf"^## {method}\n(.*?)^## ", PAGES["methods"], re.M | re.S)[1]
+    pages = PAGES["methods"] + PAGES["lineage"] + "\n## "
+    section = re.search(rf"^## {method}\n(.*?)^## ", pages, re.M | re.S)[1]
     mentioned = set(re.findall(r"`(\w+)`", section))
     assert own_keys(METHODS[method].Options) - {"update_proj_gap"} <= mentioned
 

@@ -19,12 +19,13 @@ import ds_lowrank
 from benchmarks.gpu.cases import tagged
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.base import Method, Options
-from ds_lowrank.optimizer import optimizers, param_groups
+from ds_lowrank.optimizer import lineage, optimizers, param_groups
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 from ds_lowrank.optimizer.registry import OPTIMIZERS
 from ds_lowrank.reference import DENSE
 from ds_lowrank.reference.sketch import sketch
-from tests.methods import ROWS, what_to_add
+from tests.methods import what_to_add
+from tests.rows import ROWS
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = sorted(name for name, method in METHODS.items() if method.__module__.startswith("ds_lowrank."))
@@ -187,7 +188,7 @@ def test_optimizer_class_documents_the_options_of_its_method(name):
     """Its own, and common ones whose default it changes; in both, the default."""
     kind, common = METHODS[name].Options, Options.model_fields
     own = {k: f for k, f in kind.model_fields.items() if k not in common or f.default != common[k].default}
-    assert OPTIMIZERS[name] is getattr(optimizers, name)
+    assert OPTIMIZERS[name] is getattr(optimizers, name, None) or OPTIMIZERS[name] is getattr(lineage, name)
     assert_documented(documented_arguments(OPTIMIZERS[name]), own, kind())
 
 
