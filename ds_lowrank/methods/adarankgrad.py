@@ -151,7 +151,8 @@ class AdaRankGradMethod(Method):
             shard.held_basis = basis if options.keeps_bases_gathered else None
             yield from change_subspace(shard, state, options, found)
         moments = state["exp_avg"], state["exp_avg_sq"]
-        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N = Adam(R)
+        eps, step = options.eps_at(state["step"] + 1), state["step"] + 1
+        direction = adam(*moments, projected, options.betas, eps, step)  # N = Adam(R)
         squares = projected.square().sum((1, 2), keepdim=True)
         direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
         state["age"] += 1

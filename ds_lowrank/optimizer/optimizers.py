@@ -49,6 +49,8 @@ class Apollo(LowRankOptimizer):
         scale: the paper's alpha (the official code's ``scale`` is its square); 1.0.
         update_proj_gap: optimizer steps that a random projection lasts, T; 200.
         norm_growth_limit: gamma of the norm-growth limiter, or None for no limiter; 1.01.
+        ratio_moments: of which moments the ratio of lengths is taken, bias-``corrected`` ones (the default), or
+            ``uncorrected`` ones as in the official code.
     """
 
     method: ClassVar[type[Method]] = ApolloMethod

@@ -127,10 +127,9 @@ def _update(
     )
     refreshes = 0
     for stack, state, update in zip(stacks, states, updates, strict=True):
-        lr = stack.options.effective_lr
         watched = nullcontext() if written is None else written(stack)
         with products_in(stack.options.matmul_precision, stack.shard.device), watched:
-            update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
+            update.write_to(stack.shard, stack.options.rate, stack.options.decay)
         refreshes += len(stack.matrices) * stack.found.refreshed
         stack.found = None
         stack.store(state)
