@@ -81,7 +81,7 @@ def _stacked_step(stacks: Sequence[Stack]) -> Rounds[None]:
     try:
         for stack in stacks:
             stack.attach()
-        states = [stack.state_store.decode(stack.state) for stack in stacks]
+        states = [stack.decoded() for stack in stacks]
         updates = yield from lockstep(
             full_rank_adam(stack.shard, state, stack.options, partial(_gradient, stack))
             for stack, state in zip(stacks, states, strict=True)

@@ -129,9 +129,14 @@ class Options(BaseModel):
         return FP32
 
     @property
-    def block_rows(self) -> int:
-        """How many consecutive rows of the state must be on one rank, because they are quantized together."""
+    def moment_block_rows(self) -> int:
+        """How many consecutive rows of a moment must be on one rank, because they are quantized together."""
         return self._quantizer(signed=True).block_rows
+
+    @property
+    def block_rows(self) -> int:
+        """The same of everything that the state of a matrix has."""
+        return self.moment_block_rows
 
     @property
     def ascent(self) -> Ascent | None:
