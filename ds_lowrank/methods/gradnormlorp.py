@@ -35,9 +35,9 @@ from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
+from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.blocks.weight_norm import Frame, MovedDirections, Tangent, gather_frame
-from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
+from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions, galore_state
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.elementwise import dots, squared_norms, sum_of_squares
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
@@ -148,7 +148,7 @@ class GradNormLoRPMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> StateSpec:
         """GaLore's state, and for whole weights g and ``|v|`` with the moments of g, one number per unit each."""
-        spec = subspace_state(shard, options, rank)
+        spec = galore_state(shard, options, rank)
         if options.parametrization == "adapter":
             return spec
         axis = magnitude_axis(shard, options)

@@ -75,6 +75,9 @@ class DenseGaLore:
         weight_decay: float = 0.0,
         eps_root: str = "corrected",
         weight_decay_order: str = "before",
+        cos_threshold: float | None = None,
+        gamma_proj: int = 2,
+        queue_size: int = 5,
         seed: int = 0,
     ) -> None:
         m, n = weight.shape
@@ -82,6 +85,8 @@ class DenseGaLore:
         self.rank, self.projector, self.moments = min(rank, m, n), projector, moments
         self.first_basis, self.decays_after = first_basis, weight_decay_order == "after"
         self.weight_decay, self.seed, self.t = weight_decay, seed, 0
+        self.threshold, self.growth, self.patience = cos_threshold, gamma_proj, queue_size
+        self.next_refresh = self.in_a_row = 0
         self.right = compresses_columns(proj_type, m, n)
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign, eps_root)
 
@@ -94,12 +99,31 @@ class DenseGaLore:
         H = G if self.right else G.T
         return randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank))
 
+    def is_due(self, G: torch.Tensor) -> bool:
+        """Whether a new basis is found in this step. A gradient of zeros has no subspace: the old one stays."""
+        due = self.t == self.next_refresh
+        if due and self.t > 0 and not G.any():
+            self.next_refresh += self.gap if self.threshold is None else 1
+            return False
+        return due
+
+    def compare(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Let bases last longer if so many in a row had so much of the one before (Q-GaLore, arXiv 2407.08296)."""
+        assert self.threshold is not None
+        overlap = (old.T @ new).square().sum() / new.square().sum()
+        self.in_a_row = self.in_a_row + 1 if overlap >= self.threshold else 0
+        if self.in_a_row == self.patience:
+            self.gap, self.in_a_row = self.gap * self.growth, 0
+
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
-        if self.t % self.gap == 0:
+        if self.is_due(G):
             new = self.find_basis(G)
+            if self.t > 0 and self.threshold is not None:
+                self.compare(self.basis, new)
+            self.next_refresh = self.t + self.gap
             if self.moments == "rotate" and self.t > 0:
                 self.inner.rotate(self.basis.T @ new)
             self.basis = new

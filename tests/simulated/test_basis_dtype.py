@@ -39,11 +39,9 @@ def in_four_bits(basis):
     for first in range(0, len(basis), 64):
         block = basis[first : first + 64]
         scale = block.abs().amax(0) / 7
-        lower = scale.bfloat16().float()
-        lower = torch.where(lower > scale, lower * (1 - 2.0**-8), lower).bfloat16().float()
-        upper = torch.where(
-            lower < scale, torch.nextafter(lower.bfloat16(), torch.tensor(1e9).bfloat16()).float(), lower
-        )
+        nearest = scale.bfloat16()
+        above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+        upper = torch.where(nearest.float() < scale, above, nearest).float()
         steps = torch.where(upper > 0, block / upper, 0.0).round()
         found[first : first + 64] = steps * upper
     return found
@@ -53,7 +51,7 @@ class DenseQuantizedGaLore(DenseGaLore):
     """GaLore whose basis is rounded once the step that found it is over."""
 
     def step(self, G, lr=None):
-        is_new = self.t % self.gap == 0
+        is_new = self.t == self.next_refresh
         super().step(G, lr)
         if is_new:
             self.basis = in_four_bits(self.basis)
@@ -133,13 +131,8 @@ def test_four_bits_are_nearest_and_what_is_decoded_is_encoded_to_the_same_bits(r
     torch.manual_seed(0)
     values = torch.randn(2, rows, columns) * torch.logspace(-20, 3, columns)
     values[0, : min(rows, 64), 0] = 0
-    stored, again = (
-        {
-            suffix: torch.zeros(2, *shape, dtype=dtype)
-            for suffix, (shape, dtype) in Int4().tensors(rows, columns).items()
-        }
-        for _ in range(2)
-    )
+    like = Int4().tensors(rows, columns).items()
+    stored, again = ({key: torch.zeros(2, *shape, dtype=dtype) for key, (shape, dtype) in like} for _ in range(2))
     Int4().encode(values, 0, torch.zeros(2), stored)
     decoded = Int4().decode(stored)
     assert torch.equal(decoded, torch.stack([in_four_bits(one) for one in values]))
