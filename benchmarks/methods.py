@@ -4,10 +4,10 @@ python -m benchmarks.methods
 
 Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. AdamW is
 swept first: the learning rate of everything, and at the best one a factor on that of the matrices. What is not
-projected takes AdamW's best rate in every run. Each method's factor on the matrices' rate is then swept alike, by factors of two,
-beyond the ends of the sweep while an end is best. The sweep has one seed; the best factor, half of it and twice of it
-are run with all seeds, and the best of these by its mean is in the table: *loss* is that mean with its standard error,
-*at half* and *at twice* are the means beside it.
+projected takes AdamW's best rate in every run. Each method's factor on the matrices' rate is then swept alike, by
+factors of two, beyond the ends of the sweep while an end is best. The sweep has one seed; the best factor, half of it
+and twice of it are run with all seeds, and the best of these by its mean is in the table: *loss* is that mean with its
+standard error, *at half* and *at twice* are the means beside it.
 
 *state bytes* covers the projected matrices at the end. *step* is a whole training step, timed in turns in one process
 and amortised over a refresh interval. Runs that a file of ``--json`` has are not repeated: a table may grow over days.
