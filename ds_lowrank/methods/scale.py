@@ -31,6 +31,8 @@ from ds_lowrank.sharding.updates import Dense, ScaledGradient, Update
 class ScaleOptions(Options):
     """The keys of SCALE."""
 
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "momentum")
+
     proj_type: Literal["std", "reverse_std", "left", "right"] = "right"
     """Over which dimension lengths are taken: ``right`` for those of output units, ``left`` for those of input units;
     ``std`` takes them over the smaller dimension, ``reverse_std`` over the larger."""
@@ -124,4 +126,4 @@ def sizes_of_units(
     squares = yield shard.kept.reduce_scatter(squared_norms(shard, shard.kept, elements, safe_scale, are_ordinary))
     count = shard.compressed.size if options.normalization == "rms" else 1
     sizes: torch.Tensor = yield shard.kept.all_gather((squares / count).sqrt())
-    return torch.maximum(sizes, options.eps / safe_scale).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.maximum(sizes, options.eps / safe_scale).clamp_min_(torch.finfo(torch.float32).tiny)

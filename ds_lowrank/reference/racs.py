@@ -47,7 +47,7 @@ class DenseRacs:
         self.gamma, self.weight_decay = norm_growth_limit, weight_decay
         self.right = compresses_columns(proj_type, *weight.shape)
         self.s = self.q = torch.zeros(())
-        self.phi = 0.0
+        self.phi, self.t = 0.0, 0
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
@@ -64,6 +64,7 @@ class DenseRacs:
         self.phi = eta * norm
         W.mul_(1 - lr * self.weight_decay)
         W.sub_(lr * self.scale * eta * scaled)
+        self.t += 1
 
     def fixed_point(self, H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Equation 16: s' and q' of one gradient, nearly principal singular vectors of H * H; zeros for zeros."""

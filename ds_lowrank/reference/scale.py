@@ -41,7 +41,7 @@ class DenseScale:
         self.weight, self.lr, self.momentum, self.scale, self.eps = weight, lr, momentum, scale, eps
         self.by_rows = compresses_columns(proj_type, *weight.shape)
         self.rms, self.weight_decay = normalization == "rms", weight_decay
-        self.M = torch.zeros_like(weight)
+        self.M, self.t = torch.zeros_like(weight), 0
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
@@ -53,3 +53,4 @@ class DenseScale:
             size = size / self.M.shape[dim] ** 0.5
         self.weight.mul_(1 - lr * self.weight_decay)
         self.weight.sub_(lr * self.scale * self.M / size.clamp_min(self.eps))
+        self.t += 1

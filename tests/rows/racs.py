@@ -18,4 +18,5 @@ ROW = Row(
     engine=UNDER_ENGINES,
     first_step_ignores_size=True,
     keeps_zeros=True,
+    keeps_moments=False,
 )

@@ -20,5 +20,6 @@ ROW = Row(
     engine=UNDER_ENGINES,
     first_step_ignores_size=True,
     keeps_zeros=True,
+    keeps_moments=False,
     follows_gradient_rows=True,
 )
