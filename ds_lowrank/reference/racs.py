@@ -69,7 +69,7 @@ class DenseRacs:
     def fixed_point(self, H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Equation 16: s' and q' of one gradient, nearly principal singular vectors of H * H; zeros for zeros."""
         squared = H**2
-        q = torch.ones(H.shape[1])
+        q = H.new_ones(H.shape[1])
         s = squared @ q / q.square().sum()
         for _ in range(self.iterations - 1):
             q = self._over_squares(squared.T @ s, s)
