@@ -95,8 +95,8 @@ class RacsMethod(Method):
             return Dense(scaled, options.scale)
         squares = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
         for piece in shard.gradient.dense_pieces:
-            norms = torch.linalg.vector_norm(scaled(piece), dim=(1, 2), dtype=torch.float64)
-            squares[piece.matrices, 0, 0] += norms.square().clamp_max(LARGEST_SQUARES).float()
+            norms = torch.linalg.vector_norm(scaled(piece), dim=(1, 2), keepdim=True, dtype=torch.float64)
+            squares[piece.matrices] += norms.square().clamp_max(LARGEST_SQUARES).float()
         factor = yield from limit_growth(shard, state, "scaled_norm", options.norm_growth_limit, squares)
         return Dense(lambda piece: scaled(piece).mul_(factor[piece.matrices]), options.scale)
 
@@ -104,15 +104,10 @@ class RacsMethod(Method):
 def fixed_point(
     shard: MatrixShard, iterations: int, safe_scale: torch.Tensor
 ) -> Program[tuple[torch.Tensor, torch.Tensor]]:
-    """Equation 16: s' over the squared safe scale, and q', for this gradient alone.
-
-    Args:
-        shard: the stack, with this step's gradients.
-        iterations: how often both are found.
-        safe_scale: of the gradients: matrices x 1 x 1, fp32.
+    """Equation 16, some ``iterations`` of it: s' over the squared safe scale, and q', for this step's gradients.
 
     Returns:
-        matrices x owned kept rows x 1 and matrices x owned compressed rows x 1, fp32; zeros for a gradient of zeros.
+        matrices x owned kept rows x 1, and compressed ones, fp32; zeros for a gradient of zeros.
     """
     kept, compressed = shard.kept, shard.compressed
     q = torch.ones(len(shard), compressed.held_rows, 1, dtype=torch.float32, device=shard.device)
@@ -138,7 +133,7 @@ def squares_times(
         axis: along which the sums are.
         other: over which they are taken.
         factors: the weights: matrices x held rows of ``other`` x 1, fp32.
-        safe_scale: divides the gradients before they are squared: matrices x 1 x 1, fp32.
+        safe_scale: of the gradients: matrices x 1 x 1, fp32.
 
     Returns:
         matrices x held rows of ``axis`` x 1, fp32.
@@ -146,7 +141,7 @@ def squares_times(
     sums = torch.zeros(len(shard), axis.held_rows, 1, dtype=torch.float32, device=shard.device)
     for piece in shard.gradient.dense_pieces:
         squares = (piece.values.float() / safe_scale[piece.matrices]).square_()
-        weights = factors[piece.matrices, shard.held(other, piece.rectangle)]
-        into = sums[piece.matrices, shard.held(axis, piece.rectangle)]
-        into.baddbmm_(squares if axis is shard.rows else squares.mT, weights)
+        squares.mul_(along(shard, other, piece, factors))  # no product: sums have the same bits in stacks of any size
+        found = squares.sum(2 if axis is shard.rows else 1).unsqueeze(2)
+        sums[piece.matrices, shard.held(axis, piece.rectangle)] += found
     return sums

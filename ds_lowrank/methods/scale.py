@@ -73,7 +73,8 @@ class ScaleMethod(Method):
             sizes = yield from sizes_of_units(shard, options, shard.gradient, found.safe_scale, found.are_ordinary)
             return ScaledGradient(1 / sizes, [options.scale / each for each in found.host_safe_scales])
         momentum = yield from momentum_of(shard, state, options)
-        largest = (yield shard.all_reduce(largest_magnitudes(shard, momentum))).clamp_min(SMALLEST_SCALE)
+        largest: torch.Tensor = yield shard.all_reduce(largest_magnitudes(shard, momentum))
+        largest = largest.clamp_min(SMALLEST_SCALE)
         sizes = yield from sizes_of_units(shard, options, momentum, largest)
 
         def update(piece: Piece) -> torch.Tensor:

@@ -17,7 +17,7 @@ ROW = Row(
         {"proj_type": "reverse_std"},
     ],
     grid=[{}, MOMENTUM | {"proj_type": "left"}],
-    engine=UNDER_ENGINES,
+    engine={**UNDER_ENGINES, "scale": 0.25},
     first_step_ignores_size=True,
     keeps_zeros=True,
     keeps_moments=False,
