@@ -14,6 +14,7 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
+from ds_lowrank.optimizer.lineage import Racs, Scale
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -42,6 +43,8 @@ __all__ = [
     "GradNormLoRP",
     "Lorenza",
     "OnlineSubspaceDescent",
+    "Racs",
+    "Scale",
     "VLoRP",
     "add_adapters",
     "check_apex",

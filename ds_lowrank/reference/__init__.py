@@ -18,6 +18,8 @@ from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
 from ds_lowrank.reference.lorenza import DenseLorenza
 from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
+from ds_lowrank.reference.racs import DenseRacs
+from ds_lowrank.reference.scale import DenseScale
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
 
@@ -38,5 +40,7 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Apollo": DenseApollo,
     "GradNormLoRP": DenseGradNormLoRP,
     "Lorenza": DenseLorenza,
+    "Scale": DenseScale,
+    "Racs": DenseRacs,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

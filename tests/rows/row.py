@@ -44,6 +44,7 @@ class Row:
         first_step_ignores_size: whether a factor on the gradient leaves the first step alone, as in Adam.
         follows_gradient_rows: whether an update has no direction that the rows of the gradient have not.
         keeps_zeros: whether a weight's rows and columns stay zero where those of every gradient are.
+        keeps_moments: whether the state of ``small`` has moments, which are stored in ``state_dtype``.
     """
 
     small: Options
@@ -58,6 +59,7 @@ class Row:
     first_step_ignores_size: bool = False
     follows_gradient_rows: bool = False
     keeps_zeros: bool = False
+    keeps_moments: bool = True
 
     @classmethod
     def of_options(cls, keys: Mapping[str, Any]) -> Row:
