@@ -92,15 +92,19 @@ class DenseGaLore:
         H = G if self.right else G.T
         return randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank))
 
+    def refresh(self, G: torch.Tensor) -> None:
+        """Find a new basis and, if asked, carry the moments into it."""
+        new = self.find_basis(G)
+        if self.moments == "rotate" and self.t > 0:
+            self.inner.rotate(self.basis.T @ new)
+        self.basis = new
+
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
         if self.t % self.gap == 0:
-            new = self.find_basis(G)
-            if self.moments == "rotate" and self.t > 0:
-                self.inner.rotate(self.basis.T @ new)
-            self.basis = new
+            self.refresh(G)
         update = self.inner.update(H @ self.basis, self.basis)
         W.mul_(1 - lr * self.weight_decay)
         W.sub_(lr * self.scale * update)
