@@ -28,6 +28,8 @@ class DenseFira(DenseGaLore):
 
     Args:
         weight: m x n, changed in place.
+        name: of the matrix; random matrices derive from it.
+        lr: the learning rate of a step that is given none.
         norm_growth_limit: gamma, or None for no limiter.
         residual: ``paper`` or ``official``.
         scaling: ``channel`` or ``matrix``.
@@ -37,13 +39,15 @@ class DenseFira(DenseGaLore):
     def __init__(
         self,
         weight: torch.Tensor,
-        *args: Any,
+        name: str = "w",
+        lr: float = 1e-2,
+        *,
         norm_growth_limit: float | None = 1.01,
         residual: str = "paper",
         scaling: str = "channel",
         **options: Any,
     ) -> None:
-        super().__init__(weight, *args, **options)
+        super().__init__(weight, name, lr, **options)
         self.limit, self.residual, self.scaling, self.previous = norm_growth_limit, residual, scaling, 0.0
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:

@@ -28,6 +28,8 @@ class DenseFrugal(DenseGaLore):
 
     Args:
         weight: m x n, changed in place.
+        name: of the matrix; random matrices derive from it.
+        lr: the learning rate of a step that is given none.
         scale: of both parts.
         projector: that of GaLore, ``random`` or ``columns``.
         moments: ``reset``, or that of GaLore.
@@ -43,7 +45,9 @@ class DenseFrugal(DenseGaLore):
     def __init__(
         self,
         weight: torch.Tensor,
-        *args: Any,
+        name: str = "w",
+        lr: float = 1e-2,
+        *,
         scale: float = 1.0,
         projector: str = "randomized",
         moments: str = "reset",
@@ -55,7 +59,7 @@ class DenseFrugal(DenseGaLore):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(weight, *args, scale=scale, projector=projector, moments=moments, **options)
+        super().__init__(weight, name, lr, scale=scale, projector=projector, moments=moments, **options)
         self.rule = inner, betas, eps, momentum
         self.state_free, self.c = state_free, state_free_lr_scale
         self.inner = make_inner(*self.rule)
