@@ -10,11 +10,13 @@ With the compressed dimension second, ``H`` is kept x compressed and ``Q`` compr
     S <- S * gamma |S_before| / |S|       if |S| > gamma |S_before|: the norm-growth limiter
     W <- W - lr * (alpha * N Q^T + S)
 
-``S`` is not formed to be measured: with an orthonormal ``Q``, ``|H_i - R_i Q^T|^2 = |H_i|^2 - |R_i|^2``.
+``S`` is not formed to be measured: with an orthonormal ``Q``, ``|H_i - R_i Q^T|^2 = |H_i|^2 - |R_i|^2``. A basis that
+is stored in fewer bits is not quite orthonormal, and ``Q^T Q`` is summed over ranks.
 """
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,8 +27,8 @@ from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
 from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.rest import ROUNDING, rest_squares, with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
-from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, subspace_state
-from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions, change_basis
+from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step
+from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions, change_basis, galore_state
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
@@ -43,10 +45,15 @@ class FiraOptions(GaLoreOptions):
     """What is left of the gradient: ``H - R Q^T``, or ``H - alpha R Q^T`` as in the official code."""
     scaling: Literal["channel", "matrix"] = "channel"
     """Whether every kept row has a phi of its own, or the matrix has one."""
+    ratio_moments: Literal["corrected", "uncorrected"] = "corrected"
+    """Whether phi is of Adam's bias-corrected direction, or, as in the official code, of the one before correction,
+    which then multiplies ``S``. The limiter compares other norms then."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse a direction that is not in the subspace."""
+        """Refuse a direction that is not in the subspace, and moments that are not Adam's."""
         super().model_post_init(context)
+        if self.ratio_moments == "uncorrected" and self.inner != "adamw":
+            raise ValueError(f"ratio_moments belongs to inner 'adamw', inner is {self.inner!r}: remove one of them")
         if self.lion_sign == "original":
             raise ValueError("phi needs a direction in the subspace: set lion_sign to 'subspace'")
 
@@ -65,7 +72,7 @@ class FiraMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: FiraOptions, rank: int) -> StateSpec:
         """GaLore's state, and the norm of the last ``S``, one number."""
-        return {**subspace_state(shard, options, rank), "rest_norm": norm_spec(shard)}
+        return {**galore_state(shard, options, rank), "rest_norm": norm_spec(shard)}
 
     @staticmethod
     def needs_gradient(options: FiraOptions) -> str:
@@ -83,17 +90,26 @@ class FiraMethod(Method):
         basis = yield from basis_of_step(shard, state, options, found)
         if found.refreshed:
             yield from change_basis(shard, state, options, found.own)
-        inner, alpha = options.inner_optimizer, options.scale
-        direction = yield from inner.direction(shard, shard.kept, state, found.projected, state["step"] + 1)  # N
+        inner, alpha, step = options.inner_optimizer, options.scale, state["step"] + 1
+        direction = yield from inner.direction(shard, shard.kept, state, found.projected, step)  # N
         squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))  # |H_i|^2
-        projected = found.projected / found.safe_scale
-        phi = yield from scaling_factors(shard, options, direction, projected, squares)
-        share = 1.0 if options.residual == "paper" else alpha
-        rest = rest_squares(squares, projected) + (1 - share) ** 2 * projected.square().sum(2, keepdim=True)
+        projected, gram = found.projected / found.safe_scale, None
+        if options.basis_dtype != "fp32":
+            gram = yield from shard.replicated_sum(found.own.mT @ found.own)  # Q^T Q
+        correction, share = bias_correction(options, step), 1.0 if options.residual == "paper" else alpha
+        phi = yield from scaling_factors(shard, options, direction / correction, projected, squares)
+        rest = rest_squares(squares, projected, share, gram)
         total = (phi * rest.sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
         factor = yield from limit_growth(shard, state, "rest_norm", options.norm_growth_limit, total)
-        shares = (phi * factor / found.safe_scale).clamp_max(LARGEST)
+        shares = (correction * phi * factor / found.safe_scale).clamp_max(LARGEST)
         return (yield from with_rest(shard, alpha * direction, share * found.projected, basis, shares, 1.0))
+
+
+def bias_correction(options: FiraOptions, step: int) -> float:
+    """What Adam's direction before correction is multiplied by; 1 where phi is of the corrected one."""
+    if options.ratio_moments == "corrected":
+        return 1.0
+    return sqrt(1 - options.betas[1] ** step) / (1 - options.betas[0] ** step)
 
 
 def scaling_factors(

@@ -23,8 +23,14 @@ from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.rest import with_rest, with_sign_of_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, project_on, subspace_state
-from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions, change_basis, new_basis, refresh_due
+from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step, project_on
+from ds_lowrank.methods.galore import (
+    GaLoreMethod,
+    GaLoreOptions,
+    basis_due,
+    change_basis,
+    galore_state,
+)
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
@@ -65,7 +71,7 @@ class FrugalMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: FrugalOptions, rank: int) -> StateSpec:
         """The basis, compressed x r, the moments, kept x r, and the number of steps since they started."""
-        return {**subspace_state(shard, options, rank), "age": 0}
+        return {**galore_state(shard, options, rank), "age": 0}
 
     @staticmethod
     def needs_gradient(options: FrugalOptions) -> str:
@@ -75,9 +81,10 @@ class FrugalMethod(Method):
     @staticmethod
     def project(shard: MatrixShard, state: State, options: FrugalOptions) -> Program[Projection]:
         """Find the subspace if it is due, and project: ``R = H Q``."""
-        due = refresh_due(shard.names[0], options, state["step"])
-        own = (yield from new_subspace(shard, options, state["step"])) if due else state["basis"]
-        return (yield from project_on(shard, own, due, options))  # R = H Q
+        if options.projector not in ("random", "columns") or not basis_due(shard, state, options):
+            return (yield from GaLoreMethod.project(shard, state, options))
+        own = yield from drawn_basis(shard, options, state["step"])
+        return (yield from project_on(shard, own, True, options))  # R = H Q
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: FrugalOptions, found: Projection) -> Program[Update]:
@@ -99,17 +106,15 @@ class FrugalMethod(Method):
         return (yield from with_sign_of_rest(shard, direction, projected, basis, row_norms, c, scale))
 
 
-def new_subspace(shard: MatrixShard, options: FrugalOptions, step: int) -> Program[torch.Tensor]:
-    """An orthonormal basis of the subspace of the next T steps: matrices x owned compressed rows x r, fp32."""
+def drawn_basis(shard: MatrixShard, options: FrugalOptions, step: int) -> Program[torch.Tensor]:
+    """A subspace that does not depend on the gradient, orthonormal: matrices x owned compressed rows x r, fp32."""
     rank = min(options.rank, *shard.shape)
     if options.projector == "columns":
         return random_columns(shard, rank, options.seed, step)
-    if options.projector == "random":
-        rooted = [shard.names[i] for i in shard.rooted]
-        drawn = normal(options.seed, rooted, step, (0, shard.compressed.size), (0, rank), shard.device)
-        own: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal(drawn))
-        return own
-    return (yield from new_basis(shard, options, step))
+    rooted = [shard.names[i] for i in shard.rooted]
+    drawn = normal(options.seed, rooted, step, (0, shard.compressed.size), (0, rank), shard.device)
+    own: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal(drawn))
+    return own
 
 
 def random_columns(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:

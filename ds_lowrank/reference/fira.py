@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ds_lowrank.reference.galore import DenseGaLore
+from ds_lowrank.reference.inner import AdamW
 
 ROUNDING = 1e-6
 
@@ -33,6 +34,7 @@ class DenseFira(DenseGaLore):
         norm_growth_limit: gamma, or None for no limiter.
         residual: ``paper`` or ``official``.
         scaling: ``channel`` or ``matrix``.
+        ratio_moments: ``corrected``, or ``uncorrected``: phi is of Adam's direction before its bias correction.
         **options: those of :class:`~ds_lowrank.reference.galore.DenseGaLore`.
     """
 
@@ -45,29 +47,28 @@ class DenseFira(DenseGaLore):
         norm_growth_limit: float | None = 1.01,
         residual: str = "paper",
         scaling: str = "channel",
+        ratio_moments: str = "corrected",
         **options: Any,
     ) -> None:
         super().__init__(weight, name, lr, **options)
-        self.limit, self.residual, self.scaling, self.previous = norm_growth_limit, residual, scaling, 0.0
+        self.limit, self.residual, self.scaling = norm_growth_limit, residual, scaling
+        self.ratio_moments, self.previous = ratio_moments, 0.0
 
-    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
-        """Take one step on the gradient G, m x n."""
-        lr = self.lr if lr is None else lr
-        H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
-        if self.t % self.gap == 0:
-            self.refresh(G)
-        Q = self.basis
+    def update(self, H: torch.Tensor) -> torch.Tensor:
+        """``alpha N Q^T + S``."""
+        Q, correction = self.basis, 1.0
         R = H @ Q
         N = self.inner.direction(R)
+        if self.ratio_moments == "uncorrected":
+            assert isinstance(self.inner, AdamW)
+            correction = self.inner.correction
         over = (0, 1) if self.scaling == "matrix" else (1,)
         lengths = R.norm(dim=over, keepdim=True)
         is_rounding = lengths <= ROUNDING * H.norm(dim=over, keepdim=True)
-        phi = torch.where(is_rounding, 0.0, N.norm(dim=over, keepdim=True) / lengths)
+        phi = torch.where(is_rounding, 0.0, N.norm(dim=over, keepdim=True) / correction / lengths)
         S = phi * (H - (1.0 if self.residual == "paper" else self.scale) * R @ Q.T)
         size = S.norm().item()
         if self.limit is not None and self.previous > 0 and size > self.limit * self.previous:
             S = S * (self.limit * self.previous / size)
         self.previous = S.norm().item()
-        W.mul_(1 - lr * self.weight_decay)
-        W.sub_(lr * (self.scale * N @ Q.T + S))
-        self.t += 1
+        return self.scale * N @ Q.T + correction * S

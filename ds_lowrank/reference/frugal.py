@@ -39,6 +39,7 @@ class DenseFrugal(DenseGaLore):
         betas: its betas.
         eps: its epsilon.
         momentum: of ``sgd``.
+        eps_root: beside which root ``eps`` stands.
         **options: those of :class:`~ds_lowrank.reference.galore.DenseGaLore`.
     """
 
@@ -57,10 +58,11 @@ class DenseFrugal(DenseGaLore):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.0,
+        eps_root: str = "corrected",
         **options: Any,
     ) -> None:
         super().__init__(weight, name, lr, scale=scale, projector=projector, moments=moments, **options)
-        self.rule = inner, betas, eps, momentum
+        self.rule = inner, betas, eps, momentum, "subspace", eps_root
         self.state_free, self.c = state_free, state_free_lr_scale
         self.inner = make_inner(*self.rule)
 
@@ -80,17 +82,11 @@ class DenseFrugal(DenseGaLore):
         if self.moments == "reset":
             self.inner = make_inner(*self.rule)
 
-    def step(self, G: torch.Tensor, lr: float | None = None) -> None:
-        """Take one step on the gradient G, m x n."""
-        lr = self.lr if lr is None else lr
-        H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
-        if self.t % self.gap == 0:
-            self.refresh(G)
+    def update(self, H: torch.Tensor) -> torch.Tensor:
+        """``scale (N Q^T + c F)``."""
         Q = self.basis
         R = H @ Q
         F = H - R @ Q.T
         if self.state_free == "sign":
             F = torch.where(F.abs() > ROUNDING * H.norm(dim=1, keepdim=True), F.sign(), 0.0)
-        W.mul_(1 - lr * self.weight_decay)
-        W.sub_(lr * self.scale * (self.inner.direction(R) @ Q.T + self.c * F))
-        self.t += 1
+        return self.scale * (self.inner.direction(R) @ Q.T + self.c * F)

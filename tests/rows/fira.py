@@ -10,7 +10,7 @@ ROW = Row(
     cases=[
         CASE,
         *(CASE | {"norm_growth_limit": limit} for limit in (None, 1.0)),
-        CASE | {"residual": "official", "scaling": "matrix"},
+        CASE | {"residual": "official", "scaling": "matrix", "ratio_moments": "uncorrected"},
         CASE | {"residual": "official", "scale": 2.5, "proj_type": "left", "weight_decay": 0.1},
         CASE | {"moments": "rotate", "projector": "svd", "proj_type": "reverse_std"},
         CASE | {"inner": "adafactor", "first_basis": "random"},

@@ -79,11 +79,17 @@ def with_sign_of_rest(
     return Dense(update, scale)
 
 
-def rest_squares(squares: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-    """``|H_i - R_i Q^T|^2`` for each kept row i, with an orthonormal ``Q``: ``|H_i|^2 - |R_i|^2``, at least 0.
+def rest_squares(
+    squares: torch.Tensor, projected: torch.Tensor, share: float = 1.0, gram: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``|H_i - a R_i Q^T|^2 = |H_i|^2 - 2 a |R_i|^2 + a^2 |R_i Q^T|^2`` for each kept row i, at least 0.
 
     Args:
         squares: ``|H_i|^2``: matrices x owned kept rows x 1, fp32.
         projected: ``R``: matrices x owned kept rows x r, fp32, over the same factor.
+        share: ``a``.
+        gram: ``Q^T Q``: matrices x r x r, fp32; None for an orthonormal ``Q``.
     """
-    return (squares - projected.square().sum(2, keepdim=True)).clamp_min(0)
+    of_projected = projected.square().sum(2, keepdim=True)
+    lifted = of_projected if gram is None else ((projected @ gram) * projected).sum(2, keepdim=True)
+    return (squares + (share**2 * lifted - 2 * share * of_projected)).clamp_min(0)
