@@ -15,6 +15,7 @@ from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
 from ds_lowrank.optimizer.lineage import Racs, Scale
+from ds_lowrank.optimizer.lineage import Fira, Frugal
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -38,7 +39,9 @@ __all__ = [
     "Apollo",
     "CheckpointError",
     "ConfigError",
+    "Fira",
     "ForwardBackwardMixin",
+    "Frugal",
     "GaLore",
     "GradNormLoRP",
     "Lorenza",

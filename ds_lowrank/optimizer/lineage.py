@@ -39,3 +39,69 @@ class Scale(LowRankOptimizer):
     """
 
     method: ClassVar[type[Method]] = ScaleMethod
+from ds_lowrank.methods.fira import FiraMethod
+from ds_lowrank.methods.frugal import FrugalMethod
+from ds_lowrank.optimizer.optimizer import LowRankOptimizer
+
+
+class Fira(LowRankOptimizer):
+    """Fira (arXiv 2410.01623): GaLore, and what its subspace leaves out, scaled as Adam scales in the subspace.
+
+    Args:
+        norm_growth_limit: gamma of the norm-growth limiter, or None for no limiter; 1.01.
+        residual: what is left of the gradient, ``H - R Q^T`` in the ``paper`` (the default), or ``H - scale * R Q^T``
+            in the ``official`` code.
+        ratio_moments: of which moments phi is, bias-``corrected`` ones (the default), or ``uncorrected`` ones as in the
+            official code.
+        scaling: whether every kept row has a phi of its own, ``channel`` (the default), or the ``matrix`` has one.
+        rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        update_proj_gap: optimizer steps that a basis lasts, T; 200.
+        scale: alpha, multiplies the part of the update in the subspace; 0.25.
+        projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
+        moments: what a refresh does to the moments, ``keep`` (the default, as the official code) or ``rotate``.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
+        first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
+        stagger: whether the matrices' refreshes are spread over the interval; False.
+        cos_threshold: the similarity of successive bases from which on they last longer, as in Q-GaLore, or None for
+            never; None.
+        gamma_proj: what the time that a basis lasts is then multiplied by; 2.
+        queue_size: how many bases in a row must be similar to the one before; 5.
+        inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
+            ``sgd``.
+        momentum: the momentum of ``inner`` ``sgd``; 0.0.
+        lion_sign: where ``inner`` ``lion`` takes its sign, only in the ``subspace`` (the default).
+    """
+
+    method: ClassVar[type[Method]] = FiraMethod
+
+
+class Frugal(LowRankOptimizer):
+    """FRUGAL (arXiv 2411.07837): Adam in a subspace, and signs of the gradient outside of it.
+
+    Args:
+        state_free: the rule outside of the subspace, ``sign`` (the default) or ``sgd``.
+        state_free_lr_scale: the rate of that rule, relative to ``lr * scale``; 1.0.
+        rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        update_proj_gap: optimizer steps that a subspace lasts, T; 200.
+        scale: multiplies both parts of the update of a projected matrix, not its weight decay; 1.0.
+        projector: which subspace, the gradient's leading one by a ``randomized`` range finder (the default) or by
+            ``svd``, a ``random`` one, or random ``columns``.
+        moments: what a refresh does to the moments, ``reset`` (the default), ``keep`` or ``rotate``.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
+        first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
+        stagger: whether the matrices' refreshes are spread over the interval; False.
+        cos_threshold: the similarity of successive bases from which on they last longer, as in Q-GaLore, or None for
+            never; None.
+        gamma_proj: what the time that a basis lasts is then multiplied by; 2.
+        queue_size: how many bases in a row must be similar to the one before; 5.
+        inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
+            ``sgd``.
+        momentum: the momentum of ``inner`` ``sgd``; 0.0.
+        lion_sign: where ``inner`` ``lion`` takes its sign, only in the ``subspace`` (the default).
+    """
+
+    method: ClassVar[type[Method]] = FrugalMethod

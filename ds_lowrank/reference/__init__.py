@@ -14,6 +14,8 @@ import torch
 
 from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
+from ds_lowrank.reference.fira import DenseFira
+from ds_lowrank.reference.frugal import DenseFrugal
 from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
 from ds_lowrank.reference.lorenza import DenseLorenza
@@ -42,5 +44,7 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Lorenza": DenseLorenza,
     "Scale": DenseScale,
     "Racs": DenseRacs,
+    "Fira": DenseFira,
+    "Frugal": DenseFrugal,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

@@ -244,10 +244,14 @@ def documented_keys(heading):
 
 
 def own_keys(options):
-    """The options that a class adds to those it inherits, or whose default it changes."""
+    """The options that a class adds to those it inherits, or whose default or choices it changes."""
     inherited = options.__base__.model_fields
-    fields = options.model_fields.items()
-    return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
+
+    def is_inherited(key, field):
+        known = inherited.get(key)
+        return known is not None and (field.default, field.annotation) == (known.default, known.annotation)
+
+    return {key for key, field in options.model_fields.items() if not is_inherited(key, field)}
 
 
 @pytest.mark.parametrize("method", METHODS)
