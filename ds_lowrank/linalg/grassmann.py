@@ -1,6 +1,6 @@
 """Subspaces that move: a step along a geodesic of the Grassmannian, towards a matrix's leading subspace.
 
-Everything here is of a stack of L matrices, and a function of the subspaces alone: the signs of singular vectors cancel.
+Everything here is of a stack of L matrices, and depends on subspaces alone: the signs of singular vectors cancel.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ds_lowrank.linalg.orthonormal import orthonormal
+from ds_lowrank.linalg.orthonormal import orthonormal_beside_zeros
 
 ROUNDING = 1e-5
 """What a product in fp32 has outside of a subspace counts as rounding if it is shorter than this, relative to it."""
@@ -47,7 +47,7 @@ def geodesic_step(basis: torch.Tensor, pull: torch.Tensor, step_size: torch.Tens
     turned = q + ((angle.cos() - 1) * (q @ v) + angle.sin() * u) @ v.mT
     is_new = ~is_known & (torch.linalg.vector_norm(toward, dim=1, keepdim=True) > ROUNDING * lengths)
     added = torch.where(is_new, toward / lengths, 0.0)
-    added = orthonormal((added - turned @ (turned.mT @ added)).float())
+    added = orthonormal_beside_zeros((added - turned @ (turned.mT @ added)).float())
     return turned.float() + added + 0 * (basis + pull).sum((1, 2), keepdim=True)
 
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.linalg.moments import adam, transport
-from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE, orthonormal
+from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE, orthonormal_beside_zeros
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.error_feedback import error_spec, held_error, keep_error
 from ds_lowrank.methods.blocks.options import Options
@@ -150,7 +150,7 @@ def next_basis(
     )
     mixed = shard.or_zeros((yield small.all_gather(mixed)), own.shape[2])
     wide = yield shard.compressed.gather_to_root(old @ mixed + new_share * wide)  # b^T b Q
-    new: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal(wide))
+    new: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal_beside_zeros(wide))
     return new
 
 

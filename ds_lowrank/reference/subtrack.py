@@ -78,7 +78,8 @@ class DenseSubTrack:
         F = -2 * (H - A @ Q.T).T @ A
         U, sigma, Vh = torch.linalg.svd(F, full_matrices=False)
         u, v, theta = U[:, :1], Vh[:1].T, min(self.step_size * sigma[0].item(), pi / 2)
-        return Q + (cos(theta) - 1) * Q @ v @ v.T - sin(theta) * u @ v.T
+        moved: torch.Tensor = Q + (cos(theta) - 1) * Q @ v @ v.T - sin(theta) * u @ v.T
+        return moved
 
     def rest(self, H: torch.Tensor, R: torch.Tensor, N: torch.Tensor) -> torch.Tensor:
         """What the subspace leaves out of the gradient, scaled and limited: S."""

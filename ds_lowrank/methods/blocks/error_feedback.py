@@ -5,8 +5,6 @@ The buffer has a number for every element of the matrix, which the rank that hol
 
 from __future__ import annotations
 
-import torch
-
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.state_spec import State, TensorSpec
 from ds_lowrank.sharding.elements import Elements

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ds_lowrank.linalg.energy import RESOLUTION
 from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -43,10 +44,11 @@ def with_rest(
 
 
 def rest_squares(squares: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-    """``|H_i - R_i Q^T|^2`` for each kept row i, with an orthonormal ``Q``: ``|H_i|^2 - |R_i|^2``, at least 0.
+    """``|H_i - R_i Q^T|^2`` for each kept row i, with an orthonormal ``Q``: ``|H_i|^2 - |R_i|^2``; 0 if it is rounding.
 
     Args:
         squares: ``|H_i|^2``: matrices x owned kept rows x 1, fp32.
         projected: ``R``: matrices x owned kept rows x r, fp32, over the same factor.
     """
-    return (squares - projected.square().sum(2, keepdim=True)).clamp_min(0)
+    rest = squares - projected.square().sum(2, keepdim=True)
+    return torch.where(rest > RESOLUTION * squares, rest, 0.0)
