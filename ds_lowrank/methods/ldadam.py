@@ -30,7 +30,7 @@ from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.elements import Elements
 from ds_lowrank.sharding.elementwise import largest_magnitudes
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors
 
 
@@ -84,28 +84,34 @@ class LDAdamMethod(Method):
     def update(shard: MatrixShard, state: State, options: LDAdamOptions, found: ProjectedGradient) -> Program[Factors]:
         """Move the basis and the moments, and descend along ``scale * N Q^T``."""
         error = (yield from held_error(shard, state, "error")) if options.error_feedback else None
-        old, momentum = state["basis"], state["exp_avg"]
-        moments = momentum.clone(), state["exp_avg_sq"]
+        old, momentum, moments = state["basis"], state["exp_avg"].clone(), (state["exp_avg"], state["exp_avg_sq"])
+        moves = state["step"] > 0 and (error is not None or not found.is_zero)
         if state["step"] == 0:
             state["basis"] = yield from first_basis(shard, options)
-        elif not found.is_zero or error is not None:
+        elif moves:
             state["basis"] = yield from next_basis(shard, state, options, error)
-            rotation = yield from shard.replicated_sum(old.mT @ state["basis"])  # C = Q_old^T Q
+        rotation, (basis, projected) = yield from concurrently(
+            shard.replicated_sum(old.mT @ state["basis"]), project(shard, error, state["basis"])
+        )  # C = Q_old^T Q and R = a Q
+        if moves:
             transport(*moments, rotation, options.betas, state["step"])
-        basis = yield shard.compressed.all_gather(state["basis"])
-        projected = yield shard.kept.reduce_scatter(times(shard, error, basis))  # R = a Q
-        if error is not None:
-            share = options.betas[0] / (1 - options.betas[0])
-            of_new, of_old = projected + share * moments[0], -share * momentum
-            kept, before = yield (
-                shard.kept.all_gather(torch.cat([of_new, of_old], dim=2)),
-                shard.compressed.all_gather(old),
-            )
-            taken = Factors(kept, torch.cat([basis, before], dim=2), 1.0)
-            yield from keep_error(shard, state, "error", error, taken)
-        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)
-        state["exp_avg"] = moments[0]
-        return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
+        share = options.betas[0] / (1 - options.betas[0])
+        taken = [projected + share * moments[0], -share * momentum]  # R Q^T + share (M' Q^T - M Q_old^T)
+        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N
+        if error is None:
+            return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
+        held, before = yield shard.kept.all_gather(torch.cat([direction, *taken], 2)), shard.compressed.all_gather(old)
+        direction, of_error = held.tensor_split([basis.shape[2]], dim=2)
+        yield from keep_error(shard, state, "error", error, Factors(of_error, torch.cat([basis, before], 2), 1.0))
+        return Factors(direction, basis, options.scale)
+
+
+def project(
+    shard: MatrixShard, error: Elements | None, own: torch.Tensor
+) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+    """``Q``, matrices x held compressed rows x rank, and ``R = a Q``, matrices x owned kept rows x rank; fp32."""
+    basis = yield shard.compressed.all_gather(own)
+    return basis, (yield shard.kept.reduce_scatter(times(shard, error, basis)))
 
 
 def first_basis(shard: MatrixShard, options: LDAdamOptions) -> Program[torch.Tensor]:
