@@ -112,10 +112,8 @@ class SubTrackMethod(Method):
     @staticmethod
     def update(shard: MatrixShard, state: State, options: SubTrackOptions, found: Projection) -> Program[Update]:
         """The update ``scale N Q^T + S``."""
-        basis, moments = (
-            (yield from basis_of_step(shard, state, options, found)),
-            (state["exp_avg"], state["exp_avg_sq"]),
-        )
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        basis = yield from basis_of_step(shard, state, options, found)
         if found.refreshed:
             if options.projection_aware and state["step"] > 0:
                 rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # C = Q_old^T Q
@@ -124,15 +122,33 @@ class SubTrackMethod(Method):
         direction = adam(*moments, found.projected, options.betas, options.eps, state["step"] + 1)  # N
         if not options.recovery_scaling:
             return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
-        squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))  # |H_i|^2
-        projected = found.projected / found.safe_scale
-        lengths = torch.linalg.vector_norm(projected, dim=2, keepdim=True)
-        phi = safe_ratio(torch.linalg.vector_norm(direction, dim=2, keepdim=True), lengths)
-        phi = torch.where(lengths <= RANK_TOLERANCE * squares.sqrt(), 0.0, phi)  # a row without R has its rounding
-        total = (phi * rest_squares(squares, projected).sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
-        factor = yield from limit_growth(shard, state, "rest_norm", options.norm_growth_limit, total)
-        shares = (phi * factor / found.safe_scale).clamp_max(LARGEST)
+        shares = yield from rest_shares(shard, state, options, found, direction)
         return (yield from with_rest(shard, options.scale * direction, found.projected, basis, shares, 1.0))
+
+
+def rest_shares(
+    shard: MatrixShard, state: State, options: SubTrackOptions, found: Projection, direction: torch.Tensor
+) -> Program[torch.Tensor]:
+    """What multiplies each row of ``H - R Q^T`` to make ``S``: ``phi_i``, limited; 0 where ``R_i`` is 0 or rounding.
+
+    Args:
+        shard: the stack, with this step's gradient.
+        state: with ``|S_before|``, which becomes ``|S|``.
+        options: with ``norm_growth_limit``, zeta.
+        found: with ``R``.
+        direction: ``N``: matrices x owned kept rows x r, fp32.
+
+    Returns:
+        matrices x owned kept rows x 1, fp32.
+    """
+    squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))  # |H_i|^2
+    projected = found.projected / found.safe_scale
+    lengths = torch.linalg.vector_norm(projected, dim=2, keepdim=True)
+    phi = safe_ratio(torch.linalg.vector_norm(direction, dim=2, keepdim=True), lengths)
+    phi = torch.where(lengths <= RANK_TOLERANCE * squares.sqrt(), 0.0, phi)
+    total = (phi * rest_squares(squares, projected).sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
+    factor = yield from limit_growth(shard, state, "rest_norm", options.norm_growth_limit, total)
+    return (phi * factor / found.safe_scale).clamp_max(LARGEST)
 
 
 def tracked_basis(shard: MatrixShard, state: State, options: SubTrackOptions) -> Program[torch.Tensor]:
@@ -159,6 +175,7 @@ def tracked_basis(shard: MatrixShard, state: State, options: SubTrackOptions) ->
         shard.compressed.reduce_to_root(shard.transposed_times(tall) / safe_scale),
         shard.compressed.gather_to_root(own),
     )
-    step_size = options.step_size * safe_scale[list(shard.rooted)].double().square()
+    rooted = torch.tensor(shard.rooted, dtype=torch.int64, device=shard.device)
+    step_size = options.step_size * safe_scale[rooted].double().square()
     moved: torch.Tensor = yield shard.compressed.scatter_from_root(geodesic_step(basis, pull, step_size))
     return moved
