@@ -16,6 +16,7 @@ from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
 from ds_lowrank.optimizer.lineage import Racs, Scale
 from ds_lowrank.optimizer.lineage import Fira, Frugal
+from ds_lowrank.optimizer.lineage import LDAdam, SubTrack
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -44,10 +45,12 @@ __all__ = [
     "Frugal",
     "GaLore",
     "GradNormLoRP",
+    "LDAdam",
     "Lorenza",
     "OnlineSubspaceDescent",
     "Racs",
     "Scale",
+    "SubTrack",
     "VLoRP",
     "add_adapters",
     "check_apex",
