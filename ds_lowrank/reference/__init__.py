@@ -16,8 +16,10 @@ from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
 from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
+from ds_lowrank.reference.gum import DenseGum
 from ds_lowrank.reference.lorenza import DenseLorenza
 from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
+from ds_lowrank.reference.sumo import DenseSumo
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
 
@@ -38,5 +40,7 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Apollo": DenseApollo,
     "GradNormLoRP": DenseGradNormLoRP,
     "Lorenza": DenseLorenza,
+    "Sumo": DenseSumo,
+    "Gum": DenseGum,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""
