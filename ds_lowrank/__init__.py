@@ -14,6 +14,7 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
+from ds_lowrank.optimizer.lineage import Gum, Sumo
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -40,8 +41,10 @@ __all__ = [
     "ForwardBackwardMixin",
     "GaLore",
     "GradNormLoRP",
+    "Gum",
     "Lorenza",
     "OnlineSubspaceDescent",
+    "Sumo",
     "VLoRP",
     "add_adapters",
     "check_apex",

@@ -37,7 +37,7 @@ from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import project_on
 from ds_lowrank.sharding.elementwise import blocks
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
@@ -133,8 +133,7 @@ class GumMethod(Method):
     def project(shard: MatrixShard, state: State, options: GumOptions) -> Program[ProjectedGradient]:
         """``R = H P``, or H itself, with a new ``P`` and a new coin if a period begins."""
         if options.full_share == 1:
-            gradient = yield shard.kept.reduce_scatter(blocks(shard, shard.kept))
-            return WholeGradient(gradient, False, own=None, basis=None)
+            return WholeGradient((yield from own_rows(shard)), False, own=None, basis=None)
         step, own, whole = state["step"], state["basis"], state["rank"] == 0
         due = step % options.update_proj_gap == 0
         if due:
@@ -145,10 +144,7 @@ class GumMethod(Method):
                 own = yield from randomized_range(shard, own.shape[2], options.seed, step)
         if not whole:
             return (yield from project_on(shard, own, due, options))  # R = H P
-        gradient, basis = yield (
-            shard.kept.reduce_scatter(blocks(shard, shard.kept)),
-            shard.compressed.all_gather_full(own),
-        )
+        gradient, basis = yield from concurrently(own_rows(shard), everywhere(shard, own))
         return WholeGradient(gradient, due, own=own, basis=basis)
 
     @staticmethod
@@ -169,12 +165,30 @@ class GumMethod(Method):
         if q == 1 or state["rank"] == 0:
             held = yield from whole_orthogonalized(shard, looked_at, options.orthogonalization)  # NS(M)
             if q < 1:  # M has no direction of P, but rounding, which NS enlarges
-                basis = (yield shard.compressed.all_gather_full(state["basis"])) if found.is_zero else found.basis
+                basis = (yield from everywhere(shard, state["basis"])) if found.is_zero else found.basis
                 held = held - held @ basis @ basis.mT
             return whole_update(shard, held, scale)
         basis = (yield shard.compressed.all_gather(state["basis"])) if found.is_zero else found.basis
         direction = yield from orthogonalized(shard, looked_at, options.orthogonalization)
         return Factors((yield shard.kept.all_gather(direction)), basis, scale)  # NS(M) P^T
+
+
+def own_rows(shard: MatrixShard) -> Program[torch.Tensor]:
+    """``H``: matrices x owned kept rows x compressed, fp32."""
+    gradient: torch.Tensor = yield shard.kept.reduce_scatter(blocks(shard, shard.kept))
+    return gradient
+
+
+def everywhere(shard: MatrixShard, own: torch.Tensor) -> Program[torch.Tensor]:
+    """All rows of ``P`` on every rank that has a part of the matrix: matrices x compressed x r, fp32.
+
+    Args:
+        shard: the stack.
+        own: the rows that this rank owns.
+    """
+    size = shard.compressed.size
+    rooted = yield shard.compressed.gather_to_root(own)
+    return shard.or_zeros((yield shard.replicated_axis(size).broadcast_from_root(rooted)), size)
 
 
 def weighted(found: Any, q: float) -> torch.Tensor:

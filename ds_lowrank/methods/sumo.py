@@ -28,7 +28,7 @@ from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
@@ -111,9 +111,11 @@ class SumoMethod(Method):
         momentum.mul_(options.momentum).add_(found.projected)
         direction = yield from orthogonalized(shard, momentum, "exact")  # O
         squares = direction.square().sum((1, 2), keepdim=True)
-        factor = yield from limit_growth(shard, state, "orthogonal_norm", options.norm_growth_limit, squares)
+        factor, _ = yield from concurrently(
+            limit_growth(shard, state, "orthogonal_norm", options.norm_growth_limit, squares),
+            note_use(shard, state, options, found),
+        )
         direction = direction * factor * (sqrt(max(shard.shape)) if options.shape_scaling else 1.0)
-        yield from note_use(shard, state, options, found)
         if options.complement:
             shares = torch.full_like(direction[..., :1], options.complement)
             return (yield from with_rest(shard, direction, found.projected, basis, shares, options.scale))
