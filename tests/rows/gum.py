@@ -11,11 +11,11 @@ SOME_WHOLE = {"full_share": 0.5}
 ROW = Row(
     small=SMALL | SOME_WHOLE,
     cases=[
+        CASE | {"full_share": 0.0, "adjust_lr_fn": "original", "proj_type": "reverse_std"},
         CASE | SOME_WHOLE | {"seed": 5},
         CASE | SOME_WHOLE | {"seed": 2, "projector": "svd", "nesterov": True},
         CASE | SOME_WHOLE | {"seed": 2, "orthogonalization": "exact", "proj_type": "reverse_std"},
         CASE | SOME_WHOLE | {"seed": 5, "orthogonalization": "exact", "weight_decay": 0.1, "scale": 0.5},
-        CASE | {"full_share": 0.0, "adjust_lr_fn": "original", "proj_type": "reverse_std"},
         WHOLE | {"nesterov": True, "adjust_lr_fn": "match_rms_adamw"},
         WHOLE | {"orthogonalization": "exact", "proj_type": "reverse_std"},
     ],
