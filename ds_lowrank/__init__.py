@@ -17,6 +17,7 @@ from ds_lowrank.integration.trainer import ForwardBackwardMixin
 from ds_lowrank.optimizer.lineage import Racs, Scale
 from ds_lowrank.optimizer.lineage import Fira, Frugal
 from ds_lowrank.optimizer.lineage import LDAdam, SubTrack
+from ds_lowrank.optimizer.lineage import Gum, Sumo
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -51,6 +52,10 @@ __all__ = [
     "Racs",
     "Scale",
     "SubTrack",
+    "Gum",
+    "Lorenza",
+    "OnlineSubspaceDescent",
+    "Sumo",
     "VLoRP",
     "add_adapters",
     "check_apex",

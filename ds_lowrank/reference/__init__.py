@@ -24,6 +24,10 @@ from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDesc
 from ds_lowrank.reference.racs import DenseRacs
 from ds_lowrank.reference.scale import DenseScale
 from ds_lowrank.reference.subtrack import DenseSubTrack
+from ds_lowrank.reference.gum import DenseGum
+from ds_lowrank.reference.lorenza import DenseLorenza
+from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
+from ds_lowrank.reference.sumo import DenseSumo
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
 
@@ -50,5 +54,7 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Frugal": DenseFrugal,
     "LDAdam": DenseLDAdam,
     "SubTrack": DenseSubTrack,
+    "Sumo": DenseSumo,
+    "Gum": DenseGum,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

@@ -190,6 +190,24 @@ def test_adarankgrad_state_shrinks_with_its_rank():
     assert ranks[4] == ranks[5] > ranks[3]
 
 
+@pytest.mark.parametrize(("state_dtype", "column"), [("fp32", 4 * 128), ("bf16", 2 * 128), ("int8", 128 + 2 * 4)])
+def test_gum_state_grows_and_shrinks_with_its_coin(state_dtype, column):
+    """The matrix "w" is stepped whole in the second of four periods with seed 1. In int8 a column has two scales."""
+    shape = (128, 64)
+    options = {"rank": 4, "full_share": 0.5, "update_proj_gap": 2, "seed": 1, "state_dtype": state_dtype}
+    sharded = ShardedMatrix("Gum", torch.zeros(shape), flat_parts(shape, [0, 3000]), **options)
+    basis, columns = 4 * 4 * 64, []
+    for step in range(8):
+        torch.manual_seed(step)
+        sharded.step(torch.randn(shape))
+        stored = sum(
+            t.numel() * t.element_size() for state in sharded.states for t in state.values() if torch.is_tensor(t)
+        )
+        assert stored == sharded.state_stores[0].nbytes(sharded.states[0])
+        columns.append((stored - basis) / column)
+    assert columns == [4, 4, 64, 64, 4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_rounds_do_not_grow_with_the_number_of_matrices(method):
     counts, options = [], of(method).cases[0]
