@@ -14,10 +14,7 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
-from ds_lowrank.optimizer.lineage import Racs, Scale
-from ds_lowrank.optimizer.lineage import Fira, Frugal
-from ds_lowrank.optimizer.lineage import LDAdam, SubTrack
-from ds_lowrank.optimizer.lineage import Gum, Sumo
+from ds_lowrank.optimizer.lineage import Fira, Frugal, Gum, LDAdam, Racs, Scale, SubTrack, Sumo
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -46,15 +43,13 @@ __all__ = [
     "Frugal",
     "GaLore",
     "GradNormLoRP",
+    "Gum",
     "LDAdam",
     "Lorenza",
     "OnlineSubspaceDescent",
     "Racs",
     "Scale",
     "SubTrack",
-    "Gum",
-    "Lorenza",
-    "OnlineSubspaceDescent",
     "Sumo",
     "VLoRP",
     "add_adapters",

@@ -8,8 +8,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.fira import FiraMethod
+from ds_lowrank.methods.frugal import FrugalMethod
+from ds_lowrank.methods.gum import GumMethod
+from ds_lowrank.methods.ldadam import LDAdamMethod
 from ds_lowrank.methods.racs import RacsMethod
 from ds_lowrank.methods.scale import ScaleMethod
+from ds_lowrank.methods.subtrack import SubTrackMethod
+from ds_lowrank.methods.sumo import SumoMethod
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
@@ -39,9 +45,6 @@ class Scale(LowRankOptimizer):
     """
 
     method: ClassVar[type[Method]] = ScaleMethod
-from ds_lowrank.methods.fira import FiraMethod
-from ds_lowrank.methods.frugal import FrugalMethod
-from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
 class Fira(LowRankOptimizer):
@@ -105,9 +108,6 @@ class Frugal(LowRankOptimizer):
     """
 
     method: ClassVar[type[Method]] = FrugalMethod
-from ds_lowrank.methods.ldadam import LDAdamMethod
-from ds_lowrank.methods.subtrack import SubTrackMethod
-from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
 class LDAdam(LowRankOptimizer):
@@ -143,9 +143,6 @@ class SubTrack(LowRankOptimizer):
     """
 
     method: ClassVar[type[Method]] = SubTrackMethod
-from ds_lowrank.methods.gum import GumMethod
-from ds_lowrank.methods.sumo import SumoMethod
-from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
 class Sumo(LowRankOptimizer):

@@ -18,15 +18,13 @@ from ds_lowrank.reference.fira import DenseFira
 from ds_lowrank.reference.frugal import DenseFrugal
 from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
+from ds_lowrank.reference.gum import DenseGum
 from ds_lowrank.reference.ldadam import DenseLDAdam
 from ds_lowrank.reference.lorenza import DenseLorenza
 from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
 from ds_lowrank.reference.racs import DenseRacs
 from ds_lowrank.reference.scale import DenseScale
 from ds_lowrank.reference.subtrack import DenseSubTrack
-from ds_lowrank.reference.gum import DenseGum
-from ds_lowrank.reference.lorenza import DenseLorenza
-from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
 from ds_lowrank.reference.sumo import DenseSumo
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
