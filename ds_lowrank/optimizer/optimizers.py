@@ -28,6 +28,7 @@ class AdaRankGrad(LowRankOptimizer):
         residual_tol: the share of the gradient's squared norm that a subspace may leave out, eta; 0.2.
         rank_multiple: ranks are rounded up to a multiple of it; 1.
         never_grow: whether a rank may only shrink; False.
+        grad_norm_ratio_tol: the share of its first projected gradient's norm at which a subspace is used up; 0.25.
         grad_norm_tol: the norm of the projected gradient at which a subspace is used up; 1e-4.
         update_proj_gap: the most optimizer steps that a subspace lasts; 200.
         second_moment: what a change of basis C does to V, ``abs`` for ``|V C|``, ``clamp`` for ``max(V C, 0)``, or
@@ -162,7 +163,9 @@ class VLoRP(LowRankOptimizer):
     Args:
         rank: columns of the projection, r; 4.
         granularity: units per row, c, as a number or as ``"p/q"``; below 1, one unit is 1/c rows; 64.
-        update_scheme: ``projfactor`` (the default), ``subspace`` or ``original_space``.
+        update_scheme: ``projfactor`` (the default), ``subspace``, ``original_space``, or ``sgd``, which has no state.
+        scale: the official code's, multiplies what is lifted: an epsilon of ``eps / scale`` with ``projfactor`` and
+            ``original_space``, a factor on the update with ``subspace`` and ``sgd``; 1.0.
         distribution: of the projection, ``gaussian`` (the default) or ``rademacher``.
         update_proj_gap: optimizer steps that a projection lasts; 100.
         moment_on_resample: what a new projection does to the moments, ``keep`` (the default), ``reset`` or

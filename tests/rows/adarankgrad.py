@@ -33,6 +33,7 @@ ROW = Row(
         CASE | {"rank_multiple": 4},
         CASE | {"rank_min": 4, "never_grow": True},
         CASE | {"grad_norm_tol": 100.0, "update_proj_gap": 50},
+        CASE | {"grad_norm_ratio_tol": 0.95, "update_proj_gap": 50},
         CASE | {"proj_type": "reverse_std"},
         CASE | {"proj_type": "left", "weight_decay": 0.1, "scale": 1.0},
     ],

@@ -80,6 +80,8 @@ def test_a_float_that_is_whole_is_a_whole_number():
             {"update_scheme": "original_space", "moment_on_resample": "reset"},
             "set moment_on_resample to 'keep'",
         ),
+        ("VLoRP", {"update_scheme": "sgd", "moment_on_resample": "reproject"}, "update_scheme 'sgd' has no moments"),
+        ("VLoRP", {"update_scheme": "sgd", "eps_position": "inside"}, "eps_position belongs to update_scheme"),
         ("VLoRP", {"update_scheme": "subspace", "eps_position": "inside"}, "eps_position belongs to update_scheme"),
         ("VLoRP", {"update_scheme": "subspace", "bias_correction": "linear"}, "bias_correction belongs to"),
         ("VLoRP", {"granularty": 4}, "did you mean 'granularity'"),
