@@ -116,7 +116,7 @@ class AdaRankGradMethod(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> StateSpec:
-        """``Q`` compressed x r, Adam's moments kept x r, ``|R|`` when the subspace was new, and how long it has lasted."""
+        """``Q`` compressed x r, Adam's moments kept x r, the subspace's first ``|R|``, and how long it has lasted."""
         return {
             "basis": TensorSpec(shard.compressed, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),

@@ -144,7 +144,7 @@ class VLoRPMethod(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> StateSpec:
-        """ProjFactor: M of R's shape and two factors; ``subspace``: two moments of it; ``sgd``: nothing; else of W's."""
+        """ProjFactor: M of R's shape and two factors; ``subspace``: two moments; ``sgd``: none; else two of W's."""
         if options.update_scheme == "sgd":
             return {}
         if options.update_scheme == "original_space":

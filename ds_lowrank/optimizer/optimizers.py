@@ -121,6 +121,8 @@ class Lorenza(LowRankOptimizer):
         perturbation_radius: how far the gradient is taken from the weights, rho; 0 for no perturbation; 0.05.
         two_sided: whether a probe looks at both sides of the weights, or compares one side with the weights; True.
         probe_form: ``diagonal`` for ``F diag(u) Q^T`` (the default), or ``gaussian`` for ``U Q^T``.
+        right_factor: what F is, the orthogonal factor of ``H Q`` (``qr``, the default) or its left singular vectors, in
+            pairs with Q (``svd``).
         norm: over what ``|G_pert|`` is taken, ``global`` for all matrices (the default), or ``per_matrix``.
         moment_on_refresh: what a refresh does to the moments, ``rotate`` (the default), ``keep`` or ``reset``.
         accumulation: ``per_step`` for one perturbation for all micro-batches (the default), or ``per_micro_batch``.

@@ -89,6 +89,7 @@ def test_a_float_that_is_whole_is_a_whole_number():
         ("AdaRankGrad", {"rank_multiple": 16, "rank_max": 8}, "rank_multiple 16 is above rank_max 8"),
         ("AdaRankGrad", {"residual_tol": 0.0}, "params.residual_tol .*greater than 0"),
         ("AdaRankGrad", {"residual_tol": 1.0}, "params.residual_tol .*less than 1"),
+        ("AdaRankGrad", {"grad_norm_ratio_tol": 1.0}, "params.grad_norm_ratio_tol .*less than 1"),
         ("AdaRankGrad", {"grad_norm_tol": -1}, "params.grad_norm_tol .*greater than or equal to 0"),
         ("AdaRankGrad", {"rank": 8}, "params.rank .*unknown key; did you mean 'rank_m"),
         ("Apollo", {"mini": True, "rank": 4}, "mini has rank 1, got rank 4: set rank to 1, or mini to false"),
