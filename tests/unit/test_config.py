@@ -92,6 +92,8 @@ def test_a_float_that_is_whole_is_a_whole_number():
         ("AdaRankGrad", {"grad_norm_ratio_tol": 1.0}, "params.grad_norm_ratio_tol .*less than 1"),
         ("AdaRankGrad", {"grad_norm_tol": -1}, "params.grad_norm_tol .*greater than or equal to 0"),
         ("AdaRankGrad", {"rank": 8}, "params.rank .*unknown key; did you mean 'rank_m"),
+        ("Lorenza", {"right_factor": "svd", "probe_form": "gaussian"}, "right_factor belongs to probe_form 'diagonal'"),
+        ("Lorenza", {"right_factor": "svd", "rank": None}, "right_factor belongs to probe_form 'diagonal'"),
         ("Apollo", {"mini": True, "rank": 4}, "mini has rank 1, got rank 4: set rank to 1, or mini to false"),
         ("Apollo", {"norm_growth_limit": 0.9}, "params.norm_growth_limit .*greater than or equal to 1"),
     ],
