@@ -31,7 +31,7 @@ def tall_stack(count, p, k, seed):
 @settings(max_examples=60, deadline=None)
 @given(**TALL)
 def test_singular_pairs_of_a_stack_rebuild_its_matrices(count, p, k, seed):
-    """A turned matrix ``A V`` has orthogonal columns, F times their lengths; a direction that is rounding has no pair."""
+    """``A V = F S``, with a zero column in F and V for a direction that is rounding."""
     stack = tall_stack(count, p, k, seed)
     for left, right, matrix in zip(*singular_pairs(stack), stack, strict=True):
         values = torch.linalg.svdvals(matrix.double())
