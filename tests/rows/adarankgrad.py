@@ -8,7 +8,7 @@ NAME = "AdaRankGrad"
 CASE = {"rank_max": 6, "update_proj_gap": 2, "eps": 1.0}
 
 ROW = Row(
-    small={"rank_max": 3, "update_proj_gap": 3, "residual_tol": 0.3},
+    small={"rank_max": 3, "update_proj_gap": 3, "residual_tol": 0.3, "grad_norm_ratio_tol": 0.0},
     cases=[
         CASE,
         *(CASE | {"residual_tol": 0.02, "second_moment": rule} for rule in ("abs", "clamp", "squared")),
