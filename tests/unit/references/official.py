@@ -18,12 +18,12 @@ class OfficialProjFactor:
     rows <  columns    Gt = view(G, n/c x mc),  P is n/c x r:   X <- P^T Gt,   back(X) = scale P X / r
 
     M <- b1 M + (1 - b1) X;  v_row, v_col <- averages of the row and column sums of back(X)^2
-    W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) back(M) / (sqrt(v_row v_col / sum v_row) + eps)
+    W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) back(M) / (sqrt(v_row v_col / sum v_row) + eps);  W <- W - lr decay W
     """
 
-    def __init__(self, weight, rank, factor, update_proj_gap, scale, dist, eps, betas=(0.9, 0.999)):
+    def __init__(self, weight, rank, factor, update_proj_gap, scale, dist, eps, decay=0.0, betas=(0.9, 0.999)):
         self.W, self.r, self.c, self.T = weight, rank, factor, update_proj_gap
-        self.scale, self.eps, self.betas, self.t = scale, eps, betas, 0
+        self.scale, self.eps, self.decay, self.betas, self.t = scale, eps, decay, betas, 0
         self.draw = {"normal": sketch, "rademacher": sign_sketch}[dist]
         self.M = self.v_row = self.v_col = 0
 
@@ -47,6 +47,7 @@ class OfficialProjFactor:
         root = (self.v_row @ self.v_col / self.v_row.sum()).sqrt()
         step_size = lr * (1 - b2**self.t) ** 0.5 / (1 - b1**self.t)
         self.W -= step_size * back(self.M) / (root + self.eps)
+        self.W -= lr * self.decay * self.W
 
 
 class OfficialOnlineSubspaceDescent:

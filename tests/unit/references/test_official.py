@@ -42,23 +42,24 @@ def displacement_error(make_ours, make_theirs, shape, size=1.0, turned=False):
     return worst
 
 
-PROJFACTOR = [(4, 4, 1.0, 1.0), (1, 4, 0.25, 1e-6), (4, 1, 0.25, 1e-4), (4, 0.25, 1.0, 1.0)]
-"""Rank, granularity, scale, and the size of gradients, beside the published epsilon of 1e-6."""
+PROJFACTOR = [(4, 4, 1.0, 1.0, 0.1), (1, 4, 0.25, 1e-6, 0.0), (4, 1, 0.25, 1e-4, 0.1), (4, 0.25, 1.0, 1.0, 0.1)]
+"""Rank, granularity, scale, the size of gradients beside the published epsilon of 1e-6, and weight decay, none where a
+step is so small that the weights' own rounding is a part of it."""
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("rank", "c", "scale", "size"), PROJFACTOR)
+@pytest.mark.parametrize(("rank", "c", "scale", "size", "decay"), PROJFACTOR)
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
-def test_vlorp_equals_the_official_code(dist, rank, c, scale, size, shape):
+def test_vlorp_equals_the_official_code(dist, rank, c, scale, size, decay, shape):
     distribution = {"normal": "gaussian"}.get(dist, dist)
     common = {"rank": rank, "update_proj_gap": 6, "scale": scale}
 
     def make_ours(named):
         view = {"granularity": c, "left_view": "official", "distribution": distribution}
-        return ds_lowrank.VLoRP(named, lr=LR, **common, **view)
+        return ds_lowrank.VLoRP(named, lr=LR, weight_decay=decay, weight_decay_order="after", **common, **view)
 
     def make_theirs(weight):
-        return OfficialProjFactor(weight, factor=c, dist=dist, eps=1e-6, **common).step
+        return OfficialProjFactor(weight, factor=c, dist=dist, eps=1e-6, decay=decay, **common).step
 
     assert displacement_error(make_ours, make_theirs, shape, size) < 1e-5
 
@@ -79,7 +80,9 @@ OSD = [("adam", "adam", (0.9, 0.999)), ("adam", "sgd", (0.9, 0.999)), ("lion", "
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("rule", "basis_rule", "betas"), OSD)
 def test_online_subspace_descent_equals_the_official_code(rule, basis_rule, betas, shape):
-    """Without lambda, at the published rate of the basis. An epsilon of 1e-12, since theirs stands elsewhere."""
+    """Without lambda, at the published rate of the basis. An epsilon of 1e-12: theirs are one for W, beside an
+    uncorrected root, and another for P, beside a corrected one.
+    """
     gap, lion = 20, rule == "lion"
     common = {"rank": 6, "eps": 1e-12, "betas": betas}
 
