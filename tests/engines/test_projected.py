@@ -61,6 +61,7 @@ VARIANTS = [
     ("OnlineSubspaceDescent", {"pca_norm": "projected", "basis_optimizer": "sgd", "proj_type": "reverse_std"}),
     ("VLoRP", {"granularity": "1/2", "proj_type": "reverse_std"}),
     ("VLoRP", {"update_scheme": "subspace"}),
+    ("VLoRP", {"update_scheme": "sgd", "scale": 0.25}),
     ("Lorenza", {"probe_form": "gaussian", "moment_on_refresh": "reset"}),
 ]
 

@@ -27,6 +27,27 @@ COSTS = {"rank": 4, "update_proj_gap": 3}
 """Options for 48 x 20."""
 
 
+def gradients_with(values: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Shape], Gradients]:
+    """Gradients that are turned at random in every step and keep their singular values.
+
+    How far a rounding error turns a subspace, or a singular vector, is one over the gap to the next value.
+
+    Args:
+        values: the singular values, from their numbers 0, 1, 2, ...
+    """
+
+    def gradients(shape: Shape) -> Gradients:
+        def gradient(step: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(step)
+            k = min(shape)
+            u, v = (torch.linalg.qr(torch.randn(size, k, generator=generator)).Q for size in shape)
+            return 10 * u * values(torch.arange(k)) @ v.T
+
+        return gradient
+
+    return gradients
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """How the tests run one method.
