@@ -100,6 +100,7 @@ class GradNormLoRP(LowRankOptimizer):
         adapter_rank: columns of B and rows of A; 8.
         adapter_alpha: ``B A`` is scaled by ``adapter_alpha / adapter_rank``; 16.0.
         adapter_dropout: dropout on the input of the adapter's path; 0.0.
+        detach_norm: whether the adapter's norm counts as a constant in the backward pass, as in peft's DoRA; False.
         modules_to_save: globs of modules that are trained as they are, next to the adapters; None for new task heads.
     """
 
