@@ -40,7 +40,7 @@ RATES = {f"galore_rank{rank}": rates for rank, rates in GALORE.items()} | {
 
 def expanded(command: str) -> list[str]:
     """The arguments that a shell gives launch/finetune.py for a command of the README."""
-    (function,) = re.findall(r"^```bash\n(glue.*?)^```$", README, re.M | re.S)
+    (function,) = re.findall(r"^```bash\n(glue\(\).*?)^```$", README, re.M | re.S)
     script = f"deepspeed() {{ printf '%q ' \"$@\"; }}\n{function}{command}"
     words = shlex.split(subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout)
     return words[words.index("launch/finetune.py") + 1 :]
