@@ -100,7 +100,7 @@ class AdapterLinear(torch.nn.Module):
 
     def _factor(self) -> Tensor:
         """The factor g / |V|, in fp32 or fp64; 1 where V is zero, so that V gets a gradient and can leave zero."""
-        factors = [self.lora_A, self.lora_B]
+        factors: list[Tensor] = [self.lora_A, self.lora_B]
         if self.detach_norm:
             factors = [factor.detach() for factor in factors]
         squares: Tensor = DirectionNorms.apply(  # type: ignore[no-untyped-call]
