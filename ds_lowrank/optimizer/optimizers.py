@@ -114,6 +114,7 @@ class GradNormLoRP(LowRankOptimizer):
         adapter_rank: columns of B and rows of A; 8.
         adapter_alpha: ``B A`` is scaled by ``adapter_alpha / adapter_rank``; 16.0.
         adapter_dropout: dropout on the input of the adapter's path; 0.0.
+        detach_norm: whether the adapter's norm counts as a constant in the backward pass, as in peft's DoRA; False.
         modules_to_save: globs of modules that are trained as they are, next to the adapters; None for new task heads.
     """
 
@@ -165,7 +166,10 @@ class OnlineSubspaceDescent(LowRankOptimizer):
         pca_norm: what the gradient is divided by in the PCA loss, the norm of the ``gradient`` (the default) or of its
             ``projected`` form.
         basis_lr_ratio: the basis moves at ``basis_lr_ratio * lr``; 5.0.
-        basis_optimizer: what steps the basis, ``adam`` (the default), ``sgd``, ``lion`` or ``adafactor``.
+        basis_optimizer: what steps the basis, ``adam`` (the default), ``sgd``, ``lion``, ``adafactor`` or a class of
+            yours as ``"module:Class"``, or ``random``, which draws another basis instead.
+        basis_betas: the betas of ``basis_optimizer``, or None for ``betas``; None.
+        update_proj_gap: with ``basis_optimizer`` ``random``, optimizer steps that a basis lasts; 200.
         basis_init: the first basis, of the first gradient by a ``randomized`` range finder (the default) or by ``svd``,
             or ``random``.
         basis_weight_decay: the decoupled weight decay of the basis, or None for ``weight_decay``; None.

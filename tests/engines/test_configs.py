@@ -39,6 +39,7 @@ def test_every_method_has_its_configuration_files():
     }
     assert {path.stem for path in OTHERS} == {f"{method}_zero2_bf16" for method in methods} | {
         "adamw_zero2",
+        "adazo_sam_zero2",
         "llama_7b_24gb",
     }
 

@@ -59,6 +59,7 @@ VARIANTS = [
     ("GaLore", {"inner": "lion", "lion_sign": "original"}),
     ("OnlineSubspaceDescent", {"pca_norm": "projected"}),
     ("OnlineSubspaceDescent", {"pca_norm": "projected", "basis_optimizer": "sgd", "proj_type": "reverse_std"}),
+    ("OnlineSubspaceDescent", {"basis_optimizer": "random", "update_proj_gap": 4, "basis_lr_ratio": 5.0}),
     ("VLoRP", {"granularity": "1/2", "proj_type": "reverse_std"}),
     ("VLoRP", {"update_scheme": "subspace"}),
     ("VLoRP", {"update_scheme": "sgd", "scale": 0.25}),
