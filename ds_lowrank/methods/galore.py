@@ -15,10 +15,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.orthonormal import orthonormal
-from ds_lowrank.linalg.sketch import name_hash, normal
+from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.blocks.dct_basis import gather_indices
+from ds_lowrank.methods.blocks.range_finder import (
+    RangeFinderOptions,
+    random_basis,
+    randomized_range,
+    sampled_basis,
+    singular_basis,
+)
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,
@@ -28,6 +34,8 @@ from ds_lowrank.methods.blocks.subspace import (
     basis_of_step,
     descend,
     project_on,
+    project_on_columns,
+    stored_basis,
     subspace_state,
 )
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
@@ -35,13 +43,14 @@ from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
 
-class GaLoreOptions(SubspaceOptions):
+class GaLoreOptions(SubspaceOptions, RangeFinderOptions):
     """The keys of GaLore, in its own spelling."""
 
     update_proj_gap: int = Field(200, gt=0, strict=True)
     """T, in optimizer steps."""
-    projector: Literal["randomized", "svd"] = "randomized"
-    """How the leading subspace is found: by a randomized range finder, or by an exact SVD on one rank."""
+    projector: Literal["randomized", "svd", "random", "sampled", "dct"] = "randomized"
+    """Which basis: of the leading subspace, by a randomized range finder or by an exact SVD on one rank; a random one
+    (GoLore); a sample of the singular vectors (I3S); or the strongest columns of the DCT matrix (DCT-AdamW)."""
     moments: Literal["keep", "rotate"] = "keep"
     """What a refresh does to Adam's moments: the official code keeps them in the old coordinates."""
     basis_placement: BasisPlacement = "partitioned"
@@ -53,8 +62,14 @@ class GaLoreOptions(SubspaceOptions):
     """Spread the refreshes of the matrices over the interval instead of doing them all in one step."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse to rotate moments that the inner optimizer does not have."""
+        """Refuse to rotate moments that the inner optimizer does not have, and keys of another projector."""
         super().model_post_init(context)
+        if self.power_steps != 1 and self.projector != "randomized":
+            raise ValueError(
+                f"power_steps belongs to projector 'randomized', projector is {self.projector!r}: remove one of them"
+            )
+        if self.first_basis == "random" and self.projector == "dct":
+            raise ValueError("projector 'dct' has no random basis to begin with: set first_basis to 'gradient'")
         if self.moments == "rotate" and (self.inner == "adafactor" or (self.inner == "sgd" and not self.momentum)):
             raise ValueError(f"inner {self.inner!r} has no moments that 'rotate' could carry: set moments to 'keep'")
 
@@ -72,7 +87,7 @@ class GaLoreMethod(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
-        """The basis, compressed x rank, and the inner optimizer's moments, kept x rank."""
+        """The basis, compressed x rank, or its indices, rank x 1, and the inner optimizer's moments, kept x rank."""
         return subspace_state(shard, options, rank)
 
     @staticmethod
@@ -81,20 +96,27 @@ class GaLoreMethod(Method):
 
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Sums | None]:
-        """``Q``; None if a new one is due, which is found in the gradient."""
-        if state["step"] == 0 and options.first_basis == "random":
-            shard.held_basis = yield shard.compressed.all_gather((yield from random_basis(shard, options)))
-            return (shard.held_basis,)
-        if refresh_due(shard.names[0], options, state["step"]):
+        """``Q``; None if a new one is due that is found in the gradient."""
+        step = state["step"]
+        if not refresh_due(shard.names[0], options, step):
+            return (yield from basis_factors(shard, state, options))
+        if not draws_basis(options, step):
             return None
-        return (yield from basis_factors(shard, state))
+        own = yield from random_basis(shard, min(options.rank, *shard.shape), options.seed, step)
+        shard.held_basis, shard.is_basis_new = (yield shard.compressed.all_gather(own)), True
+        return (shard.held_basis,)
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
-        due = refresh_due(shard.names[0], options, state["step"])  # the same for all
-        own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
-        return (yield from project_on(shard, own, due, options))  # R = H Q
+        step, rank = state["step"], min(options.rank, *shard.shape)
+        due = refresh_due(shard.names[0], options, step)  # the same for all
+        if due and options.projector == "dct":
+            return (yield from project_on_columns(shard, rank))
+        own = (yield from new_basis(shard, options, step)) if due else stored_basis(state)
+        found = yield from project_on(shard, own, due, options)  # R = H Q
+        found.is_drawn = draws_basis(options, step)
+        return found
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: GaLoreOptions, found: Projection) -> Program[Factors | Dense]:
@@ -114,25 +136,21 @@ def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
     return step == 0 or (step + offset) % options.update_proj_gap == 0
 
 
+def draws_basis(options: GaLoreOptions, step: int) -> bool:
+    """Whether a basis that is due in a step is random, and needs no gradient."""
+    return options.projector == "random" or (step == 0 and options.first_basis == "random")
+
+
 def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[torch.Tensor]:
-    """An orthonormal basis of the gradient's leading subspace: matrices x owned compressed rows x rank, fp32."""
-    if step == 0 and options.first_basis == "random":
-        return (yield from random_basis(shard, options))
+    """An orthonormal basis, of the gradient or random: matrices x owned compressed rows x rank, fp32."""
     rank = min(options.rank, *shard.shape)
+    if draws_basis(options, step):
+        return (yield from random_basis(shard, rank, options.seed, step))
     if options.projector == "svd":
         return (yield from singular_basis(shard, rank))
-    return (yield from randomized_range(shard, rank, options.seed, step))
-
-
-def random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Tensor]:
-    """A random orthonormal basis, a function of seed and name: matrices x owned compressed rows x rank, fp32."""
-    if shard.is_accumulated and shard.held_basis is not None:  # backward has projected onto it
-        return shard.compressed.own_of_held(shard.held_basis)
-    rooted = [shard.names[i] for i in shard.rooted]
-    size, rank = shard.compressed.size, min(options.rank, *shard.shape)
-    drawn = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))
-    own: torch.Tensor = yield shard.compressed.scatter_from_root(drawn)
-    return own
+    if options.projector == "sampled":
+        return (yield from sampled_basis(shard, rank, options.seed, step))
+    return (yield from randomized_range(shard, rank, options.seed, step, options.power_steps))
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:
@@ -142,9 +160,15 @@ def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: 
         shard: the stack.
         state: with the old basis.
         options: with ``moments``.
-        new: matrices x owned compressed rows x rank, fp32.
+        new: what this rank stores of the new basis, as the state has it of the old one.
     """
     if options.moments == "rotate" and state["step"] > 0:
-        rotation = yield from shard.replicated_sum(state["basis"].mT @ new)  # Q_old^T Q
+        old = stored_basis(state)
+        if options.stores_indices:  # Q_old^T Q, of columns of one orthonormal matrix
+            rank = min(options.rank, *shard.shape)
+            both = yield from gather_indices(shard, torch.cat([old, new], dim=2), rank)
+            rotation = (both[..., :1] == both[..., 1:].mT).float()
+        else:
+            rotation = yield from shard.replicated_sum(old.mT @ new)  # Q_old^T Q
         options.inner_optimizer.rotate(state, rotation)
-    state["basis"] = new
+    state["indices" if options.stores_indices else "basis"] = new

@@ -35,7 +35,7 @@ from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
+from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.blocks.weight_norm import Frame, MovedDirections, Tangent, gather_frame
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
 from ds_lowrank.sharding.axis import Axis
@@ -148,7 +148,7 @@ class GradNormLoRPMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> StateSpec:
         """GaLore's state, and for whole weights g and ``|v|`` with the moments of g, one number per unit each."""
-        spec = subspace_state(shard, options, rank)
+        spec = GaLoreMethod.state(shard, options, rank)
         if options.parametrization == "adapter":
             return spec
         axis = magnitude_axis(shard, options)
@@ -207,6 +207,7 @@ class GradNormLoRPMethod(Method):
             found.due,
             own=found.own,
             basis=found.basis,
+            is_drawn=found.is_drawn,
             frame=frame,
             weight_squares=weight_squares,
             norms=norms,

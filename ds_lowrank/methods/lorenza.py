@@ -31,9 +31,8 @@ from ds_lowrank.methods.blocks.ascent import Ascent
 from ds_lowrank.methods.blocks.directions import Diagonal, Directions, FullSpace, GaussianInSubspace
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
-from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
-from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
@@ -44,10 +43,10 @@ from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class LorenzaOptions(Options):
+class LorenzaOptions(RangeFinderOptions):
     """The keys of LORENZA, with the paper's symbols."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "probe_form")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank", "probe_form")
 
     rank: Annotated[int, Field(gt=0, strict=True)] | None = 128
     """Columns of ``Q``, r. None: AdaZo-SAM, on whole gradients."""
@@ -92,6 +91,8 @@ class LorenzaOptions(Options):
             raise ValueError("probe_form 'diagonal' needs a rank: set rank, or probe_form to 'gaussian'")
         if self.rank is None and self.orthogonal_component:
             raise ValueError("orthogonal_component needs a rank: without one nothing is left out of the gradient")
+        if self.rank is None and self.power_steps != 1:
+            raise ValueError("power_steps needs a rank: without one no basis is found")
         if self.orthogonal_scale != 1.0 and not self.orthogonal_component:
             raise ValueError("orthogonal_scale belongs to orthogonal_component: remove it, or set that to true")
 
@@ -174,7 +175,7 @@ class LorenzaMethod(PerturbingMethod):
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[Sums | None]:
         """``Q``; None if a new one is due, which is found in the gradient."""
-        return None if subspace_due(state, options) else (yield from basis_factors(shard, state))
+        return None if subspace_due(state, options) else (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
@@ -185,7 +186,7 @@ class LorenzaMethod(PerturbingMethod):
         own = state["basis"]
         if due:
             rank = LorenzaMethod.rank(shard.shape, options)
-            own = yield from randomized_range(shard, rank, options.seed, state["step"])
+            own = yield from randomized_range(shard, rank, options.seed, state["step"], options.power_steps)
         return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod

@@ -145,6 +145,7 @@ class Stack:
             for matrix in self.matrices:
                 matrix.gathered.pop("basis", None)
             return
+        is_stored = is_stored and "basis" in self.state  # and not only the indices of its columns
         if self.is_here and not (is_stored and self._is_alone):
             self._gathered.close({"basis": held})
             return
@@ -162,6 +163,7 @@ class Stack:
         """Release the gradients, the weights and what was found."""
         self.shard.detach()
         self.shard.held_basis = self.found = None
+        self.shard.is_basis_new = False
 
     def store(self, decoded: State) -> None:
         """Keep what the step has made of the weights and of the state.

@@ -62,6 +62,7 @@ class DenseAdaRankGrad:
         grad_norm_tol: float = 1e-4,
         update_proj_gap: int = 200,
         second_moment: str = "squared",
+        power_steps: int = 1,
         scale: float = 0.25,
         proj_type: str = "std",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -91,7 +92,8 @@ class DenseAdaRankGrad:
 
     def new_subspace(self, H: torch.Tensor) -> None:
         """Choose rank and basis anew, and carry the moments into it."""
-        Q = randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank_max))
+        W = sketch(self.seed, self.name, self.t, H.shape[1 if self.power_steps else 0], self.rank_max)
+        Q = randomized_basis(H, W, self.power_steps)
         _, s, Vh = torch.linalg.svd(H @ Q, full_matrices=False)
         self.rank = self.choose_rank(H, s)
         V = Vh[: self.rank].T

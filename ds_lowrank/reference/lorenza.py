@@ -49,6 +49,7 @@ class DenseLorenza:
         proj_type: str = "std",
         probe_form: str | None = None,
         moment_on_refresh: str = "rotate",
+        power_steps: int = 1,
         orthogonal_component: bool = False,
         orthogonal_scale: float | str = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -60,6 +61,7 @@ class DenseLorenza:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank = None if rank is None else min(rank, m, n)
+        self.power_steps = power_steps
         self.diagonal = probe_form != "gaussian"
         self.moment_on_refresh, self.weight_decay, self.seed = moment_on_refresh, weight_decay, seed
         self.orthogonal_scale = orthogonal_scale if orthogonal_component else None
@@ -83,7 +85,8 @@ class DenseLorenza:
 
     def refresh(self, H: torch.Tensor, rank: int) -> None:
         """Find Q and F anew, and carry the moments into Q."""
-        new = randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], rank))
+        W = sketch(self.seed, self.name, self.t, H.shape[1 if self.power_steps else 0], rank)
+        new = randomized_basis(H, W, self.power_steps)
         if self.moment_on_refresh == "rotate" and self.t > 0:
             self.adam.rotate(self.Q.T @ new)
         if self.moment_on_refresh == "reset":

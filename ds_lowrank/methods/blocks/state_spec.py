@@ -17,6 +17,9 @@ from ds_lowrank.sharding.axis import Axis
 State = dict[str, Any]
 """The state of one parameter: tensors and ints under fixed keys. The optimizer's ``step`` is always among them."""
 
+BASIS_KEYS = ("basis", "indices")
+"""Under which a state has its basis: as a tensor, or as the indices of columns of a fixed matrix."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
