@@ -14,6 +14,7 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
+from ds_lowrank.optimizer.lineage import Flora
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -37,6 +38,7 @@ __all__ = [
     "Apollo",
     "CheckpointError",
     "ConfigError",
+    "Flora",
     "ForwardBackwardMixin",
     "GaLore",
     "GradNormLoRP",

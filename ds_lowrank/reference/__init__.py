@@ -14,6 +14,7 @@ import torch
 
 from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
+from ds_lowrank.reference.flora import DenseFlora
 from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
 from ds_lowrank.reference.lorenza import DenseLorenza
@@ -38,5 +39,6 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Apollo": DenseApollo,
     "GradNormLoRP": DenseGradNormLoRP,
     "Lorenza": DenseLorenza,
+    "Flora": DenseFlora,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""
