@@ -25,8 +25,15 @@ from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.projection import safe_scale_of
 from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
+from ds_lowrank.methods.blocks.subspace import (
+    BasisPlacement,
+    Projection,
+    basis_factors,
+    basis_of_step,
+    keep_gathered,
+    project_on,
+)
 from ds_lowrank.sharding.elementwise import blocks, squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, concurrently
@@ -114,7 +121,7 @@ class AdaRankGradMethod(Method):
     def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> StateSpec:
         """``Q`` compressed x r, Adam's moments kept x r, and how long the subspace has lasted."""
         return {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
             "rank": rank,
@@ -147,10 +154,12 @@ class AdaRankGradMethod(Method):
         elif isinstance(found, AdaptiveProjection):
             rank = found.ranks[0]  # the same for all
             basis, projected = basis[..., :rank].contiguous(), projected[..., :rank].contiguous()
-            shard.held_basis = basis if options.keeps_bases_gathered else None
+            shard.held_basis = None
+            keep_gathered(shard, options, basis, is_new=True)
             yield from change_subspace(shard, state, options, found)
         moments = state["exp_avg"], state["exp_avg_sq"]
-        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N = Adam(R)
+        eps, step = options.eps_at(state["step"] + 1), state["step"] + 1
+        direction = adam(*moments, projected, options.betas, eps, step)  # N = Adam(R)
         squares = projected.square().sum((1, 2), keepdim=True)
         direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
         state["age"] += 1

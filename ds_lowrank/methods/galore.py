@@ -18,6 +18,7 @@ from pydantic import Field
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.dct_basis import gather_indices
+from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions, note_similarity
 from ds_lowrank.methods.blocks.range_finder import (
     RangeFinderOptions,
     random_basis,
@@ -29,7 +30,6 @@ from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,
     Projection,
-    SubspaceOptions,
     basis_factors,
     basis_of_step,
     descend,
@@ -43,11 +43,9 @@ from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
 
-class GaLoreOptions(SubspaceOptions, RangeFinderOptions):
+class GaLoreOptions(LazyRefreshOptions, RangeFinderOptions):
     """The keys of GaLore, in its own spelling."""
 
-    update_proj_gap: int = Field(200, gt=0, strict=True)
-    """T, in optimizer steps."""
     projector: Literal["randomized", "svd", "random", "sampled", "dct"] = "randomized"
     """Which basis: of the leading subspace, by a randomized range finder or by an exact SVD on one rank; a random one
     (GoLore); a sample of the singular vectors (I3S); or the strongest columns of the DCT matrix (DCT-AdamW)."""
@@ -70,8 +68,17 @@ class GaLoreOptions(SubspaceOptions, RangeFinderOptions):
             )
         if self.first_basis == "random" and self.projector == "dct":
             raise ValueError("projector 'dct' has no random basis to begin with: set first_basis to 'gradient'")
+        if self.projector == "dct" and self.basis_dtype != "fp32":
+            raise ValueError("projector 'dct' stores indices and no numbers of a basis: set basis_dtype to 'fp32'")
+        if self.is_lazy and self.projector not in ("randomized", "svd"):
+            raise ValueError(
+                f"cos_threshold compares leading subspaces, projector is {self.projector!r}: set that to 'randomized' "
+                "or 'svd', or remove cos_threshold"
+            )
         if self.moments == "rotate" and (self.inner == "adafactor" or (self.inner == "sgd" and not self.momentum)):
             raise ValueError(f"inner {self.inner!r} has no moments that 'rotate' could carry: set moments to 'keep'")
+        if self.is_lazy and self.stagger:
+            raise ValueError("cos_threshold lets every matrix refresh at a time of its own: set stagger to false")
 
 
 class GaLoreMethod(Method):
@@ -88,7 +95,7 @@ class GaLoreMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
         """The basis, compressed x rank, or its indices, rank x 1, and the inner optimizer's moments, kept x rank."""
-        return subspace_state(shard, options, rank)
+        return galore_state(shard, options, rank)
 
     @staticmethod
     def needs_gradient(options: GaLoreOptions) -> None:
@@ -98,7 +105,7 @@ class GaLoreMethod(Method):
     def factors(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Sums | None]:
         """``Q``; None if a new one is due that is found in the gradient."""
         step = state["step"]
-        if not refresh_due(shard.names[0], options, step):
+        if not basis_due(shard, state, options):
             return (yield from basis_factors(shard, state, options))
         if not draws_basis(options, step):
             return None
@@ -110,7 +117,7 @@ class GaLoreMethod(Method):
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
         step, rank = state["step"], min(options.rank, *shard.shape)
-        due = refresh_due(shard.names[0], options, step)  # the same for all
+        due = basis_due(shard, state, options)
         if due and options.projector == "dct":
             return (yield from project_on_columns(shard, rank))
         own = (yield from new_basis(shard, options, step)) if due else stored_basis(state)
@@ -125,6 +132,18 @@ class GaLoreMethod(Method):
         if found.refreshed:
             yield from change_basis(shard, state, options, found.own)
         return (yield from descend(shard, state, options, found.projected, basis))  # N = rho(R)
+
+
+def galore_state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
+    """A basis, the moments of the inner optimizer, and with ``cos_threshold`` when the next basis is due."""
+    return {**subspace_state(shard, options, rank), **options.lazy_state}
+
+
+def basis_due(shard: MatrixShard, state: State, options: GaLoreOptions) -> bool:
+    """Whether a new basis is due; the same for all matrices of a stack."""
+    if options.is_lazy:
+        return bool(state["step"] >= state["next_refresh"])
+    return refresh_due(shard.names[0], options, state["step"])
 
 
 def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
@@ -154,21 +173,23 @@ def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:
-    """Store a new basis and, if asked, rotate the moments into it.
+    """Store a new basis and, if asked, decide how long it lasts and rotate the moments into it.
 
     Args:
         shard: the stack.
         state: with the old basis.
-        options: with ``moments``.
+        options: with ``cos_threshold`` and ``moments``.
         new: what this rank stores of the new basis, as the state has it of the old one.
     """
-    if options.moments == "rotate" and state["step"] > 0:
-        old = stored_basis(state)
-        if options.stores_indices:  # Q_old^T Q, of columns of one orthonormal matrix
-            rank = min(options.rank, *shard.shape)
-            both = yield from gather_indices(shard, torch.cat([old, new], dim=2), rank)
-            rotation = (both[..., :1] == both[..., 1:].mT).float()
-        else:
-            rotation = yield from shard.replicated_sum(old.mT @ new)  # Q_old^T Q
+    rotates, rotation = options.moments == "rotate" and state["step"] > 0, None
+    if options.is_lazy:
+        rotation = yield from note_similarity(shard, state, options, new)
+    elif rotates and options.stores_indices:  # of columns of one orthonormal matrix
+        pairs = torch.cat([state["indices"], new], dim=2)
+        old_and_new = yield from gather_indices(shard, pairs, min(options.rank, *shard.shape))
+        rotation = (old_and_new[..., :1] == old_and_new[..., 1:].mT).float()
+    elif rotates:
+        rotation = yield from shard.replicated_sum(state["basis"].mT @ new)  # Q_old^T Q
+    if rotates and rotation is not None:
         options.inner_optimizer.rotate(state, rotation)
     state["indices" if options.stores_indices else "basis"] = new

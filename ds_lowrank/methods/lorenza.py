@@ -133,7 +133,7 @@ class LorenzaMethod(PerturbingMethod):
         if options.rank is None:
             return full_rank_state(shard, options)
         spec: dict[str, TensorSpec | int] = {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             **Adam(options).state(shard, shard.kept, rank),
             "age": 0,
         }

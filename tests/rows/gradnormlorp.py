@@ -16,6 +16,7 @@ ROW = Row(
         CASE | {"projector": "random", "norm_axis": "input"},
         CASE | {"projector": "dct", "norm_axis": "input"},
         CASE | {"inner": "adafactor", "weight_decay": 0.1},
+        CASE | {"weight_decay": 0.1, "weight_decay_order": "after", "eps_root": "uncorrected", "eps": 0.1},
         CASE | {"inner": "lion", "lion_sign": "original", "norm_axis": "input"},
     ],
     grid=[CASE, CASE | {"norm_axis": "input", "moments": "rotate"}],

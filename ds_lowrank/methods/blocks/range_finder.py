@@ -7,14 +7,14 @@ from pydantic import Field
 
 from ds_lowrank.linalg.orthonormal import leading_singular_vectors, orthonormal
 from ds_lowrank.linalg.sketch import normal
-from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.elementwise import blocks
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
 
-class RangeFinderOptions(Options):
+class RangeFinderOptions(BasisOptions):
     """The key of the methods that use :func:`randomized_range`."""
 
     power_steps: int = Field(1, ge=0, le=3, strict=True)
