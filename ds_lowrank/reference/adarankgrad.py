@@ -74,6 +74,7 @@ class DenseAdaRankGrad:
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank_max, self.rank_min, self.rank_multiple = min(rank_max, m, n), rank_min, rank_multiple
         self.residual_tol, self.never_grow, self.grad_norm_tol = residual_tol, never_grow, grad_norm_tol
+        self.power_steps = power_steps
         self.second_moment, self.right = second_moment, compresses_columns(proj_type, m, n)
         self.weight_decay, self.seed, self.adam = weight_decay, seed, AdamW(betas, eps)
         self.rank, self.t, self.age, self.converged, self.refreshes = 0, 0, 0, False, 0
