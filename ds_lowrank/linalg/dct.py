@@ -10,6 +10,9 @@ from functools import lru_cache
 
 import torch
 
+PART_ELEMENTS = 2**22
+"""Elements at a time, whose angles are int64."""
+
 
 def dct_columns(size: int, rows: tuple[int, int], columns: torch.Tensor) -> torch.Tensor:
     """Some rows of some columns of the DCT-II matrix of a size.
@@ -24,12 +27,16 @@ def dct_columns(size: int, rows: tuple[int, int], columns: torch.Tensor) -> torc
     Returns:
         L x rows x k, fp32, on the device of ``columns``.
     """
-    device = columns.device
+    (start, end), count, device = rows, columns.shape[1], columns.device
     table = _cosines(size, device)
-    odd = torch.arange(2 * rows[0] + 1, 2 * rows[1] + 1, 2, dtype=torch.int64, device=device).unsqueeze(1)
-    found = torch.empty(len(columns), len(odd), columns.shape[1], dtype=torch.float32, device=device)
-    for own, out in zip(columns, found, strict=True):  # one at a time: angles are int64
-        torch.mul(table[odd * own % (4 * size)], torch.where(own == 0, math.sqrt(0.5), 1.0), out=out)
+    scales = torch.ones(columns.shape, dtype=torch.float32, device=device).masked_fill_(columns == 0, math.sqrt(0.5))
+    found = torch.empty(len(columns), end - start, count, dtype=torch.float32, device=device)
+    height = max(1, PART_ELEMENTS // max(1, count))
+    for own, scale, out in zip(columns, scales, found, strict=True):
+        for row in range(start, end, height):
+            last = min(row + height, end)
+            odd = torch.arange(2 * row + 1, 2 * last + 1, 2, dtype=torch.int64, device=device).unsqueeze(1)
+            torch.mul(table[odd * own % (4 * size)], scale, out=out[row - start : last - start])
     return found
 
 
