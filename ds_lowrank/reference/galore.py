@@ -208,6 +208,11 @@ class DenseAdamW:
         self.weight, self.lr, self.weight_decay = weight, lr, weight_decay
         self.decays_after, self.adam = weight_decay_order == "after", AdamW(betas, eps, eps_root)
 
+    @property
+    def t(self) -> int:
+        """The number of steps so far."""
+        return self.adam.t
+
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, of the weight's shape."""
         lr = self.lr if lr is None else lr
