@@ -20,5 +20,4 @@ ROW = Row(
     engine={**UNDER_ENGINES, "rank": 4, "kappa": 4},
     costs={"rank": 4, "kappa": 3},
     starts_from_zero=False,  # a step is as large as the weights
-    first_step_ignores_size=True,
 )
