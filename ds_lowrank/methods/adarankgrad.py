@@ -23,10 +23,9 @@ from pydantic import Field
 from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.norm_growth import norm_spec
 from ds_lowrank.methods.blocks.projection import safe_scale_of
-from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,
@@ -42,10 +41,10 @@ from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class AdaRankGradOptions(BasisOptions):
+class AdaRankGradOptions(RangeFinderOptions):
     """The keys of AdaRankGrad."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank_max")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank_max")
 
     rank_max: int = Field(128, gt=0, strict=True)
     """The largest rank of a subspace."""
@@ -141,7 +140,7 @@ class AdaRankGradMethod(Method):
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: AdaRankGradOptions) -> Program[Sums | None]:
         """``Q``; None if it is used up."""
-        return None if state["used_up"] else (yield from basis_factors(shard, state))
+        return None if state["used_up"] else (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: AdaRankGradOptions) -> Program[Projection]:
@@ -198,7 +197,7 @@ def new_subspace(
     """
     most = AdaRankGradMethod.rank(shard.shape, options)
     own, safe_scale = yield from concurrently(
-        randomized_range(shard, most, options.seed, step),  # SSRF
+        randomized_range(shard, most, options.seed, step, options.power_steps),  # SSRF
         safe_scale_of(shard),
     )
     basis = yield shard.compressed.all_gather(own)

@@ -209,6 +209,7 @@ class GradNormLoRPMethod(Method):
             found.due,
             own=found.own,
             basis=found.basis,
+            is_drawn=found.is_drawn,
             frame=frame,
             weight_squares=weight_squares,
             norms=norms,

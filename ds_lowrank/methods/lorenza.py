@@ -30,12 +30,11 @@ from ds_lowrank.linalg.energy import singular_pairs
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.base import PerturbingMethod
 from ds_lowrank.methods.blocks.ascent import Ascent
-from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.directions import Diagonal, Directions, FullSpace, GaussianInSubspace
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
-from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
@@ -46,10 +45,10 @@ from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class LorenzaOptions(BasisOptions):
+class LorenzaOptions(RangeFinderOptions):
     """The keys of LORENZA, with the paper's symbols."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "probe_form")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank", "probe_form")
 
     rank: Annotated[int, Field(gt=0, strict=True)] | None = 128
     """Columns of ``Q``, r. None: AdaZo-SAM, on whole gradients."""
@@ -98,6 +97,8 @@ class LorenzaOptions(BasisOptions):
             raise ValueError("right_factor belongs to probe_form 'diagonal': remove it, or set that and a rank")
         if self.rank is None and self.orthogonal_component:
             raise ValueError("orthogonal_component needs a rank: without one nothing is left out of the gradient")
+        if self.rank is None and self.power_steps != 1:
+            raise ValueError("power_steps needs a rank: without one no basis is found")
         if self.orthogonal_scale != 1.0 and not self.orthogonal_component:
             raise ValueError("orthogonal_scale belongs to orthogonal_component: remove it, or set that to true")
 
@@ -191,7 +192,7 @@ class LorenzaMethod(PerturbingMethod):
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[Sums | None]:
         """``Q``; None if a new one is due, which is found in the gradient."""
-        return None if subspace_due(state, options) else (yield from basis_factors(shard, state))
+        return None if subspace_due(state, options) else (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
@@ -202,7 +203,7 @@ class LorenzaMethod(PerturbingMethod):
         own = state["basis"]
         if due:
             rank = LorenzaMethod.rank(shard.shape, options)
-            own = yield from randomized_range(shard, rank, options.seed, state["step"])
+            own = yield from randomized_range(shard, rank, options.seed, state["step"], options.power_steps)
         found = yield from project_on(shard, own, due, options)  # R = H Q
         return (yield from in_pairs(shard, found)) if due and options.right_factor == "svd" else found
 

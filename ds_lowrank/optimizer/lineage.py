@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.fira import FiraMethod
+from ds_lowrank.methods.flora import FloraMethod
 from ds_lowrank.methods.frugal import FrugalMethod
 from ds_lowrank.methods.gum import GumMethod
 from ds_lowrank.methods.ldadam import LDAdamMethod
@@ -75,6 +76,7 @@ class Fira(LowRankOptimizer):
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
         lion_sign: where ``inner`` ``lion`` takes its sign, only in the ``subspace`` (the default).
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = FiraMethod
@@ -105,6 +107,7 @@ class Frugal(LowRankOptimizer):
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
         lion_sign: where ``inner`` ``lion`` takes its sign, only in the ``subspace`` (the default).
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = FrugalMethod
@@ -121,6 +124,7 @@ class LDAdam(LowRankOptimizer):
             gradient; False.
         projector: how the first basis is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
     """
 
     method: ClassVar[type[Method]] = LDAdamMethod
@@ -140,6 +144,7 @@ class SubTrack(LowRankOptimizer):
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between moves, ``replicated``.
         scale: multiplies the part of the update in the subspace; 0.25.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
     """
 
     method: ClassVar[type[Method]] = SubTrackMethod
@@ -161,6 +166,8 @@ class Sumo(LowRankOptimizer):
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = SumoMethod
@@ -180,6 +187,23 @@ class Gum(LowRankOptimizer):
         adjust_lr_fn: what an update is multiplied by for the shape of its matrix, ``none`` (the default), ``original``
             for ``sqrt(max(1, m / n))``, or ``match_rms_adamw`` for ``0.2 sqrt(max(m, n))``.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = GumMethod
+
+
+class Flora(LowRankOptimizer):
+    """Flora (arXiv 2402.03293): momentum in a random subspace that changes, on Adafactor.
+
+    Args:
+        rank: columns of the random projection, at most the smaller dimension of a matrix; 256.
+        kappa: optimizer steps that a random projection lasts; 1000.
+        second_moment: Adafactor's of the whole gradient, ``factored`` (the default), or ``none``.
+        newest_term: this step's term of the direction, ``exact`` (the default, as in the official code) or
+            ``projected``, as all earlier ones.
+        scale_parameter: whether a matrix's step is multiplied by the root mean square of its weights; True.
+    """
+
+    method: ClassVar[type[Method]] = FloraMethod

@@ -36,6 +36,7 @@ class AdaRankGrad(LowRankOptimizer):
             ``squared`` for ``V (C * C)``, the default.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         scale: multiplies the update of a projected matrix, not its weight decay; 0.25.
     """
 
@@ -66,7 +67,9 @@ class GaLore(LowRankOptimizer):
         basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 200.
         scale: the paper's alpha, multiplies the update of a projected matrix, not its weight decay; 0.25.
-        projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
+        projector: which basis, of the leading subspace by a ``randomized`` range finder (the default) or by an exact
+            ``svd``, a ``random`` one, ``sampled`` singular vectors, or columns of the DCT matrix, ``dct``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         moments: what a refresh does to the moments, ``keep`` (the default, as the official code) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
@@ -96,7 +99,8 @@ class GradNormLoRP(LowRankOptimizer):
         basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 250.
         scale: multiplies the update of the direction, not its weight decay; 0.25.
-        projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``.
+        projector: which basis, ``randomized`` (the default), ``svd``, ``random``, ``sampled`` or ``dct``, as in GaLore.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         moments: what a refresh does to the moments, ``keep`` (the default) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
@@ -143,6 +147,7 @@ class Lorenza(LowRankOptimizer):
         accumulation: ``per_step`` for one perturbation for all micro-batches (the default), or ``per_micro_batch``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         orthogonal_component: Lorenza+: whether what the subspace leaves out of the gradient is added; False.
         orthogonal_scale: s, which multiplies that, or ``norm_ratio`` for ``|N_i| / |R_i|`` in each row; 1.0.
     """

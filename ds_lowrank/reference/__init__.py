@@ -15,6 +15,7 @@ import torch
 from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
 from ds_lowrank.reference.fira import DenseFira
+from ds_lowrank.reference.flora import DenseFlora
 from ds_lowrank.reference.frugal import DenseFrugal
 from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
@@ -54,5 +55,6 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "SubTrack": DenseSubTrack,
     "Sumo": DenseSumo,
     "Gum": DenseGum,
+    "Flora": DenseFlora,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

@@ -63,6 +63,7 @@ class DenseAdaRankGrad:
         grad_norm_tol: float = 1e-4,
         update_proj_gap: int = 200,
         second_moment: str = "squared",
+        power_steps: int = 1,
         scale: float = 0.25,
         proj_type: str = "std",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -75,6 +76,7 @@ class DenseAdaRankGrad:
         self.rank_max, self.rank_min, self.rank_multiple = min(rank_max, m, n), rank_min, rank_multiple
         self.residual_tol, self.never_grow = residual_tol, never_grow
         self.grad_norm_ratio_tol, self.grad_norm_tol, self.first_norm = grad_norm_ratio_tol, grad_norm_tol, 0.0
+        self.power_steps = power_steps
         self.second_moment, self.right = second_moment, compresses_columns(proj_type, m, n)
         self.weight_decay, self.seed, self.adam = weight_decay, seed, AdamW(betas, eps)
         self.rank, self.t, self.age, self.converged, self.refreshes = 0, 0, 0, False, 0
@@ -93,7 +95,8 @@ class DenseAdaRankGrad:
 
     def new_subspace(self, H: torch.Tensor) -> None:
         """Choose rank and basis anew, and carry the moments into it."""
-        Q = randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank_max))
+        W = sketch(self.seed, self.name, self.t, H.shape[1 if self.power_steps else 0], self.rank_max)
+        Q = randomized_basis(H, W, self.power_steps)
         _, s, Vh = torch.linalg.svd(H @ Q, full_matrices=False)
         self.rank = self.choose_rank(H, s)
         V = Vh[: self.rank].T

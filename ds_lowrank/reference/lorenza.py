@@ -51,6 +51,7 @@ class DenseLorenza:
         probe_form: str | None = None,
         right_factor: str = "qr",
         moment_on_refresh: str = "rotate",
+        power_steps: int = 1,
         orthogonal_component: bool = False,
         orthogonal_scale: float | str = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -63,6 +64,7 @@ class DenseLorenza:
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank = None if rank is None else min(rank, m, n)
         self.diagonal, self.in_pairs = probe_form != "gaussian", right_factor == "svd"
+        self.power_steps = power_steps
         self.moment_on_refresh, self.weight_decay, self.seed = moment_on_refresh, weight_decay, seed
         self.orthogonal_scale = orthogonal_scale if orthogonal_component else None
         self.right = compresses_columns(proj_type, m, n)
@@ -85,7 +87,8 @@ class DenseLorenza:
 
     def refresh(self, H: torch.Tensor, rank: int) -> None:
         """Find Q and F anew, and carry the moments into Q."""
-        new = randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], rank))
+        W = sketch(self.seed, self.name, self.t, H.shape[1 if self.power_steps else 0], rank)
+        new = randomized_basis(H, W, self.power_steps)
         F = positive_qr(H @ new)
         if self.in_pairs:
             # In fp64: rounding turns vectors whose singular values are close.

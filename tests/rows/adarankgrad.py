@@ -13,6 +13,7 @@ ROW = Row(
         CASE,
         *(CASE | {"residual_tol": 0.02, "second_moment": rule} for rule in ("abs", "clamp", "squared")),
         CASE | {"rank_multiple": 4},
+        CASE | {"power_steps": 2},
         CASE | {"rank_min": 4, "never_grow": True},
         CASE | {"grad_norm_tol": 100.0, "update_proj_gap": 50},
         CASE | {"grad_norm_ratio_tol": 0.95, "update_proj_gap": 50},

@@ -10,6 +10,7 @@ ROW = Row(
     cases=[
         CASE,
         *(CASE | {"moment_on_refresh": rule} for rule in ("keep", "reset")),
+        CASE | {"power_steps": 2},
         *(CASE | {"orthogonal_component": True, "orthogonal_scale": s} for s in (1.0, 0.5, "norm_ratio")),
         *(CASE | {"right_factor": "svd", "moment_on_refresh": rule} for rule in ("rotate", "keep")),
         CASE | {"probe_form": "gaussian", "proj_type": "reverse_std", "weight_decay": 0.1, "scale": 0.5},

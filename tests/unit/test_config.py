@@ -33,7 +33,7 @@ METHOD = METHODS["GaLore"]
         ({"weight_decay": False}, r"params.weight_decay .*valid number, got False"),
         ({"betas": ["0.9", 0.99]}, r"params.betas .*valid number, got \['0.9', 0.99\]"),
         ({"proj_type": "both"}, r"params.proj_type .*'std', 'reverse_std', 'left' or 'right'"),
-        ({"projector": "qr"}, r"params.projector .*'randomized' or 'svd'"),
+        ({"projector": "qr"}, r"params.projector .*'randomized', 'svd', 'random', 'sampled' or 'dct'"),
         ({"betas": [0.9, 1.0]}, r"betas must lie in \[0, 1\)"),
         ({"betas": [0.9]}, "betas"),
         ({"lr": -1}, "greater than or equal to 0"),

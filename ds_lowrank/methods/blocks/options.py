@@ -152,6 +152,11 @@ class Options(BaseModel):
         return self.reduction == "projected" or getattr(self, "basis_placement", "partitioned") == "replicated"
 
     @property
+    def stores_indices(self) -> bool:
+        """Whether a basis consists of columns of a fixed matrix, and only their indices are stored."""
+        return getattr(self, "projector", None) == "dct"
+
+    @property
     def adapters(self) -> dict[str, Any] | None:
         """The arguments of :func:`ds_lowrank.add_adapters` if the model is to have adapters; None if not."""
         return None
