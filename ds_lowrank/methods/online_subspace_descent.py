@@ -24,8 +24,7 @@ from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer, own_rule
 from ds_lowrank.methods.blocks.projection import safe_ratio
-from ds_lowrank.methods.blocks.random_basis import random_basis
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.blocks.range_finder import random_basis, randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     Projection,
@@ -80,7 +79,7 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse options of another way to move the basis than the chosen one."""
+        """Refuse options of another way to move the basis, and so few bits that its small steps would be lost."""
         super().model_post_init(context)
         chosen, fields = self.basis_optimizer, type(self).model_fields
         for key in PCA_KEYS if self.is_random else ("update_proj_gap",):
@@ -89,6 +88,10 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
                 raise ValueError(f"{key} belongs to {owner}, basis_optimizer is {chosen!r}: remove one of them")
         if self.basis_betas is not None and chosen in ("sgd", "adafactor"):
             raise ValueError(f"basis_betas: basis_optimizer {chosen!r} has none: remove one of them")
+        if self.basis_dtype == "int4" and not self.is_random:
+            raise ValueError(
+                "basis_dtype 'int4' loses the small steps that the basis takes: set it to 'bf16' or 'fp32'"
+            )
         if not all(0 <= beta < 1 for beta in self.basis_betas or ()):
             raise ValueError(f"basis_betas must lie in [0, 1), got {self.basis_betas}")
 
@@ -142,8 +145,8 @@ class OnlineSubspaceDescentMethod(Method):
             return None
         if options.basis_due(state["step"]):
             own = yield from new_basis(shard, options, state["step"])
-            shard.held_basis = yield shard.compressed.all_gather(own)
-        return (yield from basis_factors(shard, state))
+            shard.held_basis, shard.is_basis_new = (yield shard.compressed.all_gather(own)), True
+        return (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> Program[Projection]:

@@ -24,16 +24,19 @@ class AdaRankGrad(LowRankOptimizer):
 
     Args:
         rank_max: the largest rank; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         rank_min: the smallest rank, if the gradient has so many directions; 1.
         residual_tol: the share of the gradient's squared norm that a subspace may leave out, eta; 0.2.
         rank_multiple: ranks are rounded up to a multiple of it; 1.
         never_grow: whether a rank may only shrink; False.
+        grad_norm_ratio_tol: the share of its first projected gradient's norm at which a subspace is used up; 0.25.
         grad_norm_tol: the norm of the projected gradient at which a subspace is used up; 1e-4.
         update_proj_gap: the most optimizer steps that a subspace lasts; 200.
         second_moment: what a change of basis C does to V, ``abs`` for ``|V C|``, ``clamp`` for ``max(V C, 0)``, or
             ``squared`` for ``V (C * C)``, the default.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         scale: multiplies the update of a projected matrix, not its weight decay; 0.25.
     """
 
@@ -49,6 +52,8 @@ class Apollo(LowRankOptimizer):
         scale: the paper's alpha (the official code's ``scale`` is its square); 1.0.
         update_proj_gap: optimizer steps that a random projection lasts, T; 200.
         norm_growth_limit: gamma of the norm-growth limiter, or None for no limiter; 1.01.
+        ratio_moments: of which moments the ratio of lengths is taken, bias-``corrected`` ones (the default), or
+            ``uncorrected`` ones as in the official code.
     """
 
     method: ClassVar[type[Method]] = ApolloMethod
@@ -59,14 +64,21 @@ class GaLore(LowRankOptimizer):
 
     Args:
         rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 200.
         scale: the paper's alpha, multiplies the update of a projected matrix, not its weight decay; 0.25.
-        projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
+        projector: which basis, of the leading subspace by a ``randomized`` range finder (the default) or by an exact
+            ``svd``, a ``random`` one, ``sampled`` singular vectors, or columns of the DCT matrix, ``dct``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         moments: what a refresh does to the moments, ``keep`` (the default, as the official code) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
         first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
         stagger: whether the matrices' refreshes are spread over the interval; False.
+        cos_threshold: the similarity of successive bases from which on they last longer, as in Q-GaLore, or None for
+            never; None.
+        gamma_proj: what the time that a basis lasts is then multiplied by; 2.
+        queue_size: how many bases in a row must be similar to the one before; 5.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
@@ -84,14 +96,20 @@ class GradNormLoRP(LowRankOptimizer):
         parametrization: ``full`` for whole weights (the default), or ``adapter`` for adapters A and B in the model.
         norm_axis: what has a magnitude, each ``output`` unit (the default) or each ``input`` unit.
         rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 250.
         scale: multiplies the update of the direction, not its weight decay; 0.25.
-        projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``.
+        projector: which basis, ``randomized`` (the default), ``svd``, ``random``, ``sampled`` or ``dct``, as in GaLore.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         moments: what a refresh does to the moments, ``keep`` (the default) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
         first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
         stagger: whether the matrices' refreshes are spread over the interval; False.
+        cos_threshold: the similarity of successive bases from which on they last longer, as in Q-GaLore, or None for
+            never; None.
+        gamma_proj: what the time that a basis lasts is then multiplied by; 2.
+        queue_size: how many bases in a row must be similar to the one before; 5.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
@@ -114,6 +132,7 @@ class Lorenza(LowRankOptimizer):
 
     Args:
         rank: columns of the basis, or None for AdaZo-SAM, on whole gradients; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 200.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
         probes: random directions per step, q; 1.
@@ -121,11 +140,14 @@ class Lorenza(LowRankOptimizer):
         perturbation_radius: how far the gradient is taken from the weights, rho; 0 for no perturbation; 0.05.
         two_sided: whether a probe looks at both sides of the weights, or compares one side with the weights; True.
         probe_form: ``diagonal`` for ``F diag(u) Q^T`` (the default), or ``gaussian`` for ``U Q^T``.
+        right_factor: what F is, the orthogonal factor of ``H Q`` (``qr``, the default) or its left singular vectors, in
+            pairs with Q (``svd``).
         norm: over what ``|G_pert|`` is taken, ``global`` for all matrices (the default), or ``per_matrix``.
         moment_on_refresh: what a refresh does to the moments, ``rotate`` (the default), ``keep`` or ``reset``.
         accumulation: ``per_step`` for one perturbation for all micro-batches (the default), or ``per_micro_batch``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         orthogonal_component: Lorenza+: whether what the subspace leaves out of the gradient is added; False.
         orthogonal_scale: s, which multiplies that, or ``norm_ratio`` for ``|N_i| / |R_i|`` in each row; 1.0.
     """
@@ -138,6 +160,7 @@ class OnlineSubspaceDescent(LowRankOptimizer):
 
     Args:
         rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how the basis is stored between steps, ``fp32`` (the default) or ``bf16``.
         scale: the paper's alpha, multiplies the update of a projected matrix, not its weight decay; 0.25.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
@@ -166,7 +189,9 @@ class VLoRP(LowRankOptimizer):
     Args:
         rank: columns of the projection, r; 4.
         granularity: units per row, c, as a number or as ``"p/q"``; below 1, one unit is 1/c rows; 64.
-        update_scheme: ``projfactor`` (the default), ``subspace`` or ``original_space``.
+        update_scheme: ``projfactor`` (the default), ``subspace``, ``original_space``, or ``sgd``, which has no state.
+        scale: the official code's, multiplies what is lifted: an epsilon of ``eps / scale`` with ``projfactor`` and
+            ``original_space``, a factor on the update with ``subspace`` and ``sgd``; 1.0.
         distribution: of the projection, ``gaussian`` (the default) or ``rademacher``.
         update_proj_gap: optimizer steps that a projection lasts; 100.
         moment_on_resample: what a new projection does to the moments, ``keep`` (the default), ``reset`` or
