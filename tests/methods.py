@@ -20,6 +20,23 @@ def of(name: str) -> Row:
     return ROWS[name] if name in ROWS else Row.of_options(METHODS[name].Options.model_fields)
 
 
+def taken(name: str, changes: Options, options: Options | None = None) -> Options:
+    """Those of the changes that a method has keys for, each of which goes with its other options.
+
+    Online Subspace Descent has an interval only for a basis that is drawn.
+    """
+    model, given = METHODS[name].Options, options or {}
+
+    def fits(key: str) -> bool:
+        try:
+            model(**{**given, key: changes[key]})
+        except ValueError:
+            return False
+        return True
+
+    return {key: value for key, value in changes.items() if key in model.model_fields and fits(key)}
+
+
 def cases() -> list[tuple[str, Options]]:
     """Every registered method with each of its cases."""
     return [(name, options) for name in METHODS for options in of(name).cases]

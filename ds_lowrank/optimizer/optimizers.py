@@ -171,8 +171,8 @@ class OnlineSubspaceDescent(LowRankOptimizer):
         pca_norm: what the gradient is divided by in the PCA loss, the norm of the ``gradient`` (the default) or of its
             ``projected`` form.
         basis_lr_ratio: the basis moves at ``basis_lr_ratio * lr``; 5.0.
-        basis_optimizer: what steps the basis, ``adam`` (the default), ``sgd``, ``lion``, ``adafactor`` or a class of
-            yours as ``"module:Class"``, or ``random``, which draws another basis instead.
+        basis_optimizer: what steps the basis, ``adam``, ``sgd``, ``lion``, ``adafactor`` or a class of yours as
+            ``"module:Class"``, or ``random``, which draws another basis instead; "adam".
         basis_betas: the betas of ``basis_optimizer``, or None for ``betas``; None.
         update_proj_gap: with ``basis_optimizer`` ``random``, optimizer steps that a basis lasts; 200.
         basis_init: the first basis, of the first gradient by a ``randomized`` range finder (the default) or by ``svd``,

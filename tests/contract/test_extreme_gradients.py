@@ -19,7 +19,7 @@ from tests.contract.cases import (
     small_model,
     take_gradients,
 )
-from tests.methods import of
+from tests.methods import of, taken
 
 
 def set_gradients_to_zero(model):
@@ -49,8 +49,7 @@ def test_zero_gradient_at_refresh_keeps_the_basis(name):
     optimizer = build(name, model)
     run(optimizer, model, range(3))
     basis, twin = optimizer.state_dict()["state"]["0.weight"]["basis"].clone(), copy.deepcopy(model)
-    gap = {"update_proj_gap": 100} if "update_proj_gap" in METHODS[name].Options.model_fields else {}
-    undue = build(name, twin, **gap)
+    undue = build(name, twin, **taken(name, {"update_proj_gap": 100}))
     undue.load_state_dict({**optimizer.state_dict(), "param_groups": undue.state_dict()["param_groups"]})
     for slot in undue.slots:
         slot.state.update({"used_up": 0} if "used_up" in slot.state else {})

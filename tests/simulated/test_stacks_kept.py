@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_lowrank.methods import METHODS
-from tests.methods import of
+from tests.methods import of, taken
 from tests.rows.vlorp import VLORP
 from tests.simulated.harness import even_parts, flat_parts
 from tests.simulated.mixed_worlds import BOUNDS, SHAPES, Layer, MixedWorld, Reference, assert_same_bits, starts_for
@@ -21,9 +21,8 @@ OFFICIAL_VIEW = VLORP | {"granularity": 3, "left_view": "official"}
 
 def mixed_layers(method, ranks, copies=1, **changes):
     """Matrices of several cuts, groups and places, each as often as asked."""
-    options = (
-        COMMON | of(method).cases[0] | {k: v for k, v in changes.items() if k in METHODS[method].Options.model_fields}
-    )
+    options = COMMON | of(method).cases[0]
+    options |= taken(method, changes, options)
     other, layers = options | {"lr": 3e-3}, []
     for i in range(copies):
         shape, odd = SHAPES[0], SHAPES[2]
