@@ -78,6 +78,14 @@ class Quantizer(ABC):
                 be strided as long as rows are contiguous.
         """
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both store the same bits."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        """A function of what is compared."""
+        return hash((type(self), *vars(self).items()))
+
     def stored_rows(self, suffix: str, rows: Range) -> Range:
         """Where a stored tensor has what belongs to some rows of the matrix.
 

@@ -23,21 +23,28 @@ from pydantic import Field
 from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.projection import safe_scale_of
 from ds_lowrank.methods.blocks.range_finder import randomized_range
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
+from ds_lowrank.methods.blocks.subspace import (
+    BasisPlacement,
+    Projection,
+    basis_factors,
+    basis_of_step,
+    keep_gathered,
+    project_on,
+)
 from ds_lowrank.sharding.elementwise import blocks, squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class AdaRankGradOptions(Options):
+class AdaRankGradOptions(BasisOptions):
     """The keys of AdaRankGrad."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank_max")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank_max")
 
     rank_max: int = Field(128, gt=0, strict=True)
     """The largest rank of a subspace."""
@@ -115,7 +122,7 @@ class AdaRankGradMethod(Method):
     def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> StateSpec:
         """``Q`` compressed x r, Adam's moments kept x r, and how long the subspace has lasted."""
         return {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
             "rank": rank,
@@ -148,10 +155,12 @@ class AdaRankGradMethod(Method):
         elif isinstance(found, AdaptiveProjection):
             rank = found.ranks[0]  # the same for all
             basis, projected = basis[..., :rank].contiguous(), projected[..., :rank].contiguous()
-            shard.held_basis = basis if options.keeps_bases_gathered else None
+            shard.held_basis = None
+            keep_gathered(shard, options, basis, is_new=True)
             yield from change_subspace(shard, state, options, found)
         moments = state["exp_avg"], state["exp_avg_sq"]
-        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N = Adam(R)
+        eps, step = options.eps_at(state["step"] + 1), state["step"] + 1
+        direction = adam(*moments, projected, options.betas, eps, step)  # N = Adam(R)
         squares = projected.square().sum((1, 2), keepdim=True)
         direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
         state["age"] += 1

@@ -15,7 +15,7 @@ long each row of the raw gradient should be:
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -48,6 +48,9 @@ class ApolloOptions(Options):
     """T, in optimizer steps."""
     norm_growth_limit: float | None = Field(1.01, ge=1, allow_inf_nan=False)
     """gamma; None switches the limiter off."""
+    ratio_moments: Literal["corrected", "uncorrected"] = "corrected"
+    """Whether ``R~`` is of bias-corrected moments, or, as in the official code, of moments as they are, while the
+    correction multiplies the step. The limiter compares other norms then."""
 
     @model_validator(mode="before")
     @classmethod
@@ -95,10 +98,14 @@ class ApolloMethod(Method):
     def update(shard: MatrixShard, state: State, options: ApolloOptions, found: ProjectedGradient) -> Program[Update]:
         """The update ``alpha * S`` with ``S = diag(s) H``."""
         moments, safe_scale = (state["exp_avg"], state["exp_avg_sq"]), found.safe_scale
-        adapted = adam(*moments, found.projected, options.betas, options.eps, state["step"] + 1)  # R~ = Adam(R)
+        step, correction = state["step"] + 1, 1.0
+        adapted = adam(*moments, found.projected, options.betas, options.eps_at(step), step)  # R~ = Adam(R)
+        if options.ratio_moments == "uncorrected":
+            correction = sqrt(1 - options.betas[1] ** step) / (1 - options.betas[0] ** step)
+            adapted /= correction
         factors = yield from scaling_factors(shard, options, adapted, found.projected / safe_scale)  # s
         factors = yield from limited(shard, state, options, factors, found)
-        return ScaledGradient(factors, [options.scale / each for each in found.host_safe_scales])
+        return ScaledGradient(factors, [options.scale * correction / each for each in found.host_safe_scales])
 
 
 def scaling_factors(

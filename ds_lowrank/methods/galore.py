@@ -18,12 +18,12 @@ from pydantic import Field
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import name_hash, normal
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions, note_similarity
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,
     Projection,
-    SubspaceOptions,
     basis_factors,
     basis_of_step,
     descend,
@@ -35,11 +35,9 @@ from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
 
-class GaLoreOptions(SubspaceOptions):
+class GaLoreOptions(LazyRefreshOptions):
     """The keys of GaLore, in its own spelling."""
 
-    update_proj_gap: int = Field(200, gt=0, strict=True)
-    """T, in optimizer steps."""
     projector: Literal["randomized", "svd"] = "randomized"
     """How the leading subspace is found: by a randomized range finder, or by an exact SVD on one rank."""
     moments: Literal["keep", "rotate"] = "keep"
@@ -57,6 +55,8 @@ class GaLoreOptions(SubspaceOptions):
         super().model_post_init(context)
         if self.moments == "rotate" and (self.inner == "adafactor" or (self.inner == "sgd" and not self.momentum)):
             raise ValueError(f"inner {self.inner!r} has no moments that 'rotate' could carry: set moments to 'keep'")
+        if self.is_lazy and self.stagger:
+            raise ValueError("cos_threshold lets every matrix refresh at a time of its own: set stagger to false")
 
 
 class GaLoreMethod(Method):
@@ -73,7 +73,7 @@ class GaLoreMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
         """The basis, compressed x rank, and the inner optimizer's moments, kept x rank."""
-        return subspace_state(shard, options, rank)
+        return galore_state(shard, options, rank)
 
     @staticmethod
     def needs_gradient(options: GaLoreOptions) -> None:
@@ -85,14 +85,14 @@ class GaLoreMethod(Method):
         if state["step"] == 0 and options.first_basis == "random":
             shard.held_basis = yield shard.compressed.all_gather((yield from random_basis(shard, options)))
             return (shard.held_basis,)
-        if refresh_due(shard.names[0], options, state["step"]):
+        if basis_due(shard, state, options):
             return None
         return (yield from basis_factors(shard, state))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
-        due = refresh_due(shard.names[0], options, state["step"])  # the same for all
+        due = basis_due(shard, state, options)
         own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
         return (yield from project_on(shard, own, due, options))  # R = H Q
 
@@ -103,6 +103,18 @@ class GaLoreMethod(Method):
         if found.refreshed:
             yield from change_basis(shard, state, options, found.own)
         return (yield from descend(shard, state, options, found.projected, basis))  # N = rho(R)
+
+
+def galore_state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
+    """A basis, the moments of the inner optimizer, and with ``cos_threshold`` when the next basis is due."""
+    return {**subspace_state(shard, options, rank), **options.lazy_state}
+
+
+def basis_due(shard: MatrixShard, state: State, options: GaLoreOptions) -> bool:
+    """Whether a new basis is due; the same for all matrices of a stack."""
+    if options.is_lazy:
+        return bool(state["step"] >= state["next_refresh"])
+    return refresh_due(shard.names[0], options, state["step"])
 
 
 def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
@@ -136,15 +148,19 @@ def random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Te
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:
-    """Store a new basis and, if asked, rotate the moments into it.
+    """Store a new basis and, if asked, decide how long it lasts and rotate the moments into it.
 
     Args:
         shard: the stack.
         state: with the old basis.
-        options: with ``moments``.
+        options: with ``cos_threshold`` and ``moments``.
         new: matrices x owned compressed rows x rank, fp32.
     """
-    if options.moments == "rotate" and state["step"] > 0:
+    rotates, rotation = options.moments == "rotate" and state["step"] > 0, None
+    if options.is_lazy:
+        rotation = yield from note_similarity(shard, state, options, new)
+    elif rotates:
         rotation = yield from shard.replicated_sum(state["basis"].mT @ new)  # Q_old^T Q
+    if rotates and rotation is not None:
         options.inner_optimizer.rotate(state, rotation)
     state["basis"] = new

@@ -35,9 +35,9 @@ from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.subspace import Projection, subspace_state
+from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.methods.blocks.weight_norm import Frame, MovedDirections, Tangent, gather_frame
-from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions
+from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions, galore_state
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.elementwise import dots, squared_norms, sum_of_squares
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
@@ -148,7 +148,7 @@ class GradNormLoRPMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: GradNormLoRPOptions, rank: int) -> StateSpec:
         """GaLore's state, and for whole weights g and ``|v|`` with the moments of g, one number per unit each."""
-        spec = subspace_state(shard, options, rank)
+        spec = galore_state(shard, options, rank)
         if options.parametrization == "adapter":
             return spec
         axis = magnitude_axis(shard, options)
@@ -219,16 +219,16 @@ class GradNormLoRPMethod(Method):
         lift = yield from GaLoreMethod.update(shard, state, options, found)  # scale * N Q^T
         if not isinstance(found, TangentProjection):
             return lift
-        axis, lr = magnitude_axis(shard, options), options.effective_lr
+        axis = magnitude_axis(shard, options)
         g, v = magnitudes(state, found.norms)
         inner = options.magnitude_optimizer
         direction = yield from inner.direction(shard, axis, state, found.dg, state["step"] + 1)  # Adam(dL/dg)
-        if lr == 0:
+        if options.effective_lr == 0:
             state["magnitude"], state["direction_norm"] = g, v
             return NewWeights(lambda piece: piece.values)
-        kept = 1 - lr * options.weight_decay
-        g = kept * g - lr * direction
-        moved = MovedDirections(shard, axis, lift, found.frame, found.weight_squares, kept, lr)
+        kept, rate = 1 - options.decay, options.rate
+        g = kept * g - rate * direction
+        moved = MovedDirections(shard, axis, lift, found.frame, found.weight_squares, kept, rate)
         v = (yield axis.reduce_scatter(shard.once(moved.squared_lengths()))).clamp_min(0).sqrt()
         g = torch.where(found.norms == 0, v, g)  # a unit of zeros
         state["magnitude"], state["direction_norm"] = g, v

@@ -28,10 +28,10 @@ from torch import Tensor
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.base import PerturbingMethod
 from ds_lowrank.methods.blocks.ascent import Ascent
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.directions import Diagonal, Directions, FullSpace, GaussianInSubspace
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
-from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
@@ -44,10 +44,10 @@ from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class LorenzaOptions(Options):
+class LorenzaOptions(BasisOptions):
     """The keys of LORENZA, with the paper's symbols."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "probe_form")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "probe_form")
 
     rank: Annotated[int, Field(gt=0, strict=True)] | None = 128
     """Columns of ``Q``, r. None: AdaZo-SAM, on whole gradients."""
@@ -132,7 +132,7 @@ class LorenzaMethod(PerturbingMethod):
         if options.rank is None:
             return full_rank_state(shard, options)
         spec: dict[str, TensorSpec | int] = {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             **Adam(options).state(shard, shard.kept, rank),
             "age": 0,
         }

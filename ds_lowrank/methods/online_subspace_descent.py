@@ -14,7 +14,7 @@ With ``pca_norm`` ``projected`` it is ``H~ = H / |H Q|``, which is known where o
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -50,6 +50,14 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """What the gradient is divided by in the PCA loss: its norm, or that of its projection ``H Q``."""
     basis_weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse a basis in so few bits that a step of its optimizer would be lost."""
+        super().model_post_init(context)
+        if self.basis_dtype == "int4":
+            raise ValueError(
+                "basis_dtype 'int4' loses the small steps that the basis takes: set it to 'bf16' or 'fp32'"
+            )
 
     @property
     def basis_inner_optimizer(self) -> InnerOptimizer:

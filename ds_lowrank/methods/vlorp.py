@@ -236,7 +236,8 @@ def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, found: P
 def in_subspace(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
     """Adam on ``R``, lifted: ``N P^T``."""
     units, moments = units_of(shard, options), (state["exp_avg"], state["exp_avg_sq"])
-    direction = adam(*moments, found.projected, options.betas, options.eps, age(options, state))  # N = Adam(R)
+    step = age(options, state)
+    direction = adam(*moments, found.projected, options.betas, options.eps_at(step), step)  # N = Adam(R)
     direction = yield units.axis.all_gather(direction)
     return Dense(partial(units.lift, direction, found.projection), 1.0)  # N P^T
 

@@ -86,7 +86,7 @@ class Accumulation:
             try:
                 for stack in bucket:
                     stack.attach(gradients=False)
-                programs = (self._method.factors(s.shard, s.state, s.options) for s in bucket)
+                programs = (self._method.factors(s.shard, s.projecting_state, s.options) for s in bucket)
                 found = self._executor.run(lockstep(programs))
                 for stack, factors in zip(bucket, found, strict=True):
                     self._expect(stack, factors)

@@ -32,7 +32,9 @@ def adamw_step(slots: Sequence[Slot], options: Mapping[int, Options], stacks: St
     """
     fused = [slot for slot in slots if _is_fp32(slot)]
     for group in groups_of(fused):
-        _fused_step([slot for slot in fused if slot.group is group and slot.geometry.part.numel], options[id(group)])
+        own = [slot for slot in fused if slot.group is group and slot.geometry.part.numel]
+        for alike in _of_one_eps(own, options[id(group)]):
+            _fused_step(alike, options[id(group)])
     for slot in fused:
         slot.state["step"] += 1
     for bucket in stacks.buckets([slot.matrix for slot in slots if not _is_fp32(slot)]):
@@ -45,10 +47,17 @@ def _is_fp32(slot: Slot) -> bool:
     return slot.is_fp32 and gradient is not None and gradient.dtype == torch.float32
 
 
+def _of_one_eps(slots: Sequence[Slot], options: Options) -> list[list[Slot]]:
+    """Slots that one call of a kernel can step: its ``eps`` is one number, which may be a function of the step."""
+    by_eps: dict[float, list[Slot]] = {}
+    for slot in slots:
+        by_eps.setdefault(options.eps_at(slot.state["step"] + 1), []).append(slot)
+    return list(by_eps.values())
+
+
 def _fused_step(slots: Sequence[Slot], options: Options) -> None:
-    if not slots:
-        return
     weights = [slot.fragment.weights for slot in slots]
+    decays_after = options.weight_decay_order == "after"
     kernel = apex_adamw if adamw_by(weights[0].device) == "apex" else fused_adamw
     kernel(
         weights,
@@ -58,9 +67,11 @@ def _fused_step(slots: Sequence[Slot], options: Options) -> None:
         [slot.state["step"] for slot in slots],
         options.effective_lr,
         options.betas,
-        options.eps,
-        options.weight_decay,
+        options.eps_at(slots[0].state["step"] + 1),
+        0.0 if decays_after else options.weight_decay,
     )
+    if decays_after and options.decay:
+        torch._foreach_mul_(weights, 1 - options.decay)
     for slot, stepped in zip(slots, weights, strict=True):
         slot.fragment.put(stepped)
 
@@ -70,14 +81,13 @@ def _stacked_step(stacks: Sequence[Stack]) -> Rounds[None]:
     try:
         for stack in stacks:
             stack.attach()
-        states = [stack.state_store.decode(stack.state) for stack in stacks]
+        states = [stack.decoded() for stack in stacks]
         updates = yield from lockstep(
             full_rank_adam(stack.shard, state, stack.options, partial(_gradient, stack))
             for stack, state in zip(stacks, states, strict=True)
         )
         for stack, state, update in zip(stacks, states, updates, strict=True):
-            lr = stack.options.effective_lr
-            update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
+            update.write_to(stack.shard, stack.options.rate, stack.options.decay)
             stack.store(state)
     finally:
         for stack in stacks:

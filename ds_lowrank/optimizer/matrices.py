@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from ds_lowrank.methods.base import Method, Options
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_state
-from ds_lowrank.methods.blocks.state_spec import StateStore
+from ds_lowrank.methods.blocks.state_spec import Formats, StateStore
 from ds_lowrank.optimizer.stack import SteppedMatrix
 from ds_lowrank.placement.fragment import Fragment
 from ds_lowrank.sharding.geometry import Geometry, Side
@@ -63,7 +63,7 @@ class Matrices:
             shard, method = shard_of(name, geometry), self._method
             initial = method.rank(as_output_first, options)
             self._stores[key] = StateStore(
-                lambda rank, dtype: method.state(shard, _stored_as(options, dtype), rank), initial
+                lambda rank, formats: method.state(shard, _stored_as(options, formats), rank), initial
             )
         number, self._count = self._count, self._count + 1
         root = geometry.holders[number % len(geometry.holders)]
@@ -83,11 +83,11 @@ class Matrices:
         The arguments are those of :meth:`projected`.
         """
         shape = 1, sum(part.numel for part in parts)
-        geometry = self._geometry(shape, parts, "right", options.block_rows, peers, False)
+        geometry = self._geometry(shape, parts, "right", options.moment_block_rows, peers, False)
         key = (id(geometry), group, "elementwise")
         if key not in self._stores:
             shard = shard_of(name, geometry)
-            self._stores[key] = StateStore(lambda _, dtype: full_rank_state(shard, _stored_as(options, dtype)), 0)
+            self._stores[key] = StateStore(lambda _, formats: full_rank_state(shard, _stored_as(options, formats)), 0)
         return self._made(Member(name), geometry, fragment, self._stores[key], options)
 
     def _geometry(
@@ -128,6 +128,6 @@ def output_first(shape: tuple[int, int], transposed: bool) -> tuple[int, int]:
     return (shape[1], shape[0]) if transposed else shape
 
 
-def _stored_as(options: Options, state_dtype: str | None) -> Options:
-    """The options with another ``state_dtype``, as a checkpoint may have; None for the options themselves."""
-    return options if state_dtype is None else options.model_copy(update={"state_dtype": state_dtype})
+def _stored_as(options: Options, formats: Formats) -> Options:
+    """The options with other formats, as a checkpoint may have."""
+    return options.model_copy(update=dict(formats)) if formats else options

@@ -70,7 +70,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         lr: the learning rate; 1e-3.
         betas: of the moments; (0.9, 0.999).
         eps: added to the root of the second moment; 1e-8.
+        eps_root: beside which root, that of the ``corrected`` second moment (the default) or of the ``uncorrected``
+            one, as in the published codes.
         weight_decay: decoupled, as in AdamW; 0.0.
+        weight_decay_order: whether weights decay ``before`` the update (the default) or ``after`` it.
         lr_scale: multiplies the group's ``lr``, also under a scheduler that writes one ``lr`` into every group; 1.0.
         proj_type: the side that is compressed, ``std`` for the smaller dimension (the default), ``reverse_std`` for the
             other, ``left`` or ``right``.

@@ -24,6 +24,7 @@ class AdaRankGrad(LowRankOptimizer):
 
     Args:
         rank_max: the largest rank; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         rank_min: the smallest rank, if the gradient has so many directions; 1.
         residual_tol: the share of the gradient's squared norm that a subspace may leave out, eta; 0.2.
         rank_multiple: ranks are rounded up to a multiple of it; 1.
@@ -49,6 +50,8 @@ class Apollo(LowRankOptimizer):
         scale: the paper's alpha (the official code's ``scale`` is its square); 1.0.
         update_proj_gap: optimizer steps that a random projection lasts, T; 200.
         norm_growth_limit: gamma of the norm-growth limiter, or None for no limiter; 1.01.
+        ratio_moments: of which moments the ratio of lengths is taken, bias-``corrected`` ones (the default), or
+            ``uncorrected`` ones as in the official code.
     """
 
     method: ClassVar[type[Method]] = ApolloMethod
@@ -59,6 +62,7 @@ class GaLore(LowRankOptimizer):
 
     Args:
         rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 200.
         scale: the paper's alpha, multiplies the update of a projected matrix, not its weight decay; 0.25.
         projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
@@ -67,6 +71,10 @@ class GaLore(LowRankOptimizer):
             all that it computes with between refreshes, ``replicated``.
         first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
         stagger: whether the matrices' refreshes are spread over the interval; False.
+        cos_threshold: the similarity of successive bases from which on they last longer, as in Q-GaLore, or None for
+            never; None.
+        gamma_proj: what the time that a basis lasts is then multiplied by; 2.
+        queue_size: how many bases in a row must be similar to the one before; 5.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
@@ -84,6 +92,7 @@ class GradNormLoRP(LowRankOptimizer):
         parametrization: ``full`` for whole weights (the default), or ``adapter`` for adapters A and B in the model.
         norm_axis: what has a magnitude, each ``output`` unit (the default) or each ``input`` unit.
         rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 250.
         scale: multiplies the update of the direction, not its weight decay; 0.25.
         projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``.
@@ -92,6 +101,10 @@ class GradNormLoRP(LowRankOptimizer):
             all that it computes with between refreshes, ``replicated``.
         first_basis: what the first basis is taken from, the first ``gradient`` (the default) or ``random`` numbers.
         stagger: whether the matrices' refreshes are spread over the interval; False.
+        cos_threshold: the similarity of successive bases from which on they last longer, as in Q-GaLore, or None for
+            never; None.
+        gamma_proj: what the time that a basis lasts is then multiplied by; 2.
+        queue_size: how many bases in a row must be similar to the one before; 5.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
@@ -113,6 +126,7 @@ class Lorenza(LowRankOptimizer):
 
     Args:
         rank: columns of the basis, or None for AdaZo-SAM, on whole gradients; 128.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 200.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
         probes: random directions per step, q; 1.
@@ -137,6 +151,7 @@ class OnlineSubspaceDescent(LowRankOptimizer):
 
     Args:
         rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        basis_dtype: how the basis is stored between steps, ``fp32`` (the default) or ``bf16``.
         scale: the paper's alpha, multiplies the update of a projected matrix, not its weight decay; 0.25.
         inner: what turns the projected gradient into a direction, ``adamw`` (the default), ``adafactor``, ``lion`` or
             ``sgd``.

@@ -212,7 +212,7 @@ class Perturbation:
         moved = [self._place(slot) for slot in slots]
         directions = self._executor.run(
             lockstep(
-                self._method.directions(own, _stacked(slot.state), options[id(slot.group)], shard)
+                self._method.directions(own, _stacked(slot), options[id(slot.group)], shard)
                 for slot, (_, own, shard, _) in zip(slots, moved, strict=True)
             )
         )
@@ -287,6 +287,8 @@ class Perturbation:
         release_gathered(slot.parameter for slot in self.slots)
 
 
-def _stacked(state: State) -> State:
-    """The state of a stack of one matrix."""
-    return {key: value.unsqueeze(0) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+def _stacked(slot: Slot) -> State:
+    """The state of a stack of one matrix, with every basis in fp32."""
+    state = slot.state.items()
+    stored = {key: value.unsqueeze(0) if isinstance(value, torch.Tensor) else value for key, value in state}
+    return stored | slot.state_store.decode_bases(stored)

@@ -1,8 +1,8 @@
 """An optimizer's state as pieces of logical tensors, to be saved and loaded on any grid.
 
 Every row of a basis and of a moment has one owner, which has it under the matrix's name. A tensor ``key`` of a state is
-the logical tensor ``NAME/key``; in 8 bits there is also ``NAME/key_scale``, with a row for every block of rows. The
-moments of single elements have the shape of the matrix itself.
+the logical tensor ``NAME/key``; in 8 and in 4 bits there is also ``NAME/key_scale``, with a row for every block of
+rows. The moments of single elements have the shape of the matrix itself.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from ds_lowrank.linalg.quantization import FP32, Int8
-from ds_lowrank.methods.blocks.state_spec import TensorSpec, rounding_offsets
+from ds_lowrank.linalg.quantization import FP32
+from ds_lowrank.methods.blocks.state_spec import Formats, TensorSpec, rounding_offsets
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import Block, ContiguousPart, Rectangle, Spans, length, whole
 from ds_lowrank.sharding.pieces import Piece, Source, as_matrix, is_row_major, of_elements, of_rows
 
 CHUNK_ELEMENTS = 2**22
-"""Elements that are decoded at a time while a state of another ``state_dtype`` is loaded."""
+"""Elements that are decoded at a time while a state of other formats is loaded."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def state_pieces(slots: Sequence[Slot]) -> Iterator[Piece]:
         for key, spec in slot.state_store.tensor_specs(slot.state_store.rank_of(slot.state)).items():
             place, name = _place(slot, spec), f"{slot.tag.name}/{key}"
             stored = {suffix: slot.state[key + suffix] for suffix in spec.tensors}
-            if isinstance(spec.quantizer, Int8) and not place.is_logical:
+            if spec.quantizer.block_rows > 1 and not place.is_logical:
                 # Its blocks are those of this grid alone: the numbers are saved as they are.
                 stored = {"": spec.decode({suffix: one[None] for suffix, one in stored.items()})[0]}
             for suffix, tensor in stored.items():
@@ -62,28 +62,34 @@ def state_pieces(slots: Sequence[Slot]) -> Iterator[Piece]:
                     yield Piece(name + suffix, shape, rectangles, tensor)
 
 
-def needed_tensors(slot: Slot, rank: int, saved_as: str) -> dict[str, tuple[int, ...]]:
+def needed_tensors(slot: Slot, rank: int, source: Source, saved_as: Formats) -> dict[str, tuple[int, ...]]:
     """The logical tensors that a slot's state is loaded from, and their shapes.
 
     Args:
         slot: any.
         rank: the saved rank of the matrix.
-        saved_as: ``state_dtype`` of the run that saved it.
+        source: what was saved.
+        saved_as: the formats of the run that saved it.
     """
     if not slot.geometry.part.numel:
         return {}
-    specs = slot.state_store.tensor_specs(rank, saved_as).items()
-    return {f"{slot.tag.name}/{key}": _place(slot, spec).shape for key, spec in specs}
+    found = {}
+    for key, spec in slot.state_store.tensor_specs(rank, saved_as).items():
+        name, place = f"{slot.tag.name}/{key}", _place(slot, spec)
+        found[name] = _of_suffix(spec, "", place)[0] if source.has(f"{name}_scale") else place.shape
+    return found
 
 
-def load_rows(slots: Sequence[Slot], source: Source, values: Mapping[str, Mapping[str, Any]], saved_as: str) -> None:
+def load_rows(
+    slots: Sequence[Slot], source: Source, values: Mapping[str, Mapping[str, Any]], saved_as: Formats
+) -> None:
     """Load the states of some matrices and vectors, cut as this rank has them.
 
     Args:
         slots: of one group; their states are changed, where the ranks are the same in place.
         source: what was saved.
         values: the states' plain values, of all matrices.
-        saved_as: ``state_dtype`` of the run that saved it; the numbers are converted to that of the slots.
+        saved_as: the formats of the run that saved it; the numbers are converted to those of the slots.
     """
     for slot in slots:
         slot.state.update(values[slot.tag.name])
@@ -104,14 +110,15 @@ def _load(slot: Slot, key: str, spec: TensorSpec, saved: TensorSpec, source: Sou
     name, place = f"{slot.tag.name}/{key}", _place(slot, spec)
     is_coded = source.has(f"{name}_scale")
     own = {suffix: slot.state[key + suffix] for suffix in spec.tensors}
-    if place.is_logical and is_coded and isinstance(spec.quantizer, Int8):
+    if place.is_logical and is_coded and spec.quantizer == saved.quantizer:
         for suffix, tensor in own.items():
             source.read(name + suffix, _of_suffix(spec, suffix, place)[1], tensor)
         return
     if not is_coded and source.dtype(name) == own[""].dtype:
         source.read(name, place.rectangles, own[""])
         return
-    numbers = own[""] if spec.quantizer is FP32 else torch.empty_like(own[""], dtype=torch.float32)
+    shape, device = (spec.axis.owned_rows, spec.columns), own[""].device
+    numbers = own[""] if spec.quantizer is FP32 else torch.empty(shape, dtype=torch.float32, device=device)
     if is_coded:
         _read_decoded(source, name, saved, place, numbers)
     else:
@@ -122,7 +129,7 @@ def _load(slot: Slot, key: str, spec: TensorSpec, saved: TensorSpec, source: Sou
 
 
 def _read_decoded(source: Source, name: str, saved: TensorSpec, place: _Place, out: torch.Tensor) -> None:
-    """Read what was saved in blocks of 8 bits as numbers.
+    """Read what was saved in blocks as numbers.
 
     Args:
         source: what was saved.
@@ -160,7 +167,7 @@ def _columns(found: torch.Tensor, part: torch.Tensor, rectangle: Rectangle, colu
 def _decoded(
     source: Source, name: str, saved: TensorSpec, elements_of: tuple[int, int] | None, rows: tuple[int, int]
 ) -> torch.Tensor:
-    """Some rows of what was saved in 8 bits: rows x columns, fp32.
+    """Some rows of what was saved in blocks: rows x columns, fp32.
 
     Args:
         source: what was saved.
@@ -185,11 +192,12 @@ def _decoded(
 
 def _of_suffix(spec: TensorSpec, suffix: str, place: _Place) -> tuple[tuple[int, ...], tuple[Rectangle, ...]]:
     """Shape and rectangles of one of the tensors that are stored for a spec."""
-    if not suffix:
+    columns = spec.quantizer.tensors(1, spec.columns)[suffix][0][1]
+    if not suffix and columns == spec.columns:
         return place.shape, place.rectangles
     spans = tuple(spec.quantizer.stored_rows(suffix, span) for span in place.spans)
     rows = spec.quantizer.stored_rows(suffix, (0, spec.axis.size))[1]
-    return (rows, spec.columns), of_rows(spans, spec.columns)
+    return (rows, columns), of_rows(spans, columns)
 
 
 def _place(slot: Slot, spec: TensorSpec) -> _Place:

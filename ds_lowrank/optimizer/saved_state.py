@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from ds_lowrank.errors import CheckpointError
+from ds_lowrank.methods.blocks.state_spec import Formats
 from ds_lowrank.optimizer.rows import load_rows, needed_tensors
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.optimizer.state_dict import frozen_since, refuse_frozen
@@ -15,7 +16,9 @@ FORMAT = 1
 Parts = Literal["all", "state", "rest"]
 """``all``: the state, and the options that the groups had. ``state``: with the options of this run. ``rest``: of it the
 moments of what AdamW steps, while the method begins anew."""
-CONVERTED = frozenset({"state_dtype", "master_weights"})
+FORMATS = ("state_dtype", "basis_dtype")
+"""Options that name formats in which numbers are stored."""
+CONVERTED = frozenset({*FORMATS, "master_weights"})
 """Options that decide how numbers are stored: they are converted, and so need not be those of the saving run."""
 STORED = CONVERTED | {"reduction", "projected_gradient_clipping", "matmul_precision", "basis_placement"}
 """Options that say how a step is computed and its state is stored, not which step it is: those of the resumed run."""
@@ -118,12 +121,17 @@ def load_everything(
     own = [[slot for slot in slots if slot.group is group] for group in groups]
     for members, found in zip(own, chosen, strict=True):
         for slot in members:
-            _check_tensors(slot, source, saved["values"][slot.tag.name], found["settings"]["state_dtype"])
+            _check_tensors(slot, source, saved["values"][slot.tag.name], _formats(found["settings"]))
     for members, found, group in zip(own, chosen, groups, strict=True):
-        load_rows(members, source, saved["values"], found["settings"]["state_dtype"])
+        load_rows(members, source, saved["values"], _formats(found["settings"]))
         if parts == "all":
             group.update({key: value for key, value in found["settings"].items() if key not in NOT_RESTORED})
     return dict(saved["counts"]) if parts != "rest" else {}
+
+
+def _formats(settings: Mapping[str, Any]) -> Formats:
+    """The formats that a group was saved in; what a checkpoint does not name had none but fp32."""
+    return {key: settings.get(key, "fp32") for key in FORMATS}
 
 
 def _check_method(method: str, saved: Mapping[str, Any]) -> None:
@@ -187,12 +195,12 @@ def _check_fixed(group: dict[str, Any], stored: Mapping[str, Any], fixed_on_resu
             )
 
 
-def _check_tensors(slot: Slot, source: Source, values: Mapping[str, Any], saved_as: str) -> None:
+def _check_tensors(slot: Slot, source: Source, values: Mapping[str, Any], saved_as: Formats) -> None:
     if set(values) != set(slot.plain_values):
         raise CheckpointError(
             f"{slot.tag.name}: the checkpoint has {sorted(values)}, this run needs {sorted(slot.plain_values)}"
         )
-    for name, shape in needed_tensors(slot, slot.state_store.rank_of(dict(values)), saved_as).items():
+    for name, shape in needed_tensors(slot, slot.state_store.rank_of(dict(values)), source, saved_as).items():
         if not source.has(name):
             raise CheckpointError(f"the checkpoint has no {name}: use the optimizer.params of the run that saved it")
         if tuple(source.shape(name)) != tuple(shape):

@@ -87,6 +87,7 @@ class Stack:
         self._sizes = [run.count for run in self._runs]
         self._copied = [run.is_copied for run in self._runs]
         self.state: State = {}
+        self._bases: State = {}
 
     @property
     def options(self) -> Options:
@@ -114,11 +115,21 @@ class Stack:
         self.shard.is_accumulated = gradients and self.factors is not None
         self.shard.precision = self.options.matmul_precision
         self.state = self._states.open()
+        self._bases = self.state_store.decode_bases(self.state)
         if self.options.keeps_bases_gathered:
             self.shard.held_basis = self._held_basis()
         if self.is_here and not self.options.master_weights:
             names, device = self.shard.names, self.shard.device
             self.shard.rounding = StochasticRounding(names, self.state["step"], self.shard.shape[0] > 1, device)
+
+    @property
+    def projecting_state(self) -> State:
+        """The state with every basis in fp32; moments are as stored."""
+        return self.state | self._bases if self._bases else self.state
+
+    def decoded(self) -> State:
+        """The state with every tensor in fp32."""
+        return self.state_store.decode(self.state, self._bases)
 
     def _held_basis(self) -> torch.Tensor | None:
         """The gathered bases of the last step: matrices x held compressed rows x k, fp32; None if there are none."""
@@ -126,7 +137,7 @@ class Stack:
         if any(one is None for one in kept):
             return None
         is_stored = self._is_alone and all(one is not None and not one.numel() for one in kept)
-        basis: torch.Tensor = self.state["basis"] if is_stored else self._gathered.open()["basis"]
+        basis: torch.Tensor = self.projecting_state["basis"] if is_stored else self._gathered.open()["basis"]
         return basis
 
     @property
@@ -162,6 +173,7 @@ class Stack:
         """Release the gradients, the weights and what was found."""
         self.shard.detach()
         self.shard.held_basis = self.found = None
+        self._bases = {}
 
     def store(self, decoded: State) -> None:
         """Keep what the step has made of the weights and of the state.
@@ -171,7 +183,7 @@ class Stack:
         """
         self.keep_basis(is_stored=True)
         if self.is_here:
-            self.state_store.encode(self.state, decoded, self.shard.names)
+            self.state_store.encode(self.state, decoded, self.shard.names, self._bases)
             for run, weights in compress(zip(self._runs, self.shard.weights.runs, strict=True), self._copied):
                 run.put(weights)
         else:

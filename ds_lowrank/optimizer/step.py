@@ -83,7 +83,7 @@ def step_matrices(
         for bucket in buckets:
             for stack in bucket:
                 stack.attach()
-            projections = yield from lockstep(method.project(s.shard, s.state, s.options) for s in bucket)
+            projections = yield from lockstep(method.project(s.shard, s.projecting_state, s.options) for s in bucket)
             for stack, found in zip(bucket, projections, strict=True):
                 stack.found = found
         magnitudes = yield from _decided_by([stack for bucket in buckets for stack in bucket], others, ranks)
@@ -120,17 +120,16 @@ def _update(
         return 0
     for stack in stacks:
         stack.note_energies()
-    states = [stack.state_store.decode(stack.state) for stack in stacks]
+    states = [stack.decoded() for stack in stacks]
     updates = yield from lockstep(
         method.update(stack.shard, state, stack.options, stack.found)
         for stack, state in zip(stacks, states, strict=True)
     )
     refreshes = 0
     for stack, state, update in zip(stacks, states, updates, strict=True):
-        lr = stack.options.effective_lr
         watched = nullcontext() if written is None else written(stack)
         with products_in(stack.options.matmul_precision, stack.shard.device), watched:
-            update.write_to(stack.shard, lr, lr * stack.options.weight_decay)
+            update.write_to(stack.shard, stack.options.rate, stack.options.decay)
         refreshes += len(stack.matrices) * stack.found.refreshed
         stack.found = None
         stack.store(state)

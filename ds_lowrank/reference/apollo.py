@@ -47,6 +47,9 @@ class DenseApollo:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eps_root: str = "corrected",
+        weight_decay_order: str = "before",
+        ratio_moments: str = "corrected",
         seed: int = 0,
     ) -> None:
         m, n = weight.shape
@@ -55,7 +58,8 @@ class DenseApollo:
         self.rank = min(default_rank if rank is None else rank, m, n)
         self.scale = default_scale if scale is None else scale
         self.limit, self.right = norm_growth_limit, compresses_columns(proj_type, m, n)
-        self.weight_decay, self.seed, self.adam = weight_decay, seed, AdamW(betas, eps)
+        self.weight_decay, self.seed, self.adam = weight_decay, seed, AdamW(betas, eps, eps_root)
+        self.is_uncorrected, self.decays_after = ratio_moments == "uncorrected", weight_decay_order == "after"
         self.t, self.previous = 0, 0.0
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
@@ -65,12 +69,15 @@ class DenseApollo:
         P = sketch(self.seed, self.name, self.t // self.gap, H.shape[1], self.rank).to(H.dtype) / self.rank**0.5
         R = H @ P
         over = (0, 1) if self.mini else (1,)
-        before, after = R.norm(dim=over, keepdim=True), self.adam.direction(R).norm(dim=over, keepdim=True)
+        N = self.adam.direction(R)
+        correction = self.adam.correction if self.is_uncorrected else 1.0
+        before, after = R.norm(dim=over, keepdim=True), (N / correction).norm(dim=over, keepdim=True)
         S = torch.where(before > 0, after / before, 0.0) * H
         size = S.norm().item()
         if self.limit is not None and self.previous > 0 and size > self.limit * self.previous:
             S = S * (self.limit * self.previous / size)
         self.previous = S.norm().item()
-        W.mul_(1 - lr * self.weight_decay)
-        W.sub_(lr * self.scale * S)
+        kept = 1 - lr * self.weight_decay
+        W.mul_(kept)
+        W.sub_(lr * self.scale * correction * (kept if self.decays_after else 1) * S)
         self.t += 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.reference.inner import make_inner
+from ds_lowrank.reference.inner import AdamW, make_inner
 from ds_lowrank.reference.sketch import sketch
 
 
@@ -73,15 +73,22 @@ class DenseGaLore:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eps_root: str = "corrected",
+        weight_decay_order: str = "before",
+        cos_threshold: float | None = None,
+        gamma_proj: int = 2,
+        queue_size: int = 5,
         seed: int = 0,
     ) -> None:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank, self.projector, self.moments = min(rank, m, n), projector, moments
-        self.first_basis = first_basis
+        self.first_basis, self.decays_after = first_basis, weight_decay_order == "after"
         self.weight_decay, self.seed, self.t = weight_decay, seed, 0
+        self.threshold, self.growth, self.patience = cos_threshold, gamma_proj, queue_size
+        self.next_refresh = self.in_a_row = 0
         self.right = compresses_columns(proj_type, m, n)
-        self.inner = make_inner(inner, betas, eps, momentum, lion_sign)
+        self.inner = make_inner(inner, betas, eps, momentum, lion_sign, eps_root)
 
     def find_basis(self, G: torch.Tensor) -> torch.Tensor:
         """A basis of the gradient's leading subspace, compressed x r, or a random one at first."""
@@ -92,18 +99,42 @@ class DenseGaLore:
         H = G if self.right else G.T
         return randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank))
 
+    def is_due(self, G: torch.Tensor) -> bool:
+        """Whether a new basis is found in this step. A gradient of zeros has no subspace: the old one stays."""
+        due = self.t == self.next_refresh
+        if due and self.t > 0 and not G.any():
+            self.next_refresh += self.gap if self.threshold is None else 1
+            return False
+        return due
+
+    def compare(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Let bases last longer if so many in a row had so much of the one before (Q-GaLore, arXiv 2407.08296)."""
+        assert self.threshold is not None
+        overlap = (old.T @ new).square().sum() / new.square().sum()
+        self.in_a_row = self.in_a_row + 1 if overlap >= self.threshold else 0
+        if self.in_a_row == self.patience:
+            self.gap, self.in_a_row = self.gap * self.growth, 0
+
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
-        if self.t % self.gap == 0:
+        if self.is_due(G):
             new = self.find_basis(G)
+            if self.t > 0 and self.threshold is not None:
+                self.compare(self.basis, new)
+            self.next_refresh = self.t + self.gap
             if self.moments == "rotate" and self.t > 0:
                 self.inner.rotate(self.basis.T @ new)
             self.basis = new
         update = self.inner.update(H @ self.basis, self.basis)
-        W.mul_(1 - lr * self.weight_decay)
-        W.sub_(lr * self.scale * update)
+        kept = 1 - lr * self.weight_decay
+        if self.decays_after:
+            W.sub_(lr * self.scale * update)
+            W.mul_(kept)
+        else:
+            W.mul_(kept)
+            W.sub_(lr * self.scale * update)
         self.t += 1
 
 
@@ -116,6 +147,8 @@ class DenseAdamW:
         betas: of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled.
+        eps_root: ``corrected``, or ``uncorrected`` as in transformers.
+        weight_decay_order: whether weights decay ``before`` or ``after`` the update.
 
     Any other option is a method's and ignored.
     """
@@ -127,18 +160,18 @@ class DenseAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eps_root: str = "corrected",
+        weight_decay_order: str = "before",
         **_: object,
     ) -> None:
-        self.weight, self.lr, self.betas, self.eps, self.weight_decay = weight, lr, betas, eps, weight_decay
-        self.t = 0
-        self.M = self.V = torch.zeros(())
+        self.weight, self.lr, self.weight_decay = weight, lr, weight_decay
+        self.decays_after, self.adam = weight_decay_order == "after", AdamW(betas, eps, eps_root)
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, of the weight's shape."""
         lr = self.lr if lr is None else lr
-        beta1, beta2 = self.betas
-        self.t += 1
-        self.M = beta1 * self.M + (1 - beta1) * G
-        self.V = beta2 * self.V + (1 - beta2) * G**2
-        self.weight.mul_(1 - lr * self.weight_decay)
-        self.weight.sub_(lr * (self.M / (1 - beta1**self.t)) / ((self.V / (1 - beta2**self.t)).sqrt() + self.eps))
+        kept, direction = 1 - lr * self.weight_decay, self.adam.direction(G)
+        if self.decays_after:
+            self.weight.sub_(lr * direction).mul_(kept)
+        else:
+            self.weight.mul_(kept).sub_(lr * direction)

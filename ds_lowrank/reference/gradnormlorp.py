@@ -29,6 +29,7 @@ class DenseGradNormLoRP:
         norm_axis: what has a magnitude, each ``output`` unit or each ``input`` unit.
         update_proj_gap: steps that a basis lasts.
         weight_decay: decoupled, on v and g.
+        weight_decay_order: whether they decay ``before`` or ``after`` the update.
         parametrization: ignored; this is ``full``.
         options: those of :class:`DenseGaLore`.
     """
@@ -41,6 +42,7 @@ class DenseGradNormLoRP:
         norm_axis: str = "output",
         update_proj_gap: int = 250,
         weight_decay: float = 0.0,
+        weight_decay_order: str = "before",
         parametrization: str = "full",
         **options: Any,
     ) -> None:
@@ -51,7 +53,8 @@ class DenseGradNormLoRP:
         self.moved = torch.zeros_like(weight)
         self.galore = DenseGaLore(self.moved, name=name, lr=1.0, update_proj_gap=update_proj_gap, **options)
         betas, eps = options.get("betas", (0.9, 0.999)), options.get("eps", 1e-8)
-        self.adam = make_inner("adamw", betas, eps)
+        self.adam = make_inner("adamw", betas, eps, eps_root=options.get("eps_root", "corrected"))
+        self.decays_after = weight_decay_order == "after"
 
     @property
     def t(self) -> int:
@@ -87,8 +90,10 @@ class DenseGradNormLoRP:
         change = self.adam.direction(dg.reshape(-1, 1)).reshape(self.g.shape)
         if lr == 0:
             return
-        self.v = (1 - lr * self.weight_decay) * self.v + lr * self.moved
-        self.g = (1 - lr * self.weight_decay) * self.g - lr * change
+        kept = 1 - lr * self.weight_decay
+        before, after = (1.0, kept) if self.decays_after else (kept, 1.0)
+        self.v = (before * self.v + lr * self.moved) * after
+        self.g = (before * self.g - lr * change) * after
         self.g = torch.where(zero, self.norm(self.v), self.g)
         length = self.norm(self.v)
         self.weight.copy_(torch.where(length == 0, torch.zeros_like(self.v), self.g * self.v / length))

@@ -41,10 +41,13 @@ class Inner(ABC):
 
 
 class AdamW(Inner):
-    """Adam with the bias correction of Kingma and Ba, Algorithm 1. Weight decay is left to the caller."""
+    """Adam with the bias correction of Kingma and Ba, Algorithm 1. Weight decay is left to the caller.
 
-    def __init__(self, betas: tuple[float, float], eps: float) -> None:
-        self.betas, self.eps, self.t = betas, eps, 0
+    With ``eps_root`` ``uncorrected`` it is ``sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps)``, as in transformers.
+    """
+
+    def __init__(self, betas: tuple[float, float], eps: float, eps_root: str = "corrected") -> None:
+        self.betas, self.eps, self.eps_root, self.t = betas, eps, eps_root, 0
         self.M = self.V = torch.zeros(())
 
     def direction(self, R: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,15 @@ class AdamW(Inner):
         self.t += 1
         self.M = beta1 * self.M + (1 - beta1) * R
         self.V = beta2 * self.V + (1 - beta2) * R**2
+        if self.eps_root == "uncorrected":
+            return self.correction * self.M / (self.V.sqrt() + self.eps)
         return (self.M / (1 - beta1**self.t)) / ((self.V / (1 - beta2**self.t)).sqrt() + self.eps)
+
+    @property
+    def correction(self) -> float:
+        """``sqrt(1 - b2^t) / (1 - b1^t)``."""
+        beta1, beta2 = self.betas
+        return float((1 - beta2**self.t) ** 0.5 / (1 - beta1**self.t))
 
     def rotate(self, C: torch.Tensor) -> None:
         """Carry M exactly, and V as if the elements of a row of R were uncorrelated."""
@@ -129,7 +140,12 @@ class Adafactor(Inner):
 
 
 def make_inner(
-    inner: str, betas: tuple[float, float], eps: float, momentum: float = 0.0, lion_sign: str = "subspace"
+    inner: str,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float = 0.0,
+    lion_sign: str = "subspace",
+    eps_root: str = "corrected",
 ) -> Inner:
     """The inner optimizer of that name, with fresh moments."""
     match inner:
@@ -139,4 +155,4 @@ def make_inner(
             return Lion(betas) if lion_sign == "subspace" else OriginalSpaceLion(betas)
         case "adafactor":
             return Adafactor()
-    return AdamW(betas, eps)
+    return AdamW(betas, eps, eps_root)

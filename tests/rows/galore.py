@@ -16,6 +16,8 @@ ROW = Row(
         CASE | {"moments": "rotate"},
         CASE | {"moments": "rotate", "projector": "svd", "proj_type": "left"},
         CASE | {"weight_decay": 0.1, "scale": 1.0, "betas": (0.8, 0.95)},
+        CASE | {"weight_decay": 0.1, "weight_decay_order": "after", "eps_root": "uncorrected", "eps": 0.1},
+        CASE | {"cos_threshold": 0.05, "queue_size": 1, "gamma_proj": 3, "moments": "rotate", "update_proj_gap": 1},
         CASE | {"inner": "adafactor"},
         CASE | {"inner": "sgd"},
         CASE | {"inner": "sgd", "momentum": 0.9, "moments": "rotate"},

@@ -229,16 +229,14 @@ class Reference:
             return
         inner = getattr(self.dense, "galore", self.dense)
         gradient = gradient.to(self.layer.dtype).float()
-        if isinstance(inner, (DenseGaLore, DenseLorenza)):
+        if isinstance(inner, DenseLorenza):
             gap = inner.gap
-            if isinstance(inner, DenseGaLore):
-                due = refresh_due(self.layer.name, self.options, self.steps)
-            else:
-                due = self.steps % gap == 0
-            inner.gap = 1 if due and gradient.any() else 10**9
+            inner.gap = 1 if self.steps % gap == 0 and gradient.any() else 10**9
             self.dense.step(gradient)
             inner.gap = gap
         else:
+            if isinstance(inner, DenseGaLore) and self.options.stagger:
+                inner.next_refresh = inner.t if refresh_due(self.layer.name, self.options, self.steps) else -1
             self.dense.step(gradient)
         self.steps += 1
 

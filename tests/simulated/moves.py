@@ -18,7 +18,7 @@ import torch
 from ds_lowrank.checkpoint.dealt import chosen, listed
 from ds_lowrank.checkpoint.reader import SavedTensors
 from ds_lowrank.checkpoint.tensor_file import write_pieces
-from ds_lowrank.linalg.quantization import FP32, Int8
+from ds_lowrank.linalg.quantization import FP32
 from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.state_spec import rounding_offsets
 from ds_lowrank.optimizer.build_slots import slots_of
@@ -45,6 +45,7 @@ class Move:
         params: its options on both.
         saved_as: ``state_dtype`` of the source.
         loaded_as: ``state_dtype`` of the target.
+        basis_loaded_as: ``basis_dtype`` of the target; None for that of the source.
     """
 
     source: World
@@ -53,6 +54,7 @@ class Move:
     params: dict[str, Any]
     saved_as: str
     loaded_as: str
+    basis_loaded_as: str | None = None
 
 
 def drawn_world(draw, cuts):
@@ -186,6 +188,8 @@ def tried(move: Move, folder: Path) -> dict[str, int]:
     source, target, method = move.source, move.target, move.method
     source_params = {**move.params, "state_dtype": move.saved_as}
     target_params = {**move.params, "state_dtype": move.loaded_as}
+    if move.basis_loaded_as is not None:
+        target_params["basis_dtype"] = move.basis_loaded_as
     steps = random.Random(f"{source} {target}").randint(1, 10**4)
     before = [Rank(source, place, method, source_params) for place in source.ranks()]
     for rank in before:
@@ -238,8 +242,9 @@ def numbers(name, shape) -> torch.Tensor:
 def logical_numbers(slot, key, spec) -> torch.Tensor:
     """The whole tensor of a state, rows x columns in the order of the logical matrix."""
     found = numbers(f"{slot.tag.name}/{key}", (spec.axis.size, spec.columns))
-    coded = slot.state_store.tensor_specs(slot.state_store.rank_of(slot.state), "int8")[key].quantizer
-    return found if coded is FP32 or coded.signed else found.abs()
+    coded = slot.state_store.tensor_specs(slot.state_store.rank_of(slot.state), {"state_dtype": "int8"})[key]
+    is_signed = coded.is_basis or coded.quantizer is FP32 or coded.quantizer.signed
+    return found if is_signed else found.abs()
 
 
 def encoded(slot, key, spec, found) -> dict[str, torch.Tensor]:
@@ -292,9 +297,9 @@ def order_of(slot, spec) -> torch.Tensor:
 
 
 def _keeps_codes(slot, spec) -> bool:
-    """Whether 8-bit codes mean the same on every grid: their blocks are of the same elements."""
+    """Whether codes mean the same on every grid: their blocks are of the same elements."""
     in_order = torch.equal(order_of(slot, spec), torch.arange(spec.axis.size))
-    return isinstance(spec.quantizer, Int8) and in_order
+    return spec.quantizer.block_rows > 1 and in_order
 
 
 def _plain(slot, steps) -> dict[str, Any]:

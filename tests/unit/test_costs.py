@@ -20,6 +20,7 @@ from tests.unit.pages import PAGES, ROOT, rows, rows_by_method, state_rows, weig
 
 EXTRA = [
     ("GaLore", {"inner": "sgd", "momentum": 0.9}),
+    ("GaLore", {"cos_threshold": 0.4, "moments": "rotate"}),
     ("GaLore", {"inner": "lion", "lion_sign": "original"}),
     ("GaLore", {"projector": "svd", "proj_type": "left"}),
     ("OnlineSubspaceDescent", {"inner": "sgd", "momentum": 0.9}),

@@ -21,6 +21,8 @@ from benchmarks.memory import CASES, measure
 from ds_lowrank.commands import checkpoint, estimate, evaluate, export, glue
 from ds_lowrank.integration.unsupported_settings import UNSUPPORTED_SETTINGS, check_supported
 from ds_lowrank.methods import METHODS
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
+from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.subspace import SubspaceOptions
 from ds_lowrank.optimizer.options import parse_options
@@ -228,7 +230,12 @@ def test_every_flag_of_evaluate_is_documented():
     assert documented == {*parser._option_string_actions, "run"}
 
 
-COMMON, SUBSPACE = "### Keys of every method", "### Keys of GaLore and OnlineSubspaceDescent"
+SHARED = {
+    "### Keys of every method": Options,
+    "### Keys of methods that store a basis": BasisOptions,
+    "### Keys of methods with an inner optimizer": SubspaceOptions,
+    "### Keys of methods that find a basis every T steps": LazyRefreshOptions,
+}
 
 
 def documented_keys(heading):
@@ -246,7 +253,7 @@ def own_keys(options):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_is_documented_with_its_choices_and_its_default(method):
     options = METHODS[method].Options
-    tables = {COMMON: Options, SUBSPACE: SubspaceOptions, f"### Keys of {method}": options}
+    tables = {**SHARED, f"### Keys of {method}": options}
     tables = {heading: kind for heading, kind in tables.items() if issubclass(options, kind)}
     for heading, kind in tables.items():
         own = kind.model_fields.keys() if kind is Options else own_keys(kind)

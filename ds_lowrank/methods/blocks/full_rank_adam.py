@@ -43,13 +43,14 @@ def full_rank_adam(
         shard: the stack, or a parameter of any shape as one row.
         state: with ``exp_avg`` and ``exp_avg_sq``, which are updated in place, and ``step``, the number of steps before
             this one.
-        options: with ``betas`` and ``eps``.
+        options: with ``betas``, ``eps`` and its place.
         gradient: computes the gradient where a piece of this rank's elements is, any floating dtype.
 
     Returns:
         The update on the elements that this rank holds, to be scaled by the learning rate.
     """
     moments, step = (state["exp_avg"], state["exp_avg_sq"]), state["step"] + 1
+    eps = options.eps_at(step)
     if shard.geometry.block_rows == 1:
 
         def direction(piece: Piece) -> torch.Tensor:
@@ -57,7 +58,7 @@ def full_rank_adam(
             first, second = (moment[piece.matrices, :, 0].narrow(1, *places) for moment in moments)
             values = gradient(piece).float().reshape(first.shape)
             rows = zip(first, second, values, strict=True)  # a fused kernel needs tensors without gaps
-            found = [adam(one, two, value, options.betas, options.eps, step) for one, two, value in rows]
+            found = [adam(one, two, value, options.betas, eps, step) for one, two, value in rows]
             return torch.stack(found).view(piece.values.shape)
 
         return Dense(direction, 1.0)
@@ -66,6 +67,6 @@ def full_rank_adam(
     for piece in shard.gradient.dense_pieces:
         elements.values_at(piece).copy_(gradient(piece))
     owned = yield shard.elements.reduce_scatter(held)
-    held = yield shard.elements.all_gather(adam_in_place(*moments, owned, options.betas, options.eps, step))
+    held = yield shard.elements.all_gather(adam_in_place(*moments, owned, options.betas, eps, step))
     directions = Elements([held.squeeze(2)], [len(shard)], shard.part.rectangles)
     return Dense(directions.values_at, 1.0)

@@ -99,7 +99,7 @@ class Adam(InnerOptimizer):
         Exchanges nothing.
         """
         first, second = state[self._key("exp_avg")], state[self._key("exp_avg_sq")]
-        return adam(first, second, gradient, self.options.betas, self.options.eps, step)
+        return adam(first, second, gradient, self.options.betas, self.options.eps_at(step), step)
 
     def rotate(self, state: State, rotation: torch.Tensor) -> None:
         """Carry both moments into another basis: ``M <- M C`` and ``V <- V (C * C)`` with the rotation C."""

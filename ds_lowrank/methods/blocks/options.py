@@ -37,8 +37,14 @@ class Options(BaseModel):
     """Adam's, of projected matrices and of the other parameters; each in [0, 1)."""
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of the second moment."""
+    eps_root: Literal["corrected", "uncorrected"] = "corrected"
+    """Beside which root Adam's ``eps`` stands: that of the bias-corrected second moment, as in the paper of Adam, or
+    that of the moment itself, as in the published codes of GaLore, APOLLO and Online Subspace Descent."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Decoupled, as in AdamW, of every parameter of the group."""
+    weight_decay_order: Literal["before", "after"] = "before"
+    """Whether weights decay before the update, as in AdamW, or after it, as in the published codes of GaLore, APOLLO,
+    Online Subspace Descent, VLoRP and GradNormLoRP, where the update decays too."""
     lr_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the group's ``lr``; survives a scheduler that writes one ``lr`` into every group."""
     proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
@@ -123,9 +129,14 @@ class Options(BaseModel):
         return FP32
 
     @property
-    def block_rows(self) -> int:
-        """How many consecutive rows of the state must be on one rank, because they are quantized together."""
+    def moment_block_rows(self) -> int:
+        """How many consecutive rows of a moment must be on one rank, because they are quantized together."""
         return self._quantizer(signed=True).block_rows
+
+    @property
+    def block_rows(self) -> int:
+        """The same of everything that the state of a matrix has."""
+        return self.moment_block_rows
 
     @property
     def ascent(self) -> Ascent | None:
@@ -146,6 +157,27 @@ class Options(BaseModel):
     def effective_lr(self) -> float:
         """The learning rate of this step, ``lr * lr_scale``."""
         return self.lr * self.lr_scale
+
+    @property
+    def decay(self) -> float:
+        """The decoupled weight decay of this step: the weights are multiplied by one minus it."""
+        return self.effective_lr * self.weight_decay
+
+    @property
+    def rate(self) -> float:
+        """What the update is multiplied by: the learning rate, and the decay too where weights decay after it."""
+        return self.effective_lr * (1 - self.decay if self.weight_decay_order == "after" else 1)
+
+    def eps_at(self, step: int) -> float:
+        """What Adam adds to the root of the corrected second moment.
+
+        ``m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + e)`` with ``e = eps / sqrt(1 - beta2^t)`` is
+        ``sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)``.
+
+        Args:
+            step: t, 1 for the first step.
+        """
+        return self.eps if self.eps_root == "corrected" else self.eps / math.sqrt(1 - self.betas[1] ** step)
 
 
 def _kinds(annotation: Any) -> set[Any]:

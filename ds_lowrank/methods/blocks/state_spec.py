@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from ds_lowrank.linalg.quantization import FP32, Quantizer
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.sharding.axis import Axis
 
+Formats = Mapping[str, str]
+"""In which formats numbers are stored: ``state_dtype`` and ``basis_dtype``, as in the options."""
 State = dict[str, Any]
 """The state of one parameter: tensors and ints under fixed keys. The optimizer's ``step`` is always among them."""
 
@@ -26,11 +29,13 @@ class TensorSpec:
         axis: the dimension of the matrix that the rows belong to.
         columns: how many numbers each row has.
         quantizer: how the numbers are stored.
+        is_basis: whether it is needed to project, and a method only ever replaces it, and never changes it in place.
     """
 
     axis: Axis
     columns: int
     quantizer: Quantizer = FP32
+    is_basis: bool = False
 
     @property
     def numel(self) -> int:
@@ -87,16 +92,18 @@ class StateStore:
     """How the state of matrices that are cut alike is stored, and how a method sees it: in fp32.
 
     Args:
-        spec: returns the state's spec for a rank and a ``state_dtype``, None for that of the options.
+        spec: returns the state's spec for a rank and formats in place of those of the options.
         rank: the initial rank, 0 for what has none; a state may have a smaller one under ``rank``.
 
     Attributes:
         is_exact: whether every tensor is stored in fp32.
     """
 
-    def __init__(self, spec: Callable[[int, str | None], StateSpec], rank: int) -> None:
+    def __init__(self, spec: Callable[[int, Formats], StateSpec], rank: int) -> None:
         self._spec, self.rank = spec, rank
-        self.is_exact = all(spec.quantizer is FP32 for spec in self.tensor_specs(rank).values())
+        specs = self.tensor_specs(rank).values()
+        self.is_exact = all(spec.quantizer is FP32 for spec in specs)
+        self._has_quantized_bases = any(spec.is_basis and spec.quantizer is not FP32 for spec in specs)
 
     def spec(self, rank: int) -> StateSpec:
         """The spec of a matrix's state.
@@ -104,16 +111,16 @@ class StateStore:
         Args:
             rank: of the state.
         """
-        return self._spec(rank, None)
+        return self._spec(rank, {})
 
-    def tensor_specs(self, rank: int, state_dtype: str | None = None) -> dict[str, TensorSpec]:
+    def tensor_specs(self, rank: int, formats: Formats = MappingProxyType({})) -> dict[str, TensorSpec]:
         """The spec of every tensor of the state, by its key.
 
         Args:
             rank: of the state.
-            state_dtype: as which it is stored; None for that of the options.
+            formats: in which it is stored, where they are not those of the options.
         """
-        specs = self._spec(rank, state_dtype).items()
+        specs = self._spec(rank, formats).items()
         return {key: spec for key, spec in specs if isinstance(spec, TensorSpec)}
 
     def rank_of(self, state: State) -> int:
@@ -161,11 +168,24 @@ class StateStore:
         ints = {key: value for key, value in self.spec(self.rank).items() if not isinstance(value, TensorSpec)}
         return [{**{key: rows[i] for key, rows in stacked.items()}, **ints} for i in range(matrices)]
 
-    def decode(self, state: State) -> State:
+    def decode_bases(self, state: State) -> State:
+        """The bases of a stack that are not stored in fp32, in fp32, under the keys of their specs.
+
+        Args:
+            state: as stored, with a leading dimension for matrices.
+        """
+        if not self._has_quantized_bases:
+            return {}
+        specs = self.tensor_specs(self.rank_of(state)).items()
+        bases = {key: spec for key, spec in specs if spec.is_basis and spec.quantizer is not FP32}
+        return {key: spec.decode({s: state[key + s] for s in spec.tensors}) for key, spec in bases.items()}
+
+    def decode(self, state: State, bases: State) -> State:
         """A stack's state as a method sees it: every tensor in fp32, under the key of its spec.
 
         Args:
             state: as stored, with a leading dimension for matrices.
+            bases: what :meth:`decode_bases` returned.
 
         Returns:
             The state itself if everything is stored in fp32, else a new dict.
@@ -175,17 +195,18 @@ class StateStore:
         specs = self.tensor_specs(self.rank_of(state))
         stored = {key + suffix for key, spec in specs.items() for suffix in spec.tensors}
         others = {key: value for key, value in state.items() if key not in stored}
-        return others | {
-            key: spec.decode({suffix: state[key + suffix] for suffix in spec.tensors}) for key, spec in specs.items()
-        }
+        specs = {key: spec for key, spec in specs.items() if key not in bases}
+        decoded = {key: spec.decode({s: state[key + s] for s in spec.tensors}) for key, spec in specs.items()}
+        return others | bases | decoded
 
-    def encode(self, state: State, decoded: State, names: Sequence[str]) -> None:
+    def encode(self, state: State, decoded: State, names: Sequence[str], bases: State) -> None:
         """Store a stack's state that a method has changed.
 
         Args:
             state: where to store it, changed in place.
             decoded: what :meth:`decode` returned, as the method left it.
             names: of the matrices; rounding is a function of name, key and step.
+            bases: what :meth:`decode_bases` returned: those that were not replaced stay as they are.
         """
         if decoded is state:
             return
@@ -193,6 +214,8 @@ class StateStore:
         state |= {key: value for key, value in decoded.items() if key not in specs}
         for key, spec in specs.items():
             values = decoded[key]
+            if key in bases and values is bases[key]:
+                continue
             out = {suffix: state[key + suffix] for suffix in spec.tensors}
             for suffix, (shape, dtype) in spec.tensors.items():
                 if out[suffix].shape[1:] != shape:  # the rank has changed

@@ -8,20 +8,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, InnerOptimizerName, Lion, make_inner_optimizer
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.sharding.elementwise import squared_norms
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
 
-class SubspaceOptions(Options):
+class SubspaceOptions(BasisOptions):
     """The keys that GaLore, GradNormLoRP and Online Subspace Descent share."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "inner")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "inner")
 
     rank: int = Field(128, gt=0, strict=True)
     """Columns of the basis, r; at most the smaller dimension of a matrix."""
@@ -104,7 +105,7 @@ def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> S
     Returns:
         ``basis``, compressed x rank, and the inner optimizer's tensors for kept x rank.
     """
-    return {"basis": TensorSpec(shard.compressed, rank), **options.inner_optimizer.state(shard, shard.kept, rank)}
+    return {"basis": options.basis_spec(shard, rank), **options.inner_optimizer.state(shard, shard.kept, rank)}
 
 
 BasisPlacement = Literal["partitioned", "replicated"]
@@ -160,9 +161,22 @@ def basis_of_step(shard: MatrixShard, state: State, options: Options, found: Pro
     if found.is_zero and found.due:
         stored: torch.Tensor = yield shard.compressed.all_gather(state["basis"])
         return stored
-    if options.keeps_bases_gathered:
-        shard.held_basis = found.basis
+    keep_gathered(shard, options, found.basis, found.due)
     return found.basis
+
+
+def keep_gathered(shard: MatrixShard, options: Options, basis: torch.Tensor, is_new: bool) -> None:
+    """Keep what was gathered of a basis for the next step, if the options say so and that step has the same one.
+
+    Args:
+        shard: the stack.
+        options: with ``basis_placement``, where the method has it, and ``basis_dtype``.
+        basis: matrices x held compressed rows x rank, fp32.
+        is_new: whether it is not stored yet: rounding will make another one of it.
+    """
+    if options.keeps_bases_gathered:
+        is_exact = not isinstance(options, BasisOptions) or options.basis_dtype == "fp32"
+        shard.held_basis = None if is_new and not is_exact else basis
 
 
 def descend(
