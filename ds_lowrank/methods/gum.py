@@ -24,7 +24,7 @@ from pydantic import Field
 
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.orthogonalize import (
     Orthogonalization,
     orthogonalized,
@@ -33,7 +33,7 @@ from ds_lowrank.methods.blocks.orthogonalize import (
 )
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import project_on
 from ds_lowrank.sharding.elementwise import blocks
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -41,10 +41,10 @@ from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class GumOptions(Options):
+class GumOptions(BasisOptions):
     """The keys of GUM."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "full_share")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "full_share")
 
     rank: int = Field(128, gt=0, strict=True)
     """Columns of ``P``, r."""
@@ -121,8 +121,8 @@ class GumMethod(Method):
         momentum = options.first_moment_spec(shard.kept, rank or shard.compressed.size)
         if options.full_share == 1:
             return {"momentum_buffer": momentum}
-        columns = min(options.rank, *shard.shape)
-        return {"basis": TensorSpec(shard.compressed, columns), "momentum_buffer": momentum, "rank": rank}
+        basis = options.basis_spec(shard, min(options.rank, *shard.shape))
+        return {"basis": basis, "momentum_buffer": momentum, "rank": rank}
 
     @staticmethod
     def needs_gradient(options: GumOptions) -> str:
@@ -138,10 +138,11 @@ class GumMethod(Method):
         due = step % options.update_proj_gap == 0
         if due:
             whole = options.is_whole(shard.names[0], step // options.update_proj_gap)  # the same for all
+            rank = min(options.rank, *shard.shape)
             if options.projector == "svd":
-                own = yield from singular_basis(shard, own.shape[2])
+                own = yield from singular_basis(shard, rank)
             else:
-                own = yield from randomized_range(shard, own.shape[2], options.seed, step)
+                own = yield from randomized_range(shard, rank, options.seed, step)
         if not whole:
             return (yield from project_on(shard, own, due, options))  # R = H P
         gradient, basis = yield from concurrently(own_rows(shard), everywhere(shard, own))

@@ -29,6 +29,7 @@ class Sumo(LowRankOptimizer):
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
     """
 
     method: ClassVar[type[Method]] = SumoMethod
@@ -48,6 +49,7 @@ class Gum(LowRankOptimizer):
         adjust_lr_fn: what an update is multiplied by for the shape of its matrix, ``none`` (the default), ``original``
             for ``sqrt(max(1, m / n))``, or ``match_rms_adamw`` for ``0.2 sqrt(max(m, n))``.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
     """
 
     method: ClassVar[type[Method]] = GumMethod
