@@ -32,7 +32,7 @@ class Contender:
     @property
     def has_scale(self) -> bool:
         """Whether ``scale`` is an option of the method; otherwise the matrices get a learning rate of their own."""
-        return self.type in METHODS and "scale" in METHODS[self.type].Options.model_fields and self.type != "VLoRP"
+        return self.type in METHODS and METHODS[self.type].Options.rate_key in METHODS[self.type].Options.model_fields
 
     def optimizer(self, lr: float, scale: float) -> dict[str, Any]:
         """Return DeepSpeed's ``optimizer`` entry."""

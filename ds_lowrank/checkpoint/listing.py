@@ -137,7 +137,7 @@ def bytes_by_kind(saved: Saved) -> dict[str, int]:
         kind = "moments of projected matrices" if name in projected else "moments of the rest"
         if not state:
             kind = "weights"
-        elif state.startswith("basis") and name in projected and "exp_avg" not in state:
+        elif state.startswith(("basis", "indices")) and name in projected and "exp_avg" not in state:
             kind = "bases"
         found[kind] += saved.tensors.nbytes(key)
     return found

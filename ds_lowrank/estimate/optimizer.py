@@ -181,7 +181,7 @@ class Counter:
         follow on each other differ: the fullest renews most elements, the ordinary one fewest.
         """
         options, method = self._optimizer.options, self._optimizer.method
-        gap = getattr(options, "update_proj_gap", None)
+        gap = getattr(options, "update_proj_gap", getattr(options, "kappa", None))
         if not gap:
             return [("refresh", 0), ("ordinary", 1), ("ordinary", 1)]
         due = {

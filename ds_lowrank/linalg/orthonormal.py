@@ -41,6 +41,21 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     return basis
 
 
+def orthonormal_beside_zeros(tall: torch.Tensor) -> torch.Tensor:
+    """As :func:`orthonormal`, where columns of zeros may stand before others.
+
+    A decomposition puts an arbitrary vector in the place of a dependent column, and takes its direction from the
+    columns behind it. Here columns of zeros are decomposed last, and are left zero.
+
+    Args:
+        tall: L x p x k, fp32, ``p >= k``.
+    """
+    if tall.numel() == 0:
+        return tall
+    zeros_last = (tall == 0).all(-2, keepdim=True).int().argsort(dim=-1, stable=True).expand_as(tall)
+    return torch.zeros_like(tall).scatter_(-1, zeros_last, orthonormal(tall.gather(-1, zeros_last)))
+
+
 def _by_householder(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The QR decomposition: Q, and the diagonal of R."""
     q, r = torch.linalg.qr(tall)
@@ -66,13 +81,19 @@ def _by_gram_matrix(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, found
 
 
-def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torch.Tensor:
-    """The first ``rank`` singular vectors of a matrix, by an exact SVD.
+def leading_singular_vectors(
+    matrix: torch.Tensor, rank: int, side: str, waits: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The first ``rank`` singular vectors of a matrix, by an exact SVD, or a sample of all.
 
     Args:
         matrix: m x n or a stack, L x m x n, fp32 or fp64; without elements on ranks other than the root.
         rank: number of vectors, at most ``min(m, n)``.
         side: ``right`` for right singular vectors, ``left`` for left ones.
+        waits: None for the first ones; or a number above 0 for each singular vector, min(m, n) of each matrix. Those
+            with the smallest quotients of it and of their singular values are taken, in their order. If the numbers
+            are independent and exponentially distributed, that is a sample without replacement with probabilities
+            proportional to the singular values.
 
     Returns:
         n x rank (right) or m x rank (left), of each matrix of a stack, fp32, with vectors as columns; 0 x rank for
@@ -84,7 +105,9 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
     if matrix.numel() == 0:
         return matrix.new_zeros(*matrix.shape[:-2], 0, rank)
     if matrix.ndim == 3:
-        return torch.stack([leading_singular_vectors(one, rank, side) for one in matrix])
+        own = [None] * len(matrix) if waits is None else waits.unbind()
+        found = [leading_singular_vectors(one, rank, side, wait) for one, wait in zip(matrix, own, strict=True)]
+        return torch.stack(found)
     if not matrix.isfinite().all():
         return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan)
     try:
@@ -92,9 +115,17 @@ def leading_singular_vectors(matrix: torch.Tensor, rank: int, side: str) -> torc
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if matrix.dtype == torch.float64:
             return matrix.new_full((matrix.shape[side == "right"], rank), torch.nan, dtype=torch.float32)
-        return leading_singular_vectors(matrix.double() / matrix.abs().max(), rank, side)
-    vectors = vh[:rank].T if side == "right" else u[:, :rank]
-    significant = s[:rank] > RANK_TOLERANCE * s[0]
+        return leading_singular_vectors(matrix.double() / matrix.abs().max(), rank, side, waits)
+    chosen = slice(rank) if waits is None else _sample(s, waits)[:rank].sort().values
+    vectors = vh[chosen].T if side == "right" else u[:, chosen]
+    significant = s[chosen] > RANK_TOLERANCE * s[0]
     nonzero = (matrix != 0).any(0 if side == "right" else 1).unsqueeze(1)
     basis: torch.Tensor = (vectors * significant * nonzero).float().contiguous()
     return basis
+
+
+def _sample(values: torch.Tensor, waits: torch.Tensor) -> torch.Tensor:
+    """All indices, in the order in which they are drawn: what is rounding comes last."""
+    relative = values / values[0].clamp_min(torch.finfo(values.dtype).tiny)
+    drawn = torch.where(relative > RANK_TOLERANCE, waits / relative, torch.inf)
+    return drawn.argsort(stable=True)

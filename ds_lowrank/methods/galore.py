@@ -15,11 +15,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.orthonormal import orthonormal
-from ds_lowrank.linalg.sketch import name_hash, normal
+from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.dct_basis import gather_indices
 from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions, note_similarity
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.blocks.range_finder import (
+    RangeFinderOptions,
+    random_basis,
+    randomized_range,
+    sampled_basis,
+    singular_basis,
+)
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,
@@ -28,6 +34,8 @@ from ds_lowrank.methods.blocks.subspace import (
     basis_of_step,
     descend,
     project_on,
+    project_on_columns,
+    stored_basis,
     subspace_state,
 )
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
@@ -35,11 +43,12 @@ from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Dense, Factors
 
 
-class GaLoreOptions(LazyRefreshOptions):
+class GaLoreOptions(LazyRefreshOptions, RangeFinderOptions):
     """The keys of GaLore, in its own spelling."""
 
-    projector: Literal["randomized", "svd"] = "randomized"
-    """How the leading subspace is found: by a randomized range finder, or by an exact SVD on one rank."""
+    projector: Literal["randomized", "svd", "random", "sampled", "dct"] = "randomized"
+    """Which basis: of the leading subspace, by a randomized range finder or by an exact SVD on one rank; a random one
+    (GoLore); a sample of the singular vectors (I3S); or the strongest columns of the DCT matrix (DCT-AdamW)."""
     moments: Literal["keep", "rotate"] = "keep"
     """What a refresh does to Adam's moments: the official code keeps them in the old coordinates."""
     basis_placement: BasisPlacement = "partitioned"
@@ -51,8 +60,21 @@ class GaLoreOptions(LazyRefreshOptions):
     """Spread the refreshes of the matrices over the interval instead of doing them all in one step."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse to rotate moments that the inner optimizer does not have."""
+        """Refuse to rotate moments that the inner optimizer does not have, and keys of another projector."""
         super().model_post_init(context)
+        if self.power_steps != 1 and self.projector != "randomized":
+            raise ValueError(
+                f"power_steps belongs to projector 'randomized', projector is {self.projector!r}: remove one of them"
+            )
+        if self.first_basis == "random" and self.projector == "dct":
+            raise ValueError("projector 'dct' has no random basis to begin with: set first_basis to 'gradient'")
+        if self.projector == "dct" and self.basis_dtype != "fp32":
+            raise ValueError("projector 'dct' stores indices and no numbers of a basis: set basis_dtype to 'fp32'")
+        if self.is_lazy and self.projector not in ("randomized", "svd"):
+            raise ValueError(
+                f"cos_threshold compares leading subspaces, projector is {self.projector!r}: set that to 'randomized' "
+                "or 'svd', or remove cos_threshold"
+            )
         if self.moments == "rotate" and (self.inner == "adafactor" or (self.inner == "sgd" and not self.momentum)):
             raise ValueError(f"inner {self.inner!r} has no moments that 'rotate' could carry: set moments to 'keep'")
         if self.is_lazy and self.stagger:
@@ -72,7 +94,7 @@ class GaLoreMethod(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: GaLoreOptions, rank: int) -> StateSpec:
-        """The basis, compressed x rank, and the inner optimizer's moments, kept x rank."""
+        """The basis, compressed x rank, or its indices, rank x 1, and the inner optimizer's moments, kept x rank."""
         return galore_state(shard, options, rank)
 
     @staticmethod
@@ -81,20 +103,27 @@ class GaLoreMethod(Method):
 
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Sums | None]:
-        """``Q``; None if a new one is due, which is found in the gradient."""
-        if state["step"] == 0 and options.first_basis == "random":
-            shard.held_basis = yield shard.compressed.all_gather((yield from random_basis(shard, options)))
-            return (shard.held_basis,)
-        if basis_due(shard, state, options):
+        """``Q``; None if a new one is due that is found in the gradient."""
+        step = state["step"]
+        if not basis_due(shard, state, options):
+            return (yield from basis_factors(shard, state, options))
+        if not draws_basis(options, step):
             return None
-        return (yield from basis_factors(shard, state))
+        own = yield from random_basis(shard, min(options.rank, *shard.shape), options.seed, step)
+        shard.held_basis, shard.is_basis_new = (yield shard.compressed.all_gather(own)), True
+        return (shard.held_basis,)
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Projection]:
         """Find the basis if it is due, and project: ``R = H Q``."""
+        step, rank = state["step"], min(options.rank, *shard.shape)
         due = basis_due(shard, state, options)
-        own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
-        return (yield from project_on(shard, own, due, options))  # R = H Q
+        if due and options.projector == "dct":
+            return (yield from project_on_columns(shard, rank))
+        own = (yield from new_basis(shard, options, step)) if due else stored_basis(state)
+        found = yield from project_on(shard, own, due, options)  # R = H Q
+        found.is_drawn = draws_basis(options, step)
+        return found
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: GaLoreOptions, found: Projection) -> Program[Factors | Dense]:
@@ -126,25 +155,21 @@ def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
     return step == 0 or (step + offset) % options.update_proj_gap == 0
 
 
+def draws_basis(options: GaLoreOptions, step: int) -> bool:
+    """Whether a basis that is due in a step is random, and needs no gradient."""
+    return options.projector == "random" or (step == 0 and options.first_basis == "random")
+
+
 def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[torch.Tensor]:
-    """An orthonormal basis of the gradient's leading subspace: matrices x owned compressed rows x rank, fp32."""
-    if step == 0 and options.first_basis == "random":
-        return (yield from random_basis(shard, options))
+    """An orthonormal basis, of the gradient or random: matrices x owned compressed rows x rank, fp32."""
     rank = min(options.rank, *shard.shape)
+    if draws_basis(options, step):
+        return (yield from random_basis(shard, rank, options.seed, step))
     if options.projector == "svd":
         return (yield from singular_basis(shard, rank))
-    return (yield from randomized_range(shard, rank, options.seed, step))
-
-
-def random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Tensor]:
-    """A random orthonormal basis, a function of seed and name: matrices x owned compressed rows x rank, fp32."""
-    if shard.is_accumulated and shard.held_basis is not None:  # backward has projected onto it
-        return shard.compressed.own_of_held(shard.held_basis)
-    rooted = [shard.names[i] for i in shard.rooted]
-    size, rank = shard.compressed.size, min(options.rank, *shard.shape)
-    drawn = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))
-    own: torch.Tensor = yield shard.compressed.scatter_from_root(drawn)
-    return own
+    if options.projector == "sampled":
+        return (yield from sampled_basis(shard, rank, options.seed, step))
+    return (yield from randomized_range(shard, rank, options.seed, step, options.power_steps))
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:
@@ -154,13 +179,17 @@ def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: 
         shard: the stack.
         state: with the old basis.
         options: with ``cos_threshold`` and ``moments``.
-        new: matrices x owned compressed rows x rank, fp32.
+        new: what this rank stores of the new basis, as the state has it of the old one.
     """
     rotates, rotation = options.moments == "rotate" and state["step"] > 0, None
     if options.is_lazy:
         rotation = yield from note_similarity(shard, state, options, new)
+    elif rotates and options.stores_indices:  # of columns of one orthonormal matrix
+        pairs = torch.cat([state["indices"], new], dim=2)
+        old_and_new = yield from gather_indices(shard, pairs, min(options.rank, *shard.shape))
+        rotation = (old_and_new[..., :1] == old_and_new[..., 1:].mT).float()
     elif rotates:
         rotation = yield from shard.replicated_sum(state["basis"].mT @ new)  # Q_old^T Q
     if rotates and rotation is not None:
         options.inner_optimizer.rotate(state, rotation)
-    state["basis"] = new
+    state["indices" if options.stores_indices else "basis"] = new

@@ -8,7 +8,7 @@ in that direction away, and Adam applies its gradient to the weights themselves.
     c_j    = (f(W + mu Pi_j) - f(W - mu Pi_j)) / (2 mu)
     G_pert = 1/q sum_j c_j Pi_j
     H      = grad f(W + rho G_pert / |G_pert|)
-    every T steps    Q <- range of H,  F <- range of H Q
+    every T steps    Q <- range of H,  F <- range of H Q,  or both in singular pairs: H Q = F S
     R <- H Q;  N <- Adam(R)
     W <- W - lr * scale * N Q^T                              Lorenza+ adds s (H - R Q^T)
 
@@ -19,21 +19,22 @@ AdaZo-SAM.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ds_lowrank.linalg.energy import singular_pairs
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.base import PerturbingMethod
 from ds_lowrank.methods.blocks.ascent import Ascent
-from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.directions import Diagonal, Directions, FullSpace, GaussianInSubspace
 from ds_lowrank.methods.blocks.full_rank_adam import full_rank_adam, full_rank_state
 from ds_lowrank.methods.blocks.inner_optimizers import Adam
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
-from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
@@ -44,10 +45,10 @@ from ds_lowrank.sharding.reduce import Program, Request
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class LorenzaOptions(BasisOptions):
+class LorenzaOptions(RangeFinderOptions):
     """The keys of LORENZA, with the paper's symbols."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "probe_form")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank", "probe_form")
 
     rank: Annotated[int, Field(gt=0, strict=True)] | None = 128
     """Columns of ``Q``, r. None: AdaZo-SAM, on whole gradients."""
@@ -65,6 +66,8 @@ class LorenzaOptions(BasisOptions):
     """Whether a probe looks at both sides of the weights, or compares one side with the weights."""
     probe_form: Literal["diagonal", "gaussian"] = "diagonal"
     """``F diag(u) Q^T``, or ``U Q^T`` with U kept x r."""
+    right_factor: Literal["qr", "svd"] = "qr"
+    """What F is: the orthogonal factor of ``H Q``, or its left singular vectors with Q turned to the right ones."""
     norm: Literal["global", "per_matrix"] = "global"
     """Over what |G_pert| is taken: all matrices, or each."""
     moment_on_refresh: Literal["rotate", "keep", "reset"] = "rotate"
@@ -90,8 +93,12 @@ class LorenzaOptions(BasisOptions):
         super().model_post_init(context)
         if self.rank is None and self.probe_form == "diagonal":
             raise ValueError("probe_form 'diagonal' needs a rank: set rank, or probe_form to 'gaussian'")
+        if self.right_factor == "svd" and self.probe_form != "diagonal":
+            raise ValueError("right_factor belongs to probe_form 'diagonal': remove it, or set that and a rank")
         if self.rank is None and self.orthogonal_component:
             raise ValueError("orthogonal_component needs a rank: without one nothing is left out of the gradient")
+        if self.rank is None and self.power_steps != 1:
+            raise ValueError("power_steps needs a rank: without one no basis is found")
         if self.orthogonal_scale != 1.0 and not self.orthogonal_component:
             raise ValueError("orthogonal_scale belongs to orthogonal_component: remove it, or set that to true")
 
@@ -108,6 +115,17 @@ class LorenzaOptions(BasisOptions):
             per_matrix=self.norm == "per_matrix",
             per_micro_batch=self.accumulation == "per_micro_batch",
         )
+
+
+@dataclass
+class PairedProjection(Projection):
+    """A projection on a new basis of right singular vectors of what was projected.
+
+    Attributes:
+        right_factor: this rank's rows of the left ones, F: matrices x owned kept rows x rank, fp32.
+    """
+
+    right_factor: Tensor = field(kw_only=True)
 
 
 class LorenzaMethod(PerturbingMethod):
@@ -174,7 +192,7 @@ class LorenzaMethod(PerturbingMethod):
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[Sums | None]:
         """``Q``; None if a new one is due, which is found in the gradient."""
-        return None if subspace_due(state, options) else (yield from basis_factors(shard, state))
+        return None if subspace_due(state, options) else (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: LorenzaOptions) -> Program[ProjectedGradient]:
@@ -185,8 +203,9 @@ class LorenzaMethod(PerturbingMethod):
         own = state["basis"]
         if due:
             rank = LorenzaMethod.rank(shard.shape, options)
-            own = yield from randomized_range(shard, rank, options.seed, state["step"])
-        return (yield from project_on(shard, own, due, options))  # R = H Q
+            own = yield from randomized_range(shard, rank, options.seed, state["step"], options.power_steps)
+        found = yield from project_on(shard, own, due, options)  # R = H Q
+        return (yield from in_pairs(shard, found)) if due and options.right_factor == "svd" else found
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: LorenzaOptions, found: ProjectedGradient) -> Program[Update]:
@@ -207,6 +226,24 @@ def subspace_due(state: State, options: LorenzaOptions) -> bool:
     """Whether a new subspace is due: in steps 0, T, 2T, ..."""
     due: bool = state["step"] % options.update_proj_gap == 0
     return due
+
+
+def in_pairs(shard: MatrixShard, found: Projection) -> Program[PairedProjection]:
+    """Turn Q so that ``R = H Q = F S``: the columns of F and Q are then pairs of singular vectors of R.
+
+    Args:
+        shard: the stack.
+        found: the projection on a new basis.
+    """
+    tall = yield shard.kept.gather_to_root(found.projected)
+    factor, turn = singular_pairs(tall)
+    factor, turn = yield (
+        shard.kept.scatter_from_root(factor),
+        shard.replicated_axis(tall.shape[2]).broadcast_from_root(turn),
+    )
+    turn = shard.or_zeros(turn, tall.shape[2])
+    own, basis = found.own @ turn, found.basis @ turn
+    return PairedProjection(found.projected @ turn, found.due, own=own, basis=basis, right_factor=factor)
 
 
 def for_target(shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], own: Tensor) -> Request:
@@ -240,7 +277,9 @@ def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, f
         rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # Q_old^T Q
         Adam(options).rotate(state, rotation)
     state["basis"] = found.own
-    if options.probe_form == "diagonal":
+    if isinstance(found, PairedProjection):
+        state["right_factor"].copy_(found.right_factor)
+    elif options.probe_form == "diagonal":
         tall = yield shard.kept.gather_to_root(found.projected)
         state["right_factor"].copy_((yield shard.kept.scatter_from_root(orthonormal(tall))))  # F = range of H Q
 

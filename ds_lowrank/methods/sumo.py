@@ -20,10 +20,9 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
 from ds_lowrank.methods.blocks.orthogonalize import orthogonalized
-from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
@@ -32,10 +31,10 @@ from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class SumoOptions(BasisOptions):
+class SumoOptions(RangeFinderOptions):
     """The keys of SUMO."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank")
 
     proj_type: Literal["std", "reverse_std", "left", "right"] = "reverse_std"
     """``reverse_std`` compresses the larger dimension (rows if both are equal), ``std`` the other."""
@@ -89,15 +88,14 @@ class SumoMethod(Method):
     @staticmethod
     def factors(shard: MatrixShard, state: State, options: SumoOptions) -> Program[Sums | None]:
         """``Q``; None if it is used up."""
-        return None if state["used_up"] else (yield from basis_factors(shard, state))
+        return None if state["used_up"] else (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: SumoOptions) -> Program[Projection]:
         """``R = H Q``, on a new subspace if the last one is used up."""
         own = state["basis"]
         if state["used_up"]:
-            rank = SumoMethod.rank(shard.shape, options)
-            own = yield from randomized_range(shard, rank, options.seed, state["step"])
+            own = yield from randomized_range(shard, own.shape[2], options.seed, state["step"], options.power_steps)
         return (yield from project_on(shard, own, bool(state["used_up"]), options))  # R = H Q
 
     @staticmethod

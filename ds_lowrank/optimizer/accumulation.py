@@ -95,7 +95,7 @@ class Accumulation:
                     stack.detach()
 
     def _expect(self, stack: Stack, factors: Sums | None) -> None:
-        stack.keep_basis(is_stored=stack.state["step"] > 0)
+        stack.keep_basis(is_stored=stack.state["step"] > 0 and not stack.shard.is_basis_new)
         stack.factors = factors
         if factors is None:
             stack.sums = None

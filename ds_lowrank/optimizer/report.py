@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ds_lowrank.collectives import all_gather_object, global_rank
 from ds_lowrank.environment.apex import adamw_by
+from ds_lowrank.methods.blocks.state_spec import BASIS_KEYS
 from ds_lowrank.optimizer.slots import Slot
 from ds_lowrank.placement.grid import Grid
 from ds_lowrank.placement.marks import is_tied_between_stages
@@ -85,7 +86,7 @@ def gathered_bytes(slots: Sequence[Slot]) -> int:
     """
     numbers = 0
     for slot in slots:
-        if "basis" in slot.state and slot.matrix.options.keeps_bases_gathered:
+        if not slot.state.keys().isdisjoint(BASIS_KEYS) and slot.matrix.options.keeps_bases_gathered:
             numbers += slot.rank * length(slot.geometry.compressed.held.get(slot.geometry.rank, ()))
     return 4 * numbers
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ds_lowrank.methods.base import Method, Options
-from ds_lowrank.methods.blocks.state_spec import TensorSpec
+from ds_lowrank.methods.blocks.state_spec import BASIS_KEYS, TensorSpec
 from ds_lowrank.optimizer.accumulation import Accumulation
 from ds_lowrank.optimizer.adamw import adamw_step
 from ds_lowrank.optimizer.build_slots import slots_of
@@ -154,7 +154,7 @@ def state_bytes_of_ranks(slots: Sequence[Slot], ranks: int, tensor: int) -> list
                 size = _bytes_on(spec, rank) if isinstance(spec, TensorSpec) else 0
                 if not slot.is_projected:
                     rest += size
-                elif key == "basis":
+                elif key in BASIS_KEYS:
                     bases += size
                 else:
                     moments += size

@@ -156,6 +156,7 @@ class Stack:
             for matrix in self.matrices:
                 matrix.gathered.pop("basis", None)
             return
+        is_stored = is_stored and "basis" in self.state  # and not only the indices of its columns
         if self.is_here and not (is_stored and self._is_alone):
             self._gathered.close({"basis": held})
             return
@@ -173,6 +174,7 @@ class Stack:
         """Release the gradients, the weights and what was found."""
         self.shard.detach()
         self.shard.held_basis = self.found = None
+        self.shard.is_basis_new = False
         self._bases = {}
 
     def store(self, decoded: State) -> None:

@@ -1,6 +1,6 @@
 """GaLore as arXiv 2403.03507, Algorithm 2, writes it: dense, one process.
 
-    every T steps    Q <- leading right singular vectors of H
+    every T steps    Q <- leading right singular vectors of H; or another basis
     R <- H Q
     N <- Adam(R)     (or another inner optimizer)
     W <- W - lr * scale * N Q^T - lr * weight_decay * W
@@ -37,9 +37,42 @@ def singular_basis(G: torch.Tensor, rank: int, right: bool) -> torch.Tensor:
     return Vh[:rank].T if right else U[:, :rank]
 
 
-def randomized_basis(H: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """Range finder with one power step from the sketch W, compressed x k: a basis of the same shape."""
-    return positive_qr(H.T @ positive_qr(H @ W.to(H.dtype)))
+def randomized_basis(H: torch.Tensor, W: torch.Tensor, power_steps: int = 1) -> torch.Tensor:
+    """Range finder: a basis of ``(H^T H)^q W``, compressed x k, or without power steps of ``H^T W``.
+
+    The sketch W is compressed x k, without power steps kept x k.
+    """
+    W = W.to(H.dtype)
+    if power_steps == 0:
+        return positive_qr(H.T @ W)
+    for _ in range(power_steps):
+        W = positive_qr(H.T @ positive_qr(H @ W))
+    return W
+
+
+def sampled_basis(G: torch.Tensor, rank: int, right: bool, z: torch.Tensor) -> torch.Tensor:
+    """Singular vectors drawn one after the other, each with a probability proportional to its singular value.
+
+    A race: the one whose clock, of a rate of its singular value, rings next is drawn next. The ``|z|^2 / 2`` of pairs
+    of normal numbers, min(m, n) x 2, are clocks of rate 1.
+    """
+    U, s, Vh = torch.linalg.svd(G, full_matrices=False)
+    rings = z.to(G.dtype).square().sum(1) / 2 / s
+    first = sorted(sorted(range(len(s)), key=lambda i: rings[i].item())[:rank])
+    vectors: torch.Tensor = Vh[first].T if right else U[:, first]
+    return vectors
+
+
+def dct_basis(H: torch.Tensor, rank: int) -> torch.Tensor:
+    """The columns D_j of the orthonormal DCT-II matrix with the largest ``|H D_j|``: compressed x r."""
+    n = H.shape[1]
+    j, i = torch.meshgrid(torch.arange(n).double(), torch.arange(n).double(), indexing="ij")
+    D = (2 / n) ** 0.5 * torch.cos(torch.pi * i * (2 * j + 1) / (2 * n))
+    D[:, 0] *= 0.5**0.5
+    norms = (H @ D.to(H.dtype)).norm(dim=0)
+    strongest = sorted(range(n), key=lambda column: -norms[column].item())[:rank]
+    columns: torch.Tensor = D[:, sorted(strongest)].to(H.dtype)
+    return columns
 
 
 class DenseGaLore:
@@ -65,6 +98,7 @@ class DenseGaLore:
         scale: float = 0.25,
         proj_type: str = "std",
         projector: str = "randomized",
+        power_steps: int = 1,
         first_basis: str = "gradient",
         moments: str = "keep",
         inner: str = "adamw",
@@ -83,7 +117,8 @@ class DenseGaLore:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank, self.projector, self.moments = min(rank, m, n), projector, moments
-        self.first_basis, self.decays_after = first_basis, weight_decay_order == "after"
+        self.first_basis, self.power_steps = first_basis, power_steps
+        self.decays_after = weight_decay_order == "after"
         self.weight_decay, self.seed, self.t = weight_decay, seed, 0
         self.threshold, self.growth, self.patience = cos_threshold, gamma_proj, queue_size
         self.next_refresh = self.in_a_row = 0
@@ -91,18 +126,24 @@ class DenseGaLore:
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign, eps_root)
 
     def find_basis(self, G: torch.Tensor) -> torch.Tensor:
-        """A basis of the gradient's leading subspace, compressed x r, or a random one at first."""
-        if self.t == 0 and self.first_basis == "random":
-            return positive_qr(sketch(self.seed, self.name, 0, G.shape[1 if self.right else 0], self.rank))
+        """A basis of the gradient, compressed x r, or a random one."""
+        H = G if self.right else G.T
+        if self.projector == "random" or (self.t == 0 and self.first_basis == "random"):
+            return positive_qr(sketch(self.seed, self.name, self.t, H.shape[1], self.rank).to(G.dtype))
+        if self.projector == "dct":
+            return dct_basis(H, self.rank)
         if self.projector == "svd":
             return singular_basis(G, self.rank, self.right)
-        H = G if self.right else G.T
-        return randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank))
+        if self.projector == "sampled":
+            z = sketch(self.seed, self.name, f"sample {self.t}", min(G.shape), 2)
+            return sampled_basis(G, self.rank, self.right, z)
+        W = sketch(self.seed, self.name, self.t, H.shape[1 if self.power_steps else 0], self.rank)
+        return randomized_basis(H, W, self.power_steps)
 
     def is_due(self, G: torch.Tensor) -> bool:
-        """Whether a new basis is found in this step. A gradient of zeros has no subspace: the old one stays."""
+        """Whether there is a new basis in this step. A gradient of zeros has no subspace: the old one stays."""
         due = self.t == self.next_refresh
-        if due and self.t > 0 and not G.any():
+        if due and self.t > 0 and not G.any() and self.projector != "random":
             self.next_refresh += self.gap if self.threshold is None else 1
             return False
         return due
@@ -115,26 +156,31 @@ class DenseGaLore:
         if self.in_a_row == self.patience:
             self.gap, self.in_a_row = self.gap * self.growth, 0
 
+    def refresh(self, G: torch.Tensor) -> None:
+        """Find a new basis, decide how long it lasts, and carry the moments into it if asked."""
+        new = self.find_basis(G)
+        if self.t > 0 and self.threshold is not None:
+            self.compare(self.basis, new)
+        self.next_refresh = self.t + self.gap
+        if self.moments == "rotate" and self.t > 0:
+            self.inner.rotate(self.basis.T @ new)
+        self.basis = new
+
+    def update(self, H: torch.Tensor) -> torch.Tensor:
+        """What the learning rate multiplies, kept x compressed."""
+        return self.scale * self.inner.update(H @ self.basis, self.basis)
+
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
         if self.is_due(G):
-            new = self.find_basis(G)
-            if self.t > 0 and self.threshold is not None:
-                self.compare(self.basis, new)
-            self.next_refresh = self.t + self.gap
-            if self.moments == "rotate" and self.t > 0:
-                self.inner.rotate(self.basis.T @ new)
-            self.basis = new
-        update = self.inner.update(H @ self.basis, self.basis)
-        kept = 1 - lr * self.weight_decay
+            self.refresh(G)
+        kept, update = 1 - lr * self.weight_decay, self.update(H)
         if self.decays_after:
-            W.sub_(lr * self.scale * update)
-            W.mul_(kept)
+            W.sub_(lr * update).mul_(kept)
         else:
-            W.mul_(kept)
-            W.sub_(lr * self.scale * update)
+            W.mul_(kept).sub_(lr * update)
         self.t += 1
 
 
@@ -166,6 +212,11 @@ class DenseAdamW:
     ) -> None:
         self.weight, self.lr, self.weight_decay = weight, lr, weight_decay
         self.decays_after, self.adam = weight_decay_order == "after", AdamW(betas, eps, eps_root)
+
+    @property
+    def t(self) -> int:
+        """The number of steps so far."""
+        return self.adam.t
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, of the weight's shape."""

@@ -65,6 +65,7 @@ class MatrixShard:
         rounding: how this step rounds new weights in bf16; None for to the nearest.
         held_basis: a basis that a method keeps gathered, for as long as the stack consists of the same matrices:
             matrices x held compressed rows x k, fp32. None if it is not kept, or has to be gathered again.
+        is_basis_new: whether :attr:`held_basis` is one that the next step takes up, and not that of the states.
         views: the same matrices viewed in other shapes, by shape.
     """
 
@@ -78,6 +79,7 @@ class MatrixShard:
         self.precision: MatmulPrecision | None = None
         self.rounding: Rounding | None = None
         self.held_basis: torch.Tensor | None = None
+        self.is_basis_new = False
         self.views: dict[tuple[int, int], MatrixShard] = {}
         self._axes: dict[int, Axis] = {}
         self._sums: SumRoute | None = None

@@ -13,6 +13,8 @@ ROW = Row(
         CASE | {"norm_axis": "input", "proj_type": "reverse_std", "weight_decay": 0.1},
         CASE | {"norm_axis": "input", "first_basis": "random"},
         CASE | {"projector": "svd", "moments": "rotate", "scale": 1.0},
+        CASE | {"projector": "random", "norm_axis": "input"},
+        CASE | {"projector": "dct", "norm_axis": "input"},
         CASE | {"inner": "adafactor", "weight_decay": 0.1},
         CASE | {"weight_decay": 0.1, "weight_decay_order": "after", "eps_root": "uncorrected", "eps": 0.1},
         CASE | {"inner": "lion", "lion_sign": "original", "norm_axis": "input"},

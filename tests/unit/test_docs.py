@@ -24,6 +24,7 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions
 from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions
 from ds_lowrank.methods.blocks.subspace import SubspaceOptions
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -233,6 +234,7 @@ def test_every_flag_of_evaluate_is_documented():
 SHARED = {
     "### Keys of every method": Options,
     "### Keys of methods that store a basis": BasisOptions,
+    "### Keys of methods with a randomized range finder": RangeFinderOptions,
     "### Keys of methods with an inner optimizer": SubspaceOptions,
     "### Keys of methods that find a basis every T steps": LazyRefreshOptions,
 }
@@ -244,10 +246,14 @@ def documented_keys(heading):
 
 
 def own_keys(options):
-    """The options that a class adds to those it inherits, or whose default it changes."""
-    inherited = options.__base__.model_fields
-    fields = options.model_fields.items()
-    return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
+    """The options that a class adds to those it inherits, or whose default or choices it changes."""
+    inherited = {key: field for base in options.__bases__ for key, field in base.model_fields.items()}
+
+    def is_inherited(key, field):
+        known = inherited.get(key)
+        return known is not None and (field.default, field.annotation) == (known.default, known.annotation)
+
+    return {key for key, field in options.model_fields.items() if not is_inherited(key, field)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -349,7 +355,7 @@ def test_every_metric_is_documented():
 def test_the_matrices_of_a_record_are_as_documented():
     weight = torch.nn.Parameter(torch.ones(6, 4))
     assert ds_lowrank.AdaRankGrad([("w", weight)], rank_max=3).matrices() == {
-        "w": {"rank": 3, "state_bytes": 4 * 3 * (4 + 2 * 6)}
+        "w": {"rank": 3, "state_bytes": 4 * (3 * (4 + 2 * 6) + 1)}
     }
     fixed = [name for name in METHODS if not OPTIMIZERS[name](weights((64, 64))).matrices()]
     assert fixed == [name for name in METHODS if name not in ("AdaRankGrad", "Gum")]

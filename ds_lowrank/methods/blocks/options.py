@@ -31,6 +31,9 @@ class Options(BaseModel):
     )
     """The keys that decide what the stored numbers mean: a run can only be resumed with the same values."""
 
+    rate_key: ClassVar[str | None] = "scale"
+    """The key, in the methods that have it, which gives projected matrices a rate of their own; None for none."""
+
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     """The learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -147,6 +150,11 @@ class Options(BaseModel):
     def keeps_bases_gathered(self) -> bool:
         """Whether every rank keeps the rows of a basis that it computes with, and not only those it owns."""
         return self.reduction == "projected" or getattr(self, "basis_placement", "partitioned") == "replicated"
+
+    @property
+    def stores_indices(self) -> bool:
+        """Whether a basis consists of columns of a fixed matrix, and only their indices are stored."""
+        return getattr(self, "projector", None) == "dct"
 
     @property
     def adapters(self) -> dict[str, Any] | None:

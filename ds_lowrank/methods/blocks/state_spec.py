@@ -20,6 +20,9 @@ Formats = Mapping[str, str]
 State = dict[str, Any]
 """The state of one parameter: tensors and ints under fixed keys. The optimizer's ``step`` is always among them."""
 
+BASIS_KEYS = ("basis", "indices")
+"""Under which a state has its basis: as a tensor, or as the indices of columns of a fixed matrix."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
+from ds_lowrank.methods.blocks.dct_basis import columns_at, gather_columns, indices_spec, strongest_columns
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, InnerOptimizerName, Lion, make_inner_optimizer
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
@@ -58,17 +59,20 @@ class Projection(ProjectedGradient):
     """A projection onto a basis: ``projected`` is ``R = H Q``, matrices x owned kept rows x rank.
 
     Attributes:
-        own: the rows of the basis that this rank owns: matrices x owned compressed rows x rank, fp32.
+        own: what this rank stores of the basis: the rows that it owns, matrices x owned compressed rows x rank, or of
+            the indices of columns, matrices x owned rows x 1; fp32.
         basis: the rows of the basis that this rank computes with: matrices x held compressed rows x rank, fp32.
+        is_drawn: whether the basis, if it is new, is random.
     """
 
     own: torch.Tensor = field(kw_only=True)
     basis: torch.Tensor = field(kw_only=True)
+    is_drawn: bool = field(default=False, kw_only=True)
 
     @property
     def refreshed(self) -> bool:
-        """Whether this step uses a new basis. A gradient of zeros has no leading subspace: the old basis stays."""
-        return self.due and not self.is_zero
+        """Whether this step uses a new basis. In a gradient of zeros none can be found: the old one stays."""
+        return self.due and (self.is_drawn or not self.is_zero)
 
     def energies(self, shard: MatrixShard, options: Any) -> torch.Tensor | None:
         """``|H Q|^2`` and ``|H|^2`` of this rank's elements, over the squares of the safe scales: matrices x 2, fp32.
@@ -103,9 +107,12 @@ def subspace_state(shard: MatrixShard, options: SubspaceOptions, rank: int) -> S
         rank: columns of the basis.
 
     Returns:
-        ``basis``, compressed x rank, and the inner optimizer's tensors for kept x rank.
+        ``basis``, compressed x rank, or ``indices``, rank x 1, and the inner optimizer's tensors for kept x rank.
     """
-    return {"basis": options.basis_spec(shard, rank), **options.inner_optimizer.state(shard, shard.kept, rank)}
+    inner = options.inner_optimizer.state(shard, shard.kept, rank)
+    if options.stores_indices:
+        return {"indices": indices_spec(shard, rank), **inner}
+    return {"basis": options.basis_spec(shard, rank), **inner}
 
 
 BasisPlacement = Literal["partitioned", "replicated"]
@@ -118,12 +125,12 @@ def project_on(shard: MatrixShard, own: torch.Tensor, due: bool, options: Option
 
     Args:
         shard: the stack, with this step's gradient attached.
-        own: this rank's rows of ``Q``: matrices x owned compressed rows x rank, fp32.
+        own: what this rank stores of ``Q``, as :class:`Projection` has it.
         due: whether it is a new basis.
         options: with ``basis_placement``, where the method has it.
     """
     if shard.held_basis is None or (due and not shard.is_accumulated):
-        basis = yield shard.compressed.all_gather(own)
+        basis = yield from gather_basis(shard, own, options)
     else:
         basis = shard.held_basis
     if options.keeps_bases_gathered and not due:
@@ -132,15 +139,48 @@ def project_on(shard: MatrixShard, own: torch.Tensor, due: bool, options: Option
     return Projection(projected, due, own=own, basis=basis)
 
 
-def basis_factors(shard: MatrixShard, state: State) -> Program[Sums]:
+def project_on_columns(shard: MatrixShard, rank: int) -> Program[Projection]:
+    """Project the gradient onto the columns of the DCT-II matrix in which it has most of its energy.
+
+    Args:
+        shard: the stack, with this step's gradient attached.
+        rank: how many columns.
+    """
+    indices, projected = yield from strongest_columns(shard, rank)
+    own = shard.replicated_axis(rank).own(indices.float().unsqueeze(2))
+    return Projection(projected, True, own=own, basis=columns_at(shard, indices))
+
+
+def gather_basis(shard: MatrixShard, own: torch.Tensor, options: Any) -> Program[torch.Tensor]:
+    """The basis that this rank computes with: matrices x held compressed rows x rank, fp32.
+
+    Args:
+        shard: the stack.
+        own: what this rank stores of it, as :class:`Projection` has it.
+        options: of the matrices' group.
+    """
+    if options.stores_indices:
+        return (yield from gather_columns(shard, own, min(options.rank, *shard.shape)))
+    basis: torch.Tensor = yield shard.compressed.all_gather(own)
+    return basis
+
+
+def stored_basis(state: State) -> torch.Tensor:
+    """What a rank stores of a basis, as :class:`Projection` has it."""
+    stored: torch.Tensor = state["indices"] if "indices" in state else state["basis"]
+    return stored
+
+
+def basis_factors(shard: MatrixShard, state: State, options: Options) -> Program[Sums]:
     """The basis that the next gradients are projected onto: matrices x held compressed rows x rank, fp32.
 
     Args:
         shard: the stack.
         state: with the stored basis.
+        options: of the matrices' group.
     """
     if shard.held_basis is None:
-        shard.held_basis = yield shard.compressed.all_gather(state["basis"])
+        shard.held_basis = yield from gather_basis(shard, stored_basis(state), options)
     return (shard.held_basis,)
 
 
@@ -158,9 +198,8 @@ def basis_of_step(shard: MatrixShard, state: State, options: Options, found: Pro
     Returns:
         matrices x held compressed rows x rank, fp32.
     """
-    if found.is_zero and found.due:
-        stored: torch.Tensor = yield shard.compressed.all_gather(state["basis"])
-        return stored
+    if found.due and not found.refreshed:
+        return (yield from gather_basis(shard, stored_basis(state), options))
     keep_gathered(shard, options, found.basis, found.due)
     return found.basis
 
