@@ -68,6 +68,8 @@ VARIANTS = [
     ("VLoRP", {"update_scheme": "subspace"}),
     ("VLoRP", {"update_scheme": "sgd", "scale": 0.25}),
     ("Lorenza", {"probe_form": "gaussian", "moment_on_refresh": "reset"}),
+    ("Sumo", {"complement": 0.0}),
+    ("Sumo", {"complement": 0.0, "proj_type": "std", "grad_norm_tol": 0.5}),
 ]
 
 
@@ -303,6 +305,8 @@ REFUSED = [
     ({"stage": 0, "method": "Lorenza"}, {"rank": None, "probe_form": "gaussian"}, "AdaZo-SAM steps on whole gradients"),
     ({"stage": 0, "method": "Lorenza"}, {"orthogonal_component": True}, "Lorenza+ adds what the subspace leaves out"),
     ({"stage": 0, "method": "VLoRP"}, {"update_scheme": "original_space"}, "keeps moments of every element"),
+    ({"stage": 0, "method": "Sumo"}, {}, "it adds what the subspace leaves out of the gradient: set complement to 0"),
+    ({"stage": 0, "method": "Gum"}, {}, "it steps some matrices whole"),
     ({"stage": 0, "dtype": "bf16"}, {}, "master_weights"),
     ({"stage": 0, "fp16": {"enabled": True}}, {}, "fp16"),
 ]
