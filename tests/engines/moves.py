@@ -29,6 +29,9 @@ STATE_DTYPES = ("fp32", "bf16", "int8")
 PROJECTING = ("AdaRankGrad", "GaLore", "GradNormLoRP", "Lorenza", "VLoRP")
 """Methods whose engines' options here allow projected reduction."""
 
+IN_8_BITS = {"LDAdam": {"error_feedback": False}}
+"""A number for every element is rounded anew where another grid cuts it into other blocks."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -171,6 +174,8 @@ def started(move: Move, place: Place) -> Any:
     """A new engine."""
     grid, model = place.grid, {"tie_word_embeddings": move.tied}
     params: dict[str, Any] = {"state_dtype": place.state_dtype}
+    if "int8" in (move.source.state_dtype, move.target.state_dtype):
+        params |= IN_8_BITS.get(move.method, {})
     if place.projected:
         params["reduction"] = "projected"
     if move.precision == "bf16 alone":

@@ -38,6 +38,7 @@ ROWS = [
     Move(Place(Grid(2, 1, 1, 3), "int8"), Place(Grid(1, 2, 1, 0)), "Fira"),
     Move(Place(Grid(2, 2, 1, 1)), Place(Grid(3, 1, 1, 2), "bf16"), "Frugal", "bf16"),
     Move(Place(Grid(2, 1, 1, 3), "int8"), Place(Grid(1, 2, 1, 1), "int8"), "LDAdam"),
+    Move(Place(Grid(2, 1, 1, 3), "bf16"), Place(Grid(1, 2, 1, 1), "bf16"), "LDAdam"),
     Move(Place(Grid(3, 1, 1, 1)), Place(Grid(2, 2, 1, 2)), "SubTrack"),
     Move(Place(Grid(3, 1, 1, 1), "int8"), Place(Grid(2, 1, 1, 3), "int8"), "Sumo"),
     Move(Place(Grid(2, 1, 1, 3), "int8"), Place(Grid(1, 2, 1, 1), "int8"), "Gum"),
