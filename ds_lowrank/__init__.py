@@ -14,7 +14,7 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
-from ds_lowrank.optimizer.lineage import Fira, Frugal
+from ds_lowrank.optimizer.lineage import Fira, Frugal, Gum, LDAdam, Racs, Scale, SubTrack, Sumo
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -43,8 +43,14 @@ __all__ = [
     "Frugal",
     "GaLore",
     "GradNormLoRP",
+    "Gum",
+    "LDAdam",
     "Lorenza",
     "OnlineSubspaceDescent",
+    "Racs",
+    "Scale",
+    "SubTrack",
+    "Sumo",
     "VLoRP",
     "add_adapters",
     "check_apex",

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.orthonormal import orthonormal
-from ds_lowrank.linalg.sketch import name_hash, normal
+from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions, note_similarity
+from ds_lowrank.methods.blocks.random_basis import random_basis
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
@@ -83,7 +83,7 @@ class GaLoreMethod(Method):
     def factors(shard: MatrixShard, state: State, options: GaLoreOptions) -> Program[Sums | None]:
         """``Q``; None if a new one is due, which is found in the gradient."""
         if state["step"] == 0 and options.first_basis == "random":
-            shard.held_basis = yield shard.compressed.all_gather((yield from random_basis(shard, options)))
+            shard.held_basis = yield shard.compressed.all_gather((yield from first_random_basis(shard, options)))
             return (shard.held_basis,)
         if basis_due(shard, state, options):
             return None
@@ -129,22 +129,16 @@ def refresh_due(name: str, options: GaLoreOptions, step: int) -> bool:
 def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[torch.Tensor]:
     """An orthonormal basis of the gradient's leading subspace: matrices x owned compressed rows x rank, fp32."""
     if step == 0 and options.first_basis == "random":
-        return (yield from random_basis(shard, options))
+        return (yield from first_random_basis(shard, options))
     rank = min(options.rank, *shard.shape)
     if options.projector == "svd":
         return (yield from singular_basis(shard, rank))
     return (yield from randomized_range(shard, rank, options.seed, step))
 
 
-def random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Tensor]:
-    """A random orthonormal basis, a function of seed and name: matrices x owned compressed rows x rank, fp32."""
-    if shard.is_accumulated and shard.held_basis is not None:  # backward has projected onto it
-        return shard.compressed.own_of_held(shard.held_basis)
-    rooted = [shard.names[i] for i in shard.rooted]
-    size, rank = shard.compressed.size, min(options.rank, *shard.shape)
-    drawn = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))
-    own: torch.Tensor = yield shard.compressed.scatter_from_root(drawn)
-    return own
+def first_random_basis(shard: MatrixShard, options: GaLoreOptions) -> Program[torch.Tensor]:
+    """A random orthonormal basis for the first step: matrices x owned compressed rows x rank, fp32."""
+    return random_basis(shard, min(options.rank, *shard.shape), options.seed, 0)
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:

@@ -353,10 +353,10 @@ def test_every_metric_is_documented():
 def test_the_matrices_of_a_record_are_as_documented():
     weight = torch.nn.Parameter(torch.ones(6, 4))
     assert ds_lowrank.AdaRankGrad([("w", weight)], rank_max=3).matrices() == {
-        "w": {"rank": 3, "state_bytes": 4 * 3 * (4 + 2 * 6)}
+        "w": {"rank": 3, "state_bytes": 4 * (3 * (4 + 2 * 6) + 1)}
     }
     fixed = [name for name in METHODS if not OPTIMIZERS[name](weights((64, 64))).matrices()]
-    assert fixed == [name for name in METHODS if name != "AdaRankGrad"]
+    assert fixed == [name for name in METHODS if name not in ("AdaRankGrad", "Gum")]
     text = " ".join(PAGES["getting_started"].split())
     assert 'an object `{"NAME": {"rank": R, "state_bytes": B}, ...}`' in text
 

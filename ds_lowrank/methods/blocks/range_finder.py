@@ -67,3 +67,21 @@ def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch
         matrices x held compressed rows x rank, fp32.
     """
     return normal(seed, shard.names, counter, shard.compressed.held, (0, rank), shard.device)
+
+
+def with_lost_columns(
+    shard: MatrixShard, basis: torch.Tensor, lengths: torch.Tensor, seed: int, counter: int
+) -> torch.Tensor:
+    """A basis with random numbers in the place of its columns of zeros.
+
+    A gradient with fewer than r directions leaves a basis with columns of zeros. What an iteration makes of a basis
+    would keep them for ever; from random numbers it finds the directions that later gradients have.
+
+    Args:
+        shard: the stack.
+        basis: matrices x held compressed rows x rank, fp32.
+        lengths: about the squared lengths of its columns over all ranks, zero for those of zeros: matrices x 1 x rank.
+        seed: the run's seed.
+        counter: the step.
+    """
+    return torch.where(lengths == 0, held_sketch(shard, basis.shape[2], seed, counter), basis)

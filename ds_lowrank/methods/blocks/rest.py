@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ds_lowrank.linalg.energy import RESOLUTION
 from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -82,7 +83,7 @@ def with_sign_of_rest(
 def rest_squares(
     squares: torch.Tensor, projected: torch.Tensor, share: float = 1.0, gram: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``|H_i - a R_i Q^T|^2 = |H_i|^2 - 2 a |R_i|^2 + a^2 |R_i Q^T|^2`` for each kept row i, at least 0.
+    """``|H_i - a R_i Q^T|^2 = |H_i|^2 - 2 a |R_i|^2 + a^2 |R_i Q^T|^2`` for each kept row i; 0 if it is rounding.
 
     Args:
         squares: ``|H_i|^2``: matrices x owned kept rows x 1, fp32.
@@ -92,4 +93,5 @@ def rest_squares(
     """
     of_projected = projected.square().sum(2, keepdim=True)
     lifted = of_projected if gram is None else ((projected @ gram) * projected).sum(2, keepdim=True)
-    return (squares + (share**2 * lifted - 2 * share * of_projected)).clamp_min(0)
+    rest = squares + (share**2 * lifted - 2 * share * of_projected)
+    return torch.where(rest > RESOLUTION * squares, rest, 0.0)
