@@ -24,6 +24,7 @@ from ds_lowrank.methods import METHODS
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions
 from ds_lowrank.methods.blocks.options import Options
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions
 from ds_lowrank.methods.blocks.subspace import SubspaceOptions
 from ds_lowrank.optimizer.options import parse_options
 from ds_lowrank.optimizer.registry import OPTIMIZERS
@@ -235,6 +236,7 @@ SHARED = {
     "### Keys of methods that store a basis": BasisOptions,
     "### Keys of methods with an inner optimizer": SubspaceOptions,
     "### Keys of methods that find a basis every T steps": LazyRefreshOptions,
+    "### Keys of methods with a randomized range finder": RangeFinderOptions,
 }
 
 
@@ -245,7 +247,7 @@ def documented_keys(heading):
 
 def own_keys(options):
     """The options that a class adds to those it inherits, or whose default it changes."""
-    inherited = options.__base__.model_fields
+    inherited = {key: field for base in options.__bases__ for key, field in base.model_fields.items()}
     fields = options.model_fields.items()
     return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
 
