@@ -103,9 +103,13 @@ def report(rows: Numbers, arguments: argparse.Namespace, **more: Numbers) -> Non
     print(*(table(numbers) for numbers in (rows, *more.values())), sep="\n\n")
     if arguments.json is None:
         return
-    name = f"benchmarks.{Path(sys.argv[0]).stem}"
+    write_json(arguments.json, {**origin(arguments), "numbers": rows, **more})
+
+
+def origin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return where the numbers of this program come from, and the machine."""
     machine = {**hardware(), "threads a process": 1}
-    write_json(arguments.json, {**provenance(name, arguments), "hardware": machine, "numbers": rows, **more})
+    return {**provenance(f"benchmarks.{Path(sys.argv[0]).stem}", arguments), "hardware": machine}
 
 
 def provenance(module: str, arguments: argparse.Namespace) -> dict[str, Any]:

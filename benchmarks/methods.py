@@ -1,147 +1,125 @@
-"""Every method against AdamW: validation loss after the same tokens, bytes of state, time of a step.
+"""Every method against AdamW: validation loss after the same tokens, how it depends on the rate, state, time.
 
 python -m benchmarks.methods
 
-Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. Each
-contender is swept over three learning rates; at the best of them, over three factors on the learning rate of the
-matrices (a method's ``scale``; for AdamW and VLoRP, a separate learning rate); and at the best of those over three
-learning rates again. A sweep whose best value is at its edge continues beyond it. Every setting is run with all seeds
-and judged by the mean.
+Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. AdamW is
+swept first: the learning rate of everything, and at the best one a factor on that of the matrices. What is not
+projected takes AdamW's best rate in every run. Each method's factor on the matrices' rate is then swept alike, by
+factors of two, beyond the ends of the sweep while an end is best. The sweep has one seed; the best factor, half of it
+and twice of it are run with all seeds, and the best of these by its mean is in the table: *loss* is that mean with its
+standard error, *at half* and *at twice* are the means beside it.
 
-*state bytes* covers the projected matrices at the end, *bases* is the number of bases or projections that a matrix has
-had by then. *step* is a whole training step, timed in turns in one process and amortised over a refresh interval.
+*state bytes* covers the projected matrices at the end. *step* is a whole training step, timed in turns in one process
+and amortised over a refresh interval. Runs that a file of ``--json`` has are not repeated: a table may grow over days.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from math import sqrt
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
+from threading import Lock
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import runs
-from benchmarks.common import Numbers, options, report
+from benchmarks.common import Numbers, options, origin, write_json
+from benchmarks.common import table as as_markdown
+from benchmarks.contenders import GAP, Contender, contenders
 from benchmarks.method_times import time_in_turns
 from benchmarks.plots import draw_methods
-from benchmarks.runs import Found, Records, Setting, at_edge, best, final, over_seeds
-from ds_lowrank.methods import METHODS
+from benchmarks.runs import Found, Records, Setting, final
 from ds_lowrank.training.param_groups import matrix_groups
 
-GAP = 50
-RANK = runs.model()["hidden_size"] // 4
+ADAMW_LRS = (0.02, 0.04, 0.08)
+KEPT = ("step", "eval_loss", "lowrank/state_bytes", "lowrank/mean_rank")
+SIZES = {"small": "llama_9m", "medium": "llama_20m"}
+"""Models by the size that ``--size`` names; with a vocabulary of 4096 they have 1.8 and 5.3 million parameters."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """An optimizer, its options, and what is swept.
-
-    Attributes:
-        name: The label in the table.
-        type: DeepSpeed's ``optimizer.type``.
-        params: DeepSpeed's ``optimizer.params``, without ``lr`` and ``scale``.
-        lrs: Learning rates, swept at the first of ``scales``, and around the best one again if another scale is better.
-        scales: Factors on the learning rate of the matrices, swept at the best learning rate.
-    """
-
-    name: str
-    type: str
-    params: Mapping[str, Any]
-    lrs: tuple[float, ...]
-    scales: tuple[float, ...]
-
-    @property
-    def has_scale(self) -> bool:
-        """Whether ``scale`` is an option of the method; otherwise the matrices get a learning rate of their own."""
-        return self.type in METHODS and "scale" in METHODS[self.type].Options.model_fields
-
-    def optimizer(self, lr: float, scale: float) -> dict[str, Any]:
-        """Return DeepSpeed's ``optimizer`` entry."""
-        own = {"scale": scale} if self.has_scale else {}
-        return {"type": self.type, "params": {**self.params, "lr": lr, **own}}
+def around(value: float) -> tuple[float, float, float]:
+    """Return a value, half of it and twice of it."""
+    return value, value / 2, 2 * value
 
 
-ADAM_SCALES = (1 / 16, 1 / 32, 1 / 8)
-GALORE_SCALES = (0.25, 0.125, 0.5)
-CONTENDERS: tuple[Contender, ...] = (
-    Contender("AdamW", "AdamW", {"torch_adam": True}, (1e-2, 2e-2, 4e-2), ADAM_SCALES),
-    Contender("GaLore", "GaLore", {"rank": RANK, "update_proj_gap": GAP}, (5e-3, 1e-2, 2e-2), GALORE_SCALES),
-    Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": RANK}, (5e-3, 1e-2, 2e-2), GALORE_SCALES),
-    Contender(
-        "VLoRP", "VLoRP", {"rank": 4, "granularity": 8, "update_proj_gap": GAP}, (1e-2, 2e-2, 4e-2), ADAM_SCALES,
-    ),
-    Contender(
-        "AdaRankGrad", "AdaRankGrad", {"rank_max": RANK, "residual_tol": 0.2, "update_proj_gap": GAP},
-        (5e-3, 1e-2, 2e-2), GALORE_SCALES,
-    ),
-    Contender("Apollo", "Apollo", {"rank": RANK, "update_proj_gap": GAP}, (5e-3, 1e-2, 2e-2), (0.25, 0.5, 1.0)),
-    Contender(
-        "Apollo-Mini", "Apollo", {"mini": True, "update_proj_gap": GAP},
-        (5e-3, 1e-2, 2e-2), (sqrt(2), sqrt(8), sqrt(128)),
-    ),
-)  # fmt: skip
-"""Ranks are a quarter of the hidden size; VLoRP stores as many elements per row, 8 x 4. The scales of the papers (0.25;
-1 for Apollo and sqrt(128) for Apollo-Mini) are among those that are swept."""
-
-
-def best_on_line(values: Sequence[float], loss: Callable[[float], float], more: int) -> float:
-    """Return the value with the lowest loss; while that is at the edge, try up to ``more`` values beyond it."""
-    losses = {value: loss(value) for value in values}
+def best_on_line(first: float, loss: Callable[[float], float], more: int) -> float:
+    """Return the value with the lowest loss of one, its half and its double, and up to ``more`` values beyond."""
+    losses = {value: loss(value) for value in around(first)}
     while True:
         tried = sorted(losses)
-        winner = min(tried, key=lambda value: losses[value])
-        if more == 0 or len(tried) == 1 or winner not in (tried[0], tried[-1]):
+        winner = min(tried, key=losses.__getitem__)
+        if more == 0 or winner not in (tried[0], tried[-1]):
             return winner
-        neighbour = tried[1] if winner == tried[0] else tried[-2]
-        beyond = winner * winner / neighbour
+        beyond = winner / 2 if winner == tried[0] else 2 * winner
         losses[beyond] = loss(beyond)
         more -= 1
 
 
-def search(contender: Contender, run: Callable[[Setting], Records], seeds: Sequence[int], more: int) -> Found:
-    """Sweep one contender and return the records of all its runs."""
-    found: Found = {}
+class Table:
+    """The runs of all contenders, some of which may be known already.
 
-    def loss(lr: float, scale: float) -> float:
-        settings = [Setting(contender.name, lr, scale, seed) for seed in seeds]
-        found.update((setting, run(setting)) for setting in settings if setting not in found)
-        return mean(final(found[setting]) for setting in settings)
+    Args:
+        work: The folder for all runs.
+        arguments: The command line.
+        known: The records of runs that were made before, by setting.
+        shared: What all runs have in common.
+    """
 
-    lr = best_on_line(contender.lrs, lambda lr: loss(lr, contender.scales[0]), more)
-    scale = best_on_line(contender.scales, lambda scale: loss(lr, scale), more)
-    if scale != contender.scales[0]:
-        best_on_line((lr / 2, lr, 2 * lr), lambda lr: loss(lr, scale), more)
-    return found
+    def __init__(self, work: Path, arguments: argparse.Namespace, known: Found, shared: Mapping[str, Any]) -> None:
+        self._work, self._arguments, self.found, self._shared = work, arguments, known, shared
+        self._writing = Lock()
+
+    def run(self, contender: Contender, lr: float, scale: float, seed: int) -> float:
+        """Return the final loss of one run, which is made if it is not known."""
+        setting = Setting(contender.name, lr, scale, seed)
+        if setting not in self.found:
+            optimizer, factor = contender.optimizer(lr, scale), None if contender.has_scale else scale
+            self.found[setting] = runs.train(setting, optimizer, self._work, self._arguments, factor)
+            if self._arguments.json is not None:  # a long command that is stopped goes on from here
+                with self._writing:
+                    write_json(self._arguments.json, {"shared": self._shared, "runs": self.made()})
+        return final(self.found[setting])
+
+    def made(self) -> Numbers:
+        """Return all runs, as they are recorded."""
+        return [{"setting": vars(setting), "records": short(records)} for setting, records in list(self.found.items())]
+
+    def lr_of_adamw(self, adamw: Contender) -> float:
+        """Return AdamW's best learning rate for everything, at the first factor on the matrices' rate."""
+        seed = self._arguments.seed
+        return min(ADAMW_LRS[: 1 if self._arguments.quick else None], key=lambda lr: self.run(adamw, lr, 1 / 16, seed))
+
+    def search(self, contender: Contender, lr: float) -> Setting:
+        """Sweep the factor on the matrices' rate with one seed, and what is best and beside it with all of them."""
+        first, seeds = self._arguments.seed, range(self._arguments.seed, self._arguments.seed + self._arguments.seeds)
+        if self._arguments.quick:
+            self.run(contender, lr, contender.scale, first)
+            return Setting(contender.name, lr, contender.scale, first)
+        scale = best_on_line(contender.scale, lambda scale: self.run(contender, lr, scale, first), self._arguments.more)
+        means = {s: mean(self.run(contender, lr, s, seed) for seed in seeds) for s in around(scale)}
+        best = min(means, key=means.__getitem__)
+        for scale in around(best):
+            for seed in seeds:
+                self.run(contender, lr, scale, seed)
+        return Setting(contender.name, lr, best, first)
+
+    def losses(self, setting: Setting) -> list[float]:
+        """Return the final losses of a setting, one for each seed that was run."""
+        return [final(self.found[s]) for s in self.found if replace(s, seed=setting.seed) == setting]
 
 
-def search_all(contenders: Sequence[Contender], work: Path, arguments: argparse.Namespace) -> Found:
-    """Sweep all contenders, several at a time, and return the records of all runs."""
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-
-    def run(contender: Contender) -> Callable[[Setting], Records]:
-        return lambda s: runs.train(
-            s, contender.optimizer(s.lr, s.scale), work, arguments, None if contender.has_scale else s.scale
-        )
-
-    # The first run caches the tokenizer and the tokens for all others.
-    first = contenders[0]
-    run(first)(Setting(first.name, first.lrs[0], first.scales[0], arguments.seed))
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        parts = pool.map(lambda c: search(c, run(c), seeds, arguments.more), contenders)
-        return {setting: records for part in parts for setting, records in part.items()}
-
-
-def times(contenders: Sequence[Contender], work: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the amortised seconds of a whole training step with each contender."""
-    optimizers = {c.name: c.optimizer(c.lrs[0], c.scales[0]) for c in contenders}
-    sizes = (arguments.batch_size, arguments.sequence_length)
-    return time_in_turns(optimizers, work, sizes, GAP, arguments.repeats, arguments.seed)
+def search_all(table: Table, chosen: Sequence[Contender], jobs: int) -> dict[str, Setting]:
+    """Return the best setting of each contender, AdamW's first; several are swept at a time."""
+    lr = table.lr_of_adamw(chosen[0])
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda contender: table.search(contender, lr), chosen)
+        return {contender.name: setting for contender, setting in zip(chosen, found, strict=True)}
 
 
 def adamw_bytes() -> int:
@@ -152,80 +130,86 @@ def adamw_bytes() -> int:
     return sum(2 * 4 * parameter.numel() for parameter in matrices["params"])
 
 
-def losses(found: Found, setting: Setting) -> dict[str, Any]:
-    """Return the columns that the tables of this benchmark share."""
-    each = over_seeds(found, setting)
-    return {
-        "optimizer": setting.optimizer,
-        "lr": setting.lr,
-        "scale of the matrices": setting.scale,
-        "validation loss": mean(each),
-        "seeds": ", ".join(f"{loss:.3f}" for loss in each),
-    }
-
-
-def summary(found: Found, seconds: Mapping[str, float]) -> Numbers:
-    """Return one record per contender, at its best setting."""
+def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, float]) -> Numbers:
+    """Return one record per contender, the lowest loss first."""
     rows: Numbers = []
-    for name, setting in best(found).items():
-        last = found[setting][-1]
-        matrices = last.get("lowrank/projected_matrices")
+    for name, setting in won.items():
+        losses, last = table.losses(setting), table.found[setting][-1]
+        beside = [table.losses(replace(setting, scale=scale)) for scale in around(setting.scale)[1:]]
+        state = last.get("lowrank/state_bytes", adamw_bytes())
         rows.append(
             {
-                **losses(found, setting),
-                "state bytes": last.get("lowrank/state_bytes", adamw_bytes()),
+                "optimizer": name,
+                "loss": mean(losses),
+                "standard error": stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None,
+                "seeds": ", ".join(f"{loss:.3f}" for loss in losses),
+                "lr": setting.lr,
+                "scale": setting.scale,
+                "at half": mean(beside[0]) if beside[0] else None,
+                "at twice": mean(beside[1]) if beside[1] else None,
+                "state bytes": state,
+                "over AdamW's": state / adamw_bytes(),
                 "mean rank": last.get("lowrank/mean_rank"),
-                "bases": last["lowrank/refreshes"] / matrices if matrices else None,
                 "step ms": 1e3 * seconds[name],
                 "step over AdamW": seconds[name] / seconds["AdamW"],
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: row["loss"])
 
 
-def grid(found: Found, seed: int) -> Numbers:
-    """Return one record per setting that was run."""
-    winners = best(found).values()
-    return [
-        {**losses(found, setting), "best": "yes" if setting in winners else ""}
-        for setting in found
-        if setting.seed == seed
-    ]
+def known_runs(file: Path | None, shared: Mapping[str, Any]) -> Found:
+    """Return the runs that a file of numbers has, if they are of the same length and model."""
+    if file is None or not file.exists():
+        return {}
+    record = json.loads(file.read_text())
+    if record.get("shared") != dict(shared):
+        raise SystemExit(f"{file} has runs of {record.get('shared')}, this command makes runs of {dict(shared)}")
+    return {Setting(**run["setting"]): run["records"] for run in record["runs"]}
+
+
+def short(records: Records) -> Records:
+    """Return what the table and the picture need of a run's records."""
+    return [{key: record[key] for key in KEPT if key in record} for record in records]
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = options(__doc__)
     runs.add_run_options(parser, steps=300)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="default: docs/images/methods.png; none if --quick")
-    parser.add_argument("--seeds", type=int, default=2, help="per setting")
-    parser.add_argument("--more", type=int, default=2, help="at most this many values beyond the edge of a sweep")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, beside AdamW")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="a picture of the table")
+    parser.add_argument("--seeds", type=int, default=3, help="of the best setting and those beside it")
+    parser.add_argument("--more", type=int, default=3, help="at most this many values beyond the ends of a sweep")
     parser.add_argument("--repeats", type=int, default=60, help="timed steps of each optimizer")
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(steps=10, seeds=1, more=0, repeats=3, eval_sequences=16)
-    elif arguments.plot is None:
-        arguments.plot = runs.ROOT / "docs/images/methods.png"
     return arguments
 
 
 def main() -> None:
     """Measure and report."""
     arguments = parse()
-    contenders = CONTENDERS
-    if arguments.quick:
-        contenders = tuple(replace(c, lrs=c.lrs[:1], scales=c.scales[:1]) for c in contenders)
+    runs.MODEL = runs.ROOT / f"ds_configs/models/{SIZES[arguments.size]}.json"
+    every = contenders(runs.model()["hidden_size"])
+    chosen = [c for c in every if arguments.only is None or c.name in ("AdamW", *arguments.only)]
+    shared = {key: getattr(arguments, key) for key in ("size", "steps", "batch_size", "sequence_length")}
     with runs.working_folder(arguments.work) as work:
-        found = search_all(contenders, work, arguments)
-        rows = summary(found, times(contenders, work, arguments))
-    tried = grid(found, arguments.seed)
-    report(rows, arguments, grid=tried)
-    print(*at_edge(tried), sep="\n")
-    curves = {
-        name: [records for s, records in found.items() if replace(s, seed=setting.seed) == setting]
-        for name, setting in best(found).items()
-    }
+        table = Table(work, arguments, known_runs(arguments.json, shared), shared)
+        won = search_all(table, chosen, arguments.jobs)
+        optimizers = {c.name: c.optimizer(won[c.name].lr, won[c.name].scale) for c in chosen}
+        sizes = (arguments.batch_size, arguments.sequence_length)
+        seconds = time_in_turns(optimizers, work, sizes, GAP, arguments.repeats, arguments.seed)
+    rows = summary(table, won, seconds)
+    print(as_markdown(rows))
+    if arguments.json is not None:
+        write_json(arguments.json, {**origin(arguments), "shared": shared, "numbers": rows, "runs": table.made()})
     if arguments.plot is not None:
+        curves = {
+            name: [records for s, records in table.found.items() if replace(s, seed=setting.seed) == setting]
+            for name, setting in won.items()
+        }
         draw_methods(curves, rows, arguments.plot)
 
 

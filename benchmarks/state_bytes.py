@@ -2,9 +2,10 @@
 
 python -m benchmarks.state_bytes
 
-Nothing is allocated: the model and the state are meta tensors. All tensors of the state at rank 128 are counted, over
-all ranks: those of the projected matrices (moments, bases, magnitudes, scales of codes) and the rest (AdamW's moments
-and their scales). AdamW in bf16 keeps two moments of two bytes per parameter; *below* is the saving relative to that.
+Nothing is allocated: the model and the state are meta tensors. All tensors of the state are counted, over all ranks:
+those of the projected matrices (moments, bases, magnitudes, scales of codes) and the rest (AdamW's moments and their
+scales), at rank 128, and for the 7B also at 1024, the rank of the published scripts for that size. AdamW in bf16 keeps
+two moments of two bytes per parameter; *below* is the saving relative to that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.common import Numbers, options, report
 from ds_lowrank.optimizer.report import state_bytes
 
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
-RANK = 128
+RANKS = {"7b": (128, 1024)}
+"""By size; 128 for the others."""
 METHODS = ("GaLore", "GradNormLoRP", "Lorenza")
 STATE_DTYPES = ("fp32", "bf16", "int8")
 
@@ -33,7 +35,7 @@ def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple
     return state_bytes(optimizer.slots)
 
 
-def measure(size: str) -> Numbers:
+def measure(size: str, rank: int) -> Numbers:
     """Return one record per optimizer for a model of ``ds_configs/models``; AdamW comes last."""
     from transformers import LlamaForCausalLM
 
@@ -44,13 +46,14 @@ def measure(size: str) -> Numbers:
         model: torch.nn.Module = LlamaForCausalLM(config)
     adamw = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {
-        f"{name}, {state_dtype}": bytes_of(model, name, {"rank": RANK, "state_dtype": state_dtype})
+        f"{name}, {state_dtype}": bytes_of(model, name, {"rank": rank, "state_dtype": state_dtype})
         for name in METHODS
         for state_dtype in STATE_DTYPES
     }
     return [
         {
             "model": size,
+            "rank": rank,
             "optimizer": label,
             "matrices GB": matrices / 1e9,
             "rest GB": rest / 1e9,
@@ -73,7 +76,8 @@ def main() -> None:
     arguments = parse()
     logging.disable(logging.WARNING)
     sizes = arguments.sizes[:1] if arguments.quick else arguments.sizes
-    report([row for size in sizes for row in measure(size)], arguments)
+    runs = [(size, rank) for size in sizes for rank in RANKS.get(size, (128,))]
+    report([row for size, rank in runs for row in measure(size, rank)], arguments)
 
 
 if __name__ == "__main__":

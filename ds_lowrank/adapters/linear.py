@@ -3,7 +3,7 @@
     W = g * V / |V|,   V = W0 + s B A
 
 W0 is frozen; A, B and g are trained. |V| is the norm of every row of V (one magnitude per output unit) or of every
-column. Unlike DoRA in peft, which treats the norm as a constant, gradients are those of the full formula.
+column. Gradients are those of the full formula, unless ``detach_norm`` treats |V| as a constant, as DoRA in peft does.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class AdapterLinear(torch.nn.Module):
         dropout: dropout probability on the input of A. The norm is still that of the whole V.
         norm_axis: ``output`` for one magnitude per row of the weight, ``input`` for one per column.
         seed: seed of A.
+        detach_norm: whether |V| counts as a constant in the backward pass; the forward pass is the same.
 
     Attributes:
         weight: W0, m x n, frozen.
@@ -43,6 +44,7 @@ class AdapterLinear(torch.nn.Module):
         magnitude: g, m numbers (``output``) or n numbers (``input``).
         scaling: s.
         norm_axis: which units have a magnitude.
+        detach_norm: whether |V| is left out of the gradients of A and B.
         in_features: n.
         out_features: m.
         rank: r.
@@ -59,10 +61,11 @@ class AdapterLinear(torch.nn.Module):
         dropout: float = 0.0,
         norm_axis: NormAxis = "output",
         seed: int = 0,
+        detach_norm: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.rank, self.scaling, self.norm_axis = rank, alpha / rank, norm_axis
+        self.rank, self.scaling, self.norm_axis, self.detach_norm = rank, alpha / rank, norm_axis, detach_norm
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.requires_grad_(False)
@@ -97,7 +100,9 @@ class AdapterLinear(torch.nn.Module):
 
     def _factor(self) -> Tensor:
         """The factor g / |V|, in fp32 or fp64; 1 where V is zero, so that V gets a gradient and can leave zero."""
-        factors = (self.lora_A, self.lora_B)
+        factors: list[Tensor] = [self.lora_A, self.lora_B]
+        if self.detach_norm:
+            factors = [factor.detach() for factor in factors]
         squares: Tensor = DirectionNorms.apply(  # type: ignore[no-untyped-call]
             self.weight, *factors, self._base_squares(), self.scaling, self.norm_axis
         )
@@ -144,7 +149,8 @@ class AdapterLinear(torch.nn.Module):
         """Sizes and settings, for the module's ``repr``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"rank={self.rank}, scaling={self.scaling:g}, norm_axis={self.norm_axis!r}"
+            f"rank={self.rank}, scaling={self.scaling:g}, norm_axis={self.norm_axis!r}, "
+            f"detach_norm={self.detach_norm}"
         )
 
 

@@ -36,6 +36,7 @@ def add_adapters(
     adapter_alpha: float = 16.0,
     adapter_dropout: float = 0.0,
     norm_axis: NormAxis = "output",
+    detach_norm: bool = False,
     target_modules: Sequence[str] | None = None,
     exclude_modules: Sequence[str] = (),
     modules_to_save: Sequence[str] | None = None,
@@ -52,6 +53,7 @@ def add_adapters(
         adapter_alpha: the low-rank part is scaled by s = adapter_alpha / adapter_rank.
         adapter_dropout: dropout probability on the input of A, at least 0 and below 1.
         norm_axis: ``output`` for one magnitude per output unit, ``input`` for one per input unit.
+        detach_norm: whether the norm in ``g V / |V|`` counts as a constant in the backward pass, as in peft's DoRA.
         target_modules: patterns of the layers to replace; None for every linear layer except the output head.
         exclude_modules: patterns of layers that are frozen and not replaced; they take precedence over the targets.
         modules_to_save: patterns of modules that are trained and not replaced; they take precedence over the targets.
@@ -93,7 +95,7 @@ def add_adapters(
     for name, linear in chosen.items():
         with _gathered([linear.weight]):
             adapters[id(linear)] = AdapterLinear(
-                linear, name, adapter_rank, adapter_alpha, adapter_dropout, norm_axis, seed
+                linear, name, adapter_rank, adapter_alpha, adapter_dropout, norm_axis, seed, detach_norm
             )
     _replace(model, adapters)
     tag_parameters(model)

@@ -16,7 +16,8 @@ from ds_lowrank.errors import ConfigError
 
 ABOUT = "tabulate runs of launch/finetune.py on GLUE tasks, with their average"
 LEFT_OUT = "wnli"
-"""Papers on GLUE mostly leave it out: its validation examples contradict the training examples by construction."""
+"""Papers on GLUE mostly leave it out: its validation examples contradict the training examples by construction.
+GradNormLoRP's scripts run it, which is why the table also has the average over all nine."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,29 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run with --data glue:TASK"
     )
+    parser.add_argument("--all-nine", action="store_true", help="refuse to average fewer than all nine tasks")
 
 
 def run(arguments: Namespace) -> int:
     """Print the table; 1 after an error of the user's, which is printed."""
     try:
-        print("\n".join(table(arguments.runs)))
+        print("\n".join(table(arguments.runs, arguments.all_nine)))
     except (ConfigError, OSError) as error:
         print(f"python -m ds_lowrank glue: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def table(runs: Sequence[Path]) -> list[str]:
+def table(runs: Sequence[Path], all_nine: bool = False) -> list[str]:
     """The lines of the table, in percent, and of the averages.
 
     Args:
         runs: the folders of the runs, at most one for each task.
+        all_nine: whether no task may be missing.
 
     Raises:
-        ConfigError: a folder is not that of a finished run on a GLUE task, or two runs are on the same task.
+        ConfigError: a folder is not that of a finished run on a GLUE task, two runs are on the same task, or a task is
+            missing that may not.
     """
     scores: dict[str, Score] = {}
     for folder in runs:
@@ -73,6 +77,9 @@ def table(runs: Sequence[Path]) -> list[str]:
         if task in scores:
             raise ConfigError(f"{folder} and {scores[task].run} are both runs on glue:{task}: give one of them")
         scores[task] = score
+    missing = ", ".join(task for task in GLUE if task not in scores)
+    if all_nine and missing:
+        raise ConfigError(f"no runs on: {missing}; without --all-nine the average is over the others")
     rows = [["task", "score", "mean", "step", "metrics"]]
     for task in (task for task in GLUE if task in scores):
         found = scores[task]
@@ -87,7 +94,6 @@ def table(runs: Sequence[Path]) -> list[str]:
     lines = [
         "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     ]
-    missing = ", ".join(task for task in GLUE if task not in scores)
     return [line.rstrip() for line in (*lines, *([f"no runs on: {missing}"] if missing else []))]
 
 

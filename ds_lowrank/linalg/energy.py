@@ -1,4 +1,4 @@
-"""How much of a matrix's squared norm a subspace captures, and the smallest subspace that captures enough.
+"""How much of a matrix's squared norm a subspace captures, the smallest subspace that captures enough, singular pairs.
 
 Everything here is of a stack of L matrices, and nothing waits for the device or depends on what a matrix's neighbors
 are.
@@ -30,6 +30,33 @@ def spectrum(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = _singular(triangles)
     failed = ~finite
     return values.masked_fill(failed[:, None], torch.nan), vectors.masked_fill(failed[:, None, None], torch.nan)
+
+
+def singular_pairs(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left and right singular vectors of tall matrices, each in the column of its singular value: ``A V = F S``.
+
+    The largest entry of a right vector is positive, so that the signs are a matter of neither layout nor library. The
+    order of pairs whose singular values are equal up to rounding still is, and so is their rotation among themselves.
+
+    Args:
+        tall: A, L x p x k, fp32, p >= k.
+
+    Returns:
+        F, L x p x k, and V, L x k x k; fp32, with columns that are orthonormal or, in both, zero: those of a singular
+        value that is rounding. NaN for a matrix that is not finite or whose iteration does not converge, as above.
+    """
+    largest = tall.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(tall.dtype).tiny)
+    finite = tall.isfinite().all(-1).all(-1)[:, None, None]
+    q, triangles = torch.linalg.qr(torch.where(finite, tall / largest, 0))
+    triangles = triangles.double()
+    values, vectors = _singular(triangles)
+    finite = finite & values.isfinite().all(-1)[:, None, None]
+    is_live = (values > RANK_TOLERANCE * values[:, :1]).unsqueeze(1)
+    signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    right = torch.where(is_live, signs * vectors, 0)
+    left = q.double() @ (triangles @ right / torch.where(is_live, values.unsqueeze(1), 1))
+    left = torch.where((tall != 0).any(-1, keepdim=True), left, 0)
+    return torch.where(finite, left, torch.nan).float(), torch.where(finite, right, torch.nan).float()
 
 
 def _singular(square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

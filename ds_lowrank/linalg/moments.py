@@ -130,3 +130,34 @@ def rotate_second(moment: torch.Tensor, rotation: torch.Tensor) -> None:
         rotation: r x r or a stack, L x r x r, fp32: the old basis transposed times the new basis.
     """
     moment.copy_(moment @ rotation.square())
+
+
+def transport(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    rotation: torch.Tensor,
+    betas: tuple[float, float],
+    step: int,
+) -> None:
+    """Carry Adam's moments from one basis into another as LDAdam (arXiv 2410.16103) does, in place.
+
+    The corrected moments ``m = M / (1 - beta1^t)`` and ``v = V / (1 - beta2^t)`` estimate mean and mean square of each
+    coordinate. The mean is turned; the variance ``v - m^2`` is, as that of independent coordinates; and the new mean
+    square is their sum, whose magnitude is taken because an estimate of a variance may be negative::
+
+        M <- M C
+        V <- (1 - beta2^t) |(v - m^2) (C * C) + (m C)^2|
+
+    Args:
+        exp_avg: the first moment ``M``: p x r or a stack, L x p x r, fp32.
+        exp_avg_sq: the second moment ``V``, likewise.
+        rotation: ``C``, the old basis transposed times the new basis: r x r or a stack, L x r x r, fp32.
+        betas: ``(beta1, beta2)``.
+        step: ``t``, the number of steps that the moments have seen, at least 1.
+    """
+    seen1, seen2 = (1 - beta**step for beta in betas)
+    mean = exp_avg / seen1
+    variance = (exp_avg_sq / seen2).addcmul_(mean, mean, value=-1)
+    turned = mean @ rotation
+    exp_avg_sq.copy_((variance @ rotation.square()).addcmul_(turned, turned).abs_().mul_(seen2))
+    exp_avg.copy_(turned.mul_(seen1))

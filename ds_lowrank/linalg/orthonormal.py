@@ -41,6 +41,21 @@ def orthonormal(tall: torch.Tensor) -> torch.Tensor:
     return basis
 
 
+def orthonormal_beside_zeros(tall: torch.Tensor) -> torch.Tensor:
+    """As :func:`orthonormal`, where columns of zeros may stand before others.
+
+    A decomposition puts an arbitrary vector in the place of a dependent column, and takes its direction from the
+    columns behind it. Here columns of zeros are decomposed last, and are left zero.
+
+    Args:
+        tall: L x p x k, fp32, ``p >= k``.
+    """
+    if tall.numel() == 0:
+        return tall
+    zeros_last = (tall == 0).all(-2, keepdim=True).int().argsort(dim=-1, stable=True).expand_as(tall)
+    return torch.zeros_like(tall).scatter_(-1, zeros_last, orthonormal(tall.gather(-1, zeros_last)))
+
+
 def _by_householder(tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The QR decomposition: Q, and the diagonal of R."""
     q, r = torch.linalg.qr(tall)

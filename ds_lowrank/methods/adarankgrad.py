@@ -9,7 +9,7 @@ every matrix and interval:
     R <- H Q
     N <- Adam(R)
     W <- W - lr * scale * N Q^T
-    used up: |R| <= grad_norm_tol, or update_proj_gap steps have passed
+    used up: |R| <= grad_norm_ratio_tol * |R at the change|, |R| <= grad_norm_tol, or update_proj_gap steps have passed
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic import Field
 from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.norm_growth import norm_spec
 from ds_lowrank.methods.blocks.projection import safe_scale_of
 from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
@@ -55,6 +56,8 @@ class AdaRankGradOptions(RangeFinderOptions):
     """Ranks are rounded up to a multiple of it, but not beyond ``rank_max`` and the matrix's smaller dimension."""
     never_grow: bool = Field(False, strict=True)
     """Whether a rank may only shrink."""
+    grad_norm_ratio_tol: float = Field(0.25, ge=0, lt=1)
+    """The share of its first projected gradient's norm at which a subspace is used up; 0 for none."""
     grad_norm_tol: float = Field(1e-4, ge=0, allow_inf_nan=False)
     """The norm of the projected gradient at which a subspace is used up."""
     update_proj_gap: int = Field(200, gt=0, strict=True)
@@ -119,11 +122,12 @@ class AdaRankGradMethod(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: AdaRankGradOptions, rank: int) -> StateSpec:
-        """``Q`` compressed x r, Adam's moments kept x r, and how long the subspace has lasted."""
+        """``Q`` compressed x r, Adam's moments kept x r, the subspace's first ``|R|``, and how long it has lasted."""
         return {
             "basis": options.basis_spec(shard, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
+            "first_norm": norm_spec(shard),
             "rank": rank,
             "age": 0,
             "used_up": 1,
@@ -160,11 +164,17 @@ class AdaRankGradMethod(Method):
         moments = state["exp_avg"], state["exp_avg_sq"]
         eps, step = options.eps_at(state["step"] + 1), state["step"] + 1
         direction = adam(*moments, projected, options.betas, eps, step)  # N = Adam(R)
-        squares = projected.square().sum((1, 2), keepdim=True)
-        direction, squares = yield shard.kept.all_gather(direction), shard.all_reduce(squares)
+        squares = (projected / found.safe_scale).square().sum((1, 2), keepdim=True)
+        of_owner = state["first_norm"].sum(1, keepdim=True)  # of the one rank that stores it; zero on the others
+        direction, summed = yield shard.kept.all_gather(direction), shard.all_reduce(torch.cat([squares, of_owner], 2))
+        norm, first = summed[..., :1].sqrt() * found.safe_scale, summed[..., 1:]
+        if found.refreshed:
+            first = norm
+            state["first_norm"].copy_(norm.expand_as(state["first_norm"]))
         state["age"] += 1
         # All ranks were sent the same bits, and so decide alike.
-        used_up = (squares.sqrt() <= options.grad_norm_tol) | (state["age"] >= options.update_proj_gap)
+        is_small = (norm <= options.grad_norm_tol) | (norm <= options.grad_norm_ratio_tol * first)
+        used_up = is_small | (state["age"] >= options.update_proj_gap)
         if used_up.is_meta:  # where a step is costed, only age uses a subspace up
             used_up = torch.full((len(shard),), state["age"] >= options.update_proj_gap, dtype=torch.bool, device="cpu")
         state["used_up"] = used_up.view(-1).int().tolist()

@@ -84,15 +84,19 @@ class Method(ABC):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: Any) -> int:
-        """The rank that a matrix of this shape starts with. Its state may hold a smaller one, under ``rank``."""
-        rank: int = min(options.rank, *shape)
+        """The rank that a matrix of this shape starts with. Its state may hold a smaller one, under ``rank``.
+
+        0 for a method without an option ``rank``: it has no subspace.
+        """
+        rank: int = min(getattr(options, "rank", 0), *shape)
         return rank
 
     @classmethod
     def rank_text(cls, shape: tuple[int, int], options: Any) -> str:
-        """The rank as the role table shows it."""
+        """The rank as the role table shows it; a dash where there is none."""
         rank = cls.rank(shape, options)
-        return f"{rank} (clipped from {options.rank})" if rank < options.rank else str(rank)
+        asked = getattr(options, "rank", rank)
+        return f"{rank} (clipped from {asked})" if rank < asked else str(rank or "-")
 
     @staticmethod
     def role_override(name: str, options: Any) -> tuple[bool, str] | None:

@@ -44,7 +44,7 @@ from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import NewWeights, Update
 
-ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "modules_to_save")
+ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_dropout", "detach_norm", "modules_to_save")
 SHARED_KEYS = ("norm_axis", "seed", "target_modules", "exclude_modules")
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 
@@ -66,6 +66,8 @@ class GradNormLoRPOptions(GaLoreOptions):
     """``B A`` is scaled by ``adapter_alpha / adapter_rank``."""
     adapter_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapter's path."""
+    detach_norm: bool = Field(False, strict=True)
+    """Adapters: whether ``|W0 + B A|`` counts as a constant in the backward pass, as in peft's DoRA."""
     modules_to_save: tuple[str, ...] | None = None
     """Globs of modules that are trained as they are, next to the adapters. None: new task heads."""
 

@@ -8,7 +8,7 @@ in that direction away, and Adam applies its gradient to the weights themselves.
     c_j    = (f(W + mu Pi_j) - f(W - mu Pi_j)) / (2 mu)
     G_pert = 1/q sum_j c_j Pi_j
     H      = grad f(W + rho G_pert / |G_pert|)
-    every T steps    Q <- range of H,  F <- range of H Q
+    every T steps    Q <- range of H,  F <- range of H Q,  or both in singular pairs: H Q = F S
     R <- H Q;  N <- Adam(R)
     W <- W - lr * scale * N Q^T                              Lorenza+ adds s (H - R Q^T)
 
@@ -19,12 +19,14 @@ AdaZo-SAM.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ds_lowrank.linalg.energy import singular_pairs
 from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.methods.base import PerturbingMethod
 from ds_lowrank.methods.blocks.ascent import Ascent
@@ -64,6 +66,8 @@ class LorenzaOptions(RangeFinderOptions):
     """Whether a probe looks at both sides of the weights, or compares one side with the weights."""
     probe_form: Literal["diagonal", "gaussian"] = "diagonal"
     """``F diag(u) Q^T``, or ``U Q^T`` with U kept x r."""
+    right_factor: Literal["qr", "svd"] = "qr"
+    """What F is: the orthogonal factor of ``H Q``, or its left singular vectors with Q turned to the right ones."""
     norm: Literal["global", "per_matrix"] = "global"
     """Over what |G_pert| is taken: all matrices, or each."""
     moment_on_refresh: Literal["rotate", "keep", "reset"] = "rotate"
@@ -89,6 +93,8 @@ class LorenzaOptions(RangeFinderOptions):
         super().model_post_init(context)
         if self.rank is None and self.probe_form == "diagonal":
             raise ValueError("probe_form 'diagonal' needs a rank: set rank, or probe_form to 'gaussian'")
+        if self.right_factor == "svd" and self.probe_form != "diagonal":
+            raise ValueError("right_factor belongs to probe_form 'diagonal': remove it, or set that and a rank")
         if self.rank is None and self.orthogonal_component:
             raise ValueError("orthogonal_component needs a rank: without one nothing is left out of the gradient")
         if self.rank is None and self.power_steps != 1:
@@ -109,6 +115,17 @@ class LorenzaOptions(RangeFinderOptions):
             per_matrix=self.norm == "per_matrix",
             per_micro_batch=self.accumulation == "per_micro_batch",
         )
+
+
+@dataclass
+class PairedProjection(Projection):
+    """A projection on a new basis of right singular vectors of what was projected.
+
+    Attributes:
+        right_factor: this rank's rows of the left ones, F: matrices x owned kept rows x rank, fp32.
+    """
+
+    right_factor: Tensor = field(kw_only=True)
 
 
 class LorenzaMethod(PerturbingMethod):
@@ -187,7 +204,8 @@ class LorenzaMethod(PerturbingMethod):
         if due:
             rank = LorenzaMethod.rank(shard.shape, options)
             own = yield from randomized_range(shard, rank, options.seed, state["step"], options.power_steps)
-        return (yield from project_on(shard, own, due, options))  # R = H Q
+        found = yield from project_on(shard, own, due, options)  # R = H Q
+        return (yield from in_pairs(shard, found)) if due and options.right_factor == "svd" else found
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: LorenzaOptions, found: ProjectedGradient) -> Program[Update]:
@@ -208,6 +226,24 @@ def subspace_due(state: State, options: LorenzaOptions) -> bool:
     """Whether a new subspace is due: in steps 0, T, 2T, ..."""
     due: bool = state["step"] % options.update_proj_gap == 0
     return due
+
+
+def in_pairs(shard: MatrixShard, found: Projection) -> Program[PairedProjection]:
+    """Turn Q so that ``R = H Q = F S``: the columns of F and Q are then pairs of singular vectors of R.
+
+    Args:
+        shard: the stack.
+        found: the projection on a new basis.
+    """
+    tall = yield shard.kept.gather_to_root(found.projected)
+    factor, turn = singular_pairs(tall)
+    factor, turn = yield (
+        shard.kept.scatter_from_root(factor),
+        shard.replicated_axis(tall.shape[2]).broadcast_from_root(turn),
+    )
+    turn = shard.or_zeros(turn, tall.shape[2])
+    own, basis = found.own @ turn, found.basis @ turn
+    return PairedProjection(found.projected @ turn, found.due, own=own, basis=basis, right_factor=factor)
 
 
 def for_target(shard: MatrixShard, target: MatrixShard, axis: Literal["kept", "compressed"], own: Tensor) -> Request:
@@ -241,7 +277,9 @@ def change_subspace(shard: MatrixShard, state: State, options: LorenzaOptions, f
         rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # Q_old^T Q
         Adam(options).rotate(state, rotation)
     state["basis"] = found.own
-    if options.probe_form == "diagonal":
+    if isinstance(found, PairedProjection):
+        state["right_factor"].copy_(found.right_factor)
+    elif options.probe_form == "diagonal":
         tall = yield shard.kept.gather_to_root(found.projected)
         state["right_factor"].copy_((yield shard.kept.scatter_from_root(orthonormal(tall))))  # F = range of H Q
 

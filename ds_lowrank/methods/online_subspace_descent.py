@@ -9,28 +9,52 @@ With the compressed dimension second, ``H`` is kept x compressed and ``Q`` compr
     L(Q) = |H~ Q Q^T - H~|^2 + lambda |Q^T Q - I|^2,  H~ = H / |H|        (Equation 6)
 
 With ``pca_norm`` ``projected`` it is ``H~ = H / |H Q|``, which is known where only projections of gradients are summed.
+With ``basis_optimizer`` ``random`` there is no loss: every T steps ``Q`` is another random orthonormal basis.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer
+from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer, own_rule
 from ds_lowrank.methods.blocks.projection import safe_ratio
+from ds_lowrank.methods.blocks.random_basis import random_basis
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
-from ds_lowrank.methods.blocks.subspace import Projection, SubspaceOptions, descend, project_on, subspace_state
+from ds_lowrank.methods.blocks.subspace import (
+    Projection,
+    SubspaceOptions,
+    basis_factors,
+    descend,
+    project_on,
+    subspace_state,
+)
 from ds_lowrank.sharding.elementwise import squared_norms
-from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program, concurrently, without_rounds
+from ds_lowrank.sharding.matrix import MatrixShard, Sums
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Update
+
+BASIS_OPTIMIZERS = ("adam", "sgd", "lion", "adafactor", "random")
+PCA_KEYS = ("pca_lambda", "pca_norm", "basis_lr_ratio", "basis_betas", "basis_init", "basis_weight_decay")
+
+
+def check_basis_optimizer(name: Any) -> str:
+    """A rule by its name, or a class of the user's as ``package.module:Class``, which is imported.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if not isinstance(name, str) or (name not in BASIS_OPTIMIZERS and ":" not in name):
+        raise ValueError("should be 'adam', 'sgd', 'lion', 'adafactor', 'random' or 'package.module:Class'")
+    if name not in BASIS_OPTIMIZERS:
+        own_rule(name)
+    return name
 
 
 class OnlineSubspaceDescentOptions(SubspaceOptions):
@@ -42,8 +66,12 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """lambda: the weight of the term that keeps the basis near orthonormal."""
     basis_lr_ratio: float = Field(5.0, ge=0, allow_inf_nan=False)
     """alpha: the basis moves at ``alpha * lr``."""
-    basis_optimizer: Literal["adam", "sgd", "lion", "adafactor"] = "adam"
-    """rho_P: what turns the gradient of the PCA loss into a direction."""
+    basis_optimizer: Annotated[str, BeforeValidator(check_basis_optimizer)] = "adam"
+    """rho_P: what turns the gradient of the PCA loss into a direction. ``random``: none, the basis is drawn anew."""
+    basis_betas: tuple[float, float] | None = None
+    """The betas of ``basis_optimizer``. None: ``betas``."""
+    update_proj_gap: int = Field(200, gt=0, strict=True)
+    """With ``random``: how many optimizer steps a basis lasts."""
     basis_init: Literal["svd", "randomized", "random"] = "randomized"
     """The first basis: of the first gradient, or a random orthonormal one."""
     pca_norm: Literal["gradient", "projected"] = "gradient"
@@ -52,17 +80,36 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse a basis in so few bits that a step of its optimizer would be lost."""
+        """Refuse options of another way to move the basis, and a basis in so few bits that a step of it would be lost."""
         super().model_post_init(context)
-        if self.basis_dtype == "int4":
+        chosen, fields = self.basis_optimizer, type(self).model_fields
+        for key in PCA_KEYS if self.is_random else ("update_proj_gap",):
+            if getattr(self, key) != fields[key].default:
+                owner = "a basis that descends on the PCA loss" if self.is_random else "basis_optimizer 'random'"
+                raise ValueError(f"{key} belongs to {owner}, basis_optimizer is {chosen!r}: remove one of them")
+        if self.basis_betas is not None and chosen in ("sgd", "adafactor"):
+            raise ValueError(f"basis_betas: basis_optimizer {chosen!r} has none: remove one of them")
+        if self.basis_dtype == "int4" and not self.is_random:
             raise ValueError(
                 "basis_dtype 'int4' loses the small steps that the basis takes: set it to 'bf16' or 'fp32'"
             )
+        if not all(0 <= beta < 1 for beta in self.basis_betas or ()):
+            raise ValueError(f"basis_betas must lie in [0, 1), got {self.basis_betas}")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether bases are drawn, and do not depend on gradients."""
+        return self.basis_optimizer == "random"
+
+    def basis_due(self, step: int) -> bool:
+        """Whether the basis of this step is not the one that the last step has left."""
+        return step == 0 or (self.is_random and step % self.update_proj_gap == 0)
 
     @property
     def basis_inner_optimizer(self) -> InnerOptimizer:
         """The optimizer of the basis, rho_P."""
-        return make_inner_optimizer(self.basis_optimizer, self, prefix="basis_")
+        own = self if self.basis_betas is None else self.model_copy(update={"betas": self.basis_betas})
+        return make_inner_optimizer(self.basis_optimizer, own, prefix="basis_")
 
 
 class OnlineSubspaceDescentMethod(Method):
@@ -74,6 +121,8 @@ class OnlineSubspaceDescentMethod(Method):
     @staticmethod
     def state(shard: MatrixShard, options: OnlineSubspaceDescentOptions, rank: int) -> StateSpec:
         """``Q`` compressed x rank with the moments of its own optimizer, and rho's moments, kept x rank."""
+        if options.is_random:
+            return subspace_state(shard, options, rank)
         return {
             **subspace_state(shard, options, rank),
             **options.basis_inner_optimizer.state(shard, shard.compressed, rank),
@@ -82,8 +131,8 @@ class OnlineSubspaceDescentMethod(Method):
 
     @staticmethod
     def needs_gradient(options: OnlineSubspaceDescentOptions) -> str | None:
-        """A step needs ``|H|``, unless ``pca_norm`` is ``projected``."""
-        if options.pca_norm == "gradient":
+        """A step needs ``|H|``, unless ``pca_norm`` is ``projected`` or the basis ``random``."""
+        if options.pca_norm == "gradient" and not options.is_random:
             return (
                 "its loss divides by the norm of the summed gradient, which nobody has: set pca_norm to 'projected', "
                 "or reduction to 'gradient'"
@@ -91,24 +140,33 @@ class OnlineSubspaceDescentMethod(Method):
         return None
 
     @staticmethod
-    @without_rounds
-    def factors(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> None:
-        """None: every step multiplies the gradient once more, by ``R``, which is known once all have summed it."""
+    def factors(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> Program[Sums | None]:
+        """``Q`` if it is random. Else None: a step multiplies the gradient also by ``R``, once all have summed that."""
+        if not options.is_random:
+            return None
+        if options.basis_due(state["step"]):
+            own = yield from new_basis(shard, options, state["step"])
+            shard.held_basis = yield shard.compressed.all_gather(own)
+        return (yield from basis_factors(shard, state, options))
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions) -> Program[Projection]:
         """``R = H Q``, in the first step on a basis that is found in this gradient."""
-        first = state["step"] == 0
-        own = (yield from first_basis(shard, options)) if first else state["basis"]
-        return (yield from project_on(shard, own, first, options))  # R = H Q
+        due = options.basis_due(state["step"])
+        own = (yield from new_basis(shard, options, state["step"])) if due else state["basis"]
+        return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod
     def update(
         shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
     ) -> Program[Update]:
         """Descend along ``scale * rho(R) Q^T``, and move ``Q`` by one step of its own optimizer."""
-        state["basis"], shard.held_basis = found.own, None  # the next step has another one
+        state["basis"] = found.own
+        # The next step has another one, unless it is random.
+        shard.held_basis = found.basis if options.is_random and options.keeps_bases_gathered else None
         descent = descend(shard, state, options, found.projected, found.basis)
+        if options.is_random:
+            return (yield from descent)
         is_of_this_gradient = state["step"] == 0 and options.basis_init != "random"
         if is_of_this_gradient or found.is_zero:
             return (yield from descent)
@@ -117,18 +175,14 @@ class OnlineSubspaceDescentMethod(Method):
         return update
 
 
-def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Program[torch.Tensor]:
-    """An orthonormal basis for the first step: matrices x owned compressed rows x rank, fp32.
+def new_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions, step: int) -> Program[torch.Tensor]:
+    """An orthonormal basis for the first step, or for T steps: matrices x owned compressed rows x rank, fp32.
 
     A direction that the first gradient does not have is random: a zero column would stay zero forever.
     """
     rank = OnlineSubspaceDescentMethod.rank(shard.shape, options)
-    size = shard.compressed.size
-    if options.basis_init == "random":
-        rooted = [shard.names[i] for i in shard.rooted]
-        random = orthonormal(normal(options.seed, rooted, 0, (0, size), (0, rank), shard.device))
-        own: torch.Tensor = yield shard.compressed.scatter_from_root(random)
-        return own
+    if options.is_random or options.basis_init == "random":
+        return (yield from random_basis(shard, rank, options.seed, step // options.update_proj_gap))
     if options.basis_init == "svd":
         own = yield from singular_basis(shard, rank)
     else:
@@ -137,7 +191,7 @@ def first_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions) -> Pr
     missing = squares < 0.5  # of columns whose length is one or zero
     owned = shard.compressed.owned or [(0, 0)]
     drawn = [normal(options.seed, shard.names, 0, span, (0, rank), shard.device) for span in owned]
-    filled: torch.Tensor = own + missing * torch.cat(drawn, dim=1) / math.sqrt(size)
+    filled: torch.Tensor = own + missing * torch.cat(drawn, dim=1) / math.sqrt(shard.compressed.size)
     return filled
 
 

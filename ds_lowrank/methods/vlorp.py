@@ -9,9 +9,11 @@ numbers for every row:
 
 ProjFactor divides it by the root of a second moment that is kept in the original space, in two factors:
 
-    H^ <- reshape(R P^T, kept, compressed)
+    H^ <- s * reshape(R P^T, kept, compressed)                           s: scale, a factor on whatever is lifted
     v_row, v_col <- averages of the sums of H^ * H^ over columns and over rows
-    W <- W - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * reshape(M P^T) / (sqrt(v_row v_col / sum v_row) + eps)
+    W <- W - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * s * reshape(M P^T) / (sqrt(v_row v_col / sum v_row) + eps)
+
+Without moments, as the paper's Theorem 1 has it: ``W <- W - lr * H^``.
 """
 
 from __future__ import annotations
@@ -50,11 +52,14 @@ class VLoRPOptions(Options):
         "rank",
         "granularity",
         "update_scheme",
+        "scale",
         "distribution",
         "update_proj_gap",
         "left_view",
         "seed",
     )
+
+    rate_key: ClassVar[str | None] = None  # scale divides eps
 
     eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
     """Added to the root of the second moment."""
@@ -62,8 +67,11 @@ class VLoRPOptions(Options):
     """Columns of ``P``, r."""
     granularity: Granularity = 64
     """c, units per row; below 1, one unit is 1/c rows."""
-    update_scheme: Literal["projfactor", "subspace", "original_space"] = "projfactor"
-    """ProjFactor; Adam on ``R``; or Adam of full size on ``R P^T``."""
+    update_scheme: Literal["projfactor", "subspace", "original_space", "sgd"] = "projfactor"
+    """ProjFactor; Adam on ``R``; Adam of full size on ``R P^T``; or ``R P^T`` itself, without any state."""
+    scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """The official code's: multiplies what is lifted, in M and in the second moment. ProjFactor and Adam of full size
+    divide it out again, up to an epsilon that is in effect ``eps / scale``; the other schemes are scaled by it."""
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     """The distribution of ``P``."""
     update_proj_gap: int = Field(100, gt=0, strict=True)
@@ -80,9 +88,10 @@ class VLoRPOptions(Options):
     def model_post_init(self, context: Any) -> None:
         """Refuse options of a scheme that was not chosen."""
         super().model_post_init(context)
-        if self.update_scheme == "original_space" and self.moment_on_resample != "keep":
+        if self.update_scheme in ("original_space", "sgd") and self.moment_on_resample != "keep":
             raise ValueError(
-                "update_scheme 'original_space' has no moments in the projected space: set moment_on_resample to 'keep'"
+                f"update_scheme {self.update_scheme!r} has no moments in the projected space: set moment_on_resample "
+                "to 'keep'"
             )
         for key, neutral in (("eps_position", "outside"), ("bias_correction", "sqrt")):
             if self.update_scheme != "projfactor" and getattr(self, key) != neutral:
@@ -135,7 +144,9 @@ class VLoRPMethod(Method):
 
     @staticmethod
     def state(shard: MatrixShard, options: VLoRPOptions, rank: int) -> StateSpec:
-        """ProjFactor: M of R's shape and two factors; ``subspace``: two moments of R's shape; else both of W's."""
+        """ProjFactor: M of R's shape and two factors; ``subspace``: two moments; ``sgd``: none; else two of W's."""
+        if options.update_scheme == "sgd":
+            return {}
         if options.update_scheme == "original_space":
             return full_rank_state(shard, options)
         units = units_of(shard, options)
@@ -183,12 +194,16 @@ class VLoRPMethod(Method):
                 return (yield from projfactor(shard, state, options, found))
             case "subspace":
                 return (yield from in_subspace(shard, state, options, found))
+            case "sgd":
+                units = units_of(shard, options)
+                projected = yield units.axis.all_gather(found.projected)
+                return Dense(partial(units.lift, projected, found.projection), options.scale)  # s R P^T
         return (yield from in_original_space(shard, state, options, found))
 
 
 def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
-    """ProjFactor: ``M P^T`` over the root of a second moment in two factors."""
-    units, projection = units_of(shard, options), found.projection
+    """ProjFactor: ``s M P^T`` over the root of a second moment in two factors."""
+    units, projection = units_of(shard, options), options.scale * found.projection  # s P, which lifts
     beta1, beta2 = options.betas
     moment = state["exp_avg"].lerp_(found.projected, 1 - beta1)  # M <- beta1 M + (1 - beta1) R
     if units.are_in_rows:
@@ -230,25 +245,25 @@ def projfactor(shard: MatrixShard, state: State, options: VLoRPOptions, found: P
     correction = (second if options.bias_correction == "linear" else second**0.5) / (1 - beta1 ** age(options, state))
     lifted = partial(units.lift, moment, projection)
     by_matrix = None if singles is None else zip(singles, roots, strict=True)
-    return Quotient(lifted, root_at, correction, by_matrix)  # M P^T / (sqrt(v) + eps)
+    return Quotient(lifted, root_at, correction, by_matrix)  # s M P^T / (sqrt(v) + eps)
 
 
 def in_subspace(shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits) -> Program[Update]:
-    """Adam on ``R``, lifted: ``N P^T``."""
+    """Adam on ``R``, lifted: ``s N P^T``."""
     units, moments = units_of(shard, options), (state["exp_avg"], state["exp_avg_sq"])
     step = age(options, state)
     direction = adam(*moments, found.projected, options.betas, options.eps_at(step), step)  # N = Adam(R)
     direction = yield units.axis.all_gather(direction)
-    return Dense(partial(units.lift, direction, found.projection), 1.0)  # N P^T
+    return Dense(partial(units.lift, direction, found.projection), options.scale)  # s N P^T
 
 
 def in_original_space(
     shard: MatrixShard, state: State, options: VLoRPOptions, found: ProjectedUnits
 ) -> Program[Update]:
-    """Adam of full size on ``R P^T``, the gradient projected and lifted again."""
+    """Adam of full size on ``s R P^T``, the gradient projected and lifted again."""
     units = units_of(shard, options)
     projected = yield units.axis.all_gather(found.projected)
-    lifted = partial(units.lift, projected, found.projection)
+    lifted = partial(units.lift, projected, options.scale * found.projection)
     return (yield from full_rank_adam(shard, state, options, lifted))
 
 

@@ -29,6 +29,7 @@ class AdaRankGrad(LowRankOptimizer):
         residual_tol: the share of the gradient's squared norm that a subspace may leave out, eta; 0.2.
         rank_multiple: ranks are rounded up to a multiple of it; 1.
         never_grow: whether a rank may only shrink; False.
+        grad_norm_ratio_tol: the share of its first projected gradient's norm at which a subspace is used up; 0.25.
         grad_norm_tol: the norm of the projected gradient at which a subspace is used up; 1e-4.
         update_proj_gap: the most optimizer steps that a subspace lasts; 200.
         second_moment: what a change of basis C does to V, ``abs`` for ``|V C|``, ``clamp`` for ``max(V C, 0)``, or
@@ -117,6 +118,7 @@ class GradNormLoRP(LowRankOptimizer):
         adapter_rank: columns of B and rows of A; 8.
         adapter_alpha: ``B A`` is scaled by ``adapter_alpha / adapter_rank``; 16.0.
         adapter_dropout: dropout on the input of the adapter's path; 0.0.
+        detach_norm: whether the adapter's norm counts as a constant in the backward pass, as in peft's DoRA; False.
         modules_to_save: globs of modules that are trained as they are, next to the adapters; None for new task heads.
     """
 
@@ -138,6 +140,8 @@ class Lorenza(LowRankOptimizer):
         perturbation_radius: how far the gradient is taken from the weights, rho; 0 for no perturbation; 0.05.
         two_sided: whether a probe looks at both sides of the weights, or compares one side with the weights; True.
         probe_form: ``diagonal`` for ``F diag(u) Q^T`` (the default), or ``gaussian`` for ``U Q^T``.
+        right_factor: what F is, the orthogonal factor of ``H Q`` (``qr``, the default) or its left singular vectors, in
+            pairs with Q (``svd``).
         norm: over what ``|G_pert|`` is taken, ``global`` for all matrices (the default), or ``per_matrix``.
         moment_on_refresh: what a refresh does to the moments, ``rotate`` (the default), ``keep`` or ``reset``.
         accumulation: ``per_step`` for one perturbation for all micro-batches (the default), or ``per_micro_batch``.
@@ -167,7 +171,10 @@ class OnlineSubspaceDescent(LowRankOptimizer):
         pca_norm: what the gradient is divided by in the PCA loss, the norm of the ``gradient`` (the default) or of its
             ``projected`` form.
         basis_lr_ratio: the basis moves at ``basis_lr_ratio * lr``; 5.0.
-        basis_optimizer: what steps the basis, ``adam`` (the default), ``sgd``, ``lion`` or ``adafactor``.
+        basis_optimizer: what steps the basis, ``adam`` (the default), ``sgd``, ``lion``, ``adafactor`` or a class of
+            yours as ``"module:Class"``, or ``random``, which draws another basis instead.
+        basis_betas: the betas of ``basis_optimizer``, or None for ``betas``; None.
+        update_proj_gap: with ``basis_optimizer`` ``random``, optimizer steps that a basis lasts; 200.
         basis_init: the first basis, of the first gradient by a ``randomized`` range finder (the default) or by ``svd``,
             or ``random``.
         basis_weight_decay: the decoupled weight decay of the basis, or None for ``weight_decay``; None.
@@ -182,7 +189,9 @@ class VLoRP(LowRankOptimizer):
     Args:
         rank: columns of the projection, r; 4.
         granularity: units per row, c, as a number or as ``"p/q"``; below 1, one unit is 1/c rows; 64.
-        update_scheme: ``projfactor`` (the default), ``subspace`` or ``original_space``.
+        update_scheme: ``projfactor`` (the default), ``subspace``, ``original_space``, or ``sgd``, which has no state.
+        scale: the official code's, multiplies what is lifted: an epsilon of ``eps / scale`` with ``projfactor`` and
+            ``original_space``, a factor on the update with ``subspace`` and ``sgd``; 1.0.
         distribution: of the projection, ``gaussian`` (the default) or ``rademacher``.
         update_proj_gap: optimizer steps that a projection lasts; 100.
         moment_on_resample: what a new projection does to the moments, ``keep`` (the default), ``reset`` or

@@ -237,7 +237,7 @@ class StacksOfAllRanks(Stacks):
 
     def __init__(self, method: type[Method] | None) -> None:
         super().__init__(method)
-        self._elsewhere: dict[int, list[Stack]] = {}
+        self._elsewhere: dict[tuple[int, ...], list[Stack]] = {}
 
     def buckets(self, matrices: Sequence[SteppedMatrix]) -> list[list[Stack]]:
         """Form the stacks of a step, in the buckets of any rank."""
@@ -247,9 +247,10 @@ class StacksOfAllRanks(Stacks):
         """Stacks of the matrices of a stack that are cut alike; the same ones in every step."""
         if stack.is_here:
             return [stack]
-        if id(stack) not in self._elsewhere:
+        key = tuple(map(id, stack.matrices))  # matrices stay, stacks come and go with their phases
+        if key not in self._elsewhere:
             alike: dict[int, list[SteppedMatrix]] = {}
             for matrix in stack.matrices:
                 alike.setdefault(id(matrix.state_store), []).append(matrix)
-            self._elsewhere[id(stack)] = [Stack(matrices, is_here=True) for matrices in alike.values()]
-        return self._elsewhere[id(stack)]
+            self._elsewhere[key] = [Stack(matrices, is_here=True) for matrices in alike.values()]
+        return self._elsewhere[key]

@@ -14,11 +14,19 @@ import torch
 
 from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
+from ds_lowrank.reference.fira import DenseFira
 from ds_lowrank.reference.flora import DenseFlora
+from ds_lowrank.reference.frugal import DenseFrugal
 from ds_lowrank.reference.galore import DenseGaLore
 from ds_lowrank.reference.gradnormlorp import DenseGradNormLoRP
+from ds_lowrank.reference.gum import DenseGum
+from ds_lowrank.reference.ldadam import DenseLDAdam
 from ds_lowrank.reference.lorenza import DenseLorenza
 from ds_lowrank.reference.online_subspace_descent import DenseOnlineSubspaceDescent
+from ds_lowrank.reference.racs import DenseRacs
+from ds_lowrank.reference.scale import DenseScale
+from ds_lowrank.reference.subtrack import DenseSubTrack
+from ds_lowrank.reference.sumo import DenseSumo
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
 
@@ -40,5 +48,13 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "GradNormLoRP": DenseGradNormLoRP,
     "Lorenza": DenseLorenza,
     "Flora": DenseFlora,
+    "Scale": DenseScale,
+    "Racs": DenseRacs,
+    "Fira": DenseFira,
+    "Frugal": DenseFrugal,
+    "LDAdam": DenseLDAdam,
+    "SubTrack": DenseSubTrack,
+    "Sumo": DenseSumo,
+    "Gum": DenseGum,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

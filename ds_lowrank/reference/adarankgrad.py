@@ -1,6 +1,6 @@
 """AdaRankGrad from the building blocks of arXiv 2410.17881: dense, one process.
 
-    if |R| of the last step <= grad_norm_tol, or after T steps:
+    if |R| of the last step <= grad_norm_tol, or <= grad_norm_ratio_tol |R in the first step with Q|, or after T steps:
         Q_0 <- range finder of H with rank_max columns
         r   <- the smallest rank with |H|^2 - s_1^2 - ... - s_r^2 <= residual_tol |H|^2,  s = singular values of H Q_0
         Q   <- the leading r directions of H inside Q_0
@@ -59,6 +59,7 @@ class DenseAdaRankGrad:
         residual_tol: float = 0.2,
         rank_multiple: int = 1,
         never_grow: bool = False,
+        grad_norm_ratio_tol: float = 0.25,
         grad_norm_tol: float = 1e-4,
         update_proj_gap: int = 200,
         second_moment: str = "squared",
@@ -73,7 +74,8 @@ class DenseAdaRankGrad:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank_max, self.rank_min, self.rank_multiple = min(rank_max, m, n), rank_min, rank_multiple
-        self.residual_tol, self.never_grow, self.grad_norm_tol = residual_tol, never_grow, grad_norm_tol
+        self.residual_tol, self.never_grow = residual_tol, never_grow
+        self.grad_norm_ratio_tol, self.grad_norm_tol, self.first_norm = grad_norm_ratio_tol, grad_norm_tol, 0.0
         self.power_steps = power_steps
         self.second_moment, self.right = second_moment, compresses_columns(proj_type, m, n)
         self.weight_decay, self.seed, self.adam = weight_decay, seed, AdamW(betas, eps)
@@ -118,4 +120,6 @@ class DenseAdaRankGrad:
         W.sub_(lr * self.scale * update)
         self.t += 1
         self.age += 1
-        self.converged = R.norm().item() <= self.grad_norm_tol
+        norm = R.norm().item()
+        self.first_norm = norm if self.age == 1 else self.first_norm
+        self.converged = norm <= max(self.grad_norm_tol, self.grad_norm_ratio_tol * self.first_norm)

@@ -156,26 +156,31 @@ class DenseGaLore:
         if self.in_a_row == self.patience:
             self.gap, self.in_a_row = self.gap * self.growth, 0
 
+    def refresh(self, G: torch.Tensor) -> None:
+        """Find a new basis, decide how long it lasts, and carry the moments into it if asked."""
+        new = self.find_basis(G)
+        if self.t > 0 and self.threshold is not None:
+            self.compare(self.basis, new)
+        self.next_refresh = self.t + self.gap
+        if self.moments == "rotate" and self.t > 0:
+            self.inner.rotate(self.basis.T @ new)
+        self.basis = new
+
+    def update(self, H: torch.Tensor) -> torch.Tensor:
+        """What the learning rate multiplies, kept x compressed."""
+        return self.scale * self.inner.update(H @ self.basis, self.basis)
+
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
         if self.is_due(G):
-            new = self.find_basis(G)
-            if self.t > 0 and self.threshold is not None:
-                self.compare(self.basis, new)
-            self.next_refresh = self.t + self.gap
-            if self.moments == "rotate" and self.t > 0:
-                self.inner.rotate(self.basis.T @ new)
-            self.basis = new
-        update = self.inner.update(H @ self.basis, self.basis)
-        kept = 1 - lr * self.weight_decay
+            self.refresh(G)
+        kept, update = 1 - lr * self.weight_decay, self.update(H)
         if self.decays_after:
-            W.sub_(lr * self.scale * update)
-            W.mul_(kept)
+            W.sub_(lr * update).mul_(kept)
         else:
-            W.mul_(kept)
-            W.sub_(lr * self.scale * update)
+            W.mul_(kept).sub_(lr * update)
         self.t += 1
 
 

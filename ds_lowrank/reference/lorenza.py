@@ -1,6 +1,7 @@
 """LORENZA and AdaZo-SAM as arXiv 2502.19571 writes them: dense, one process.
 
     every T steps    Q <- range finder of H,  F <- QR of H Q,  M, V <- rotated into Q
+                     (or F S V^T = SVD of H Q,  Q <- Q V)
     Pi_j = F diag(u) Q^T, or U Q^T, with u, U of N(0, 1)       (AdaZo-SAM: N(0, 1), m x n)
     c_j  = (L(W + mu Pi_j) - L(W - mu Pi_j)) / (2 mu)          for q probes
     G_pert = 1/q sum_j c_j Pi_j
@@ -48,6 +49,7 @@ class DenseLorenza:
         scale: float = 1.0,
         proj_type: str = "std",
         probe_form: str | None = None,
+        right_factor: str = "qr",
         moment_on_refresh: str = "rotate",
         power_steps: int = 1,
         orthogonal_component: bool = False,
@@ -62,7 +64,7 @@ class DenseLorenza:
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank = None if rank is None else min(rank, m, n)
         self.power_steps = power_steps
-        self.diagonal = probe_form != "gaussian"
+        self.diagonal, self.in_pairs = probe_form != "gaussian", right_factor == "svd"
         self.moment_on_refresh, self.weight_decay, self.seed = moment_on_refresh, weight_decay, seed
         self.orthogonal_scale = orthogonal_scale if orthogonal_component else None
         self.right = compresses_columns(proj_type, m, n)
@@ -87,11 +89,18 @@ class DenseLorenza:
         """Find Q and F anew, and carry the moments into Q."""
         W = sketch(self.seed, self.name, self.t, H.shape[1 if self.power_steps else 0], rank)
         new = randomized_basis(H, W, self.power_steps)
+        F = positive_qr(H @ new)
+        if self.in_pairs:
+            # In fp64: rounding turns vectors whose singular values are close.
+            F, _, Vh = torch.linalg.svd((H @ new).double(), full_matrices=False)
+            # The sign of a pair is free: the largest entry of the right vector is positive.
+            signs = torch.stack([row[row.abs().argmax()].sign() for row in Vh])
+            F, new = (F * signs).to(H.dtype), new @ (Vh.T * signs).to(H.dtype)
         if self.moment_on_refresh == "rotate" and self.t > 0:
             self.adam.rotate(self.Q.T @ new)
         if self.moment_on_refresh == "reset":
             self.adam = AdamW(self.betas, self.eps)
-        self.Q, self.F = new, positive_qr(H @ new)
+        self.Q, self.F = new, F
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
         """Take one step on the gradient G, m x n."""

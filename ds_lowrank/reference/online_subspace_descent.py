@@ -6,6 +6,10 @@
     L(Q) = |H - H Q Q^T|^2 / |H|^2 + lambda |Q^T Q - I|^2                      (Equation 6)
     Q <- Q - lr_P Adam_P(grad L(Q))      with lr_P = basis_lr_ratio * lr
 
+or, with basis_optimizer ``random``, without a loss:
+
+    every T steps    Q <- the orthonormal factor of a new normal matrix
+
 H is G, or G^T if the rows are compressed: kept x compressed. Q is compressed x r.
 """
 
@@ -58,6 +62,8 @@ class DenseOnlineSubspaceDescent:
         pca_lambda: float = 0.1,
         basis_lr_ratio: float = 5.0,
         basis_optimizer: str = "adam",
+        basis_betas: tuple[float, float] | None = None,
+        update_proj_gap: int = 200,
         basis_init: str = "randomized",
         pca_norm: str = "gradient",
         basis_weight_decay: float | None = None,
@@ -74,7 +80,9 @@ class DenseOnlineSubspaceDescent:
         self.weight_decay, self.seed, self.t = weight_decay, seed, 0
         self.basis_weight_decay = weight_decay if basis_weight_decay is None else basis_weight_decay
         self.inner = make_inner(inner, betas, eps, momentum, lion_sign)
-        self.basis_optimizer = make_inner("adamw" if basis_optimizer == "adam" else basis_optimizer, betas, eps)
+        self.is_random, self.update_proj_gap = basis_optimizer == "random", update_proj_gap
+        rule = "adamw" if basis_optimizer == "adam" else basis_optimizer
+        self.basis_optimizer = make_inner(rule, betas if basis_betas is None else basis_betas, eps)
 
     def first_basis(self, G: torch.Tensor) -> torch.Tensor:
         """The basis of the first step, compressed x r."""
@@ -94,12 +102,15 @@ class DenseOnlineSubspaceDescent:
         """Take one step on the gradient G, m x n."""
         lr = self.lr if lr is None else lr
         H, W = (G, self.weight) if self.right else (G.T, self.weight.T)
-        if self.t == 0:
+        if self.is_random and self.t % self.update_proj_gap == 0:
+            drawn = sketch(self.seed, self.name, self.t // self.update_proj_gap, H.shape[1], self.rank)
+            self.basis = positive_qr(drawn.to(G.dtype))
+        elif self.t == 0:
             self.basis = self.first_basis(G)
         update = self.inner.update(H @ self.basis, self.basis)
         W.mul_(1 - lr * self.weight_decay)
         W.sub_(lr * self.scale * update)
         found_in_this_gradient = self.t == 0 and self.basis_init != "random"
-        if H.any() and not found_in_this_gradient:
+        if H.any() and not found_in_this_gradient and not self.is_random:
             self.improve_basis(H, self.basis_lr_ratio * lr)
         self.t += 1

@@ -5,11 +5,15 @@ rows of a matrix Gt:
 
     every T steps    P <- a new N(0, 1/r), L x r
     R <- Gt P
-    subspace         W <- W - lr * unview(Adam(R) P^T)
-    original_space   W <- W - lr * Adam(unview(R P^T))
+    sgd              W <- W - lr * s unview(R P^T)
+    subspace         W <- W - lr * s unview(Adam(R) P^T)
+    original_space   W <- W - lr * Adam(s unview(R P^T))
     projfactor       M <- b1 M + (1 - b1) R
-                     v_row, v_col <- moving averages of the row and column sums of unview(R P^T)^2
-                     W <- W - lr * sqrt(1 - b2^t) / (1 - b1^t) * unview(M P^T) / (sqrt(v_row v_col^T / sum v_row) + eps)
+                     v_row, v_col <- moving averages of the row and column sums of (s unview(R P^T))^2
+                     vhat <- v_row v_col^T / sum v_row
+                     W <- W - lr * sqrt(1 - b2^t) / (1 - b1^t) * s unview(M P^T) / (sqrt(vhat) + eps)
+
+s is the official code's scale, a factor on whatever is lifted.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ class DenseVLoRP:
         rank: int = 4,
         granularity: float | str = 64,
         update_scheme: str = "projfactor",
+        scale: float = 1.0,
         distribution: str = "gaussian",
         update_proj_gap: int = 100,
         proj_type: str = "std",
@@ -63,6 +68,7 @@ class DenseVLoRP:
         self.c = Fraction(granularity).limit_denominator(10**6)
         self.right, self.left_view = compresses_columns(proj_type, m, n), left_view
         self.update_scheme, self.distribution, self.moment_on_resample = update_scheme, distribution, moment_on_resample
+        self.scale = scale
         self.eps_position, self.bias_correction = eps_position, bias_correction
         self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
         self.t, self.adam = 0, AdamW(betas, eps)
@@ -89,6 +95,10 @@ class DenseVLoRP:
             return Gt.reshape(n, m).T
         return Gt.T.reshape(m, n)
 
+    def lift(self, R: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+        """``s unview(R P^T)``, m x n."""
+        return self.scale * self.unview(R @ P.T)
+
     def projection(self, counter: int) -> torch.Tensor:
         """P, L x r, of variance 1/r: normal, or signs."""
         draw = sketch if self.distribution == "gaussian" else sign_sketch
@@ -107,9 +117,11 @@ class DenseVLoRP:
         if self.update_scheme == "projfactor":
             update = self.projfactor(R, P)
         elif self.update_scheme == "subspace":
-            update = self.unview(self.adam.direction(R) @ P.T)
+            update = self.lift(self.adam.direction(R), P)
+        elif self.update_scheme == "original_space":
+            update = self.adam.direction(self.lift(R, P))
         else:
-            update = self.adam.direction(self.unview(R @ P.T))
+            update = self.lift(R, P)
         self.weight.mul_(1 - lr * self.weight_decay)
         self.weight.sub_(lr * update)
         self.t += 1
@@ -128,7 +140,7 @@ class DenseVLoRP:
         beta1, beta2 = self.betas
         self.M_steps += 1
         self.M = beta1 * self.M + (1 - beta1) * R
-        squared = self.unview(R @ P.T) ** 2
+        squared = self.lift(R, P) ** 2
         self.v_row = beta2 * self.v_row + (1 - beta2) * squared.sum(1)
         self.v_col = beta2 * self.v_col + (1 - beta2) * squared.sum(0)
         # v_row v_col^T / sum(v_row), divided first: a product of two squares can leave the range of fp32.
@@ -137,4 +149,4 @@ class DenseVLoRP:
         correction2 = 1 - beta2 ** (self.t + 1)
         if self.bias_correction == "sqrt":
             correction2 = correction2**0.5
-        return correction2 / (1 - beta1**self.M_steps) * self.unview(self.M @ P.T) / root
+        return correction2 / (1 - beta1**self.M_steps) * self.lift(self.M, P) / root

@@ -110,10 +110,15 @@ def dots(shard: MatrixShard, axis: Axis, a: Elements, b: Elements) -> torch.Tens
     return sums
 
 
-def largest_magnitudes(shard: MatrixShard) -> torch.Tensor:
-    """The largest magnitude of this rank's elements of each gradient: matrices x 1 x 1, fp32; zero for no elements."""
+def largest_magnitudes(shard: MatrixShard, elements: Elements | None = None) -> torch.Tensor:
+    """The largest magnitude of this rank's elements of each matrix: matrices x 1 x 1, fp32; zero for no elements.
+
+    Args:
+        shard: the stack.
+        elements: of the matrices, any floating dtype; None for the gradients.
+    """
     found = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
-    for piece in shard.gradient.pieces:
+    for piece in (shard.gradient if elements is None else elements).pieces:
         largest = piece.values.abs().amax((1, 2), keepdim=True).float()
         found[piece.matrices] = torch.maximum(found[piece.matrices], largest)
     return found

@@ -23,11 +23,12 @@ def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> 
         scale: the factor on the learning rate of the matrices.
 
     Raises:
-        ValueError: the optimizer has an option ``scale`` (all low-rank methods except VLoRP).
+        ValueError: the optimizer has an option for that, ``scale`` (of VLoRP it is another thing).
     """
     low_rank = OPTIMIZERS.get(optimizer["type"])
-    if low_rank is not None and "scale" in low_rank.method.Options.model_fields:
-        raise ValueError(f"--matrix-lr-scale is not for {low_rank.method.name}: set optimizer.params.scale")
+    options = None if low_rank is None else low_rank.method.Options
+    if options is not None and options.rate_key in options.model_fields:
+        raise ValueError(f"--matrix-lr-scale is not for {optimizer['type']}: set optimizer.params.{options.rate_key}")
     lr = optimizer["params"]["lr"]
     tag_parameters(model)
 

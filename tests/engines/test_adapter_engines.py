@@ -75,9 +75,9 @@ def train(settings, zero_init, options, steps, folder=None):
 
 
 @functools.cache
-def one_process(norm_axis):
+def one_process(norm_axis, detach_norm):
     """The weights of one fp32 process before and after training, and the names of the trained ones."""
-    model = model_with_adapters(norm_axis=norm_axis)
+    model = model_with_adapters(norm_axis=norm_axis, detach_norm=detach_norm)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
     for step in range(STEPS):
@@ -90,17 +90,18 @@ def one_process(norm_axis):
 
 
 CASES = [
-    *((stage, False, "output") for stage in range(4)),
-    (3, True, "output"),
-    (3, True, "input"),
+    *((stage, False, "output", False) for stage in range(4)),
+    (3, True, "output", False),
+    (3, True, "input", False),
+    (3, True, "output", True),
 ]
 
 
-@pytest.mark.parametrize(("stage", "zero_init", "norm_axis"), CASES)
-def test_every_stage_trains_and_exports_adapters_as_one_process(stage, zero_init, norm_axis, tmp_path):
-    before, after, trainable = one_process(norm_axis)
+@pytest.mark.parametrize(("stage", "zero_init", "norm_axis", "detach_norm"), CASES)
+def test_every_stage_trains_and_exports_adapters_as_one_process(stage, zero_init, norm_axis, detach_norm, tmp_path):
+    before, after, trainable = one_process(norm_axis, detach_norm)
     assert len(trainable) == 33
-    options = {"norm_axis": norm_axis}
+    options = {"norm_axis": norm_axis, "detach_norm": detach_norm}
     for answer in run_ranks(2, train, settings_of(stage), zero_init, options, STEPS, tmp_path):
         weights = answer["weights"]
         assert weights.keys() == before.keys()

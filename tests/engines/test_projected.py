@@ -63,8 +63,10 @@ VARIANTS = [
     ("Flora", {"second_moment": "none", "newest_term": "projected"}),
     ("OnlineSubspaceDescent", {"pca_norm": "projected"}),
     ("OnlineSubspaceDescent", {"pca_norm": "projected", "basis_optimizer": "sgd", "proj_type": "reverse_std"}),
+    ("OnlineSubspaceDescent", {"basis_optimizer": "random", "update_proj_gap": 4, "basis_lr_ratio": 5.0}),
     ("VLoRP", {"granularity": "1/2", "proj_type": "reverse_std"}),
     ("VLoRP", {"update_scheme": "subspace"}),
+    ("VLoRP", {"update_scheme": "sgd", "scale": 0.25}),
     ("Lorenza", {"probe_form": "gaussian", "moment_on_refresh": "reset"}),
 ]
 
@@ -296,6 +298,7 @@ REFUSED = [
     ({"stage": 0, "clip": 1.0}, {}, "gradient_clipping 1.0: nobody has the norm of the whole gradient"),
     ({"stage": 0, "method": "Apollo"}, {}, "it scales the gradient itself"),
     ({"stage": 0, "method": "Flora"}, {}, "set second_moment to 'none' and newest_term to 'projected'"),
+    *(({"stage": 0, "method": method}, {}, "it scales the gradient itself") for method in ("Scale", "Racs")),
     ({"stage": 0, "method": "OnlineSubspaceDescent"}, {}, "its loss divides by the norm of the summed gradient"),
     ({"stage": 0, "method": "Lorenza"}, {"rank": None, "probe_form": "gaussian"}, "AdaZo-SAM steps on whole gradients"),
     ({"stage": 0, "method": "Lorenza"}, {"orthogonal_component": True}, "Lorenza+ adds what the subspace leaves out"),

@@ -27,6 +27,27 @@ COSTS = {"rank": 4, "update_proj_gap": 3}
 """Options for 48 x 20."""
 
 
+def gradients_with(values: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Shape], Gradients]:
+    """Gradients that are turned at random in every step and keep their singular values.
+
+    How far a rounding error turns a subspace, or a singular vector, is one over the gap to the next value.
+
+    Args:
+        values: the singular values, from their numbers 0, 1, 2, ...
+    """
+
+    def gradients(shape: Shape) -> Gradients:
+        def gradient(step: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(step)
+            k = min(shape)
+            u, v = (torch.linalg.qr(torch.randn(size, k, generator=generator)).Q for size in shape)
+            return 10 * u * values(torch.arange(k)) @ v.T
+
+        return gradient
+
+    return gradients
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """How the tests run one method.
@@ -44,6 +65,7 @@ class Row:
         first_step_ignores_size: whether a factor on the gradient leaves the first step alone, as in Adam.
         follows_gradient_rows: whether an update has no direction that the rows of the gradient have not.
         keeps_zeros: whether a weight's rows and columns stay zero where those of every gradient are.
+        keeps_moments: whether the state of ``small`` has moments, which are stored in ``state_dtype``.
     """
 
     small: Options
@@ -58,6 +80,7 @@ class Row:
     first_step_ignores_size: bool = False
     follows_gradient_rows: bool = False
     keeps_zeros: bool = False
+    keeps_moments: bool = True
 
     @classmethod
     def of_options(cls, keys: Mapping[str, Any]) -> Row:

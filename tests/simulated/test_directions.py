@@ -10,6 +10,7 @@ from ds_lowrank.reference.lorenza import DenseLorenza
 from ds_lowrank.sharding.geometry import Geometry
 from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import shard_of
+from tests.methods import of
 from tests.simulated.harness import (
     ShardedMatrix,
     directions_on,
@@ -21,7 +22,13 @@ from tests.simulated.harness import (
 )
 from tests.simulated.tensor_parallel import SPLITS, cuts_inside_rows
 
-FORMS = [{"rank": 3}, {"rank": 3, "probe_form": "gaussian"}, {"rank": 3, "proj_type": "reverse_std"}, {"rank": None}]
+FORMS = [
+    {"rank": 3},
+    {"rank": 3, "right_factor": "svd"},
+    {"rank": 3, "probe_form": "gaussian"},
+    {"rank": 3, "proj_type": "reverse_std"},
+    {"rank": None},
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -43,6 +50,22 @@ def test_every_layout_draws_the_same_directions_on_parts_and_on_the_whole(ranks,
             got = flat(found.to_matrix(direction), target)
             assert torch.allclose(got, sharded.cut(expected, target.part), atol=1e-6)
             assert found.square(direction) == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(17, 9), (9, 17)])
+def test_pairs_of_singular_vectors_hold_all_of_the_projected_gradient(shape):
+    """``Pi`` has one number for each pair ``f_k q_k^T``: what of H Q they hold is all that a probe can find."""
+    torch.manual_seed(0)
+    gradient, shares = torch.randn(shape), {}
+    for factor in ("qr", "svd"):
+        options = {"rank": 4, "lr": 1e-2, "right_factor": factor}
+        sharded = ShardedMatrix("Lorenza", torch.zeros(shape), even_parts(shape, 1), **options)
+        sharded.step(gradient)
+        basis, kept = sharded.states[0]["basis"], sharded.states[0]["right_factor"]
+        projected = (gradient if shape[0] > shape[1] else gradient.T) @ basis
+        shares[factor] = ((kept * projected).sum(0).square().sum() / projected.square().sum()).item()
+    assert shares["svd"] == pytest.approx(1, rel=1e-5)
+    assert shares["qr"] < 0.99
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -72,8 +95,7 @@ def target_of(parts, sharded):
 @pytest.mark.parametrize(("tensor", "data"), [(2, 1), (2, 3), (4, 2)])
 def test_directions_on_tensor_parallel_blocks_equal_the_whole_matrixs(tensor, data, shape, split, form):
     """Below ZeRO 3 a rank moves its whole block, whichever part of it the rank updates."""
-    torch.manual_seed(0)
-    gradient, order = torch.randn(shape), grid_order(tensor, data)
+    gradient, order = of("Lorenza").gradients_for(shape)(0), grid_order(tensor, data)
     blocks = tensor_blocks(shape, split, tensor)
     parts = grid_parts(blocks, [cuts_inside_rows(blocks[0].numel, data)] * tensor, order)
     twin = DenseLorenza(torch.zeros(shape), **form)

@@ -178,16 +178,34 @@ def test_rows_and_columns_of_zeros_stay_zero(shape, method):
 def test_adarankgrad_state_shrinks_with_its_rank():
     shape = (30, 20)
     sharded = ShardedMatrix("AdaRankGrad", torch.zeros(shape), even_parts(shape, 3), rank_max=8, update_proj_gap=2)
-    assert state_elements(sharded) == 8 * (2 * 30 + 20)
+    assert state_elements(sharded) == 8 * (2 * 30 + 20) + 1
     ranks = []
     for width in (6, 6, 3, 3, 5, 5):
         torch.manual_seed(width)
         sharded.step(torch.linalg.qr(torch.randn(30, width)).Q @ torch.randn(width, 20).sign())
         (rank,) = {state["rank"] for state in sharded.states}
-        assert state_elements(sharded) == rank * (2 * 30 + 20)
+        assert state_elements(sharded) == rank * (2 * 30 + 20) + 1
         ranks.append(rank)
     assert ranks[2] == ranks[3] < ranks[0] == ranks[1]
     assert ranks[4] == ranks[5] > ranks[3]
+
+
+@pytest.mark.parametrize(("state_dtype", "column"), [("fp32", 4 * 128), ("bf16", 2 * 128), ("int8", 128 + 2 * 4)])
+def test_gum_state_grows_and_shrinks_with_its_coin(state_dtype, column):
+    """The matrix "w" is stepped whole in the second of four periods with seed 1. In int8 a column has two scales."""
+    shape = (128, 64)
+    options = {"rank": 4, "full_share": 0.5, "update_proj_gap": 2, "seed": 1, "state_dtype": state_dtype}
+    sharded = ShardedMatrix("Gum", torch.zeros(shape), flat_parts(shape, [0, 3000]), **options)
+    basis, columns = 4 * 4 * 64, []
+    for step in range(8):
+        torch.manual_seed(step)
+        sharded.step(torch.randn(shape))
+        stored = sum(
+            t.numel() * t.element_size() for state in sharded.states for t in state.values() if torch.is_tensor(t)
+        )
+        assert stored == sharded.state_stores[0].nbytes(sharded.states[0])
+        columns.append((stored - basis) / column)
+    assert columns == [4, 4, 64, 64, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -68,6 +68,12 @@ def test_moments_of_single_elements_of_a_matrix_that_is_split_along_columns(meth
         assert all(torch.equal(own[key], found[key]) for key in own)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_state_without_numbers_moves(dtype, tmp_path):
+    params = {"rank": 2, "granularity": 3, "update_scheme": "sgd"}
+    tried(Move(World(3, 2, 1, "zero", "megatron", 7), World(2), "VLoRP", params, dtype, dtype), tmp_path)
+
+
 def decoded(rank):
     """The numbers of a rank's states."""
     return {

@@ -24,10 +24,11 @@ AXES = ["output", "input"]
 M, N, RANK = 7, 5, 3
 
 
-def layer(norm_axis="output", dtype=torch.float64, m=M, n=N, alpha=6.0, bias=True, dropout=0.0):
+def layer(norm_axis="output", dtype=torch.float64, m=M, n=N, alpha=6.0, bias=True, dropout=0.0, detach_norm=False):
     """A layer in the middle of training: B is not zero, and g is not the norm of anything."""
     torch.manual_seed(0)
-    made = AdapterLinear(torch.nn.Linear(n, m, bias=bias), "layer", RANK, alpha, dropout, norm_axis).double()
+    linear = torch.nn.Linear(n, m, bias=bias)
+    made = AdapterLinear(linear, "layer", RANK, alpha, dropout, norm_axis, detach_norm=detach_norm).double()
     with torch.no_grad():
         made.lora_B.normal_()
         made.magnitude.uniform_(0.5, 2)
@@ -73,6 +74,47 @@ def test_gradients_are_those_of_the_formula(norm_axis, bias):
     torch.testing.assert_close(gradients(made, outputs), gradients(made, expected))
     trained = [p.detach().clone().requires_grad_() for p in (made.lora_A, made.lora_B, made.magnitude)]
     assert torch.autograd.gradcheck(as_function(made), (inputs, *trained))
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_a_detached_norm_is_a_constant_in_the_backward_pass_only(norm_axis):
+    made, exact = layer(norm_axis, detach_norm=True), layer(norm_axis)
+    inputs = inputs_of(made).requires_grad_()
+    outputs = made(inputs)
+    assert torch.equal(outputs, exact(inputs))
+    dim = 1 if norm_axis == "output" else 0
+    direction = made.weight + made.scaling * made.lora_B @ made.lora_A
+    weight = made.magnitude.unsqueeze(dim) * direction / direction.norm(dim=dim, keepdim=True).detach()
+    expected = gradients(made, torch.nn.functional.linear(inputs, weight, made.bias))
+    found, full = gradients(made, outputs), gradients(exact, exact(inputs))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[2], full[2])
+    assert all((a - b).norm() > 0.1 * b.norm() for a, b in zip(found[:2], full[:2], strict=True))
+
+
+def test_gradients_with_a_detached_norm_are_those_of_dora_in_peft():
+    peft = pytest.importorskip("peft")
+    made = layer(dtype=torch.float32, detach_norm=True)
+    base = torch.nn.Sequential(torch.nn.Linear(N, M))
+    base.load_state_dict({"0.weight": made.weight, "0.bias": made.bias})
+    config = peft.LoraConfig(r=RANK, lora_alpha=6, lora_dropout=0.0, target_modules=["0"], use_dora=True)
+    dora = peft.get_peft_model(base, config).base_model.model[0]
+    theirs = [
+        dora.lora_A["default"].weight,
+        dora.lora_B["default"].weight,
+        dora.lora_magnitude_vector["default"].weight,
+    ]
+    own = [made.lora_A, made.lora_B, made.magnitude]
+    with torch.no_grad():
+        for to, value in zip(theirs, own, strict=True):
+            to.copy_(value)
+    inputs = inputs_of(made)
+    outputs, expected = made(inputs), dora(inputs)
+    torch.testing.assert_close(outputs, expected)
+    found = gradients(made, outputs)
+    probe = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (expected * probe.float()).sum().backward()
+    torch.testing.assert_close(found, [parameter.grad for parameter in theirs])
 
 
 def with_zero_vector(norm_axis, factor_too):

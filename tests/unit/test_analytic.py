@@ -114,7 +114,7 @@ def test_change_of_subspace_keeps_the_size_of_a_step():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(64, 32))
     left, right = torch.randn(64, 6), torch.randn(6, 32)
-    options = {"rank_max": 12, "update_proj_gap": 60, "residual_tol": 0.2, "grad_norm_tol": 0.0}
+    options = {"rank_max": 12, "update_proj_gap": 60, "residual_tol": 0.2, "grad_norm_ratio_tol": 0.0}
     optimizer = OPTIMIZERS["AdaRankGrad"]([("w", weight)], lr=1.0, **options)
     lengths = []
     for _ in range(61):

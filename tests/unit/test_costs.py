@@ -134,8 +134,14 @@ def test_volume_at_zero_3_is_as_documented(method, options, cells, shape):
     sharded = even_world(method, shape, ranks, **options)
     r, c = sharded.method.rank(shape, sharded.options), int(getattr(sharded.options, "granularity", 1))
     expected = eval(cells[wide].strip("`"), {"r": r, "c": c}) * shape[1] * (ranks - 1) / ranks
-    for sent in cost_of_each_step(sharded, steps=2)[1][1]:
-        assert 0 <= sent - expected <= 8 * (r + 2) ** 2
+    rounds, sent_by_rank = cost_of_each_step(sharded, steps=2)[1]
+    for sent in sent_by_rank:
+        assert 0 <= sent - expected <= 8 * max((r + 2) ** 2, rounds)
+    known = {"r": r, "c": c, "W": ranks, "d": min(shape), "D": max(shape)}
+    expected = eval(cells[wide].strip("`"), known) * shape[1] * (ranks - 1) / ranks
+    sent = cost_of_each_step(sharded, steps=2)[1][1]
+    for one in [sum(sent) / ranks] if "W" in cells[wide] else sent:
+        assert 0 <= one - expected <= 8 * (r + 2) ** 2
 
 
 ROUNDS = {
@@ -268,13 +274,14 @@ def test_a_stack_is_cut_where_a_bucket_is_full(monkeypatch):
     assert collectives([1, 1], [(8, 8)] * 3 + [(8, 4)] * 3) == [10 * 3 + 1, 3 * 3 + 1]
 
 
-def test_gradnormlorp_in_int8_saves_the_published_share_at_7b():
-    """89.5 % below AdamW in bf16, counting all tensors of the state, of the matrices and of the rest."""
+@pytest.mark.parametrize(("rank", "saved"), [(128, 0.945), (1024, 0.712)])
+def test_gradnormlorp_in_int8_saves_the_documented_share_at_7b(rank, saved):
+    """Below AdamW in bf16, counting all tensors of the state, of the matrices and of the rest; 89.5 % are published."""
     from ds_lowrank.models import llama
     from ds_lowrank.optimizer.report import state_bytes
 
     with torch.device("meta"):
         model = llama.LlamaForCausalLM(llama.load_config(ROOT / "ds_configs/models/llama_7b.json"))
-    optimizer = ds_lowrank.GradNormLoRP(model, rank=128, state_dtype="int8")
+    optimizer = ds_lowrank.GradNormLoRP(model, rank=rank, state_dtype="int8")
     adamw = 2 * 2 * sum(parameter.numel() for parameter in model.parameters())
-    assert sum(state_bytes(optimizer.slots)) < (1 - 0.895) * adamw
+    assert 1 - sum(state_bytes(optimizer.slots)) / adamw == pytest.approx(saved, abs=5e-4)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, smallest_rank, spectrum
+from ds_lowrank.linalg.energy import leading_coordinates, numerical_rank, singular_pairs, smallest_rank, spectrum
 from ds_lowrank.linalg.moments import adam, rotate_first, rotate_second
 from ds_lowrank.linalg.orthonormal import (
     RANK_TOLERANCE,
@@ -30,6 +30,23 @@ def tall_stack(count, p, k, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(**TALL)
+def test_singular_pairs_of_a_stack_rebuild_its_matrices(count, p, k, seed):
+    """``A V = F S``, with a zero column in F and V for a direction that is rounding."""
+    stack = tall_stack(count, p, k, seed)
+    for left, right, matrix in zip(*singular_pairs(stack), stack, strict=True):
+        values = torch.linalg.svdvals(matrix.double())
+        live = values > RANK_TOLERANCE * values[0]
+        size = values[0].float()
+        assert torch.allclose(matrix @ right / size, left * values.float() / size, atol=1e-5)
+        for vectors in (left, right):
+            assert torch.allclose(vectors.T @ vectors, torch.diag(live.float()), atol=1e-5)
+        largest = right.gather(0, right.abs().argmax(0, keepdim=True)).squeeze(0)
+        assert (largest[live] > 0).all()
+        assert not left[(matrix == 0).all(1)].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(**TALL)
 def test_bases_of_a_stack_are_those_of_its_matrices(count, p, k, seed):
     stack = tall_stack(count, p, k, seed)
     for found, matrix in zip(orthonormal(stack), stack, strict=True):
@@ -45,7 +62,12 @@ def test_a_matrix_that_is_not_finite_spoils_only_its_own_results(bad):
     clean = stack.clone()
     stack[1, 2, 3] = bad
     fine = [0, 2]
-    for function in (orthonormal, lambda s: spectrum(s)[0], lambda s: leading_singular_vectors(s, 2, "right")):
+    for function in (
+        orthonormal,
+        lambda s: spectrum(s)[0],
+        lambda s: singular_pairs(s)[0],
+        lambda s: leading_singular_vectors(s, 2, "right"),
+    ):
         found, expected = function(stack), function(clean)
         assert torch.allclose(found[fine], expected[fine], atol=10 * ROUNDING)
         assert found[1].isnan().all()

@@ -8,6 +8,8 @@ owns along an axis of the matrix, and requests a collective if it needs a sum ov
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
+from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -234,12 +236,38 @@ def make_inner_optimizer(name: str, options: Any, prefix: str = "", momentum: fl
     """Make the inner optimizer of a name.
 
     Args:
-        name: a key of ``INNER_OPTIMIZERS``.
+        name: a key of ``INNER_OPTIMIZERS``, or ``package.module:Class``.
         options: provide ``betas``, ``eps`` and ``state_dtype``.
         prefix: prepended to the rule's keys in the state, so that a matrix can have two rules.
         momentum: the momentum of ``sgd``; other rules ignore it.
 
     Raises:
-        KeyError: there is no inner optimizer of that name. Options are validated before.
+        ValueError: there is no inner optimizer of that name. Options are validated before.
     """
-    return INNER_OPTIMIZERS[name](options, prefix, momentum)
+    return (INNER_OPTIMIZERS.get(name) or own_rule(name))(options, prefix, momentum)
+
+
+@cache
+def own_rule(path: str) -> type[InnerOptimizer]:
+    """Import a rule that is not part of this package.
+
+    Args:
+        path: ``package.module:Class``; the module can be imported where the run starts.
+
+    Raises:
+        ValueError: the module cannot be imported, or has no such subclass of :class:`InnerOptimizer`; says which.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(
+            f"{module!r} cannot be imported ({error}): install its package, or add its folder to PYTHONPATH"
+        ) from error
+    if found is None:
+        raise ValueError(f"the module {module!r} has no {name!r}")
+    if not (isinstance(found, type) and issubclass(found, InnerOptimizer)):
+        raise ValueError(f"{path!r} is not a subclass of {InnerOptimizer.__module__}.InnerOptimizer")
+    if missing := ", ".join(sorted(found.__abstractmethods__)):
+        raise ValueError(f"{path!r} does not define {missing}")
+    return found

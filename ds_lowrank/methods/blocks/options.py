@@ -31,6 +31,9 @@ class Options(BaseModel):
     )
     """The keys that decide what the stored numbers mean: a run can only be resumed with the same values."""
 
+    rate_key: ClassVar[str | None] = "scale"
+    """The key, in the methods that have it, which gives projected matrices a rate of their own; None for none."""
+
     lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     """The learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

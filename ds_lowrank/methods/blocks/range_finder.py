@@ -1,4 +1,4 @@
-"""Finding a basis for a gradient whose elements are spread over ranks: of its leading subspace, or a random one."""
+"""Finding a basis for a gradient whose elements are spread over ranks, of its leading or of random directions."""
 
 from __future__ import annotations
 
@@ -59,26 +59,6 @@ def sampled_basis(shard: MatrixShard, rank: int, seed: int, counter: int) -> Pro
     return (yield from singular_basis(shard, rank, numbers.square().sum(2) / 2))
 
 
-def random_basis(shard: MatrixShard, rank: int, seed: int, counter: int) -> Program[torch.Tensor]:
-    """A random orthonormal basis, a function of (seed, name, counter).
-
-    Args:
-        shard: the stack. Where backward has projected gradients, it holds the basis that they were projected onto.
-        rank: how many columns the basis has.
-        seed: the run's seed.
-        counter: the step, so that every refresh draws anew.
-
-    Returns:
-        matrices x owned compressed rows x rank of the basis, fp32.
-    """
-    if shard.is_accumulated and shard.held_basis is not None:
-        return shard.compressed.own_of_held(shard.held_basis)
-    rooted = [shard.names[i] for i in shard.rooted]
-    drawn = orthonormal(normal(seed, rooted, counter, (0, shard.compressed.size), (0, rank), shard.device))
-    own: torch.Tensor = yield shard.compressed.scatter_from_root(drawn)
-    return own
-
-
 def randomized_range(
     shard: MatrixShard, rank: int, seed: int, counter: int, power_steps: int = 1
 ) -> Program[torch.Tensor]:
@@ -136,3 +116,21 @@ def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch
         matrices x held compressed rows x rank, fp32.
     """
     return normal(seed, shard.names, counter, shard.compressed.held, (0, rank), shard.device)
+
+
+def with_lost_columns(
+    shard: MatrixShard, basis: torch.Tensor, lengths: torch.Tensor, seed: int, counter: int
+) -> torch.Tensor:
+    """A basis with random numbers in the place of its columns of zeros.
+
+    A gradient with fewer than r directions leaves a basis with columns of zeros. What an iteration makes of a basis
+    would keep them for ever; from random numbers it finds the directions that later gradients have.
+
+    Args:
+        shard: the stack.
+        basis: matrices x held compressed rows x rank, fp32.
+        lengths: about the squared lengths of its columns over all ranks, zero for those of zeros: matrices x 1 x rank.
+        seed: the run's seed.
+        counter: the step.
+    """
+    return torch.where(lengths == 0, held_sketch(shard, basis.shape[2], seed, counter), basis)

@@ -110,8 +110,18 @@ def test_second_moment_is_carried_by_its_rule(rule):
     assert close(dense.adam.V, 0.999 * CARRIED[rule](V, C) + 0.001 * (gradient @ dense.basis) ** 2)
 
 
+def test_subspace_lasts_until_its_gradient_is_a_share_of_its_first():
+    """A larger gradient in between does not move the threshold; a new subspace has one of its own."""
+    dense = DenseAdaRankGrad(zeros(12, 8), update_proj_gap=9, grad_norm_ratio_tol=0.25)
+    found = []
+    for factor in (1.0, 8.0, 0.3, 0.2, 0.1, 0.03, 0.02):
+        dense.step(factor * gaussian(12, 8))
+        found.append((dense.refreshes, dense.converged))
+    assert found == [(1, False), (1, False), (1, False), (1, True), (2, False), (2, False), (2, True)]
+
+
 def test_subspace_lasts_until_its_gradient_is_small_or_it_is_old():
-    dense = DenseAdaRankGrad(zeros(12, 8), update_proj_gap=3, grad_norm_tol=1e-4)
+    dense = DenseAdaRankGrad(zeros(12, 8), update_proj_gap=3, grad_norm_tol=1e-4, grad_norm_ratio_tol=0.0)
     found = []
     for factor in (1.0, 1.0, 1.0, 1.0, 1e-5, 1.0, 0.0, 0.0, 1.0):
         dense.step(factor * gaussian(12, 8))

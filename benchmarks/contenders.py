@@ -1,0 +1,61 @@
+"""The optimizers that ``benchmarks/methods.py`` compares, and where their sweeps begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from ds_lowrank.methods import METHODS
+
+GAP = 50
+"""Optimizer steps that a basis lasts, for every method that has an interval of its own."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer, its options, and where the sweep of its matrices' rate begins.
+
+    Attributes:
+        name: The label in the table.
+        type: DeepSpeed's ``optimizer.type``.
+        params: DeepSpeed's ``optimizer.params``, without ``lr`` and ``scale``.
+        scale: The first factor on the learning rate of the matrices.
+    """
+
+    name: str
+    type: str
+    params: Mapping[str, Any]
+    scale: float
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether ``scale`` is an option of the method; otherwise the matrices get a learning rate of their own."""
+        return self.type in METHODS and METHODS[self.type].Options.rate_key in METHODS[self.type].Options.model_fields
+
+    def optimizer(self, lr: float, scale: float) -> dict[str, Any]:
+        """Return DeepSpeed's ``optimizer`` entry."""
+        own = {"scale": scale} if self.has_scale else {}
+        return {"type": self.type, "params": {**self.params, "lr": lr, **own}}
+
+
+def contenders(width: int) -> tuple[Contender, ...]:
+    """Return AdamW and every method, at a quarter of the width as rank, or with as much state in another form.
+
+    Args:
+        width: The model's hidden size.
+    """
+    rank, gap = width // 4, {"update_proj_gap": GAP}
+    basis = {"rank": rank, **gap}
+    return (
+        Contender("AdamW", "AdamW", {"torch_adam": True}, 1 / 16),
+        Contender("GaLore", "GaLore", basis, 1 / 8),
+        Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": rank}, 1 / 8),
+        Contender("VLoRP", "VLoRP", {"rank": 4, "granularity": rank // 4, **gap}, 1 / 16),
+        Contender("AdaRankGrad", "AdaRankGrad", {"rank_max": rank, **gap}, 1 / 8),
+        Contender("Apollo", "Apollo", basis, 1 / 4),
+        Contender("Apollo-Mini", "Apollo", {"mini": True, **gap}, sqrt(2)),
+        Contender("GradNormLoRP", "GradNormLoRP", basis, 1 / 8),
+        Contender("Lorenza", "Lorenza", basis, 1 / 8),
+    )
