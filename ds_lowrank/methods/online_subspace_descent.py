@@ -80,7 +80,7 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse options of another way to move the basis, and a basis in so few bits that a step of it would be lost."""
+        """Refuse options of another way to move the basis, and a basis in so few bits that its steps would be lost."""
         super().model_post_init(context)
         chosen, fields = self.basis_optimizer, type(self).model_fields
         for key in PCA_KEYS if self.is_random else ("update_proj_gap",):
