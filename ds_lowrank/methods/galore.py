@@ -19,8 +19,13 @@ from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.dct_basis import gather_indices
 from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions, note_similarity
-from ds_lowrank.methods.blocks.random_basis import random_basis
-from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range, sampled_basis, singular_basis
+from ds_lowrank.methods.blocks.range_finder import (
+    RangeFinderOptions,
+    random_basis,
+    randomized_range,
+    sampled_basis,
+    singular_basis,
+)
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     BasisPlacement,

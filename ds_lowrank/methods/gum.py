@@ -24,7 +24,6 @@ from pydantic import Field
 
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.orthogonalize import (
     Orthogonalization,
     orthogonalized,
@@ -32,8 +31,8 @@ from ds_lowrank.methods.blocks.orthogonalize import (
     whole_update,
 )
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range, singular_basis
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import project_on
 from ds_lowrank.sharding.elementwise import blocks
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -41,10 +40,10 @@ from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class GumOptions(Options):
+class GumOptions(RangeFinderOptions):
     """The keys of GUM."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "full_share")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank", "full_share")
 
     rank: int = Field(128, gt=0, strict=True)
     """Columns of ``P``, r."""
@@ -64,6 +63,12 @@ class GumOptions(Options):
     """What the update of an m x n weight is multiplied by: 1, ``sqrt(max(1, m / n))``, or ``0.2 sqrt(max(m, n))``."""
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse an option of another projector than the chosen one."""
+        super().model_post_init(context)
+        if self.projector == "svd" and self.power_steps != 1:
+            raise ValueError("power_steps belongs to projector 'randomized', projector is 'svd': remove one of them")
 
     def is_whole(self, name: str, period: int) -> bool:
         """The coin: whether a matrix is stepped whole in a period. A function of seed, name and period.
@@ -122,7 +127,7 @@ class GumMethod(Method):
         if options.full_share == 1:
             return {"momentum_buffer": momentum}
         columns = min(options.rank, *shard.shape)
-        return {"basis": TensorSpec(shard.compressed, columns), "momentum_buffer": momentum, "rank": rank}
+        return {"basis": options.basis_spec(shard, columns), "momentum_buffer": momentum, "rank": rank}
 
     @staticmethod
     def needs_gradient(options: GumOptions) -> str:
@@ -141,7 +146,7 @@ class GumMethod(Method):
             if options.projector == "svd":
                 own = yield from singular_basis(shard, own.shape[2])
             else:
-                own = yield from randomized_range(shard, own.shape[2], options.seed, step)
+                own = yield from randomized_range(shard, own.shape[2], options.seed, step, options.power_steps)
         if not whole:
             return (yield from project_on(shard, own, due, options))  # R = H P
         gradient, basis = yield from concurrently(own_rows(shard), everywhere(shard, own))

@@ -22,8 +22,8 @@ from pydantic import Field
 from ds_lowrank.linalg.moments import adam, transport
 from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE, orthonormal_beside_zeros
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.error_feedback import error_spec, held_error, keep_error
-from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis, with_lost_columns
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
@@ -34,10 +34,10 @@ from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors
 
 
-class LDAdamOptions(Options):
+class LDAdamOptions(BasisOptions):
     """The keys of LDAdam, with the paper's symbols."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "error_feedback")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "error_feedback")
 
     betas: tuple[float, float] = (0.908, 0.99)
     """Adam's, of projected matrices and of the other parameters; each in [0, 1)."""
@@ -63,7 +63,7 @@ class LDAdamMethod(Method):
     def state(shard: MatrixShard, options: LDAdamOptions, rank: int) -> StateSpec:
         """``Q`` compressed x r, Adam's moments kept x r, and with error feedback ``E``, a number for each element."""
         spec: dict[str, TensorSpec | int] = {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
         }

@@ -24,8 +24,7 @@ from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer, own_rule
 from ds_lowrank.methods.blocks.projection import safe_ratio
-from ds_lowrank.methods.blocks.random_basis import random_basis
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis
+from ds_lowrank.methods.blocks.range_finder import random_basis, randomized_range, singular_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     Projection,
@@ -80,7 +79,7 @@ class OnlineSubspaceDescentOptions(SubspaceOptions):
     """The decoupled weight decay of the basis. None: ``weight_decay``, as in Algorithm 1."""
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse options of another way to move the basis, and a basis in so few bits that its steps would be lost."""
+        """Refuse options of another way to move the basis, and so few bits that its small steps would be lost."""
         super().model_post_init(context)
         chosen, fields = self.basis_optimizer, type(self).model_fields
         for key in PCA_KEYS if self.is_random else ("update_proj_gap",):
@@ -146,7 +145,7 @@ class OnlineSubspaceDescentMethod(Method):
             return None
         if options.basis_due(state["step"]):
             own = yield from new_basis(shard, options, state["step"])
-            shard.held_basis = yield shard.compressed.all_gather(own)
+            shard.held_basis, shard.is_basis_new = (yield shard.compressed.all_gather(own)), True
         return (yield from basis_factors(shard, state, options))
 
     @staticmethod

@@ -27,8 +27,8 @@ from ds_lowrank.linalg.grassmann import geodesic_step
 from ds_lowrank.linalg.moments import adam, transport
 from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
-from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis, with_lost_columns
 from ds_lowrank.methods.blocks.rest import rest_squares, with_rest
@@ -43,10 +43,10 @@ LARGEST = torch.finfo(torch.float32).max
 TINY = torch.finfo(torch.float32).tiny
 
 
-class SubTrackOptions(Options):
+class SubTrackOptions(BasisOptions):
     """The keys of SubTrack++."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank", "recovery_scaling")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "recovery_scaling")
 
     rank: int = Field(128, gt=0, strict=True)
     """Columns of ``Q``, r; at most the smaller dimension of a matrix."""
@@ -84,7 +84,7 @@ class SubTrackMethod(Method):
     def state(shard: MatrixShard, options: SubTrackOptions, rank: int) -> StateSpec:
         """``Q`` compressed x r, Adam's moments kept x r, and the norm of the last ``S``, one number."""
         spec: dict[str, TensorSpec | int] = {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             "exp_avg": options.first_moment_spec(shard.kept, rank),
             "exp_avg_sq": options.second_moment_spec(shard.kept, rank),
         }

@@ -21,21 +21,20 @@ from pydantic import Field
 
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
-from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.orthogonalize import orthogonalized
-from ds_lowrank.methods.blocks.range_finder import randomized_range
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 
-class SumoOptions(Options):
+class SumoOptions(RangeFinderOptions):
     """The keys of SUMO."""
 
-    fixed_on_resume: ClassVar[tuple[str, ...]] = (*Options.fixed_on_resume, "rank")
+    fixed_on_resume: ClassVar[tuple[str, ...]] = (*RangeFinderOptions.fixed_on_resume, "rank")
 
     proj_type: Literal["std", "reverse_std", "left", "right"] = "reverse_std"
     """``reverse_std`` compresses the larger dimension (rows if both are equal), ``std`` the other."""
@@ -69,7 +68,7 @@ class SumoMethod(Method):
     def state(shard: MatrixShard, options: SumoOptions, rank: int) -> StateSpec:
         """``Q`` compressed x r, ``M`` kept x r, and two norms: of the last ``O``, and of the subspace's first ``R``."""
         return {
-            "basis": TensorSpec(shard.compressed, rank),
+            "basis": options.basis_spec(shard, rank),
             "momentum_buffer": options.first_moment_spec(shard.kept, rank),
             "orthogonal_norm": norm_spec(shard),
             "first_norm": norm_spec(shard),
@@ -96,7 +95,7 @@ class SumoMethod(Method):
         """``R = H Q``, on a new subspace if the last one is used up."""
         own = state["basis"]
         if state["used_up"]:
-            own = yield from randomized_range(shard, own.shape[2], options.seed, state["step"])
+            own = yield from randomized_range(shard, own.shape[2], options.seed, state["step"], options.power_steps)
         return (yield from project_on(shard, own, bool(state["used_up"]), options))  # R = H Q
 
     @staticmethod

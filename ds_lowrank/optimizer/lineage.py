@@ -77,6 +77,7 @@ class Fira(LowRankOptimizer):
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
         lion_sign: where ``inner`` ``lion`` takes its sign, only in the ``subspace`` (the default).
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = FiraMethod
@@ -108,6 +109,7 @@ class Frugal(LowRankOptimizer):
             ``sgd``.
         momentum: the momentum of ``inner`` ``sgd``; 0.0.
         lion_sign: where ``inner`` ``lion`` takes its sign, only in the ``subspace`` (the default).
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = FrugalMethod
@@ -124,6 +126,7 @@ class LDAdam(LowRankOptimizer):
             gradient; False.
         projector: how the first basis is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
     """
 
     method: ClassVar[type[Method]] = LDAdamMethod
@@ -143,6 +146,7 @@ class SubTrack(LowRankOptimizer):
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between moves, ``replicated``.
         scale: multiplies the part of the update in the subspace; 0.25.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
     """
 
     method: ClassVar[type[Method]] = SubTrackMethod
@@ -164,6 +168,8 @@ class Sumo(LowRankOptimizer):
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = SumoMethod
@@ -183,6 +189,8 @@ class Gum(LowRankOptimizer):
         adjust_lr_fn: what an update is multiplied by for the shape of its matrix, ``none`` (the default), ``original``
             for ``sqrt(max(1, m / n))``, or ``match_rms_adamw`` for ``0.2 sqrt(max(m, n))``.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
     """
 
     method: ClassVar[type[Method]] = GumMethod

@@ -47,7 +47,6 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Apollo": DenseApollo,
     "GradNormLoRP": DenseGradNormLoRP,
     "Lorenza": DenseLorenza,
-    "Flora": DenseFlora,
     "Scale": DenseScale,
     "Racs": DenseRacs,
     "Fira": DenseFira,
@@ -56,5 +55,6 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "SubTrack": DenseSubTrack,
     "Sumo": DenseSumo,
     "Gum": DenseGum,
+    "Flora": DenseFlora,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

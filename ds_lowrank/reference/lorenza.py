@@ -63,8 +63,8 @@ class DenseLorenza:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank = None if rank is None else min(rank, m, n)
-        self.power_steps = power_steps
         self.diagonal, self.in_pairs = probe_form != "gaussian", right_factor == "svd"
+        self.power_steps = power_steps
         self.moment_on_refresh, self.weight_decay, self.seed = moment_on_refresh, weight_decay, seed
         self.orthogonal_scale = orthogonal_scale if orthogonal_component else None
         self.right = compresses_columns(proj_type, m, n)

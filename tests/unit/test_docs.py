@@ -234,9 +234,9 @@ def test_every_flag_of_evaluate_is_documented():
 SHARED = {
     "### Keys of every method": Options,
     "### Keys of methods that store a basis": BasisOptions,
+    "### Keys of methods with a randomized range finder": RangeFinderOptions,
     "### Keys of methods with an inner optimizer": SubspaceOptions,
     "### Keys of methods that find a basis every T steps": LazyRefreshOptions,
-    "### Keys of methods with a randomized range finder": RangeFinderOptions,
 }
 
 
@@ -246,12 +246,8 @@ def documented_keys(heading):
 
 
 def own_keys(options):
-    """The options that a class adds to those it inherits, or whose default it changes."""
-    inherited = {key: field for base in options.__bases__ for key, field in base.model_fields.items()}
-    fields = options.model_fields.items()
-    return {key for key, field in fields if key not in inherited or field.default != inherited[key].default}
     """The options that a class adds to those it inherits, or whose default or choices it changes."""
-    inherited = options.__base__.model_fields
+    inherited = {key: field for base in options.__bases__ for key, field in base.model_fields.items()}
 
     def is_inherited(key, field):
         known = inherited.get(key)

@@ -1,4 +1,4 @@
-"""Finding a basis for a gradient whose elements are spread over ranks, of its leading or of random directions."""
+"""Finding a basis for a gradient whose elements are spread over ranks: of its leading subspace, or a random one."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ def sampled_basis(shard: MatrixShard, rank: int, seed: int, counter: int) -> Pro
     rooted = [shard.names[i] for i in shard.rooted]
     numbers = normal(seed, rooted, f"sample {counter}", (0, min(shard.shape)), (0, 2), shard.device)
     return (yield from singular_basis(shard, rank, numbers.square().sum(2) / 2))
+
+
+def random_basis(shard: MatrixShard, rank: int, seed: int, counter: int) -> Program[torch.Tensor]:
+    """A random orthonormal basis, a function of (seed, name, counter).
+
+    Args:
+        shard: the stack. Where backward has projected gradients, it holds the basis that they were projected onto.
+        rank: how many columns the basis has.
+        seed: the run's seed.
+        counter: the step, so that every refresh draws anew.
+
+    Returns:
+        matrices x owned compressed rows x rank of the basis, fp32.
+    """
+    if shard.is_accumulated and shard.held_basis is not None:
+        return shard.compressed.own_of_held(shard.held_basis)
+    rooted = [shard.names[i] for i in shard.rooted]
+    drawn = orthonormal(normal(seed, rooted, counter, (0, shard.compressed.size), (0, rank), shard.device))
+    own: torch.Tensor = yield shard.compressed.scatter_from_root(drawn)
+    return own
 
 
 def randomized_range(
