@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.orthonormal import orthonormal
 from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.rest import with_rest, with_sign_of_rest
@@ -81,9 +80,9 @@ class FrugalMethod(Method):
     @staticmethod
     def project(shard: MatrixShard, state: State, options: FrugalOptions) -> Program[Projection]:
         """Find the subspace if it is due, and project: ``R = H Q``."""
-        if options.projector not in ("random", "columns") or not basis_due(shard, state, options):
+        if options.projector != "columns" or not basis_due(shard, state, options):
             return (yield from GaLoreMethod.project(shard, state, options))
-        own = yield from drawn_basis(shard, options, state["step"])
+        own = random_columns(shard, min(options.rank, *shard.shape), options.seed, state["step"])
         return (yield from project_on(shard, own, True, options))  # R = H Q
 
     @staticmethod
@@ -104,17 +103,6 @@ class FrugalMethod(Method):
         squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))
         row_norms = squares.sqrt() * found.safe_scale  # |H_i|
         return (yield from with_sign_of_rest(shard, direction, projected, basis, row_norms, c, scale))
-
-
-def drawn_basis(shard: MatrixShard, options: FrugalOptions, step: int) -> Program[torch.Tensor]:
-    """A subspace that does not depend on the gradient, orthonormal: matrices x owned compressed rows x r, fp32."""
-    rank = min(options.rank, *shard.shape)
-    if options.projector == "columns":
-        return random_columns(shard, rank, options.seed, step)
-    rooted = [shard.names[i] for i in shard.rooted]
-    drawn = normal(options.seed, rooted, step, (0, shard.compressed.size), (0, rank), shard.device)
-    own: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal(drawn))
-    return own
 
 
 def random_columns(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:

@@ -62,7 +62,8 @@ class Fira(LowRankOptimizer):
         basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
         update_proj_gap: optimizer steps that a basis lasts, T; 200.
         scale: alpha, multiplies the part of the update in the subspace; 0.25.
-        projector: how the leading subspace is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
+        projector: which basis, ``randomized`` (the default), ``svd``, ``random``, ``sampled`` or ``dct``, as in GaLore.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         moments: what a refresh does to the moments, ``keep`` (the default, as the official code) or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
@@ -94,6 +95,7 @@ class Frugal(LowRankOptimizer):
         scale: multiplies both parts of the update of a projected matrix, not its weight decay; 1.0.
         projector: which subspace, the gradient's leading one by a ``randomized`` range finder (the default) or by
             ``svd``, a ``random`` one, or random ``columns``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
         moments: what a refresh does to the moments, ``reset`` (the default), ``keep`` or ``rotate``.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
