@@ -166,8 +166,7 @@ SHAPES = {
 TUNED = {
     "vlorp_llama2_7b": (
         *(512, 0),
-        # eps is 1e-6 over the published scale of 0.25.
-        {"lr": 2e-5, "eps": 1e-6 / 0.25, "rank": 1, "c": 256, "update_proj_gap": 30, "left_view": "official"},
+        {"lr": 2e-5, "eps": 1e-6, "scale": 0.25, "rank": 1, "c": 256, "update_proj_gap": 30, "left_view": "official"},
     ),
     "apollo_llama3_8b": (1, 0.1, {"lr": 1e-5, "eps": 1e-6, "rank": 128, "scale": 32**0.5}),
     "apollo_commonsense": (32, 100, {"lr": 3e-4, "eps": 1e-6, "rank": 32, "scale": 5**0.5}),
