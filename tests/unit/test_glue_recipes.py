@@ -85,7 +85,8 @@ def test_a_setting_can_be_started_as_documented(command, monkeypatch):
     options = parse_options(method, params)
     rank = int(configuration.rpartition("rank")[2])
     scale = SCALES.get(configuration, 4.0)
-    assert (options.rank, options.scale, options.update_proj_gap, options.eps) == (rank, scale, 500, 1e-6)
+    assert (options.rank, options.scale, options.update_proj_gap) == (rank, scale, 500)
+    assert (options.eps, options.eps_root) == (1e-6, "uncorrected")
     if method.name == "GradNormLoRP" and "full" not in configuration:
         adapter = (options.adapter_rank, options.adapter_alpha, options.adapter_dropout, options.detach_norm)
         assert (options.parametrization, *adapter) == ("adapter", 8, 16.0, 0.1, True)

@@ -40,10 +40,29 @@ PUBLISHED = {
 }
 # What the README's text says of all sizes.
 AT_EVERY_SIZE = {
-    "GaLore": {"eps": 1e-8, "scale": 0.25, "projector": "svd"},
-    "OnlineSubspaceDescent": {"eps": 1e-6, "scale": 0.25, "pca_lambda": 0.1, "basis_weight_decay": None},
-    "Apollo": {"eps": 1e-6, "lr": 0.01, "update_proj_gap": 200, "norm_growth_limit": 1.01},
-    "GradNormLoRP": {"eps": 1e-6, "scale": 0.25, "state_dtype": "int8", "parametrization": "full"},
+    "GaLore": {"eps_root": "corrected", "eps": 1e-8, "scale": 0.25, "projector": "svd"},
+    "OnlineSubspaceDescent": {
+        "eps_root": "uncorrected",
+        "eps": 1e-6,
+        "scale": 0.25,
+        "pca_lambda": 0.1,
+        "basis_weight_decay": None,
+    },
+    "Apollo": {
+        "eps_root": "uncorrected",
+        "ratio_moments": "uncorrected",
+        "eps": 1e-6,
+        "lr": 0.01,
+        "update_proj_gap": 200,
+        "norm_growth_limit": 1.01,
+    },
+    "GradNormLoRP": {
+        "eps_root": "uncorrected",
+        "eps": 1e-6,
+        "scale": 0.25,
+        "state_dtype": "int8",
+        "parametrization": "full",
+    },
 }
 
 
@@ -166,8 +185,7 @@ SHAPES = {
 TUNED = {
     "vlorp_llama2_7b": (
         *(512, 0),
-        # eps is 1e-6 over the published scale of 0.25.
-        {"lr": 2e-5, "eps": 1e-6 / 0.25, "rank": 1, "c": 256, "update_proj_gap": 30, "left_view": "official"},
+        {"lr": 2e-5, "eps": 1e-6, "scale": 0.25, "rank": 1, "c": 256, "update_proj_gap": 30, "left_view": "official"},
     ),
     "apollo_llama3_8b": (1, 0.1, {"lr": 1e-5, "eps": 1e-6, "rank": 128, "scale": 32**0.5}),
     "apollo_commonsense": (32, 100, {"lr": 3e-4, "eps": 1e-6, "rank": 32, "scale": 5**0.5}),
@@ -234,7 +252,8 @@ def test_ready_configurations_have_moments_of_the_documented_size():
     for path in READY:
         optimizer = json.loads(path.read_text())["optimizer"]
         params = optimizer["params"]
-        if optimizer["type"] in ("Scale", "Racs") or params.get("rank", 1) is None:  # nothing is projected
+        is_whole = params.get("rank", 1) is None or params.get("full_share") == 1
+        if is_whole or optimizer["type"] in ("Scale", "Racs"):  # nothing is projected
             continue
         width = params.get("rank", params.get("rank_max", 1)) * params.get("granularity", 1)
         own = {"llama_7b_24gb": 256}.get(path.stem, 64)  # what its memory allows
