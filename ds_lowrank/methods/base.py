@@ -84,7 +84,7 @@ class Method(ABC):
 
     @staticmethod
     def rank(shape: tuple[int, int], options: Any) -> int:
-        """The rank that a matrix of this shape starts with. Its state may hold a smaller one, under ``rank``.
+        """The rank that a matrix of this shape starts with. Its state may hold another one, under ``rank``.
 
         0 for a method without an option ``rank``: it has no subspace.
         """

@@ -158,8 +158,8 @@ def _bucketed(
     """Put stacks into buckets of at most so many elements of state, or one matrix; the same on all ranks.
 
     The largest matrices come first, each into the first bucket with room; a stack is cut where a bucket is full. A step
-    gathers the basis and the direction of a matrix, which together are about as large as its initial state. The rank
-    never grows beyond the initial one.
+    gathers the basis and the direction of a matrix, which together are about as large as its initial state. What a
+    state may have beyond the initial one (Gum) is not counted.
     """
     buckets: list[list[tuple[Hashable, Sequence[SteppedMatrix]]]] = []
     rooms: list[int] = []

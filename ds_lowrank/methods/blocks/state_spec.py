@@ -96,7 +96,7 @@ class StateStore:
 
     Args:
         spec: returns the state's spec for a rank and formats in place of those of the options.
-        rank: the initial rank, 0 for what has none; a state may have a smaller one under ``rank``.
+        rank: the initial rank, 0 for what has none; a state may have another one under ``rank``.
 
     Attributes:
         is_exact: whether every tensor is stored in fp32.
