@@ -25,7 +25,7 @@ from pydantic import Field
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
 from ds_lowrank.methods.blocks.projection import safe_ratio
-from ds_lowrank.methods.blocks.rest import ROUNDING, rest_squares, with_rest
+from ds_lowrank.methods.blocks.rest import ROUNDING, row_squares, with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import Projection, basis_of_step
 from ds_lowrank.methods.galore import GaLoreMethod, GaLoreOptions, change_basis, galore_state
@@ -92,13 +92,10 @@ class FiraMethod(Method):
             yield from change_basis(shard, state, options, found.own)
         inner, alpha, step = options.inner_optimizer, options.scale, state["step"] + 1
         direction = yield from inner.direction(shard, shard.kept, state, found.projected, step)  # N
-        squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))  # |H_i|^2
-        projected, gram = found.projected / found.safe_scale, None
-        if options.basis_dtype != "fp32":
-            gram = yield from shard.replicated_sum(found.own.mT @ found.own)  # Q^T Q
         correction, share = bias_correction(options, step), 1.0 if options.residual == "paper" else alpha
+        squares, rest = yield from row_squares(shard, options, found, share)  # |H_i|^2
+        projected = found.projected / found.safe_scale
         phi = yield from scaling_factors(shard, options, direction / correction, projected, squares)
-        rest = rest_squares(squares, projected, share, gram)
         total = (phi * rest.sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
         factor = yield from limit_growth(shard, state, "rest_norm", options.norm_growth_limit, total)
         shares = (correction * phi * factor / found.safe_scale).clamp_max(LARGEST)

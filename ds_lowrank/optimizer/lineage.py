@@ -17,6 +17,7 @@ from ds_lowrank.methods.racs import RacsMethod
 from ds_lowrank.methods.scale import ScaleMethod
 from ds_lowrank.methods.subtrack import SubTrackMethod
 from ds_lowrank.methods.sumo import SumoMethod
+from ds_lowrank.methods.tandem import TandemMethod
 from ds_lowrank.optimizer.optimizer import LowRankOptimizer
 
 
@@ -209,3 +210,21 @@ class Flora(LowRankOptimizer):
     """
 
     method: ClassVar[type[Method]] = FloraMethod
+
+
+class Tandem(LowRankOptimizer):
+    """Tandem, this project's own: an orthogonalized momentum in a subspace, and the gradient's rows outside of it.
+
+    Args:
+        rank: columns of the basis, at most the smaller dimension of a matrix; 128.
+        update_proj_gap: optimizer steps that a basis lasts, T; 25.
+        momentum: the share of the momentum that a step keeps, beta; 0.9.
+        rest_weight: how long a direction outside the subspace is, relative to one in it, c; 2.0.
+        scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
+        basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
+            all that it computes with between refreshes, ``replicated``.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+        power_steps: of the randomized range finder, 0 to 3; 1.
+    """
+
+    method: ClassVar[type[Method]] = TandemMethod

@@ -27,6 +27,7 @@ from ds_lowrank.reference.racs import DenseRacs
 from ds_lowrank.reference.scale import DenseScale
 from ds_lowrank.reference.subtrack import DenseSubTrack
 from ds_lowrank.reference.sumo import DenseSumo
+from ds_lowrank.reference.tandem import DenseTandem
 from ds_lowrank.reference.vlorp import DenseVLoRP
 
 
@@ -43,6 +44,7 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "GaLore": DenseGaLore,
     "OnlineSubspaceDescent": DenseOnlineSubspaceDescent,
     "VLoRP": DenseVLoRP,
+    "Tandem": DenseTandem,
     "AdaRankGrad": DenseAdaRankGrad,
     "Apollo": DenseApollo,
     "GradNormLoRP": DenseGradNormLoRP,

@@ -33,6 +33,7 @@ ROWS = [
     Move(Place(Grid(2, 2, 1, 1), "bf16"), Place(Grid(1, 1, 2, 1), "bf16"), "Apollo", "bf16", tied=True),
     Move(Place(Grid(3, 1, 1, 1), "int8"), Place(Grid(2, 1, 1, 3), "int8"), "GradNormLoRP", "bf16"),
     Move(Place(Grid(1, 2, 2, 0)), Place(Grid(2, 1, 1, 2)), "Lorenza"),
+    Move(Place(Grid(2, 2, 1, 2), "int8"), Place(Grid(3, 1, 1, 1), "int8"), "Tandem"),
     Move(Place(Grid(2, 2, 1, 2)), Place(Grid(3, 1, 1, 3)), "Scale"),
     Move(Place(Grid(3, 1, 1, 3), "int8"), Place(Grid(1, 2, 2, 1), "int8"), "Racs"),
     Move(Place(Grid(2, 1, 1, 3), "int8"), Place(Grid(1, 2, 1, 0)), "Fira"),

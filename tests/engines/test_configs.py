@@ -29,6 +29,7 @@ def after_one_step():
 
 def test_every_method_has_its_configuration_files():
     methods = {"online_subspace_descent", "vlorp", "adarankgrad", "apollo", "apollo_mini", "gradnormlorp", "lorenza"}
+    methods |= {"tandem"}
     methods |= {"scale", "racs"}
     methods |= {"fira", "frugal"}
     methods |= {"ldadam", "subtrack"}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from ds_lowrank.linalg.energy import RESOLUTION
+from ds_lowrank.methods.blocks.basis_options import BasisOptions
+from ds_lowrank.methods.blocks.subspace import Projection
 from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along
 from ds_lowrank.sharding.matrix import MatrixShard
@@ -95,3 +97,24 @@ def rest_squares(
     lifted = of_projected if gram is None else ((projected @ gram) * projected).sum(2, keepdim=True)
     rest = squares + (share**2 * lifted - 2 * share * of_projected)
     return torch.where(rest > RESOLUTION * squares, rest, 0.0)
+
+
+def row_squares(
+    shard: MatrixShard, options: BasisOptions, found: Projection, share: float = 1.0
+) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+    """``|H_i|^2`` and ``|H_i - a R_i Q^T|^2`` for each kept row i, over the square of the safe scale.
+
+    Args:
+        shard: the stack, with this step's gradient.
+        options: with ``basis_dtype``: a basis that was rounded is not quite orthonormal.
+        found: with ``R``, and this rank's rows of ``Q``.
+        share: ``a``.
+
+    Returns:
+        matrices x owned kept rows x 1 each, fp32.
+    """
+    squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))
+    gram = None
+    if options.basis_dtype != "fp32":
+        gram = yield from shard.replicated_sum(found.own.mT @ found.own)  # Q^T Q
+    return squares, rest_squares(squares, found.projected / found.safe_scale, share, gram)
