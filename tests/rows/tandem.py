@@ -13,7 +13,7 @@ ROW = Row(
         CASE | {"proj_type": "left", "weight_decay": 0.1, "scale": 0.5},
         CASE | {"rest_weight": 0.0},
         CASE | {"rest_weight": 0.5, "power_steps": 0},
-        CASE | {"rank": 64},
+        CASE | {"rank": 20},
     ],
     grid=[CASE, CASE | {"proj_type": "reverse_std"}],
     engine={**UNDER_ENGINES, "rank": 4, "update_proj_gap": 4, "scale": 0.25},
