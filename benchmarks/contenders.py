@@ -48,14 +48,30 @@ def contenders(width: int) -> tuple[Contender, ...]:
     """
     rank, gap = width // 4, {"update_proj_gap": GAP}
     basis = {"rank": rank, **gap}
+    eight_bits = {"state_dtype": "int8", "basis_dtype": "int4"}
+    muon = {"full_share": 1.0, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
     return (
-        Contender("AdamW", "AdamW", {"torch_adam": True}, 1 / 16),
-        Contender("GaLore", "GaLore", basis, 1 / 8),
-        Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": rank}, 1 / 8),
-        Contender("VLoRP", "VLoRP", {"rank": 4, "granularity": rank // 4, **gap}, 1 / 16),
-        Contender("AdaRankGrad", "AdaRankGrad", {"rank_max": rank, **gap}, 1 / 8),
+        Contender("AdamW", "AdamW", {"torch_adam": True}, 1 / 32),
+        Contender("Tandem", "Tandem", {"rank": rank}, 1 / 4),
+        Contender("Tandem, r = d/8, int8", "Tandem", {"rank": width // 8, **eight_bits}, 1 / 4),
+        Contender("Muon", "Gum", muon, 1 / 4),
+        Contender("Fira", "Fira", {**basis, "scale": 1.0, "moments": "rotate"}, 1 / 16),
         Contender("Apollo", "Apollo", basis, 1 / 4),
+        Contender("GaLore", "GaLore", basis, 1 / 8),
+        Contender("VLoRP", "VLoRP", {"rank": 4, "granularity": rank // 4, **gap}, 1 / 16),
+        Contender("Scale", "Scale", {}, 1 / 16),
+        Contender("Sumo", "Sumo", basis, 1 / 8),
         Contender("Apollo-Mini", "Apollo", {"mini": True, **gap}, sqrt(2)),
+        Contender("Racs", "Racs", {}, 1 / 20),
+        Contender("Frugal", "Frugal", basis, 1 / 16),
+        Contender("SubTrack", "SubTrack", {**basis, "scale": 1.0}, 1 / 16),
+        Contender("LDAdam", "LDAdam", {"rank": rank}, 1 / 16),
+        Contender("Gum", "Gum", {**basis, "full_share": 0.25, "adjust_lr_fn": "match_rms_adamw"}, 1 / 4),
+        Contender("Flora", "Flora", {"rank": rank, "kappa": GAP}, 1 / 16),
+        Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": rank}, 1 / 8),
+        Contender("AdaRankGrad", "AdaRankGrad", {"rank_max": rank, **gap}, 1 / 8),
         Contender("GradNormLoRP", "GradNormLoRP", basis, 1 / 8),
         Contender("Lorenza", "Lorenza", basis, 1 / 8),
+        Contender("GaLore, random bases", "GaLore", {**basis, "projector": "random"}, 1 / 8),
+        Contender("GaLore, DCT bases", "GaLore", {**basis, "projector": "dct"}, 1 / 8),
     )

@@ -5,9 +5,9 @@ python -m benchmarks.methods
 Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. AdamW is
 swept first: the learning rate of everything, and at the best one a factor on that of the matrices. What is not
 projected takes AdamW's best rate in every run. Each method's factor on the matrices' rate is then swept alike, by
-factors of two, beyond the ends of the sweep while an end is best. The sweep has one seed; the best factor, half of it
-and twice of it are run with all seeds, and the best of these by its mean is in the table: *loss* is that mean with its
-standard error, *at half* and *at twice* are the means beside it.
+factors of two, beyond the ends of the sweep while an end is best. The sweep has one seed, the best factor has all of
+them: *loss* is their mean, with its standard error. *half* and *twice* are what the first seed loses at half and at
+twice the best rate.
 
 *state bytes* covers the projected matrices at the end. *step* is a whole training step, timed in turns in one process
 and amortised over a refresh interval. Runs that a file of ``--json`` has are not repeated: a table may grow over days.
@@ -93,21 +93,20 @@ class Table:
     def lr_of_adamw(self, adamw: Contender) -> float:
         """Return AdamW's best learning rate for everything, at the first factor on the matrices' rate."""
         seed = self._arguments.seed
-        return min(ADAMW_LRS[: 1 if self._arguments.quick else None], key=lambda lr: self.run(adamw, lr, 1 / 16, seed))
+        return min(
+            ADAMW_LRS[: 1 if self._arguments.quick else None], key=lambda lr: self.run(adamw, lr, adamw.scale, seed)
+        )
 
     def search(self, contender: Contender, lr: float) -> Setting:
-        """Sweep the factor on the matrices' rate with one seed, and what is best and beside it with all of them."""
+        """Sweep the factor on the matrices' rate with one seed, and run the best one with all of them."""
         first, seeds = self._arguments.seed, range(self._arguments.seed, self._arguments.seed + self._arguments.seeds)
         if self._arguments.quick:
             self.run(contender, lr, contender.scale, first)
             return Setting(contender.name, lr, contender.scale, first)
         scale = best_on_line(contender.scale, lambda scale: self.run(contender, lr, scale, first), self._arguments.more)
-        means = {s: mean(self.run(contender, lr, s, seed) for seed in seeds) for s in around(scale)}
-        best = min(means, key=means.__getitem__)
-        for scale in around(best):
-            for seed in seeds:
-                self.run(contender, lr, scale, seed)
-        return Setting(contender.name, lr, best, first)
+        for seed in seeds:
+            self.run(contender, lr, scale, seed)
+        return Setting(contender.name, lr, scale, first)
 
     def losses(self, setting: Setting) -> list[float]:
         """Return the final losses of a setting, one for each seed that was run."""
@@ -135,7 +134,8 @@ def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, floa
     rows: Numbers = []
     for name, setting in won.items():
         losses, last = table.losses(setting), table.found[setting][-1]
-        beside = [table.losses(replace(setting, scale=scale)) for scale in around(setting.scale)[1:]]
+        beside = [replace(setting, scale=scale) for scale in around(setting.scale)[1:]]
+        lost = [final(table.found[s]) - final(table.found[setting]) if s in table.found else None for s in beside]
         state = last.get("lowrank/state_bytes", adamw_bytes())
         rows.append(
             {
@@ -145,8 +145,8 @@ def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, floa
                 "seeds": ", ".join(f"{loss:.3f}" for loss in losses),
                 "lr": setting.lr,
                 "scale": setting.scale,
-                "at half": mean(beside[0]) if beside[0] else None,
-                "at twice": mean(beside[1]) if beside[1] else None,
+                "half": lost[0],
+                "twice": lost[1],
                 "state bytes": state,
                 "over AdamW's": state / adamw_bytes(),
                 "mean rank": last.get("lowrank/mean_rank"),

@@ -39,6 +39,8 @@ LARGEST = torch.finfo(torch.float32).max
 class FiraOptions(GaLoreOptions):
     """The keys of Fira, in addition to GaLore's."""
 
+    rate_key: ClassVar[str | None] = None  # scale is that of the part in the subspace
+
     norm_growth_limit: float | None = Field(1.01, ge=1, allow_inf_nan=False)
     """gamma; None switches the limiter off."""
     residual: Literal["paper", "official"] = "paper"

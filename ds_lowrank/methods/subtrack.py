@@ -46,6 +46,7 @@ TINY = torch.finfo(torch.float32).tiny
 class SubTrackOptions(BasisOptions):
     """The keys of SubTrack++."""
 
+    rate_key: ClassVar[str | None] = None  # scale is that of the part in the subspace
     fixed_on_resume: ClassVar[tuple[str, ...]] = (*BasisOptions.fixed_on_resume, "rank", "recovery_scaling")
 
     rank: int = Field(128, gt=0, strict=True)
