@@ -24,8 +24,9 @@ from ds_lowrank.optimizer.report import state_bytes
 MODELS = Path(__file__).parents[1] / "ds_configs/models"
 RANKS = {"7b": (128, 1024)}
 """By size; 128 for the others."""
-METHODS = ("GaLore", "GradNormLoRP", "Lorenza")
-STATE_DTYPES = ("fp32", "bf16", "int8")
+METHODS = ("GaLore", "GradNormLoRP", "Lorenza", "Tandem")
+FORMATS = (("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp32"), ("bf16", "bf16"), ("int8", "int4"))
+"""``state_dtype`` and ``basis_dtype``."""
 
 
 def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple[int, int]:
@@ -33,6 +34,11 @@ def bytes_of(model: torch.nn.Module, name: str, params: dict[str, Any]) -> tuple
     optimizer = getattr(ds_lowrank, name)(model, **params)
     optimizer.bind()
     return state_bytes(optimizer.slots)
+
+
+def label(moments: str, bases: str) -> str:
+    """Return what the table calls a choice of formats; bases are in fp32 where it does not say otherwise."""
+    return moments if bases == "fp32" else f"{moments}, bases {bases}"
 
 
 def measure(size: str, rank: int) -> Numbers:
@@ -46,21 +52,23 @@ def measure(size: str, rank: int) -> Numbers:
         model: torch.nn.Module = LlamaForCausalLM(config)
     adamw = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {
-        f"{name}, {state_dtype}": bytes_of(model, name, {"rank": rank, "state_dtype": state_dtype})
+        f"{name}, {label(moments, bases)}": bytes_of(
+            model, name, {"rank": rank, "state_dtype": moments, "basis_dtype": bases}
+        )
         for name in METHODS
-        for state_dtype in STATE_DTYPES
+        for moments, bases in FORMATS
     }
     return [
         {
             "model": size,
             "rank": rank,
-            "optimizer": label,
+            "optimizer": name,
             "matrices GB": matrices / 1e9,
             "rest GB": rest / 1e9,
             "all GB": (matrices + rest) / 1e9,
             "below AdamW in bf16": 1 - (matrices + rest) / adamw,
         }
-        for label, (matrices, rest) in (found | {"AdamW, bf16": (0, adamw)}).items()
+        for name, (matrices, rest) in (found | {"AdamW, bf16": (0, adamw)}).items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""Loss curves and bytes of state with moments in sixteen and eight bits, compared with fp32.
+"""Loss curves and bytes of state with moments and bases in sixteen, eight and four bits, compared with fp32.
 
 python -m benchmarks.state_dtype
 
@@ -25,7 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "GaLore": {"rank": RANK, "update_proj_gap": 50},
     "GradNormLoRP": {"rank": RANK, "update_proj_gap": 50},
 }
-STATE_DTYPES = ("fp32", "bf16", "int8")
+FORMATS = (("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp32"), ("fp32", "bf16"), ("fp32", "int4"), ("int8", "int4"))
+"""``state_dtype`` and ``basis_dtype``."""
 LR, SCALE = 2e-2, 0.125
 """Close to the best values of GaLore and AdaRankGrad in methods.py."""
 
@@ -36,22 +37,24 @@ def largest_difference(curve: Records, exact: Records) -> float:
     return max(abs(ratio - 1) for ratio in ratios)
 
 
-def run(method: str, state_dtype: str, seed: int, work: Path, arguments: argparse.Namespace) -> Records:
-    """Train with one method, one dtype of the moments and one seed."""
-    setting = Setting(f"{method}-{state_dtype}", LR, SCALE, seed)
-    params = {**METHODS[method], "lr": LR, "scale": SCALE, "state_dtype": state_dtype}
+def run(method: str, formats: tuple[str, str], seed: int, work: Path, arguments: argparse.Namespace) -> Records:
+    """Train with one method, formats of the moments and of the bases, and one seed."""
+    setting = Setting(f"{method}-{'-'.join(formats)}", LR, SCALE, seed)
+    own = {"state_dtype": formats[0], "basis_dtype": formats[1]}
+    params = {**METHODS[method], "lr": LR, "scale": SCALE, **own}
     return runs.train(setting, {"type": method, "params": params}, work, arguments, None)
 
 
-def table(found: dict[tuple[str, str, int], Records]) -> Numbers:
+def table(found: dict[tuple[str, tuple[str, str], int], Records]) -> Numbers:
     """Return one record per run."""
     rows: Numbers = []
-    for (method, state_dtype, seed), records in found.items():
-        exact = found[method, "fp32", seed]
+    for (method, formats, seed), records in found.items():
+        exact = found[method, FORMATS[0], seed]
         rows.append(
             {
                 "optimizer": method,
-                "state_dtype": state_dtype,
+                "state_dtype": formats[0],
+                "basis_dtype": formats[1],
                 "seed": seed,
                 "final loss": final(records),
                 "off": largest_difference(records, exact),
@@ -70,7 +73,7 @@ def main() -> None:
     if arguments.quick:
         vars(arguments).update(steps=10, seeds=1, eval_sequences=8)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    cases = list(product(METHODS, STATE_DTYPES, seeds))
+    cases = list(product(METHODS, FORMATS, seeds))
     with runs.working_folder(arguments.work) as work, ThreadPoolExecutor(arguments.jobs) as pool:
         found = list(pool.map(lambda case: run(case[0], case[1], case[2], work, arguments), cases))
     report(table(dict(zip(cases, found, strict=True))), arguments)

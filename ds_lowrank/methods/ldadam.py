@@ -97,7 +97,7 @@ class LDAdamMethod(Method):
             transport(*moments, rotation, options.betas, state["step"])
         share = options.betas[0] / (1 - options.betas[0])
         taken = [projected + share * moments[0], -share * momentum]  # R Q^T + share (M' Q^T - M Q_old^T)
-        direction = adam(*moments, projected, options.betas, options.eps, state["step"] + 1)  # N
+        direction = adam(*moments, projected, options.betas, options.eps_at(state["step"] + 1), state["step"] + 1)  # N
         if error is None:
             return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
         held, before = yield shard.kept.all_gather(torch.cat([direction, *taken], 2)), shard.compressed.all_gather(old)

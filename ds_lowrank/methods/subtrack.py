@@ -120,7 +120,9 @@ class SubTrackMethod(Method):
                 rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # C = Q_old^T Q
                 transport(*moments, rotation, options.betas, state["step"])
             state["basis"] = found.own
-        direction = adam(*moments, found.projected, options.betas, options.eps, state["step"] + 1)  # N
+        direction = adam(
+            *moments, found.projected, options.betas, options.eps_at(state["step"] + 1), state["step"] + 1
+        )  # N
         if not options.recovery_scaling:
             return Factors((yield shard.kept.all_gather(direction)), basis, options.scale)
         shares = yield from rest_shares(shard, state, options, found, direction)

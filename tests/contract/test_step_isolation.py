@@ -235,3 +235,21 @@ def test_autocast_around_a_backward_pass_leaves_the_norms_of_adapters_in_fp32():
             layer._factor().square().sum().backward()
         gradients.append([layer.lora_A.grad, layer.lora_B.grad, layer.magnitude.grad])
     assert_equal(*gradients)
+
+
+@EVERY
+def test_eps_stands_beside_the_root_that_is_asked_for(name):
+    """In the first step, beside the uncorrected root, it is as large as ``eps / sqrt(1 - beta2)`` beside the other."""
+    beta2 = 0.96
+    weights = []
+    for options in (
+        {"eps_root": "uncorrected", "eps": 0.01},
+        {"eps_root": "corrected", "eps": 0.01 / (1 - beta2) ** 0.5},
+    ):
+        model = small_model()
+        optimizer = build(name, model, betas=(0.9, beta2), **options)
+        run(optimizer, model, range(1))
+        weights.append(copy_of(model))
+    if "exp_avg_sq" in next(iter(optimizer.state_dict()["state"].values())):
+        for one, other in zip(*weights, strict=True):
+            assert (one - other).norm() < 1e-6 * other.norm()
