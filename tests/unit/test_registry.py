@@ -116,7 +116,7 @@ def test_misspelt_optimizer_is_refused_with_the_nearest_name():
 
 
 LEVELS = {
-    "tests/contract": 73,
+    "tests/contract": 74,
     "tests/simulated/test_methods.py::test_every_option_matches_reference": 4,
     "tests/engines/test_methods_engines.py": 12,
     "tests/unit/test_fused_training.py": 4,
