@@ -99,29 +99,39 @@ def _draw_rates(axes: Axes, runs: Found, colour: Mapping[str, str]) -> None:
     axes.set_ylabel("final validation loss")
 
 
+CURVES = 6
+"""How many of the methods have a curve in the picture of all."""
+LEAST_SHARE = 3e-4
+"""Where a method that stores nothing stands on a logarithmic axis."""
+
+
 def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Path) -> None:
     """Draw each method at its best setting, as a mean over seeds.
 
-    The panels show the loss over the steps, its excess over AdamW's in the last two thirds of them, and the final loss
-    over the bytes of state.
+    The panels show the final loss of all, with its standard error, over the bytes of state relative to AdamW's; and how
+    far the best are from AdamW in the last two thirds of the steps.
 
     Args:
         runs: The runs of each method's best setting, one for each seed.
-        rows: The table of the methods.
+        rows: The table of the methods, the best first.
         path: The PNG file.
     """
     colour = colours(list(runs))
     curves = {name: mean_curve(own) for name, own in runs.items()}
     base = curves["AdamW"]
-    with picture(path, (14, 4.6), (1.2, 1.2, 1)) as (whole, above, states):
+    with picture(path, (13, 5.2), (1.5, 1)) as (states, above):
         for row in rows:
+            name, share = row["optimizer"], max(row["over AdamW's"], LEAST_SHARE)
+            states.errorbar(share, row["loss"], yerr=row["standard error"], fmt="o", color=colour[name])
+            states.annotate(name, (share, row["loss"]), (5, 4), textcoords="offset points", fontsize="small")
+        for row in rows[:CURVES]:
             name = row["optimizer"]
-            draw_curve(whole, curves[name], f"{name}, lr {row['lr']:g}", colour[name])
             late = [step for step in curves[name] if step in base and 3 * step >= max(base)]
-            above.plot(late, [curves[name][step] - base[step] for step in late], "o-", color=colour[name], markersize=4)
-            states.plot(row["state bytes"] / 2**10, row["validation loss"], "o", markersize=9, color=colour[name])
+            difference = [curves[name][step] - base[step] for step in late]
+            above.plot(late, difference, "o-", color=colour[name], markersize=4, label=name)
+        states.axhline(next(row["loss"] for row in rows if row["optimizer"] == "AdamW"), color="gray", linewidth=0.8)
+        states.set_xscale("log")
+        states.set_xlabel("bytes of state of the matrices, over AdamW's")
+        states.set_ylabel("final validation loss (nats per token)")
         above.set_xlabel("optimizer step")
         above.set_ylabel("validation loss above AdamW's")
-        states.set_xscale("log")
-        states.set_xlabel("state of the matrices at the end (KiB)")
-        states.set_ylabel("final validation loss")
