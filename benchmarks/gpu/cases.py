@@ -75,6 +75,8 @@ def method_options(method: str, rank: int, gap: int, **more: Any) -> dict[str, A
     """
     own = OPTIONS[method](rank) if method in OPTIONS else {}
     wanted = {"rank": rank, "update_proj_gap": gap} | own | more
+    if method == "OnlineSubspaceDescent":  # its interval is that of a basis that is drawn, not of one that moves
+        del wanted["update_proj_gap"]
     return {key: value for key, value in wanted.items() if key in METHODS[method].Options.model_fields}
 
 

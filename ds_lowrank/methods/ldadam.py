@@ -76,9 +76,12 @@ class LDAdamMethod(Method):
 
     @staticmethod
     def project(shard: MatrixShard, state: State, options: LDAdamOptions) -> Program[ProjectedGradient]:
-        """The gradient itself is what is found: the next basis takes the momentum, which only ``update`` has."""
+        """The gradient itself is what is found: the next basis takes the momentum, which only ``update`` has.
+
+        Later bases are moves of the first one, and no refreshes.
+        """
         yield from ()
-        return ProjectedGradient(largest_magnitudes(shard), due=True)
+        return ProjectedGradient(largest_magnitudes(shard), due=state["step"] == 0)
 
     @staticmethod
     def update(shard: MatrixShard, state: State, options: LDAdamOptions, found: ProjectedGradient) -> Program[Factors]:

@@ -68,8 +68,11 @@ METHODS = sorted(set(REGISTRY) - {"Lorenza"})
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_the_steps_of_our_own_engine(tmp_path, method):
     config = hf_config(2, method)
-    eps = config["optimizer"]["params"]["eps"] = own_config(2, 2, method=method)["optimizer"]["params"].get("eps", 1e-8)
-    got = run_ranks(2, train_with_trainer, tmp_path, 2, deepspeed=config, adam_epsilon=eps)
+    params = own_config(2, 2, method=method)["optimizer"]["params"]
+    eps, betas = params.get("eps", 1e-8), params.get("betas", (0.9, 0.999))
+    config["optimizer"]["params"] |= {"eps": eps, "betas": list(betas)}
+    adam = {"adam_epsilon": eps, "adam_beta1": betas[0], "adam_beta2": betas[1]}
+    got = run_ranks(2, train_with_trainer, tmp_path, 2, deepspeed=config, **adam)
     own = run_ranks(2, train_with_own_engine, own_config(2, 2, method=method))
     assert max_difference(got[0]["weights"], own[0]["weights"]) == 0
 
