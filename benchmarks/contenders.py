@@ -53,7 +53,7 @@ def contenders(width: int) -> tuple[Contender, ...]:
     return (
         Contender("AdamW", "AdamW", {"torch_adam": True}, 1 / 32),
         Contender("Tandem", "Tandem", {"rank": rank}, 1 / 4),
-        Contender("Tandem, r = d/8, int8", "Tandem", {"rank": width // 8, **eight_bits}, 1 / 4),
+        Contender("Tandem-Mini", "Tandem", {"rank": width // 8, **eight_bits}, 1 / 4),
         Contender("Muon", "Gum", muon, 1 / 4),
         Contender("Fira", "Fira", {**basis, "scale": 1.0, "moments": "rotate"}, 1 / 16),
         Contender("Apollo", "Apollo", basis, 1 / 4),
@@ -72,6 +72,6 @@ def contenders(width: int) -> tuple[Contender, ...]:
         Contender("AdaRankGrad", "AdaRankGrad", {"rank_max": rank, **gap}, 1 / 8),
         Contender("GradNormLoRP", "GradNormLoRP", basis, 1 / 8),
         Contender("Lorenza", "Lorenza", basis, 1 / 8),
-        Contender("GaLore, random bases", "GaLore", {**basis, "projector": "random"}, 1 / 8),
-        Contender("GaLore, DCT bases", "GaLore", {**basis, "projector": "dct"}, 1 / 8),
+        Contender("GaLore-random", "GaLore", {**basis, "projector": "random"}, 1 / 8),
+        Contender("GaLore-DCT", "GaLore", {**basis, "projector": "dct"}, 1 / 8),
     )
