@@ -21,10 +21,9 @@ from ds_lowrank.methods.blocks.dct_basis import gather_indices
 from ds_lowrank.methods.blocks.lazy_refresh import LazyRefreshOptions, note_similarity
 from ds_lowrank.methods.blocks.range_finder import (
     RangeFinderOptions,
+    leading_basis,
     random_basis,
-    randomized_range,
     sampled_basis,
-    singular_basis,
 )
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
@@ -165,11 +164,9 @@ def new_basis(shard: MatrixShard, options: GaLoreOptions, step: int) -> Program[
     rank = min(options.rank, *shard.shape)
     if draws_basis(options, step):
         return (yield from random_basis(shard, rank, options.seed, step))
-    if options.projector == "svd":
-        return (yield from singular_basis(shard, rank))
     if options.projector == "sampled":
         return (yield from sampled_basis(shard, rank, options.seed, step))
-    return (yield from randomized_range(shard, rank, options.seed, step, options.power_steps))
+    return (yield from leading_basis(shard, rank, options.projector, options.seed, step, options.power_steps))
 
 
 def change_basis(shard: MatrixShard, state: State, options: GaLoreOptions, new: torch.Tensor) -> Program[None]:

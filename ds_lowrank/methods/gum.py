@@ -31,7 +31,7 @@ from ds_lowrank.methods.blocks.orthogonalize import (
     whole_update,
 )
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
-from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range, singular_basis
+from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, leading_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import project_on
 from ds_lowrank.sharding.elementwise import blocks
@@ -143,10 +143,8 @@ class GumMethod(Method):
         due = step % options.update_proj_gap == 0
         if due:
             whole = options.is_whole(shard.names[0], step // options.update_proj_gap)  # the same for all
-            if options.projector == "svd":
-                own = yield from singular_basis(shard, own.shape[2])
-            else:
-                own = yield from randomized_range(shard, own.shape[2], options.seed, step, options.power_steps)
+            rank, projector = own.shape[2], options.projector
+            own = yield from leading_basis(shard, rank, projector, options.seed, step, options.power_steps)
         if not whole:
             return (yield from project_on(shard, own, due, options))  # R = H P
         gradient, basis = yield from concurrently(own_rows(shard), everywhere(shard, own))

@@ -25,7 +25,7 @@ from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.error_feedback import error_spec, held_error, keep_error
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis, with_lost_columns
+from ds_lowrank.methods.blocks.range_finder import leading_basis, with_lost_columns
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.elements import Elements
 from ds_lowrank.sharding.elementwise import largest_magnitudes
@@ -90,7 +90,8 @@ class LDAdamMethod(Method):
         old, momentum, moments = state["basis"], state["exp_avg"].clone(), (state["exp_avg"], state["exp_avg_sq"])
         moves = state["step"] > 0 and (error is not None or not found.is_zero)
         if state["step"] == 0:
-            state["basis"] = yield from first_basis(shard, options)
+            rank = old.shape[2]
+            state["basis"] = yield from leading_basis(shard, rank, options.projector, options.seed, 0)
         elif moves:
             state["basis"] = yield from next_basis(shard, state, options, error)
         rotation, (basis, projected) = yield from concurrently(
@@ -115,14 +116,6 @@ def project(
     """``Q``, matrices x held compressed rows x rank, and ``R = a Q``, matrices x owned kept rows x rank; fp32."""
     basis = yield shard.compressed.all_gather(own)
     return basis, (yield shard.kept.reduce_scatter(times(shard, error, basis)))
-
-
-def first_basis(shard: MatrixShard, options: LDAdamOptions) -> Program[torch.Tensor]:
-    """A basis of the first gradient's leading subspace: matrices x owned compressed rows x rank, fp32."""
-    rank = LDAdamMethod.rank(shard.shape, options)
-    if options.projector == "svd":
-        return (yield from singular_basis(shard, rank))
-    return (yield from randomized_range(shard, rank, options.seed, 0))
 
 
 def next_basis(

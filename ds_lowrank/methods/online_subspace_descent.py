@@ -24,13 +24,14 @@ from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, make_inner_optimizer, own_rule
 from ds_lowrank.methods.blocks.projection import safe_ratio
-from ds_lowrank.methods.blocks.range_finder import random_basis, randomized_range, singular_basis
+from ds_lowrank.methods.blocks.range_finder import leading_basis, random_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import (
     Projection,
     SubspaceOptions,
     basis_factors,
     descend,
+    keep_gathered,
     project_on,
     subspace_state,
 )
@@ -160,9 +161,9 @@ class OnlineSubspaceDescentMethod(Method):
         shard: MatrixShard, state: State, options: OnlineSubspaceDescentOptions, found: Projection
     ) -> Program[Update]:
         """Descend along ``scale * rho(R) Q^T``, and move ``Q`` by one step of its own optimizer."""
-        state["basis"] = found.own
-        # The next step has another one, unless it is random.
-        shard.held_basis = found.basis if options.is_random and options.keeps_bases_gathered else None
+        state["basis"], shard.held_basis = found.own, None  # the next step has another one, unless it is random
+        if options.is_random:
+            keep_gathered(shard, options, found.basis, found.due)
         descent = descend(shard, state, options, found.projected, found.basis)
         if options.is_random:
             return (yield from descent)
@@ -182,10 +183,7 @@ def new_basis(shard: MatrixShard, options: OnlineSubspaceDescentOptions, step: i
     rank = OnlineSubspaceDescentMethod.rank(shard.shape, options)
     if options.is_random or options.basis_init == "random":
         return (yield from random_basis(shard, rank, options.seed, step // options.update_proj_gap))
-    if options.basis_init == "svd":
-        own = yield from singular_basis(shard, rank)
-    else:
-        own = yield from randomized_range(shard, rank, options.seed, 0)
+    own = yield from leading_basis(shard, rank, options.basis_init, options.seed, 0)
     squares = yield shard.all_reduce(own.square().sum(1, keepdim=True))
     missing = squares < 0.5  # of columns whose length is one or zero
     owned = shard.compressed.owned or [(0, 0)]

@@ -30,8 +30,8 @@ from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
 from ds_lowrank.methods.blocks.projection import safe_ratio
-from ds_lowrank.methods.blocks.range_finder import randomized_range, singular_basis, with_lost_columns
-from ds_lowrank.methods.blocks.rest import rest_squares, with_rest
+from ds_lowrank.methods.blocks.range_finder import leading_basis, with_lost_columns
+from ds_lowrank.methods.blocks.rest import row_squares, with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
 from ds_lowrank.sharding.elementwise import largest_magnitudes
@@ -102,10 +102,7 @@ class SubTrackMethod(Method):
         due, own = state["step"] % options.update_proj_gap == 0, state["basis"]
         if state["step"] == 0:
             rank = SubTrackMethod.rank(shard.shape, options)
-            if options.projector == "svd":
-                own = yield from singular_basis(shard, rank)
-            else:
-                own = yield from randomized_range(shard, rank, options.seed, 0)
+            own = yield from leading_basis(shard, rank, options.projector, options.seed, 0)
         elif due:
             own = yield from tracked_basis(shard, state, options)
         return (yield from project_on(shard, own, due, options))  # R = H Q
@@ -144,12 +141,12 @@ def rest_shares(
     Returns:
         matrices x owned kept rows x 1, fp32.
     """
-    squares = yield shard.kept.reduce_scatter(found.gradient_squares(shard, options))  # |H_i|^2
+    squares, rest = yield from row_squares(shard, options, found)  # |H_i|^2
     projected = found.projected / found.safe_scale
     lengths = torch.linalg.vector_norm(projected, dim=2, keepdim=True)
     phi = safe_ratio(torch.linalg.vector_norm(direction, dim=2, keepdim=True), lengths)
     phi = torch.where(lengths <= RANK_TOLERANCE * squares.sqrt(), 0.0, phi)
-    total = (phi * rest_squares(squares, projected).sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
+    total = (phi * rest.sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
     factor = yield from limit_growth(shard, state, "rest_norm", options.norm_growth_limit, total)
     return (phi * factor / found.safe_scale).clamp_max(LARGEST)
 

@@ -25,7 +25,14 @@ from ds_lowrank.methods.blocks.orthogonalize import orthogonalized
 from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
-from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_factors, basis_of_step, project_on
+from ds_lowrank.methods.blocks.subspace import (
+    BasisPlacement,
+    Projection,
+    basis_factors,
+    basis_of_step,
+    project_on,
+    take_basis,
+)
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
@@ -103,10 +110,8 @@ class SumoMethod(Method):
         """The orthogonalized momentum, lifted, and the rest. A change that finds only zeros is tried again."""
         basis, momentum = (yield from basis_of_step(shard, state, options, found)), state["momentum_buffer"]
         if found.refreshed:
-            if state["step"] > 0:
-                rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # Q_old^T Q
-                momentum.copy_(momentum @ rotation)
-            state["basis"], state["age"] = found.own, 0
+            yield from take_basis(shard, state, found.own, momentum)
+            state["age"] = 0
         momentum.mul_(options.momentum).add_(found.projected)
         direction = yield from orthogonalized(shard, momentum, "exact")  # O
         squares = direction.square().sum((1, 2), keepdim=True)

@@ -32,7 +32,7 @@ from ds_lowrank.methods.blocks.projection import safe_ratio
 from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomized_range
 from ds_lowrank.methods.blocks.rest import row_squares, with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
-from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
+from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on, take_basis
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Factors, Update
@@ -94,10 +94,7 @@ class TandemMethod(Method):
         """The orthogonalized momentum, lifted, and the rest with rows of one length."""
         basis, momentum = (yield from basis_of_step(shard, state, options, found)), state["momentum_buffer"]
         if found.refreshed:
-            if state["step"] > 0:
-                rotation = yield from shard.replicated_sum(state["basis"].mT @ found.own)  # Q_old^T Q
-                momentum.copy_(momentum @ rotation)
-            state["basis"] = found.own
+            yield from take_basis(shard, state, found.own, momentum)
         beta = options.momentum
         momentum.lerp_(found.projected, 1 - beta)  # M
         direction = yield from orthogonalized(shard, found.projected.lerp(momentum, beta), "exact")  # N

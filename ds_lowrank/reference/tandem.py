@@ -17,13 +17,7 @@ import torch
 
 from ds_lowrank.reference.galore import compresses_columns, randomized_basis
 from ds_lowrank.reference.sketch import sketch
-
-
-def polar_factor(A: torch.Tensor) -> torch.Tensor:
-    """``U V^T`` of ``A = U S V^T``, without singular values that are rounding errors of the largest."""
-    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    factor: torch.Tensor = ((U * (1e-6 * S[0] < S)) @ Vh).to(A.dtype)
-    return factor
+from ds_lowrank.reference.sumo import polar_factor
 
 
 def rows_of_one_length(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:

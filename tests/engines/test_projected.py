@@ -83,6 +83,22 @@ def test_options_match_one_process(method, options):
         assert max_relative_difference(result["last"], dense.weights()) < 1e-4
 
 
+ROUNDED = [
+    ("GaLore", {"basis_dtype": "int4"}),
+    ("GaLore", {"basis_dtype": "int4", "projector": "random"}),
+    ("OnlineSubspaceDescent", {"basis_dtype": "int4", "basis_optimizer": "random", "update_proj_gap": 4}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), ROUNDED, ids=str)
+def test_bases_that_were_rounded_are_those_that_backward_projects_onto(method, options):
+    """With whole gradients a basis is gathered from what is stored in every step."""
+    options = {**options, **({"basis_lr_ratio": 5.0} if method == "OnlineSubspaceDescent" else {})}
+    settings = [config(0, 2, gas=2, method=method, params={**params, **options}) for params in (PROJECTED, {})]
+    projected, whole = (run_ranks(2, run_engine, own, STEPS)[0] for own in settings)
+    assert max_relative_difference(projected["last"], whole["last"]) < 1e-4
+
+
 @pytest.mark.parametrize("method", EXACT)
 def test_weights_without_masters_stay_the_same_bits_on_all_ranks(method):
     """As with whole gradients in bf16, whose sums are rounded: what the runs differ by is that rounding."""

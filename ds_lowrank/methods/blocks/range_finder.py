@@ -123,6 +123,18 @@ def _orthonormal(axis: Axis, of_ranks: torch.Tensor) -> Program[torch.Tensor]:
     return own
 
 
+def leading_basis(
+    shard: MatrixShard, rank: int, projector: str, seed: int, counter: int, power_steps: int = 1
+) -> Program[torch.Tensor]:
+    """A basis of the gradient's leading subspace, as ``projector`` says: ``svd``, exact, or by the range finder.
+
+    The other arguments and the result are those of :func:`randomized_range`.
+    """
+    if projector == "svd":
+        return (yield from singular_basis(shard, rank))
+    return (yield from randomized_range(shard, rank, seed, counter, power_steps))
+
+
 def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:
     """The rows of random normal matrices, compressed x rank, that this rank multiplies its elements by.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ds_lowrank.linalg.moments import rotate_first
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.methods.blocks.dct_basis import columns_at, gather_columns, indices_spec, strongest_columns
 from ds_lowrank.methods.blocks.inner_optimizers import InnerOptimizer, InnerOptimizerName, Lion, make_inner_optimizer
@@ -202,6 +203,20 @@ def basis_of_step(shard: MatrixShard, state: State, options: Options, found: Pro
         return (yield from gather_basis(shard, stored_basis(state), options))
     keep_gathered(shard, options, found.basis, found.due)
     return found.basis
+
+
+def take_basis(shard: MatrixShard, state: State, new: torch.Tensor, momentum: torch.Tensor) -> Program[None]:
+    """Store a new basis, and carry a momentum into it: ``M <- M Q_old^T Q``.
+
+    Args:
+        shard: the stack.
+        state: with the old basis, none before the first step.
+        new: ``Q``: matrices x owned compressed rows x rank, fp32.
+        momentum: ``M``: matrices x owned kept rows x rank, fp32, changed in place.
+    """
+    if state["step"] > 0:
+        rotate_first(momentum, (yield from shard.replicated_sum(state["basis"].mT @ new)))  # Q_old^T Q
+    state["basis"] = new
 
 
 def keep_gathered(shard: MatrixShard, options: Options, basis: torch.Tensor, is_new: bool) -> None:
