@@ -14,7 +14,19 @@ from ds_lowrank.integration.mpu import make_grid
 from ds_lowrank.integration.register import register
 from ds_lowrank.integration.train_batch import train_batch
 from ds_lowrank.integration.trainer import ForwardBackwardMixin
-from ds_lowrank.optimizer.lineage import Fira, Flora, Frugal, Gum, LDAdam, Racs, Scale, SubTrack, Sumo, Tandem
+from ds_lowrank.optimizer.lineage import (
+    Cosmos,
+    Fira,
+    Flora,
+    Frugal,
+    Gum,
+    LDAdam,
+    Racs,
+    Scale,
+    SubTrack,
+    Sumo,
+    Tandem,
+)
 from ds_lowrank.optimizer.optimizers import (
     AdaRankGrad,
     Apollo,
@@ -38,6 +50,7 @@ __all__ = [
     "Apollo",
     "CheckpointError",
     "ConfigError",
+    "Cosmos",
     "Fira",
     "Flora",
     "ForwardBackwardMixin",

@@ -34,7 +34,7 @@ from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, leading_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import project_on
-from ds_lowrank.sharding.elementwise import blocks
+from ds_lowrank.methods.blocks.whole import everywhere, own_rows
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
@@ -174,24 +174,6 @@ class GumMethod(Method):
         basis = (yield shard.compressed.all_gather(state["basis"])) if found.is_zero else found.basis
         direction = yield from orthogonalized(shard, looked_at, options.orthogonalization)
         return Factors((yield shard.kept.all_gather(direction)), basis, scale)  # NS(M) P^T
-
-
-def own_rows(shard: MatrixShard) -> Program[torch.Tensor]:
-    """``H``: matrices x owned kept rows x compressed, fp32."""
-    gradient: torch.Tensor = yield shard.kept.reduce_scatter(blocks(shard, shard.kept))
-    return gradient
-
-
-def everywhere(shard: MatrixShard, own: torch.Tensor) -> Program[torch.Tensor]:
-    """All rows of ``P`` on every rank that has a part of the matrix: matrices x compressed x r, fp32.
-
-    Args:
-        shard: the stack.
-        own: the rows that this rank owns.
-    """
-    size = shard.compressed.size
-    rooted = yield shard.compressed.gather_to_root(own)
-    return shard.or_zeros((yield shard.replicated_axis(size).broadcast_from_root(rooted)), size)
 
 
 def weighted(found: Any, q: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ds_lowrank.methods.base import Method
+from ds_lowrank.methods.cosmos import CosmosMethod
 from ds_lowrank.methods.fira import FiraMethod
 from ds_lowrank.methods.flora import FloraMethod
 from ds_lowrank.methods.frugal import FrugalMethod
@@ -228,3 +229,20 @@ class Tandem(LowRankOptimizer):
     """
 
     method: ClassVar[type[Method]] = TandemMethod
+
+
+class Cosmos(LowRankOptimizer):
+    """COSMOS (arXiv 2502.17410): SOAP's Adam in a leading subspace that moves in every step, and Muon on the rest.
+
+    Args:
+        betas: of the momentum and of the second moment, also Adam's of the other parameters; (0.95, 0.95).
+        beta3: of the average that the basis follows, or None for that of the second moment; None.
+        rank: columns of the basis, at most the smaller dimension of a matrix; 64.
+        gamma: the weight of Muon's part; 0.2.
+        nesterov: whether the momentum is looked at a step ahead; True.
+        projector: how the first basis is found, ``randomized`` (the default) or ``svd``, exact and on one rank.
+        scale: the root mean square of a projected matrix's update, not of its weight decay; 0.2.
+        basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
+    """
+
+    method: ClassVar[type[Method]] = CosmosMethod

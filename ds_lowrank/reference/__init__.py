@@ -14,6 +14,7 @@ import torch
 
 from ds_lowrank.reference.adarankgrad import DenseAdaRankGrad
 from ds_lowrank.reference.apollo import DenseApollo
+from ds_lowrank.reference.cosmos import DenseCosmos
 from ds_lowrank.reference.fira import DenseFira
 from ds_lowrank.reference.flora import DenseFlora
 from ds_lowrank.reference.frugal import DenseFrugal
@@ -58,5 +59,6 @@ DENSE: dict[str, Callable[..., DenseMethod]] = {
     "Sumo": DenseSumo,
     "Gum": DenseGum,
     "Flora": DenseFlora,
+    "Cosmos": DenseCosmos,
 }
 """The reference of every method by its name in ``optimizer.type``, called with the weight, its name and the options."""

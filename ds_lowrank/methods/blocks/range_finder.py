@@ -10,6 +10,7 @@ from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
 from ds_lowrank.sharding.axis import Axis
 from ds_lowrank.sharding.elementwise import blocks
+from ds_lowrank.sharding.layout import Range
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 
@@ -135,7 +136,7 @@ def leading_basis(
     return (yield from randomized_range(shard, rank, seed, counter, power_steps))
 
 
-def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch.Tensor:
+def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int, rows: Range | None = None) -> torch.Tensor:
     """The rows of random normal matrices, compressed x rank, that this rank multiplies its elements by.
 
     Args:
@@ -143,15 +144,21 @@ def held_sketch(shard: MatrixShard, rank: int, seed: int, counter: int) -> torch
         rank: how many columns a sketch has.
         seed: the run's seed.
         counter: distinguishes the sketches of one matrix; a step, for example.
+        rows: which compressed rows; None for those that this rank holds.
 
     Returns:
         matrices x held compressed rows x rank, fp32.
     """
-    return normal(seed, shard.names, counter, shard.compressed.held, (0, rank), shard.device)
+    return normal(seed, shard.names, counter, rows or shard.compressed.held, (0, rank), shard.device)
 
 
 def with_lost_columns(
-    shard: MatrixShard, basis: torch.Tensor, lengths: torch.Tensor, seed: int, counter: int
+    shard: MatrixShard,
+    basis: torch.Tensor,
+    lengths: torch.Tensor,
+    seed: int,
+    counter: int,
+    rows: Range | None = None,
 ) -> torch.Tensor:
     """A basis with random numbers in the place of its columns of zeros.
 
@@ -164,5 +171,6 @@ def with_lost_columns(
         lengths: about the squared lengths of its columns over all ranks, zero for those of zeros: matrices x 1 x rank.
         seed: the run's seed.
         counter: the step.
+        rows: which compressed rows of the basis are given; None for those that this rank holds.
     """
-    return torch.where(lengths == 0, held_sketch(shard, basis.shape[2], seed, counter), basis)
+    return torch.where(lengths == 0, held_sketch(shard, basis.shape[2], seed, counter, rows), basis)
