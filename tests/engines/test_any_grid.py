@@ -45,6 +45,7 @@ ROWS = [
     Move(Place(Grid(2, 1, 1, 3), "int8"), Place(Grid(1, 2, 1, 1), "int8"), "Gum"),
     Move(Place(Grid(2, 2, 1, 1), "bf16"), Place(Grid(3, 1, 1, 2), "bf16"), "Gum", "bf16", tied=True),
     Move(Place(Grid(2, 2, 1, 2)), Place(Grid(3, 1, 1, 3)), "Flora"),
+    Move(Place(Grid(2, 1, 1, 3), "int8"), Place(Grid(2, 2, 1, 1), "int8"), "Cosmos"),
 ]
 CURVES = [
     Move(Place(Grid(2, 1, 1, 3)), Place(Grid(1, 2, 2, 1)), "GaLore"),

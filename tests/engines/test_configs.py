@@ -35,6 +35,7 @@ def test_every_method_has_its_configuration_files():
     methods |= {"ldadam", "subtrack"}
     methods |= {"sumo", "gum", "muon"}
     methods |= {"flora"}
+    methods |= {"cosmos"}
     assert {path.stem for path in GALORE} == {
         *(f"galore_zero{stage}{dtype}" for stage in range(4) for dtype in ("", "_bf16")),
         "galore_zero2_offload",

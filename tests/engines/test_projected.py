@@ -323,6 +323,7 @@ REFUSED = [
     ({"stage": 0, "method": "VLoRP"}, {"update_scheme": "original_space"}, "keeps moments of every element"),
     ({"stage": 0, "method": "Sumo"}, {}, "it adds what the subspace leaves out of the gradient: set complement to 0"),
     ({"stage": 0, "method": "Gum"}, {}, "it steps some matrices whole"),
+    ({"stage": 0, "method": "Cosmos"}, {}, "it finds a new basis in every gradient, and averages all of it"),
     ({"stage": 0, "dtype": "bf16"}, {}, "master_weights"),
     ({"stage": 0, "fp16": {"enabled": True}}, {}, "fp16"),
 ]

@@ -10,6 +10,7 @@ from tests.simulated.harness import ShardedMatrix, even_parts
 CASES = [
     ("LDAdam", {"rank": 6}),
     ("LDAdam", {"rank": 6, "error_feedback": True}),
+    ("Cosmos", {"rank": 6}),
     ("SubTrack", {"rank": 6, "update_proj_gap": 2, "step_size": 1e-3}),
 ]
 
