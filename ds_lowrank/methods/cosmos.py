@@ -33,7 +33,8 @@ from ds_lowrank.methods.blocks.range_finder import leading_basis, with_lost_colu
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.whole import everywhere, own_rows
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program, concurrently
+from ds_lowrank.sharding.precision import products_in
+from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
 
 ROUNDING = 1e-5
@@ -59,6 +60,11 @@ class CosmosOptions(BasisOptions):
     """How the first basis is found: by a randomized range finder, or by an exact SVD on one rank."""
     scale: float = Field(0.2, ge=0, allow_inf_nan=False)
     """The root mean square of a projected matrix's update; not of its weight decay."""
+
+    @property
+    def basis_beta(self) -> float:
+        """beta3."""
+        return self.betas[1] if self.beta3 is None else self.beta3
 
 
 class CosmosMethod(Method):
@@ -91,9 +97,9 @@ class CosmosMethod(Method):
     def update(shard: MatrixShard, state: State, options: CosmosOptions, found: ProjectedGradient) -> Program[Update]:
         """Move the basis, update the averages, and descend along both parts."""
         gradient, step, (beta1, beta2) = found.projected, state["step"] + 1, options.betas
-        beta3 = beta2 if options.beta3 is None else options.beta3
-        basis = yield from basis_of_step(shard, state, options, beta3, found)
-        projected = gradient @ basis  # R
+        basis = yield from basis_of_step(shard, state, options, found)
+        with products_in(shard.precision, shard.device):
+            projected = gradient @ basis  # R
         moment = state["exp_avg_sq"].mul_(beta2).addcmul_(projected, projected, value=1 - beta2)  # V
         momentum = state["exp_avg"].lerp_(gradient, 1 - beta1)  # M
         if options.nesterov:
@@ -101,14 +107,13 @@ class CosmosMethod(Method):
         else:
             ahead = momentum / (1 - beta1**step)
         direction = (ahead @ basis) / ((moment / (1 - beta2**step)).sqrt() + options.eps_at(step))
-        gram = shard.local_contribution(projected.mT @ projected)
         whole, gram = yield (
             shard.kept.gather_to_root(torch.cat([ahead, direction], dim=2)),
-            shard.replicated_axis(basis.shape[2]).reduce_scatter(gram),
+            shard.replicated_axis(basis.shape[2]).reduce_scatter(shard.local_contribution(projected.mT @ projected)),
         )
-        state["gram"] = beta3 * state["gram"] + (1 - beta3) * gram
-        found_on_root = both_parts(whole, basis[rooted(shard)], options.gamma)
-        return whole_update(shard, (yield shard.kept.broadcast_from_root(found_on_root)), options.scale)
+        state["gram"] = options.basis_beta * state["gram"] + (1 - options.basis_beta) * gram
+        combined = both_parts(whole, basis[rooted(shard)], options.gamma)
+        return whole_update(shard, (yield shard.kept.broadcast_from_root(combined)), options.scale)
 
 
 def rooted(shard: MatrixShard) -> torch.Tensor:
@@ -117,101 +122,80 @@ def rooted(shard: MatrixShard) -> torch.Tensor:
 
 
 def basis_of_step(
-    shard: MatrixShard, state: State, options: CosmosOptions, beta3: float, found: ProjectedGradient
+    shard: MatrixShard, state: State, options: CosmosOptions, found: ProjectedGradient
 ) -> Program[torch.Tensor]:
-    """``Q``, and ``C^T S C`` in the place of ``S``. With a gradient of zeros both stay as they are.
+    """All rows of ``Q``: matrices x compressed x r, fp32. With a gradient of zeros it stays as it is.
 
     Args:
         shard: the stack, with this step's gradient.
-        state: with ``Q`` and ``S``, which are replaced.
-        options: with ``projector`` and the seed.
-        beta3: the share that ``S`` keeps.
+        state: with ``Q``, which is replaced, and ``S``, which becomes ``C^T S C``.
+        options: with ``beta3``, ``projector`` and the seed.
         found: with whole rows of the gradient.
-
-    Returns:
-        All rows of ``Q``: matrices x compressed x r, fp32.
     """
-    own, small = state["basis"], shard.replicated_axis(state["basis"].shape[2])
+    own, rank = state["basis"], state["basis"].shape[2]
     if state["step"] == 0:
-        state["basis"] = yield from leading_basis(shard, own.shape[2], options.projector, options.seed, 0)
-        return (yield from everywhere(shard, state["basis"]))
-    if found.is_zero:
-        return (yield from everywhere(shard, own))
-    old, gram = yield from concurrently(everywhere(shard, own), replicated(shard, state["gram"]))
-    basis = yield from next_basis(shard, options.seed, state["step"], beta3, found, old, gram)
+        own = state["basis"] = yield from leading_basis(shard, rank, options.projector, options.seed, 0)
+    old = yield from everywhere(shard, own)
+    if state["step"] == 0 or found.is_zero:
+        return old
+    basis, gram = yield from next_basis(shard, state, options, found, old)
     rotation = old.mT @ basis  # C
-    state["basis"], state["gram"] = shard.compressed.own(basis), small.own(rotation.mT @ gram @ rotation)
+    state["basis"] = shard.compressed.own(basis)
+    state["gram"] = shard.replicated_axis(rank).own(rotation.mT @ gram @ rotation)
     return basis
 
 
-def replicated(shard: MatrixShard, own: torch.Tensor) -> Program[torch.Tensor]:
-    """All of ``S``, whose rows are spread over ranks: matrices x r x r, fp32; zeros on a rank without a part."""
-    rank = own.shape[2]
-    return shard.or_zeros((yield shard.replicated_axis(rank).all_gather(own)), rank)
-
-
 def next_basis(
-    shard: MatrixShard,
-    seed: int,
-    step: int,
-    beta3: float,
-    found: ProjectedGradient,
-    old: torch.Tensor,
-    gram: torch.Tensor,
-) -> Program[torch.Tensor]:
-    """``qr(beta3 Q_old S + (1 - beta3) H^T H Q_old)``, on the root of each matrix.
+    shard: MatrixShard, state: State, options: CosmosOptions, found: ProjectedGradient, old: torch.Tensor
+) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+    """``qr(beta3 Q_old S + (1 - beta3) H^T H Q_old)``, on the root of each matrix, and all of ``S``.
 
     What is sent is of the gradient over its safe scale. The columns of the sum are normalised first, which leaves the
     result of a QR as it is: with squares of singular values for lengths, weaker ones would count as rounding.
 
     Args:
         shard: the stack.
-        seed: the run's seed.
-        step: t.
-        beta3: the share of ``S``.
+        state: with ``S`` as it is stored.
+        options: with ``beta3`` and the seed.
         found: with whole rows of the gradient.
         old: ``Q_old``: matrices x compressed x r, fp32.
-        gram: ``S``: matrices x r x r, fp32.
 
     Returns:
-        All rows of ``Q``: matrices x compressed x r, fp32.
+        matrices x compressed x r and matrices x r x r, fp32; zeros on a rank without a part of the matrices.
     """
-    size, scale, positions = shard.compressed.size, found.safe_scale, rooted(shard)
-    lengths = old.square().sum(1, keepdim=True)
-    start = with_lost_columns(shard, old, lengths, seed, step, (0, size))
-    tall = found.projected @ start / scale
-    axis = shard.replicated_axis(size)
-    wide, energies = yield (
-        axis.reduce_to_root(shard.local_contribution(found.projected.mT @ tall / scale)),  # H^T H Q_old
+    size, rank, scale, beta3 = shard.compressed.size, old.shape[2], found.safe_scale, options.basis_beta
+    lengths, axis = old.square().sum(1, keepdim=True), shard.replicated_axis(size)
+    with products_in(shard.precision, shard.device):
+        tall = found.projected @ with_lost_columns(shard, old, lengths, options.seed, state["step"], (0, size)) / scale
+        wide = found.projected.mT @ tall / scale  # H^T H Q_old
+    wide, energies, gram = yield (
+        axis.reduce_to_root(shard.local_contribution(wide)),
         shard.all_reduce(tall.square().sum(1, keepdim=True)),
+        shard.replicated_axis(rank).all_gather(state["gram"]),
     )
-    old, gram, scale = old[positions].double(), gram[positions].double(), scale[positions].double()
-    share = (1 - beta3) * scale.square()
-    total = beta3 * old @ gram + share * wide
-    energies = beta3 * torch.diagonal(gram, dim1=1, dim2=2).unsqueeze(1) + share * energies[positions]
+    gram, on_root = shard.or_zeros(gram, rank), rooted(shard)
+    held, share = gram[on_root].double(), (1 - beta3) * scale[on_root].double().square()
+    total = beta3 * old[on_root].double() @ held + share * wide
+    energies = beta3 * torch.diagonal(held, dim1=1, dim2=2).unsqueeze(1) + share * energies[on_root]
     is_known = energies > RANK_TOLERANCE**2 * energies.amax(2, keepdim=True)
     norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
     columns = torch.where(is_known & (norms > 0), total / norms, 0.0)
     new = yield axis.broadcast_from_root(orthonormal_beside_zeros(columns.float()))
-    return shard.or_zeros(new, size)
+    return shard.or_zeros(new, size), gram
 
 
 def both_parts(whole: torch.Tensor, bases: torch.Tensor, gamma: float) -> torch.Tensor:
-    """``sqrt(D d) X / |X|`` of whole matrices.
+    """``sqrt(D d) X / |X|`` of whole matrices: matrices x kept x compressed, fp32.
 
     Args:
-        whole: ``L`` and Adam's direction ``N`` beside each other: matrices x kept x (compressed + r), fp32.
+        whole: ``L`` and, beside it, the factor of ``A`` before ``Q^T``: matrices x kept x (compressed + r), fp32.
         bases: ``Q``: matrices x compressed x r, fp32.
         gamma: of the second part.
-
-    Returns:
-        matrices x kept x compressed, fp32.
     """
-    at_once = max(1, PART_ELEMENTS // max(1, whole.shape[1] * whole.shape[2]))
-    parts = []
+    at_once, parts = max(1, PART_ELEMENTS // max(1, whole.shape[1] * whole.shape[2])), []
+    root_of_size = sqrt(whole.shape[1] * bases.shape[1])
     for one, basis in zip(torch.split(whole, at_once), torch.split(bases, at_once), strict=True):
         ahead, direction = one.tensor_split([basis.shape[1]], dim=2)
-        root_of_size = sqrt(ahead.shape[1] * ahead.shape[2])
         total = direction @ basis.mT + gamma * root_of_size * of_rest(ahead, basis)  # X
         norm = torch.linalg.vector_norm(total, dim=(1, 2), keepdim=True, dtype=torch.float64).float()
         parts.append(root_of_size * safe_ratio(total, norm))
@@ -219,7 +203,7 @@ def both_parts(whole: torch.Tensor, bases: torch.Tensor, gamma: float) -> torch.
 
 
 def of_rest(ahead: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """``B``; zero where the rest of ``L`` is rounding.
+    """``B``: matrices x kept x compressed, fp32; zero where the rest of ``L`` is rounding.
 
     NS enlarges small singular values, and so what rounding leaves of ``Q`` in the rest: that is taken out again.
 
@@ -227,9 +211,11 @@ def of_rest(ahead: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         ahead: ``L``: matrices x kept x compressed, fp32.
         basis: ``Q``: matrices x compressed x r, fp32.
     """
-    rest = ahead - ahead @ basis @ basis.mT
-    norms = [torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64) for x in (ahead, rest)]
-    orthogonal = newton_schulz(rest)
-    orthogonal = orthogonal - orthogonal @ basis @ basis.mT
-    norm = torch.linalg.vector_norm(orthogonal, dim=(1, 2), keepdim=True)
-    return torch.where(norms[1] > ROUNDING * norms[0], safe_ratio(orthogonal, norm), 0.0)
+    with products_in("fp32", ahead.device):
+        rest = ahead - ahead @ basis @ basis.mT
+        found = newton_schulz(rest)
+        found = found - found @ basis @ basis.mT
+    all_of_it, left, orthogonal = (
+        torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64) for x in (ahead, rest, found)
+    )
+    return torch.where(left > ROUNDING * all_of_it, safe_ratio(found, orthogonal.float()), 0.0)
