@@ -37,7 +37,7 @@ from benchmarks.plots import draw_methods
 from benchmarks.runs import Found, Records, Setting, final
 from ds_lowrank.training.param_groups import matrix_groups
 
-ADAMW_LRS = (0.02, 0.04, 0.08)
+ADAMW_LRS = (0.02, 0.04, 0.08, 0.16)
 KEPT = ("step", "eval_loss", "lowrank/state_bytes", "lowrank/mean_rank")
 SIZES = {"small": "llama_9m", "medium": "llama_20m"}
 """Models by the size that ``--size`` names; with a vocabulary of 4096 they have 1.8 and 5.3 million parameters."""
@@ -90,23 +90,37 @@ class Table:
         """Return all runs, as they are recorded."""
         return [{"setting": vars(setting), "records": short(records)} for setting, records in list(self.found.items())]
 
-    def lr_of_adamw(self, adamw: Contender) -> float:
-        """Return AdamW's best learning rate for everything, at the first factor on the matrices' rate."""
-        seed = self._arguments.seed
-        return min(
-            ADAMW_LRS[: 1 if self._arguments.quick else None], key=lambda lr: self.run(adamw, lr, adamw.scale, seed)
-        )
+    def best_of_adamw(self, adamw: Contender) -> Setting:
+        """Sweep both rates of AdamW with one seed, and run the best ones with all of them."""
+        first, jobs = self._arguments.seed, self._arguments.jobs
+        lrs = ADAMW_LRS[: 1 if self._arguments.quick else None]
+        with ThreadPoolExecutor(jobs) as pool:
+            losses = list(pool.map(lambda lr: self.run(adamw, lr, adamw.scale, first), lrs))
+        best = self.search(adamw, lrs[losses.index(min(losses))])
+        if self._arguments.quick:
+            return best
+        others = [replace(best, lr=lr, scale=best.scale * best.lr / lr) for lr in around(best.lr)]
+        with ThreadPoolExecutor(jobs) as pool:
+            losses = list(pool.map(lambda other: self.run(adamw, other.lr, other.scale, first), others))
+        best = others[losses.index(min(losses))]
+        self.with_all_seeds(adamw, best)
+        return best
 
     def search(self, contender: Contender, lr: float) -> Setting:
         """Sweep the factor on the matrices' rate with one seed, and run the best one with all of them."""
-        first, seeds = self._arguments.seed, range(self._arguments.seed, self._arguments.seed + self._arguments.seeds)
+        first = self._arguments.seed
         if self._arguments.quick:
             self.run(contender, lr, contender.scale, first)
             return Setting(contender.name, lr, contender.scale, first)
         scale = best_on_line(contender.scale, lambda scale: self.run(contender, lr, scale, first), self._arguments.more)
-        for seed in seeds:
-            self.run(contender, lr, scale, seed)
-        return Setting(contender.name, lr, scale, first)
+        best = Setting(contender.name, lr, scale, first)
+        self.with_all_seeds(contender, best)
+        return best
+
+    def with_all_seeds(self, contender: Contender, best: Setting) -> None:
+        """Run a setting with every seed."""
+        for seed in range(best.seed, best.seed + self._arguments.seeds):
+            self.run(contender, best.lr, best.scale, seed)
 
     def losses(self, setting: Setting) -> list[float]:
         """Return the final losses of a setting, one for each seed that was run."""
@@ -115,10 +129,11 @@ class Table:
 
 def search_all(table: Table, chosen: Sequence[Contender], jobs: int) -> dict[str, Setting]:
     """Return the best setting of each contender, AdamW's first; several are swept at a time."""
-    lr = table.lr_of_adamw(chosen[0])
+    adamw, *others = chosen
+    best = table.best_of_adamw(adamw)
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda contender: table.search(contender, lr), chosen)
-        return {contender.name: setting for contender, setting in zip(chosen, found, strict=True)}
+        found = pool.map(lambda contender: table.search(contender, best.lr), others)
+        return {adamw.name: best} | {c.name: setting for c, setting in zip(others, found, strict=True)}
 
 
 def adamw_bytes() -> int:

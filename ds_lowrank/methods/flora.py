@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -31,14 +31,12 @@ from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import held_sketch
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.weight_size import size_of, weight_squares
 from ds_lowrank.sharding.elements import Piece
 from ds_lowrank.sharding.elementwise import along, largest_magnitudes, squared_norms, sum_of_squares
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, without_rounds
 from ds_lowrank.sharding.updates import Dense, Factors, Update
-
-SMALLEST_SIZE = 1e-3
-"""Adafactor's eps2: the least root mean square that a weight counts as."""
 
 
 class FloraOptions(Options):
@@ -137,12 +135,12 @@ class FloraMethod(Method):
             newest = Normalised(kept, compressed, found.projected)
         beta1, is_exact, before = options.betas[0], options.newest_term == "exact", state["exp_avg"]
         state["exp_avg"] = before.lerp(newest.projected, 1 - beta1)  # M <- beta1 M + (1 - beta1) U P
+        unmeasured = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
         momentum, squares = yield (
             shard.kept.all_gather(before if is_exact else state["exp_avg"]),
-            shard.all_reduce(weight_squares(shard, options)),
+            shard.all_reduce(weight_squares(shard) if options.scale_parameter else unmeasured),
         )
-        size = (squares / (shard.shape[0] * shard.shape[1])).sqrt().clamp_min(SMALLEST_SIZE)
-        size = size if options.scale_parameter else torch.ones_like(size)
+        size = size_of(shard, squares) if options.scale_parameter else torch.ones_like(squares)
         if not is_exact:
             return Factors(size * momentum, found.projection, 1.0)  # D = M P^T
         factors, a = Factors(beta1 * size * momentum, found.projection, 1.0), (1 - beta1) * size * newest.a
@@ -204,11 +202,3 @@ def normalised(shard: MatrixShard, state: State, found: FloraProjection) -> Prog
     )
     shortened = (total / (kept.size * compressed.size)).sqrt().div(Adafactor.CLIP).clamp_min(1.0)
     return Normalised(a / shortened, b, projected / shortened)
-
-
-def weight_squares(shard: MatrixShard, options: Any) -> torch.Tensor:
-    """This rank's contribution to ``|W|^2``, zero where it is not asked for: matrices x 1 x 1, fp32."""
-    if not options.scale_parameter:
-        return torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
-    squares = squared_norms(shard, shard.kept, shard.weights, are_ordinary=True)
-    return shard.once(squares).sum((1, 2), keepdim=True)

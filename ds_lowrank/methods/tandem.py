@@ -11,11 +11,12 @@ With the compressed dimension second, ``H`` is kept x compressed, and ``Q`` comp
     W <- W - lr * scale * 0.2 sqrt(D d / (r + c^2 (d - r))) X
 
 The last factor makes the root mean square of an update about 0.2, which is about that of AdamW's, for every shape and
-rank. There is no second moment, and of the momentum only the part in the subspace: r (D + d) numbers.
+rank. A step, ``lr * scale * 0.2``, is at most ``tau`` of the root mean square of ``W``. There is no second moment, and
+of the momentum only the part in the subspace: r (D + d) numbers.
 
 What is from where: the orthogonalized momentum in a subspace is SUMO's (arXiv 2505.24749), a rest of the gradient
 beside it is Fira's (arXiv 2410.01623), rows of one length are SCALE's (arXiv 2506.16659), the root mean square is that
-of Moonlight's Muon (arXiv 2502.16982).
+of Moonlight's Muon (arXiv 2502.16982), and that weights measure a step is from LARS (arXiv 1708.03888).
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, randomize
 from ds_lowrank.methods.blocks.rest import row_squares, with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on, take_basis
+from ds_lowrank.methods.blocks.weight_size import size_of, weight_squares
 from ds_lowrank.sharding.matrix import MatrixShard
-from ds_lowrank.sharding.reduce import Program
+from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
 
 LENGTH = 0.2
@@ -57,6 +59,8 @@ class TandemOptions(RangeFinderOptions):
     """c: how long a direction outside the subspace is, relative to one in it."""
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
+    max_relative_step: float | None = Field(0.05, gt=0, allow_inf_nan=False)
+    """tau: the longest step of a matrix relative to its weights, in root mean squares; null for none."""
     basis_placement: BasisPlacement = "partitioned"
     """Whether a rank stores the rows of a basis that it owns, or keeps all that it computes with between refreshes."""
 
@@ -97,7 +101,10 @@ class TandemMethod(Method):
             yield from take_basis(shard, state, found.own, momentum)
         beta = options.momentum
         momentum.lerp_(found.projected, 1 - beta)  # M
-        direction = yield from orthogonalized(shard, found.projected.lerp(momentum, beta), "exact")  # N
+        direction, share = yield from concurrently(
+            orthogonalized(shard, found.projected.lerp(momentum, beta), "exact"), share_of_step(shard, options)
+        )
+        direction = share * direction  # N
         rank, c, size = basis.shape[2], options.rest_weight, shard.shape[0] * shard.shape[1]
         outside = min(shard.shape) - rank
         length = options.scale * LENGTH * sqrt(size / (rank + c * c * outside))
@@ -106,5 +113,19 @@ class TandemMethod(Method):
         _, squares = yield from row_squares(shard, options, found)
         lengths = squares.sqrt() * found.safe_scale
         shares = c * sqrt(outside / shard.kept.size) * safe_ratio(torch.ones_like(lengths), lengths)
-        shares = shares.clamp_max(LARGEST)
+        shares = (share * shares).clamp_max(LARGEST)
         return (yield from with_rest(shard, direction, found.projected, basis, shares, length))
+
+
+def share_of_step(shard: MatrixShard, options: TandemOptions) -> Program[torch.Tensor]:
+    """What is taken of a step so that it is not longer than ``tau`` times the weights: matrices x 1 x 1, fp32.
+
+    Args:
+        shard: the stack, with its weights.
+        options: with ``max_relative_step``, the learning rate and ``scale``.
+    """
+    step = options.effective_lr * options.scale * LENGTH
+    if options.max_relative_step is None or step == 0:
+        return torch.ones(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
+    squares = yield shard.all_reduce(weight_squares(shard))
+    return (options.max_relative_step / step * size_of(shard, squares)).clamp_max(1.0)

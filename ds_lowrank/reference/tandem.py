@@ -7,6 +7,7 @@
     X <- N Q^T + c sqrt((d - r) / D) E                     D rows
     W <- W - lr * scale * 0.2 sqrt(D d / (r + c^2 (d - r))) X - lr * weight_decay * W
 
+The step's root mean square, lr * scale * 0.2, is at most tau times that of W, or tau / 1000 if W is smaller than that.
 H is G, or G^T if the rows are compressed: kept x compressed, D x d. A row of the rest that is a rounding error of that
 of H is zero. If the larger side is compressed, the smaller one takes the place of d: a gradient has no more dimensions.
 """
@@ -51,6 +52,7 @@ class DenseTandem:
         momentum: float = 0.9,
         rest_weight: float = 2.0,
         scale: float = 1.0,
+        max_relative_step: float | None = 0.05,
         power_steps: int = 1,
         proj_type: str = "std",
         eps: float = 1e-8,
@@ -60,6 +62,7 @@ class DenseTandem:
         m, n = weight.shape
         self.weight, self.name, self.lr, self.gap, self.scale = weight, name, lr, update_proj_gap, scale
         self.rank, self.beta, self.c, self.power_steps = min(rank, m, n), momentum, rest_weight, power_steps
+        self.tau = max_relative_step
         self.right, self.weight_decay, self.seed, self.t = compresses_columns(proj_type, m, n), weight_decay, seed, 0
 
     def step(self, G: torch.Tensor, lr: float | None = None) -> None:
@@ -78,6 +81,9 @@ class DenseTandem:
         X = N @ self.Q.T
         if d > r and self.c:
             X = X + self.c * ((d - r) / H.shape[0]) ** 0.5 * rows_of_one_length(H - R @ self.Q.T, H)
+        length = lr * self.scale * 0.2
+        if self.tau is not None:
+            length = min(length, self.tau * max(1e-3, float(W.double().square().mean().sqrt())))
         W.mul_(1 - lr * self.weight_decay)
-        W.sub_(lr * self.scale * 0.2 * (size / (r + self.c**2 * (d - r))) ** 0.5 * X)
+        W.sub_(length * (size / (r + self.c**2 * (d - r))) ** 0.5 * X)
         self.t += 1

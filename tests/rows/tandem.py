@@ -9,9 +9,9 @@ ROW = Row(
     small=SMALL,
     cases=[
         CASE,
-        CASE | {"proj_type": "reverse_std", "momentum": 0.5},
-        CASE | {"proj_type": "left", "weight_decay": 0.1, "scale": 0.5},
-        CASE | {"rest_weight": 0.0},
+        CASE | {"proj_type": "reverse_std", "momentum": 0.5, "max_relative_step": None},
+        CASE | {"proj_type": "left", "weight_decay": 0.1, "scale": 0.5, "max_relative_step": 1e-4},
+        CASE | {"rest_weight": 0.0, "max_relative_step": 1e-3},
         CASE | {"rest_weight": 0.5, "power_steps": 0},
         CASE | {"rank": 20},
     ],

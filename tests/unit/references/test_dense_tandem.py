@@ -14,8 +14,19 @@ from tests.unit.references.common import SIDES, close, gaussian, zeros
 def test_an_update_has_a_root_mean_square_of_a_fifth_of_the_rate(shape, rank):
     """Both parts of it, of whose cosine nothing is left: rows of the rest are orthogonal to the basis."""
     weight = zeros(*shape)
-    DenseTandem(weight, rank=rank, lr=0.5).step(gaussian(*shape))
+    DenseTandem(weight, rank=rank, lr=0.5, max_relative_step=None).step(gaussian(*shape))
     assert abs(weight.square().mean().sqrt() - 0.2 * 0.5) < 1e-9
+
+
+@pytest.mark.parametrize("lr", [1.0, 1e3])
+@pytest.mark.parametrize("size, longest", [(0.0, 1e-4), (2e-2, 2e-3), (10.0, 1.0)])
+def test_the_longest_step_is_a_share_of_the_weights(lr, size, longest):
+    """Weights of zeros count as 0.001, and a short step is not made longer."""
+    before = size * torch.ones(12, 8, dtype=torch.float64)
+    weight = before.clone()
+    DenseTandem(weight, rank=3, lr=lr, max_relative_step=0.1).step(gaussian(12, 8))
+    step = (weight - before).square().mean().sqrt()
+    assert abs(step / min(0.2 * lr, longest) - 1) < 1e-9
 
 
 @pytest.mark.parametrize("shape", SIDES.values())
@@ -31,7 +42,7 @@ def test_the_size_of_a_gradient_decides_nothing(shape):
 
 def test_at_full_rank_without_momentum_it_is_the_polar_factor():
     weight, gradient = zeros(12, 8), gaussian(12, 8)
-    DenseTandem(weight, rank=8, momentum=0.0, lr=1.0).step(gradient)
+    DenseTandem(weight, rank=8, momentum=0.0, lr=1.0, max_relative_step=None).step(gradient)
     U, _, Vh = torch.linalg.svd(gradient, full_matrices=False)
     assert close(-weight, 0.2 * 12**0.5 * U @ Vh)
 
