@@ -80,7 +80,7 @@ def undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef, file: str) -> Fun
     """Return a function without its docstrings, which are removed from the node."""
     for inner in ast.walk(node):
         if isinstance(inner, DEFINITIONS) and ast.get_docstring(inner, clean=False) is not None:
-            inner.body = inner.body[1:]
+            inner.body = inner.body[1:] or [ast.Pass()]
     returns = bool(node.body) and isinstance(node.body[-1], ast.Return)
     return Function(file, node.args, tuple(map(ast.unparse, node.body)), returns)
 

@@ -16,7 +16,7 @@ from ds_lowrank.data.split import Split, split_key
 
 LINES = 3
 LONGEST = 400
-CLASSES = ("1", "2", "3 or more")
+CLASSES = ("one", "two", "three or more")
 FUNCTIONS: dict[Split, int] = {"train": 700, "validation": 190}
 """The most functions of each class."""
 
