@@ -66,6 +66,7 @@ def test_no_file_and_no_body_is_in_both_splits(task):
     assert len(set(map(text_of, rows))) == len(rows)
 
 
+@pytest.mark.slow
 def test_a_second_call_gives_the_same_bytes(task):
     name, rows, _, _ = task
     assert json.dumps(BUILT_IN[name].rows()) == json.dumps(rows)
