@@ -166,7 +166,7 @@ def main() -> None:
     rows = summary(table, won, seconds)
     print(as_markdown(rows))
     if arguments.json is not None:
-        write_json(arguments.json, {**origin(arguments), "numbers": rows, **kept.as_record()})
+        write_json(arguments.json, {**origin(arguments), "shared": shared, "numbers": rows, **kept.as_record()})
     if arguments.plot is not None:
         curves = {
             name: [records for s, records in table.found.items() if replace(s, seed=setting.seed) == setting]
