@@ -2,8 +2,8 @@
 
 A body is the statements of an outermost function of the standard library, without docstrings, and without a ``return``
 at the end, which would give the order away. Bodies with fewer than ``STATEMENTS`` statements or more than ``LONGEST``
-characters are skipped, and a body that occurs several times counts once, for the first path in sorted order. The first
-half has as many statements as the second one, or one fewer.
+characters are skipped, and a body that occurs several times counts once, for the first path in sorted order. The middle
+one of an odd number of statements is in either half, equally often, so that their lengths do not give the order away.
 
 Of every package, and in it of the files to train on and of those held out, half of the pairs are swapped, at most
 ``PAIRS`` pairs in all.
@@ -43,18 +43,17 @@ def halves_of_functions() -> list[dict[str, str]]:
 
 
 def _is_wanted(statements: tuple[str, ...]) -> bool:
-    short = len("\n".join(statements)) <= LONGEST
-    middle = len(statements) // 2
+    short, middle = len("\n".join(statements)) <= LONGEST, len(statements) // 2
     return short and len(statements) >= STATEMENTS and statements[:middle] != statements[middle:]
 
 
 def _halves(function: Function, statements: tuple[str, ...]) -> tuple[str, str, str]:
-    middle = len(statements) // 2
+    middle = (len(statements) + split_key("\n".join(statements)) % 2) // 2  # the hash is as good as a coin
     return "\n".join(statements[:middle]), "\n".join(statements[middle:]), function.file
 
 
 def _half_of_them_swapped(bodies: list[tuple[str, str, str]]) -> list[dict[str, str]]:
-    # The order of the hashes is as good as random. An odd body is left out, so that both labels are equally frequent.
+    # The order of the hashes is as good as random. Of an odd number one is left out: both labels are equally frequent.
     chosen = sorted(bodies, key=lambda body: split_key("\n".join(body[:2])))[: min(PAIRS, len(bodies) // 2 * 2)]
     rows = []
     for number, (first, second, file) in enumerate(chosen):
