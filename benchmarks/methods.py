@@ -16,14 +16,12 @@ and amortised over a refresh interval. Runs that a file of ``--json`` has are no
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from threading import Lock
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,7 +32,8 @@ from benchmarks.common import table as as_markdown
 from benchmarks.contenders import GAP, Contender, contenders
 from benchmarks.method_times import time_in_turns
 from benchmarks.plots import draw_methods
-from benchmarks.runs import Found, Records, Setting, final
+from benchmarks.runs import Found, Setting, final
+from benchmarks.sweeps import KeptRuns, around, best_on_line
 from ds_lowrank.training.param_groups import matrix_groups
 
 ADAMW_LRS = (0.02, 0.04, 0.08, 0.16)
@@ -43,52 +42,29 @@ SIZES = {"small": "llama_9m", "medium": "llama_20m"}
 """Models by the size that ``--size`` names; with a vocabulary of 4096 they have 1.8 and 5.3 million parameters."""
 
 
-def around(value: float) -> tuple[float, float, float]:
-    """Return a value, half of it and twice of it."""
-    return value, value / 2, 2 * value
-
-
-def best_on_line(first: float, loss: Callable[[float], float], more: int) -> float:
-    """Return the value with the lowest loss of one, its half and its double, and up to ``more`` values beyond."""
-    losses = {value: loss(value) for value in around(first)}
-    while True:
-        tried = sorted(losses)
-        winner = min(tried, key=losses.__getitem__)
-        if more == 0 or winner not in (tried[0], tried[-1]):
-            return winner
-        beyond = winner / 2 if winner == tried[0] else 2 * winner
-        losses[beyond] = loss(beyond)
-        more -= 1
-
-
 class Table:
     """The runs of all contenders, some of which may be known already.
 
     Args:
         work: The folder for all runs.
         arguments: The command line.
-        known: The records of runs that were made before, by setting.
-        shared: What all runs have in common.
+        kept: The runs, with the records of those that were made before.
     """
 
-    def __init__(self, work: Path, arguments: argparse.Namespace, known: Found, shared: Mapping[str, Any]) -> None:
-        self._work, self._arguments, self.found, self._shared = work, arguments, known, shared
-        self._writing = Lock()
+    def __init__(self, work: Path, arguments: argparse.Namespace, kept: KeptRuns[Setting]) -> None:
+        self._work, self._arguments, self._kept = work, arguments, kept
+
+    @property
+    def found(self) -> Found:
+        """The records of all runs, by setting."""
+        return self._kept.found
 
     def run(self, contender: Contender, lr: float, scale: float, seed: int) -> float:
         """Return the final loss of one run, which is made if it is not known."""
         setting = Setting(contender.name, lr, scale, seed)
-        if setting not in self.found:
-            optimizer, factor = contender.optimizer(lr, scale), None if contender.has_scale else scale
-            self.found[setting] = runs.train(setting, optimizer, self._work, self._arguments, factor)
-            if self._arguments.json is not None:  # a long command that is stopped goes on from here
-                with self._writing:
-                    write_json(self._arguments.json, {"shared": self._shared, "runs": self.made()})
-        return final(self.found[setting])
-
-    def made(self) -> Numbers:
-        """Return all runs, as they are recorded."""
-        return [{"setting": vars(setting), "records": short(records)} for setting, records in list(self.found.items())]
+        optimizer, factor = contender.optimizer(lr, scale), None if contender.has_scale else scale
+        make = partial(runs.train, setting, optimizer, self._work, self._arguments, factor)
+        return final(self._kept.get(setting, make))
 
     def best_of_adamw(self, adamw: Contender) -> Setting:
         """Sweep both rates of AdamW with one seed, and run the best ones with all of them."""
@@ -172,21 +148,6 @@ def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, floa
     return sorted(rows, key=lambda row: row["loss"])
 
 
-def known_runs(file: Path | None, shared: Mapping[str, Any]) -> Found:
-    """Return the runs that a file of numbers has, if they are of the same length and model."""
-    if file is None or not file.exists():
-        return {}
-    record = json.loads(file.read_text())
-    if record.get("shared") != dict(shared):
-        raise SystemExit(f"{file} has runs of {record.get('shared')}, this command makes runs of {dict(shared)}")
-    return {Setting(**run["setting"]): run["records"] for run in record["runs"]}
-
-
-def short(records: Records) -> Records:
-    """Return what the table and the picture need of a run's records."""
-    return [{key: record[key] for key in KEPT if key in record} for record in records]
-
-
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = options(__doc__)
@@ -211,7 +172,8 @@ def main() -> None:
     chosen = [c for c in every if arguments.only is None or c.name in ("AdamW", *arguments.only)]
     shared = {key: getattr(arguments, key) for key in ("size", "steps", "batch_size", "sequence_length")}
     with runs.working_folder(arguments.work) as work:
-        table = Table(work, arguments, known_runs(arguments.json, shared), shared)
+        kept = KeptRuns(arguments.json, shared, Setting, KEPT)
+        table = Table(work, arguments, kept)
         won = search_all(table, chosen, arguments.jobs)
         optimizers = {c.name: c.optimizer(won[c.name].lr, won[c.name].scale) for c in chosen}
         sizes = (arguments.batch_size, arguments.sequence_length)
@@ -219,7 +181,7 @@ def main() -> None:
     rows = summary(table, won, seconds)
     print(as_markdown(rows))
     if arguments.json is not None:
-        write_json(arguments.json, {**origin(arguments), "shared": shared, "numbers": rows, "runs": table.made()})
+        write_json(arguments.json, {**origin(arguments), "shared": shared, "numbers": rows, **kept.as_record()})
     if arguments.plot is not None:
         curves = {
             name: [records for s, records in table.found.items() if replace(s, seed=setting.seed) == setting]

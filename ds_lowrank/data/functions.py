@@ -8,21 +8,14 @@ path in sorted order.
 
 from __future__ import annotations
 
-import ast
-import sysconfig
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
-from ds_lowrank.data.errors import DataError, NotTextError
-from ds_lowrank.data.files import files_below
+from ds_lowrank.data.library import library_files, outermost_functions, without_sources
 from ds_lowrank.data.split import split_key
-from ds_lowrank.data.text import read_text
 
 CLASSES = 10
 FUNCTIONS = 240
 LINES = 4
-LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 
 
 def standard_library_functions() -> list[dict[str, str]]:
@@ -34,12 +27,10 @@ def standard_library_functions() -> list[dict[str, str]]:
     Raises:
         DataError: the interpreter comes without the sources of its standard library.
     """
-    by_package = _functions_of_packages(Path(sysconfig.get_path("stdlib")))
+    by_package = _functions_of_packages()
     largest = sorted(by_package, key=lambda package: (-len(by_package[package]), package))[:CLASSES]
     if len(largest) < 2:
-        raise DataError(
-            "this Python comes without the sources of its standard library: give a file of your own as --data"
-        )
+        raise without_sources()
     # The order of the hashes is as good as random, and does not change when the library gains a function.
     return [
         {"text": source, "label": package}
@@ -48,14 +39,14 @@ def standard_library_functions() -> list[dict[str, str]]:
     ]
 
 
-def _functions_of_packages(root: Path) -> dict[str, list[str]]:
+def _functions_of_packages() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
-    for path in files_below(root, lambda name: name in LEFT_OUT, suffix=".py"):
-        package, *inside = path.relative_to(root).parts
+    for path, text in library_files():
+        package, *inside = path.parts
         if not inside:
             continue
-        for source in functions_in(_text_or_nothing(path)):
+        for source in functions_in(text):
             if source not in seen:
                 seen.add(source)
                 found.setdefault(package, []).append(source)
@@ -68,32 +59,11 @@ def functions_in(text: str) -> Iterator[str]:
     Args:
         text: the source of the module. If it does not parse, there are no functions.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            module = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return
     lines = text.splitlines(keepends=True)
-    for function in _outermost(module):
+    for function in outermost_functions(text):
         assert function.end_lineno is not None
         if function.end_lineno - function.lineno + 1 >= LINES:
             own = lines[function.lineno - 1 : function.end_lineno]
             # Not textwrap.dedent: a multi-line string inside may be indented less than the function.
             indentation = own[0][: -len(own[0].lstrip())]
             yield "".join(line.removeprefix(indentation) for line in own).rstrip()
-
-
-def _outermost(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-        else:
-            yield from _outermost(child)
-
-
-def _text_or_nothing(path: Path) -> str:
-    try:
-        return read_text(path)
-    except NotTextError:
-        return ""

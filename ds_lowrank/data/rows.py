@@ -3,6 +3,8 @@
 | spec | rows | validation |
 |---|---|---|
 | ``stdlib-functions`` | functions of the standard library (see ``functions.py``) | a fraction of the rows |
+| ``stdlib-order`` | pairs of halves of their bodies (see ``halves.py``) | a fraction of the files |
+| ``stdlib-parameters`` | their bodies (see ``parameters.py``) | a fraction of the files |
 | a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file | its records | a second file, or a fraction of the rows |
 | ``glue:TASK`` | the data set of that task, from the hub | its own split; MNLI has two |
 | ``hf:NAME[:CONFIG]`` | a data set of the hub, or a local folder, through ``datasets`` | its ``validation`` split |
@@ -21,16 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_lowrank.collectives import first_on_node
+from ds_lowrank.data.built_in import BUILT_IN
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.files import ROW_FORMATS, file_format
-from ds_lowrank.data.functions import standard_library_functions
 from ds_lowrank.data.glue import GLUE, HUB_NAME
+from ds_lowrank.data.library import HELD_OUT
 from ds_lowrank.data.records import Row, read_rows
 from ds_lowrank.data.split import split_of
 from ds_lowrank.data.stream import cause, name_and_config
 
-FUNCTIONS = "stdlib-functions"
-FUNCTIONS_HELD_OUT = 0.2
 NO_SPLIT = "none"
 """As the name of the validation split: a fraction of the training split is held out."""
 
@@ -84,11 +85,12 @@ def open_rows(spec: str, validation: Path | None, held_out: float, seed: int, sp
 
 def _read(spec: str, validation: Path | None, held_out: float, seed: int, splits: Splits) -> Rows:
     path = Path(spec).expanduser()
-    local = not spec.startswith(("glue:", "hf:")) and spec != FUNCTIONS
+    local = not spec.startswith(("glue:", "hf:")) and spec not in BUILT_IN
     if validation is not None and not local:
         raise DataError(f"{spec!r} has its own validation split: leave --validation out")
-    if spec == FUNCTIONS:
-        rows = _held_out(_numbered(standard_library_functions(), FUNCTIONS), FUNCTIONS_HELD_OUT, seed=0)
+    if spec in BUILT_IN:
+        task = BUILT_IN[spec]
+        rows = _held_out(_numbered(task.rows(), spec), HELD_OUT, seed=0, column=task.held_out_by)
     elif spec.startswith("glue:"):
         rows = _glue(spec)
     elif spec.startswith("hf:"):
@@ -114,7 +116,8 @@ def _read(spec: str, validation: Path | None, held_out: float, seed: int, splits
 
 def _file(path: Path) -> list[Row]:
     if not os.path.isfile(path):
-        raise DataError(f"no data at '{path}': give an existing file, '{FUNCTIONS}', 'glue:TASK' or 'hf:NAME[:CONFIG]'")
+        known = ", ".join(f"'{name}'" for name in (*BUILT_IN, "glue:TASK"))
+        raise DataError(f"no data at '{path}': give an existing file, {known} or 'hf:NAME[:CONFIG]'")
     if file_format(path) not in ROW_FORMATS:
         raise DataError(f"{path}: not a format with columns; give {', '.join(ROW_FORMATS)}")
     return read_rows(path)
@@ -124,10 +127,12 @@ def _numbered(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     return [Row(row, f"{name}, row {number}") for number, row in enumerate(rows)]
 
 
-def _held_out(rows: Sequence[Row], share: float, seed: int) -> Rows:
-    """Split rows by the hash of their whole contents."""
+def _held_out(rows: Sequence[Row], share: float, seed: int, column: str | None = None) -> Rows:
+    """Split rows by the hash of their whole contents and the seed, or by that of one column."""
 
     def split(row: Row) -> str:
+        if column is not None:
+            return split_of(row[column], share)
         return split_of(f"{seed}\n{json.dumps(row, sort_keys=True, default=str)}", share)
 
     splits = [split(row) for row in rows]

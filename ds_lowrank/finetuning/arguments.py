@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ds_lowrank.data.rows import FUNCTIONS
+from ds_lowrank.data.built_in import BUILT_IN, FUNCTIONS
 from ds_lowrank.finetuning.answers import MATCHES
 from ds_lowrank.finetuning.presets import PRESETS
 from ds_lowrank.finetuning.templates import NAMED
@@ -111,7 +111,7 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--task", choices=("classification", "causal-lm", *PRESETS), default="classification")
     group.add_argument(
-        "--data", type=word, default=FUNCTIONS, help=f"{FUNCTIONS}, a file, glue:TASK or hf:NAME[:CONFIG]"
+        "--data", type=word, default=FUNCTIONS, help=f"{', '.join(BUILT_IN)}, a file, glue:TASK or hf:NAME[:CONFIG]"
     )
     group.add_argument("--validation", type=path, metavar="FILE", help="validation examples, if --data is a file")
     group.add_argument("--train-split", type=word, metavar="NAME", help="hf: the split to train on; train by default")
@@ -129,7 +129,7 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
         type=word,
         nargs="+",
         metavar="NAME",
-        help="one, or two for pairs; by default the GLUE task's, else text",
+        help="one, or two for pairs; by default those of a task by name, else text",
     )
     group.add_argument(
         "--label-column", type=word, default="label", metavar="NAME", help="column of classes or numbers"

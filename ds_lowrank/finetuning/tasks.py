@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from deepspeed import DeepSpeedEngine
 
+from ds_lowrank.data.built_in import BUILT_IN
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.example_tokenizer import ExampleTokenizer
 from ds_lowrank.data.examples import Example, HeldOut
@@ -126,7 +127,8 @@ def make_task(arguments: Namespace, rows: Rows) -> Task:
         DataError: a column does not exist or cannot be used for the task.
     """
     glue = GLUE.get(arguments.data.removeprefix("glue:")) if arguments.data.startswith("glue:") else None
-    columns = tuple(arguments.text_column or (glue.columns if glue else ("text",)))
+    known = glue or BUILT_IN.get(arguments.data)
+    columns = tuple(arguments.text_column or (known.columns if known else ("text",)))
     if arguments.task == "causal-lm":
         return _causal_lm(arguments, rows, columns)
     _check_columns(rows, (arguments.label_column,), "--label-column")

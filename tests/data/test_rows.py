@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import pytest
 
-from ds_lowrank.data import rows as rows_module
+from ds_lowrank.data.built_in import BUILT_IN
+from ds_lowrank.data.built_in import FUNCTIONS as FUNCTIONS_TASK
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.functions import CLASSES, FUNCTIONS, functions_in, standard_library_functions
 from ds_lowrank.data.rows import Splits, open_rows
@@ -105,8 +107,8 @@ def test_the_standard_library_has_balanced_classes(functions):
 
 
 def test_no_function_is_in_both_splits(functions, monkeypatch):
-    monkeypatch.setattr(rows_module, "standard_library_functions", lambda: functions)
-    found = opened("stdlib-functions")
+    monkeypatch.setitem(BUILT_IN, FUNCTIONS_TASK, replace(BUILT_IN[FUNCTIONS_TASK], rows=lambda: functions))
+    found = opened(FUNCTIONS_TASK)
     train, validation = ({row["text"] for row in part} for part in (found.train, found.validation[""]))
     assert len(train) + len(validation) == len(functions)  # each source is there once
     assert not train & validation

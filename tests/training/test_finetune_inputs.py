@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from ds_lowrank.data.built_in import BUILT_IN
 from ds_lowrank.data.errors import DataError
 from ds_lowrank.data.records import Row
 from ds_lowrank.finetuning.arguments import parse
@@ -170,6 +171,16 @@ def test_tokens_beyond_the_model_that_the_data_do_not_use_are_no_reason_to_refus
     # 400 tokens for a model of 300.
     (message,) = run_ranks(1, set_up_error, command_line(folder, "wide", "--tokenizer", str(folder / "wide")))
     assert message == "nothing refused"
+
+
+@pytest.mark.slow
+def test_built_in_tasks_need_no_other_flag_and_are_the_same_on_both_ranks(folder):
+    by_file = [name for name, task in BUILT_IN.items() if task.held_out_by == "file"]
+    starts = [command_line(folder, name, "--data", name) for name in by_file]
+    for start in starts:
+        validation = start.index("--validation")
+        del start[validation : validation + 2]
+    assert run_ranks(2, set_up_errors, starts) == [["nothing refused"] * len(by_file)] * 2
 
 
 def set_up_error_of_own_command(command_lines):
