@@ -222,7 +222,8 @@ class Tandem(LowRankOptimizer):
         momentum: the share of the momentum that a step keeps, beta; 0.9.
         rest_weight: how long a direction outside the subspace is, relative to one in it, c; 2.0.
         scale: multiplies the update of a projected matrix, not its weight decay; 1.0.
-        max_relative_step: the longest step of a matrix relative to its weights, in root mean squares, tau, or None; 0.05.
+        max_relative_step: the longest step of a matrix relative to its weights, in root mean squares, tau, or None for
+            no limit; 0.05.
         basis_placement: whether a rank stores the rows of a basis that it owns, ``partitioned`` (the default), or keeps
             all that it computes with between refreshes, ``replicated``.
         basis_dtype: how bases are stored between steps, ``fp32`` (the default), ``bf16`` or ``int4``.
