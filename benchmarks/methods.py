@@ -6,8 +6,9 @@ Every run is launch/pretrain.py on one rank and one core, two runs at a time, on
 swept first: the learning rate of everything, and at the best one a factor on that of the matrices. What is not
 projected takes AdamW's best rate in every run. Each method's factor on the matrices' rate is then swept alike, by
 factors of two, beyond the ends of the sweep while an end is best. The sweep has one seed, the best factor has all of
-them: *loss* is their mean, with its standard error. *half* and *twice* are what the first seed loses at half and at
-twice the best rate.
+them: *loss* is their mean, with its standard error. *above AdamW* is the mean of the differences within a seed, which
+decides the weights' start and the order of the data, and has a standard error of its own. *half* and *twice* are what
+the first seed loses at half and at twice the best rate.
 
 *state bytes* covers the projected matrices at the end. *step* is a whole training step, timed in turns in one process
 and amortised over a refresh interval. Runs that a file of ``--json`` has are not repeated: a table may grow over days.
@@ -98,9 +99,10 @@ class Table:
         for seed in range(best.seed, best.seed + self._arguments.seeds):
             self.run(contender, best.lr, best.scale, seed)
 
-    def losses(self, setting: Setting) -> list[float]:
-        """Return the final losses of a setting, one for each seed that was run."""
-        return [final(self.found[s]) for s in self.found if replace(s, seed=setting.seed) == setting]
+    def losses(self, setting: Setting) -> dict[int, float]:
+        """Return the final losses of a setting by the seeds that were run."""
+        same = {s.seed: final(self.found[s]) for s in self.found if replace(s, seed=setting.seed) == setting}
+        return dict(sorted(same.items()))
 
 
 def search_all(table: Table, chosen: Sequence[Contender], jobs: int) -> dict[str, Setting]:
@@ -110,6 +112,11 @@ def search_all(table: Table, chosen: Sequence[Contender], jobs: int) -> dict[str
     with ThreadPoolExecutor(jobs) as pool:
         found = pool.map(lambda contender: table.search(contender, best.lr), others)
         return {adamw.name: best} | {c.name: setting for c, setting in zip(others, found, strict=True)}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return that of the mean; None for one value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def adamw_bytes() -> int:
@@ -123,8 +130,11 @@ def adamw_bytes() -> int:
 def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, float]) -> Numbers:
     """Return one record per contender, the lowest loss first."""
     rows: Numbers = []
+    of_adamw = table.losses(won["AdamW"])
     for name, setting in won.items():
-        losses, last = table.losses(setting), table.found[setting][-1]
+        by_seed, last = table.losses(setting), table.found[setting][-1]
+        losses = list(by_seed.values())
+        above = [by_seed[seed] - of_adamw[seed] for seed in by_seed if seed in of_adamw]
         beside = [replace(setting, scale=scale) for scale in around(setting.scale)[1:]]
         lost = [final(table.found[s]) - final(table.found[setting]) if s in table.found else None for s in beside]
         state = last.get("lowrank/state_bytes", adamw_bytes())
@@ -132,7 +142,9 @@ def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, floa
             {
                 "optimizer": name,
                 "loss": mean(losses),
-                "standard error": stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None,
+                "standard error": standard_error(losses),
+                "above AdamW": mean(above),
+                "its standard error": standard_error(above),
                 "seeds": ", ".join(f"{loss:.3f}" for loss in losses),
                 "lr": setting.lr,
                 "scale": setting.scale,

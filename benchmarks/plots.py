@@ -108,8 +108,8 @@ LEAST_SHARE = 3e-4
 def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Path) -> None:
     """Draw each method at its best setting, as a mean over seeds.
 
-    The panels show the final loss of all, with its standard error, over the bytes of state relative to AdamW's; and how
-    far the best are from AdamW in the last two thirds of the steps.
+    The panels show the final loss of all, with its standard error, over the bytes of state relative to AdamW's; how far
+    the best are from AdamW in the last two thirds of the steps; and their losses there over the time of their steps.
 
     Args:
         runs: The runs of each method's best setting, one for each seed.
@@ -119,7 +119,7 @@ def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Pat
     colour = colours(list(runs))
     curves = {name: mean_curve(own) for name, own in runs.items()}
     base = curves["AdamW"]
-    with picture(path, (13, 5.2), (1.5, 1)) as (states, above):
+    with picture(path, (17, 5.6), (1.6, 1, 1)) as (states, above, seconds):
         for row in rows:
             name, share = row["optimizer"], max(row["over AdamW's"], LEAST_SHARE)
             states.errorbar(share, row["loss"], yerr=row["standard error"], fmt="o", color=colour[name])
@@ -129,9 +129,13 @@ def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Pat
             late = [step for step in curves[name] if step in base and 3 * step >= max(base)]
             difference = [curves[name][step] - base[step] for step in late]
             above.plot(late, difference, "o-", color=colour[name], markersize=4, label=name)
+            times, losses = [step * row["step over AdamW"] for step in late], [curves[name][step] for step in late]
+            seconds.plot(times, losses, "o-", color=colour[name], markersize=4, label=name)
         states.axhline(next(row["loss"] for row in rows if row["optimizer"] == "AdamW"), color="gray", linewidth=0.8)
         states.set_xscale("log")
         states.set_xlabel("bytes of state of the matrices, over AdamW's")
         states.set_ylabel("final validation loss (nats per token)")
         above.set_xlabel("optimizer step")
         above.set_ylabel("validation loss above AdamW's")
+        seconds.set_xlabel("time, in AdamW's steps")
+        seconds.set_ylabel("validation loss")
