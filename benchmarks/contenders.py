@@ -52,6 +52,7 @@ def contenders(width: int) -> tuple[Contender, ...]:
     muon = {"full_share": 1.0, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
     return (
         Contender("AdamW", "AdamW", {"torch_adam": True}, 1 / 32),
+        Contender("AdamW-0.95", "AdamW", {"torch_adam": True, "betas": [0.9, 0.95]}, 1 / 32),
         Contender("Tandem", "Tandem", {"rank": rank}, 1 / 4),
         Contender("Tandem-Mini", "Tandem", {"rank": width // 8, **eight_bits}, 1 / 4),
         Contender("Muon", "Gum", muon, 1 / 4),
