@@ -3,12 +3,12 @@
 python -m benchmarks.methods
 
 Every run is launch/pretrain.py on one rank and one core, two runs at a time, on the standard library's source. AdamW is
-swept first: the learning rate of everything, and at the best one a factor on that of the matrices. What is not
-projected takes AdamW's best rate in every run. Each method's factor on the matrices' rate is then swept alike, by
-factors of two, beyond the ends of the sweep while an end is best. The sweep has one seed, the best factor has all of
-them: *loss* is their mean, with its standard error. *above AdamW* is the mean of the differences within a seed, which
-decides the weights' start and the order of the data, and has a standard error of its own. *half* and *twice* are what
-the first seed loses at half and at twice the best rate.
+swept first: the learning rate of everything, then this rate and a factor on that of the matrices, by factors of two,
+until each of the six neighbours is worse. What is not projected takes AdamW's best rate in every run. Each method's
+factor on the matrices' rate is then swept alike, by factors of two, beyond the ends of the sweep while an end is best.
+The sweep has one seed, the best factor has all of them: *loss* is their mean, with its standard error. *above AdamW* is
+the mean of the differences within a seed, which decides the weights' start and the order of the data, and has a
+standard error of its own. *half* and *twice* are what the first seed loses at half and at twice the best rate.
 
 *state bytes* covers the projected matrices at the end. *step* is a whole training step, timed in turns in one process
 and amortised over a refresh interval. Runs that a file of ``--json`` has are not repeated: a table may grow over days.
@@ -38,6 +38,8 @@ from benchmarks.sweeps import KeptRuns, around, best_on_line
 from ds_lowrank.training.param_groups import matrix_groups
 
 ADAMW_LRS = (0.02, 0.04, 0.08, 0.16)
+NEIGHBOURS = ((2, 1), (1 / 2, 1), (1, 2), (1, 1 / 2), (2, 1 / 2), (1 / 2, 2))
+"""Factors on AdamW's rate of everything, and on the factor for the matrices."""
 KEPT = ("step", "eval_loss", "lowrank/state_bytes", "lowrank/mean_rank")
 SIZES = {"small": "llama_9m", "medium": "llama_20m"}
 """Models by the size that ``--size`` names; with a vocabulary of 4096 they have 1.8 and 5.3 million parameters."""
@@ -68,20 +70,23 @@ class Table:
         return final(self._kept.get(setting, make))
 
     def best_of_adamw(self, adamw: Contender) -> Setting:
-        """Sweep both rates of AdamW with one seed, and run the best ones with all of them."""
-        first, jobs = self._arguments.seed, self._arguments.jobs
+        """Sweep both rates of AdamW with one seed until no neighbour is better, and run the best with all seeds."""
         lrs = ADAMW_LRS[: 1 if self._arguments.quick else None]
-        with ThreadPoolExecutor(jobs) as pool:
-            losses = list(pool.map(lambda lr: self.run(adamw, lr, adamw.scale, first), lrs))
-        best = self.search(adamw, lrs[losses.index(min(losses))])
-        if self._arguments.quick:
-            return best
-        others = [replace(best, lr=lr, scale=best.scale * best.lr / lr) for lr in around(best.lr)]
-        with ThreadPoolExecutor(jobs) as pool:
-            losses = list(pool.map(lambda other: self.run(adamw, other.lr, other.scale, first), others))
-        best = others[losses.index(min(losses))]
+        best = self.best_of(adamw, [Setting(adamw.name, lr, adamw.scale, self._arguments.seed) for lr in lrs])
+        while not self._arguments.quick:
+            beside = [replace(best, lr=a * best.lr, scale=b * best.scale) for a, b in NEIGHBOURS]
+            found = self.best_of(adamw, [best, *beside])
+            if found == best:
+                break
+            best = found
         self.with_all_seeds(adamw, best)
         return best
+
+    def best_of(self, contender: Contender, settings: Sequence[Setting]) -> Setting:
+        """Return the setting with the lowest loss; several are run at a time."""
+        with ThreadPoolExecutor(self._arguments.jobs) as pool:
+            losses = list(pool.map(lambda s: self.run(contender, s.lr, s.scale, s.seed), settings))
+        return settings[losses.index(min(losses))]
 
     def search(self, contender: Contender, lr: float) -> Setting:
         """Sweep the factor on the matrices' rate with one seed, and run the best one with all of them."""
