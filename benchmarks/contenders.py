@@ -75,5 +75,5 @@ def contenders(width: int) -> tuple[Contender, ...]:
         Contender("Lorenza", "Lorenza", basis, 1 / 8),
         Contender("GaLore-random", "GaLore", {**basis, "projector": "random"}, 1 / 8),
         Contender("GaLore-DCT", "GaLore", {**basis, "projector": "dct"}, 1 / 8),
-        Contender("Cosmos", "Cosmos", {"rank": rank}, 1 / 4),
+        Contender("Cosmos", "Cosmos", {"rank": rank}, 1 / 16),
     )
