@@ -116,7 +116,7 @@ def draw_methods(runs: Mapping[str, Sequence[Records]], rows: Numbers, path: Pat
         rows: The table of the methods, the best first.
         path: The PNG file.
     """
-    colour = colours(list(runs))
+    colour = colours([row["optimizer"] for row in rows])
     curves = {name: mean_curve(own) for name, own in runs.items()}
     base = curves["AdamW"]
     with picture(path, (17, 5.6), (1.6, 1, 1)) as (states, above, seconds):
