@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import product
 from statistics import mean
 from typing import Any
 
 from benchmarks import runs
 from benchmarks.common import Numbers, options, origin, write_json
 from benchmarks.common import table as as_markdown
-from benchmarks.runs import Setting, final
+from benchmarks.contenders import Contender
+from benchmarks.methods import Table
+from benchmarks.runs import Setting
 from benchmarks.sweeps import KeptRuns
 
 KEPT = ("step", "eval_loss", "lowrank/state_bytes")
@@ -50,15 +50,15 @@ def label(change: dict[str, Any]) -> str:
     return "_".join(["Tandem", *(f"{key}={value}" for key, value in change.items())])
 
 
-def record_of(kept: KeptRuns[Setting], change: dict[str, Any], settings: list[Setting], defaults: list[float]) -> Any:
+def record_of(table: Table, change: dict[str, Any], setting: Setting, default: Setting) -> dict[str, Any]:
     """Return one row of the table."""
-    losses = [final(kept.found[setting]) for setting in settings]
+    losses, defaults = table.losses(setting).values(), table.losses(default).values()
     return {
         "changed": ", ".join(f"{key} {value}" for key, value in change.items()) or "nothing",
         "loss": mean(losses),
         "seeds": ", ".join(f"{loss:.3f}" for loss in losses),
         "difference": mean(losses) - mean(defaults),
-        "state bytes": kept.found[settings[0]][-1]["lowrank/state_bytes"],
+        "state bytes": table.found[setting][-1]["lowrank/state_bytes"],
     }
 
 
@@ -78,21 +78,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and report."""
     arguments = parse()
-    lr, scale, rank = arguments.lr, arguments.scale, runs.model()["hidden_size"] // 4
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    rank = runs.model()["hidden_size"] // 4
     shared = {key: getattr(arguments, key) for key in ("steps", "batch_size", "sequence_length")}
     kept = KeptRuns(arguments.json, shared, Setting, KEPT)
-    settings = {label(change): [Setting(label(change), lr, scale, seed) for seed in seeds] for change in CHANGES}
+    contenders = [Contender(label(change), "Tandem", {"rank": rank, **change}, arguments.scale) for change in CHANGES]
+    settings = [Setting(contender.name, arguments.lr, contender.scale, arguments.seed) for contender in contenders]
     with runs.working_folder(arguments.work) as work, ThreadPoolExecutor(arguments.jobs) as pool:
-
-        def run(change: dict[str, Any], seed: int) -> None:
-            optimizer = {"type": "Tandem", "params": {"rank": rank, "lr": lr, "scale": scale, **change}}
-            setting = Setting(label(change), lr, scale, seed)
-            kept.get(setting, partial(runs.train, setting, optimizer, work, arguments, None))
-
-        list(pool.map(run, *zip(*product(CHANGES, seeds), strict=True)))
-    defaults = [final(kept.found[setting]) for setting in settings[label({})]]
-    rows: Numbers = [record_of(kept, change, settings[label(change)], defaults) for change in CHANGES]
+        table = Table(work, arguments, kept)
+        list(pool.map(table.with_all_seeds, contenders, settings))
+    rows: Numbers = [record_of(table, change, own, settings[0]) for change, own in zip(CHANGES, settings, strict=True)]
     print(as_markdown(rows))
     if arguments.json is not None:
         write_json(arguments.json, {**origin(arguments), "numbers": rows, **kept.as_record()})

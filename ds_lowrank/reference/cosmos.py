@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, singular_basis
+from ds_lowrank.reference.galore import compresses_columns, leading_basis, positive_qr
 from ds_lowrank.reference.gum import newton_schulz
 from ds_lowrank.reference.sketch import sketch
 
@@ -66,10 +66,8 @@ class DenseCosmos:
 
     def first_basis(self, G: torch.Tensor) -> torch.Tensor:
         """A basis of the first gradient's leading subspace, compressed x r."""
-        if self.projector == "svd":
-            return singular_basis(G, self.rank, self.right)
-        H = G if self.right else G.T
-        return randomized_basis(H, sketch(self.seed, self.name, 0, H.shape[1], self.rank))
+        W = sketch(self.seed, self.name, 0, G.shape[1 if self.right else 0], self.rank)
+        return leading_basis(G, W, self.right, self.projector)
 
     def move_basis(self, G: torch.Tensor, H: torch.Tensor) -> None:
         """One power iteration on the average of ``H^T H``, which S stands for in the old subspace."""

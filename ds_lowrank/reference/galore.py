@@ -50,6 +50,11 @@ def randomized_basis(H: torch.Tensor, W: torch.Tensor, power_steps: int = 1) -> 
     return W
 
 
+def leading_basis(G: torch.Tensor, W: torch.Tensor, right: bool, projector: str) -> torch.Tensor:
+    """A basis of G's leading subspace, compressed x r: singular vectors for ``svd``, else from W, of the same shape."""
+    return singular_basis(G, W.shape[1], right) if projector == "svd" else randomized_basis(G if right else G.T, W)
+
+
 def sampled_basis(G: torch.Tensor, rank: int, right: bool, z: torch.Tensor) -> torch.Tensor:
     """Singular vectors drawn one after the other, each with a probability proportional to its singular value.
 

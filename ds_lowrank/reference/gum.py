@@ -16,7 +16,7 @@ import hashlib
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, randomized_basis, singular_basis
+from ds_lowrank.reference.galore import compresses_columns, leading_basis
 from ds_lowrank.reference.sketch import sketch
 from ds_lowrank.reference.sumo import polar_factor
 
@@ -84,10 +84,8 @@ class DenseGum:
 
     def begin_period(self, G: torch.Tensor, H: torch.Tensor) -> None:
         """A new subspace, a new coin, a new momentum."""
-        if self.projector == "svd":
-            self.basis = singular_basis(G, self.rank, self.right)
-        else:
-            self.basis = randomized_basis(H, sketch(self.seed, self.name, self.t, H.shape[1], self.rank))
+        W = sketch(self.seed, self.name, self.t, H.shape[1], self.rank)
+        self.basis = leading_basis(G, W, self.right, self.projector)
         self.whole = uniform("full_share", self.seed, self.name, self.t // self.gap) < self.q
         self.M = torch.zeros(())
 

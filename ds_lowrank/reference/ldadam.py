@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, positive_qr, randomized_basis, singular_basis
+from ds_lowrank.reference.galore import compresses_columns, leading_basis, positive_qr
 from ds_lowrank.reference.inner import AdamW
 from ds_lowrank.reference.sketch import sketch
 
@@ -74,10 +74,8 @@ class DenseLDAdam:
 
     def first_basis(self, G: torch.Tensor) -> torch.Tensor:
         """A basis of the first gradient's leading subspace, compressed x r."""
-        if self.projector == "svd":
-            return singular_basis(G, self.rank, self.right)
-        H = G if self.right else G.T
-        return randomized_basis(H, sketch(self.seed, self.name, 0, H.shape[1], self.rank))
+        W = sketch(self.seed, self.name, 0, G.shape[1 if self.right else 0], self.rank)
+        return leading_basis(G, W, self.right, self.projector)
 
     def next_basis(self, a: torch.Tensor) -> torch.Tensor:
         """One block power iteration, from the basis of the step before."""

@@ -19,7 +19,7 @@ from math import cos, pi, sin
 
 import torch
 
-from ds_lowrank.reference.galore import compresses_columns, randomized_basis, singular_basis
+from ds_lowrank.reference.galore import compresses_columns, leading_basis
 from ds_lowrank.reference.ldadam import ProjectionAwareAdamW
 from ds_lowrank.reference.sketch import sketch
 
@@ -66,10 +66,8 @@ class DenseSubTrack:
 
     def first_basis(self, G: torch.Tensor) -> torch.Tensor:
         """A basis of the first gradient's leading subspace, compressed x r."""
-        if self.projector == "svd":
-            return singular_basis(G, self.rank, self.right)
-        H = G if self.right else G.T
-        return randomized_basis(H, sketch(self.seed, self.name, 0, H.shape[1], self.rank))
+        W = sketch(self.seed, self.name, 0, G.shape[1 if self.right else 0], self.rank)
+        return leading_basis(G, W, self.right, self.projector)
 
     def tracked(self, H: torch.Tensor) -> torch.Tensor:
         """The basis after a step along the geodesic against the gradient of the projection error."""
