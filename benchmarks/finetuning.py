@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,17 +59,12 @@ class Setting:
 def pretrain(work: Path, arguments: argparse.Namespace) -> Path:
     """Return the checkpoint that all runs start from, after making it if ``work`` has none."""
     output = work / f"pretrained_steps{arguments.pretrain_steps}"
-    config = json.dumps({"gradient_clipping": 1.0, "optimizer": json.loads(QUICKSTART.read_text())["optimizer"]})
-    file = work / f"{output.name}.json"
-    if not runs.finished(output, file, config):
-        shutil.rmtree(output, ignore_errors=True)
-        file.write_text(config)
-        flags = {
-            "deepspeed_config": file, "model": MODEL, "output": output, "cache": work / "cache",
-            "sequence-length": arguments.max_length, "steps": arguments.pretrain_steps, "save-interval": 0,
-            "global-batch-size": arguments.batch_size, "micro-batch-size": arguments.batch_size,
-        }  # fmt: skip
-        runs.launch("pretrain.py", flags, "--export")
+    flags = {
+        "model": MODEL, "cache": work / "cache", "sequence-length": arguments.max_length,
+        "steps": arguments.pretrain_steps, "save-interval": 0,
+        "global-batch-size": arguments.batch_size, "micro-batch-size": arguments.batch_size,
+    }  # fmt: skip
+    runs.launch_once("pretrain.py", json.loads(QUICKSTART.read_text())["optimizer"], output, flags, "--export")
     return output / "export"
 
 
@@ -79,19 +73,13 @@ def finetune(
 ) -> Records:
     """Return the last record of a run; one that is finished in ``work``, with the same optimizer, is not repeated."""
     optimizer = {"type": contender.type, "params": {**contender.params, "lr": setting.lr}}
-    config = json.dumps({"gradient_clipping": 1.0, "optimizer": optimizer})
     output = work / f"from{arguments.pretrain_steps}_steps{arguments.steps}" / setting.name
-    file = output.parent / f"{setting.name}.json"
-    if not runs.finished(output, file, config):
-        shutil.rmtree(output, ignore_errors=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(config)
-        flags = {
-            "deepspeed_config": file, "model": checkpoint, "output": output, "max-length": arguments.max_length,
-            "data": setting.task, "steps": arguments.steps, "seed": setting.seed, "save-interval": 0,
-            "global-batch-size": arguments.batch_size, "micro-batch-size": arguments.batch_size,
-        }  # fmt: skip
-        runs.launch("finetune.py", {**flags, **contender.flags})
+    flags = {
+        "model": checkpoint, "max-length": arguments.max_length, "data": setting.task, "steps": arguments.steps,
+        "seed": setting.seed, "save-interval": 0,
+        "global-batch-size": arguments.batch_size, "micro-batch-size": arguments.batch_size,
+    }  # fmt: skip
+    runs.launch_once("finetune.py", optimizer, output, {**flags, **contender.flags})
     summary = json.loads((output / "summary.json").read_text())
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     print(f"{setting.name}: {summary['eval_accuracy']:.4f}", file=sys.stderr, flush=True)

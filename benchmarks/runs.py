@@ -106,27 +106,46 @@ def train(
         RuntimeError: The run failed.
     """
     output = work / _sizes(arguments) / setting.name
-    config = json.dumps({"gradient_clipping": 1.0, "optimizer": optimizer})
-    file = output.parent / f"{setting.name}.json"
-    if not finished(output, file, config):
-        shutil.rmtree(output, ignore_errors=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(config)
-        flags = {
-            "deepspeed_config": file, "model": work / "model.json", "output": output,
-            "data": "stdlib", "tokenizer": "bpe", "vocab-size": VOCABULARY, "cache": work / "cache",
-            "sequence-length": arguments.sequence_length, "steps": arguments.steps,
-            "global-batch-size": arguments.batch_size, "micro-batch-size": arguments.batch_size,
-            "seed": setting.seed, "save-interval": 0,
-            "eval-interval": max(1, arguments.steps // 10), "eval-sequences": arguments.eval_sequences,
-        }  # fmt: skip
-        if matrix_lr_scale is not None:
-            flags["matrix-lr-scale"] = matrix_lr_scale
-        launch("pretrain.py", flags)
+    flags = {
+        "model": work / "model.json",
+        "data": "stdlib", "tokenizer": "bpe", "vocab-size": VOCABULARY, "cache": work / "cache",
+        "sequence-length": arguments.sequence_length, "steps": arguments.steps,
+        "global-batch-size": arguments.batch_size, "micro-batch-size": arguments.batch_size,
+        "seed": setting.seed, "save-interval": 0,
+        "eval-interval": max(1, arguments.steps // 10), "eval-sequences": arguments.eval_sequences,
+    }  # fmt: skip
+    if matrix_lr_scale is not None:
+        flags["matrix-lr-scale"] = matrix_lr_scale
+    launch_once("pretrain.py", optimizer, output, flags)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "eval_loss" in record]
     print(f"{setting.name}: {final(records):.4f}", file=sys.stderr, flush=True)
     return records
+
+
+def launch_once(
+    script: str, optimizer: Mapping[str, Any], output: Path, flags: Mapping[str, Any], *switches: str
+) -> None:
+    """Run a script of launch/ into a folder, unless it has a finished run with the same optimizer.
+
+    Args:
+        script: The name of the file.
+        optimizer: DeepSpeed's ``optimizer`` entry; the configuration is written beside the folder.
+        output: The folder.
+        flags: Options and their values, without the leading dashes, the configuration and the folder.
+        switches: Options without a value.
+
+    Raises:
+        RuntimeError: The script failed.
+    """
+    config = json.dumps({"gradient_clipping": 1.0, "optimizer": optimizer})
+    file = output.parent / f"{output.name}.json"
+    if finished(output, file, config):
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(config)
+    launch(script, {"deepspeed_config": file, "output": output, **flags}, *switches)
 
 
 def launch(script: str, flags: Mapping[str, Any], *switches: str) -> None:
