@@ -24,21 +24,18 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.orthonormal import PART_ELEMENTS, RANK_TOLERANCE, orthonormal_beside_zeros
+from ds_lowrank.linalg.orthonormal import PART_ELEMENTS
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
-from ds_lowrank.methods.blocks.orthogonalize import newton_schulz, whole_update
+from ds_lowrank.methods.blocks.power_iteration import follow_gram
 from ds_lowrank.methods.blocks.projection import ProjectedGradient, safe_ratio
-from ds_lowrank.methods.blocks.range_finder import leading_basis, with_lost_columns
+from ds_lowrank.methods.blocks.range_finder import leading_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
-from ds_lowrank.methods.blocks.whole import everywhere, own_rows
+from ds_lowrank.methods.blocks.whole import everywhere, orthogonalized_rest, own_rows, whole_update
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.precision import products_in
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Update
-
-ROUNDING = 1e-5
-"""A rest of the momentum that is shorter than this, relative to all of it, is fp32 rounding, which NS would enlarge."""
 
 
 class CosmosOptions(BasisOptions):
@@ -112,13 +109,8 @@ class CosmosMethod(Method):
             shard.replicated_axis(basis.shape[2]).reduce_scatter(shard.local_contribution(projected.mT @ projected)),
         )
         state["gram"] = options.basis_beta * state["gram"] + (1 - options.basis_beta) * gram
-        combined = both_parts(whole, basis[rooted(shard)], options.gamma)
+        combined = both_parts(whole, shard.of_rooted(basis), options.gamma)
         return whole_update(shard, (yield shard.kept.broadcast_from_root(combined)), options.scale)
-
-
-def rooted(shard: MatrixShard) -> torch.Tensor:
-    """The positions of the matrices whose root this rank is, int64."""
-    return torch.tensor(shard.rooted, dtype=torch.int64, device=shard.device)
 
 
 def basis_of_step(
@@ -138,50 +130,12 @@ def basis_of_step(
     old = yield from everywhere(shard, own)
     if state["step"] == 0 or found.is_zero:
         return old
-    basis, gram = yield from next_basis(shard, state, options, found, old)
+    average = state["gram"], options.basis_beta
+    basis, gram = yield from follow_gram(shard, old, *average, found, options.seed, state["step"])
     rotation = old.mT @ basis  # C
     state["basis"] = shard.compressed.own(basis)
     state["gram"] = shard.replicated_axis(rank).own(rotation.mT @ gram @ rotation)
     return basis
-
-
-def next_basis(
-    shard: MatrixShard, state: State, options: CosmosOptions, found: ProjectedGradient, old: torch.Tensor
-) -> Program[tuple[torch.Tensor, torch.Tensor]]:
-    """``qr(beta3 Q_old S + (1 - beta3) H^T H Q_old)``, on the root of each matrix, and all of ``S``.
-
-    What is sent is of the gradient over its safe scale. The columns of the sum are normalised first, which leaves the
-    result of a QR as it is: with squares of singular values for lengths, weaker ones would count as rounding.
-
-    Args:
-        shard: the stack.
-        state: with ``S`` as it is stored.
-        options: with ``beta3`` and the seed.
-        found: with whole rows of the gradient.
-        old: ``Q_old``: matrices x compressed x r, fp32.
-
-    Returns:
-        matrices x compressed x r and matrices x r x r, fp32; zeros on a rank without a part of the matrices.
-    """
-    size, rank, scale, beta3 = shard.compressed.size, old.shape[2], found.safe_scale, options.basis_beta
-    lengths, axis = old.square().sum(1, keepdim=True), shard.replicated_axis(size)
-    with products_in(shard.precision, shard.device):
-        tall = found.projected @ with_lost_columns(shard, old, lengths, options.seed, state["step"], (0, size)) / scale
-        wide = found.projected.mT @ tall / scale  # H^T H Q_old
-    wide, energies, gram = yield (
-        axis.reduce_to_root(shard.local_contribution(wide)),
-        shard.all_reduce(tall.square().sum(1, keepdim=True)),
-        shard.replicated_axis(rank).all_gather(state["gram"]),
-    )
-    gram, on_root = shard.or_zeros(gram, rank), rooted(shard)
-    held, share = gram[on_root].double(), (1 - beta3) * scale[on_root].double().square()
-    total = beta3 * old[on_root].double() @ held + share * wide
-    energies = beta3 * torch.diagonal(held, dim1=1, dim2=2).unsqueeze(1) + share * energies[on_root]
-    is_known = energies > RANK_TOLERANCE**2 * energies.amax(2, keepdim=True)
-    norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-    columns = torch.where(is_known & (norms > 0), total / norms, 0.0)
-    new = yield axis.broadcast_from_root(orthonormal_beside_zeros(columns.float()))
-    return shard.or_zeros(new, size), gram
 
 
 def both_parts(whole: torch.Tensor, bases: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -196,26 +150,7 @@ def both_parts(whole: torch.Tensor, bases: torch.Tensor, gamma: float) -> torch.
     root_of_size = sqrt(whole.shape[1] * bases.shape[1])
     for one, basis in zip(torch.split(whole, at_once), torch.split(bases, at_once), strict=True):
         ahead, direction = one.tensor_split([basis.shape[1]], dim=2)
-        total = direction @ basis.mT + gamma * root_of_size * of_rest(ahead, basis)  # X
+        total = direction @ basis.mT + gamma * root_of_size * orthogonalized_rest(ahead, basis)  # X
         norm = torch.linalg.vector_norm(total, dim=(1, 2), keepdim=True, dtype=torch.float64).float()
         parts.append(root_of_size * safe_ratio(total, norm))
     return torch.cat(parts)
-
-
-def of_rest(ahead: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """``B``: matrices x kept x compressed, fp32; zero where the rest of ``L`` is rounding.
-
-    NS enlarges small singular values, and so what rounding leaves of ``Q`` in the rest: that is taken out again.
-
-    Args:
-        ahead: ``L``: matrices x kept x compressed, fp32.
-        basis: ``Q``: matrices x compressed x r, fp32.
-    """
-    with products_in("fp32", ahead.device):
-        rest = ahead - ahead @ basis @ basis.mT
-        found = newton_schulz(rest)
-        found = found - found @ basis @ basis.mT
-    all_of_it, left, orthogonal = (
-        torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64) for x in (ahead, rest, found)
-    )
-    return torch.where(left > ROUNDING * all_of_it, safe_ratio(found, orthogonal.float()), 0.0)

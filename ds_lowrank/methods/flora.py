@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,14 +26,14 @@ from pydantic import Field
 from ds_lowrank.linalg.moments import rotate_first
 from ds_lowrank.linalg.sketch import normal
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.inner_optimizers import Adafactor
+from ds_lowrank.methods.blocks.factored_moment import factored_spec, normalised, unchanged
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import held_sketch
-from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
+from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.weight_size import size_of, weight_squares
 from ds_lowrank.sharding.elements import Piece
-from ds_lowrank.sharding.elementwise import along, largest_magnitudes, squared_norms, sum_of_squares
+from ds_lowrank.sharding.elementwise import along, largest_magnitudes
 from ds_lowrank.sharding.matrix import MatrixShard, Sums
 from ds_lowrank.sharding.reduce import Program, without_rounds
 from ds_lowrank.sharding.updates import Dense, Factors, Update
@@ -54,20 +54,6 @@ class FloraOptions(Options):
     """This step's term of the direction: ``U`` itself, as in the official code, or ``U P P^T``, as all earlier ones."""
     scale_parameter: bool = Field(True, strict=True)
     """Whether a matrix's step is multiplied by the root mean square of its weights, as in Adafactor."""
-
-
-class Normalised(NamedTuple):
-    """``U = diag(a) H diag(b)``, which is not formed.
-
-    Attributes:
-        a: matrices x held kept rows x 1, fp32.
-        b: matrices x held compressed rows x 1, fp32.
-        projected: ``U P``: matrices x owned kept rows x r, fp32.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    projected: torch.Tensor
 
 
 @dataclass
@@ -93,7 +79,7 @@ class FloraMethod(Method):
         momentum = {"exp_avg": options.first_moment_spec(shard.kept, rank)}
         if options.second_moment == "none":
             return momentum
-        return {**momentum, "row_mean": TensorSpec(shard.kept, 1), "column_mean": TensorSpec(shard.compressed, 1)}
+        return {**momentum, **factored_spec(shard)}
 
     @staticmethod
     def needs_gradient(options: FloraOptions) -> str | None:
@@ -126,13 +112,9 @@ class FloraMethod(Method):
         if found.due and state["step"] > 0:
             reproject(shard, state, options)
         if options.second_moment == "factored":
-            newest = yield from normalised(shard, state, found)
+            newest = yield from normalised(shard, state, found, found.projection)  # U
         else:
-            kept, compressed = (
-                torch.ones(len(shard), axis.held_rows, 1, dtype=torch.float32, device=shard.device)
-                for axis in (shard.kept, shard.compressed)
-            )
-            newest = Normalised(kept, compressed, found.projected)
+            newest = unchanged(shard, found.projected)
         beta1, is_exact, before = options.betas[0], options.newest_term == "exact", state["exp_avg"]
         state["exp_avg"] = before.lerp(newest.projected, 1 - beta1)  # M <- beta1 M + (1 - beta1) U P
         unmeasured = torch.zeros(len(shard), 1, 1, dtype=torch.float32, device=shard.device)
@@ -171,34 +153,3 @@ def reproject(shard: MatrixShard, state: State, options: FloraOptions) -> None:
     rows = (0, shard.compressed.size if shard.part.numel else 0)  # a rank without elements needs none
     old, new = (normal(options.seed, shard.names, n, rows, (0, rank), shard.device) for n in (number - 1, number))
     rotate_first(state["exp_avg"], old.mT @ new / rank)
-
-
-def normalised(shard: MatrixShard, state: State, found: FloraProjection) -> Program[Normalised]:
-    """Update the factors of the second moment, and divide the gradient by its root.
-
-    Args:
-        shard: the stack, with this step's gradient.
-        state: with the factors, and the number of steps so far.
-        found: with ``P``.
-    """
-    (kept, compressed), new_share = (shard.kept, shard.compressed), (state["step"] + 1) ** -Adafactor.DECAY
-    squares = [squared_norms(shard, axis, shard.gradient, None, found.are_ordinary) for axis in (kept, compressed)]
-    rows, columns = yield kept.reduce_scatter(squares[0]), compressed.reduce_scatter(squares[1])
-    row_mean = state["row_mean"].lerp_(rows / compressed.size + Adafactor.TINY, new_share)
-    column_mean = state["column_mean"].lerp_(columns / kept.size + Adafactor.TINY, new_share)
-    row_mean, column_mean, total = yield (
-        kept.all_gather(row_mean),
-        compressed.all_gather(column_mean),
-        shard.all_reduce(row_mean.sum((1, 2), keepdim=True)),
-    )
-    a, b = row_mean.rsqrt() * (total / kept.size).sqrt(), column_mean.rsqrt()
-    pieces = (
-        piece._replace(values=piece.values.float() * along(shard, kept, piece, a) * along(shard, compressed, piece, b))
-        for piece in shard.gradient.dense_pieces
-    )
-    projected, total = yield (
-        kept.reduce_scatter(a * shard.times(b * found.projection)),  # U P
-        shard.all_reduce(sum_of_squares(shard, kept, pieces).sum((1, 2), keepdim=True)),
-    )
-    shortened = (total / (kept.size * compressed.size)).sqrt().div(Adafactor.CLIP).clamp_min(1.0)
-    return Normalised(a / shortened, b, projected / shortened)

@@ -16,7 +16,6 @@ to make up for, and no P: ``M <- beta M + H``, which is Muon.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,17 +23,12 @@ from pydantic import Field
 
 from ds_lowrank.linalg.sketch import name_hash
 from ds_lowrank.methods.base import Method
-from ds_lowrank.methods.blocks.orthogonalize import (
-    Orthogonalization,
-    orthogonalized,
-    whole_orthogonalized,
-    whole_update,
-)
+from ds_lowrank.methods.blocks.orthogonalize import Orthogonalization, ShapeFactor, orthogonalized, shape_factor
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import RangeFinderOptions, leading_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec
 from ds_lowrank.methods.blocks.subspace import project_on
-from ds_lowrank.methods.blocks.whole import everywhere, own_rows
+from ds_lowrank.methods.blocks.whole import everywhere, own_rows, whole_orthogonalized, whole_update
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program, concurrently
 from ds_lowrank.sharding.updates import Factors, Update
@@ -59,7 +53,7 @@ class GumOptions(RangeFinderOptions):
     """NS, or the exact polar factor."""
     projector: Literal["randomized", "svd"] = "randomized"
     """How the leading subspace is found: by a randomized range finder, or by an exact SVD on one rank."""
-    adjust_lr_fn: Literal["none", "original", "match_rms_adamw"] = "none"
+    adjust_lr_fn: ShapeFactor = "none"
     """What the update of an m x n weight is multiplied by: 1, ``sqrt(max(1, m / n))``, or ``0.2 sqrt(max(m, n))``."""
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
@@ -164,7 +158,7 @@ class GumMethod(Method):
             added = weighted(found, q)
         momentum.add_(added)
         looked_at = added.add(momentum, alpha=options.momentum) if options.nesterov else momentum
-        scale = options.scale * shape_factor(shard, options)
+        scale = options.scale * shape_factor(shard, options.adjust_lr_fn)
         if q == 1 or state["rank"] == 0:
             held = yield from whole_orthogonalized(shard, looked_at, options.orthogonalization)  # NS(M)
             if q < 1:  # M has no direction of P, but rounding, which NS enlarges
@@ -192,14 +186,3 @@ def weighted(found: Any, q: float) -> torch.Tensor:
     if found.basis is None:
         return added
     return (added - added @ found.basis @ found.basis.mT) / q
-
-
-def shape_factor(shard: MatrixShard, options: GumOptions) -> float:
-    """What ``adjust_lr_fn`` says for the shape of the weights, output x input."""
-    m, n = reversed(shard.shape) if shard.transposed else shard.shape
-    match options.adjust_lr_fn:
-        case "original":
-            return sqrt(max(1.0, m / n))
-        case "match_rms_adamw":
-            return 0.2 * sqrt(max(m, n))
-    return 1.0

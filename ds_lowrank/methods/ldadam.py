@@ -20,12 +20,12 @@ import torch
 from pydantic import Field
 
 from ds_lowrank.linalg.moments import adam, transport
-from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE, orthonormal_beside_zeros
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
-from ds_lowrank.methods.blocks.error_feedback import error_spec, held_error, keep_error
+from ds_lowrank.methods.blocks.error_feedback import error_spec, held_error, keep_error, product_with_error
+from ds_lowrank.methods.blocks.power_iteration import follow_momentum
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
-from ds_lowrank.methods.blocks.range_finder import leading_basis, with_lost_columns
+from ds_lowrank.methods.blocks.range_finder import leading_basis
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.sharding.elements import Elements
 from ds_lowrank.sharding.elementwise import largest_magnitudes
@@ -93,7 +93,9 @@ class LDAdamMethod(Method):
             rank = old.shape[2]
             state["basis"] = yield from leading_basis(shard, rank, options.projector, options.seed, 0)
         elif moves:
-            state["basis"] = yield from next_basis(shard, state, options, error)
+            corrected = momentum / (1 - options.betas[0] ** state["step"])  # m
+            to_follow = corrected, options.rho, error
+            state["basis"] = yield from follow_momentum(shard, old, *to_follow, options.seed, state["step"])
         rotation, (basis, projected) = yield from concurrently(
             shard.replicated_sum(old.mT @ state["basis"]), project(shard, error, state["basis"])
         )  # C = Q_old^T Q and R = a Q
@@ -115,54 +117,4 @@ def project(
 ) -> Program[tuple[torch.Tensor, torch.Tensor]]:
     """``Q``, matrices x held compressed rows x rank, and ``R = a Q``, matrices x owned kept rows x rank; fp32."""
     basis = yield shard.compressed.all_gather(own)
-    return basis, (yield shard.kept.reduce_scatter(times(shard, error, basis)))
-
-
-def next_basis(
-    shard: MatrixShard, state: State, options: LDAdamOptions, error: Elements | None
-) -> Program[torch.Tensor]:
-    """``qr(b^T b Q)``: one block power iteration from the stored basis, on momentum and gradient.
-
-    ``b`` is never formed: ``b Q = rho m + (1 - rho) a Q``. The columns of that product are normalised before the second
-    one. It changes nothing but the range of numbers: the squares of fp32 would reach from a thousand times weaker
-    directions to none, and directions are kept until they are a million times weaker.
-
-    Args:
-        shard: the stack, with this step's gradient.
-        state: with ``Q`` and ``M``.
-        options: with ``rho``, ``betas`` and the seed.
-        error: ``E``, or None.
-
-    Returns:
-        matrices x owned compressed rows x rank, fp32, orthonormal over all ranks.
-    """
-    old, step, new_share = state["basis"], state["step"], 1 - options.rho
-    momentum = options.rho / (1 - options.betas[0] ** step) * state["exp_avg"]  # rho m
-    basis, lengths = yield shard.compressed.all_gather(old), shard.all_reduce(old.square().sum(1, keepdim=True))
-    basis = with_lost_columns(shard, basis, lengths, options.seed, step)
-    own = yield shard.kept.reduce_scatter(times(shard, error, basis))
-    own = momentum + new_share * own  # b Q
-    tall, sizes = yield shard.kept.all_gather(own), shard.all_reduce(own.abs().sum(1, keepdim=True))
-    is_known = sizes > RANK_TOLERANCE * sizes.amax(2, keepdim=True)
-    own, tall = (torch.where(is_known, x / sizes, 0.0) for x in (own, tall))
-    small = shard.replicated_axis(own.shape[2])
-    wide, mixed = yield (
-        shard.compressed.reduce_scatter(transposed_times(shard, error, tall)),
-        small.reduce_scatter(shard.local_contribution(momentum.mT @ own)),
-    )
-    mixed = shard.or_zeros((yield small.all_gather(mixed)), own.shape[2])
-    wide = yield shard.compressed.gather_to_root(old @ mixed + new_share * wide)  # b^T b Q
-    new: torch.Tensor = yield shard.compressed.scatter_from_root(orthonormal_beside_zeros(wide))
-    return new
-
-
-def times(shard: MatrixShard, error: Elements | None, basis: torch.Tensor) -> torch.Tensor:
-    """This rank's contribution to ``a @ basis`` with ``a = H + E``: matrices x held kept rows x rank, fp32."""
-    product = shard.times(basis)
-    return product if error is None else product.add_(shard.product(error, basis))
-
-
-def transposed_times(shard: MatrixShard, error: Elements | None, tall: torch.Tensor) -> torch.Tensor:
-    """This rank's contribution to ``a^T @ tall`` with ``a = H + E``: matrices x held compressed rows x rank, fp32."""
-    product = shard.transposed_times(tall)
-    return product if error is None else product.add_(shard.product(error, tall, transposed=True))
+    return basis, (yield shard.kept.reduce_scatter(product_with_error(shard, error, basis)))

@@ -23,24 +23,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ds_lowrank.linalg.grassmann import geodesic_step
 from ds_lowrank.linalg.moments import adam, transport
 from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE
 from ds_lowrank.methods.base import Method
 from ds_lowrank.methods.blocks.basis_options import BasisOptions
+from ds_lowrank.methods.blocks.geodesic import turned_basis
 from ds_lowrank.methods.blocks.norm_growth import limit_growth, norm_spec
 from ds_lowrank.methods.blocks.projection import safe_ratio
-from ds_lowrank.methods.blocks.range_finder import leading_basis, with_lost_columns
+from ds_lowrank.methods.blocks.range_finder import leading_basis
 from ds_lowrank.methods.blocks.rest import row_squares, with_rest
 from ds_lowrank.methods.blocks.state_spec import State, StateSpec, TensorSpec
 from ds_lowrank.methods.blocks.subspace import BasisPlacement, Projection, basis_of_step, project_on
-from ds_lowrank.sharding.elementwise import largest_magnitudes
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
 from ds_lowrank.sharding.updates import Factors, Update
 
 LARGEST = torch.finfo(torch.float32).max
-TINY = torch.finfo(torch.float32).tiny
 
 
 class SubTrackOptions(BasisOptions):
@@ -104,7 +102,7 @@ class SubTrackMethod(Method):
             rank = SubTrackMethod.rank(shard.shape, options)
             own = yield from leading_basis(shard, rank, options.projector, options.seed, 0)
         elif due:
-            own = yield from tracked_basis(shard, state, options)
+            own = yield from turned_basis(shard, own, options.step_size, options.seed, state["step"])
         return (yield from project_on(shard, own, due, options))  # R = H Q
 
     @staticmethod
@@ -149,33 +147,3 @@ def rest_shares(
     total = (phi * rest.sqrt()).square().sum((1, 2), keepdim=True)  # |S|^2
     factor = yield from limit_growth(shard, state, "rest_norm", options.norm_growth_limit, total)
     return (phi * factor / found.safe_scale).clamp_max(LARGEST)
-
-
-def tracked_basis(shard: MatrixShard, state: State, options: SubTrackOptions) -> Program[torch.Tensor]:
-    """The basis after a geodesic step on the Grassmannian: matrices x owned compressed rows x rank, fp32.
-
-    What turns it is ``(I - Q Q^T) H^T H Q``, minus half of ``F``; its leading singular vectors are found on the root.
-
-    Args:
-        shard: the stack, with this step's gradient.
-        state: with ``Q``.
-        options: with ``step_size``, eta, and the seed.
-    """
-    own = state["basis"]
-    held, lengths, safe_scale = yield (
-        shard.compressed.all_gather(own),
-        shard.all_reduce(own.square().sum(1, keepdim=True)),
-        shard.all_reduce(largest_magnitudes(shard)),
-    )
-    safe_scale = safe_scale.clamp_min(TINY)
-    start = with_lost_columns(shard, held, lengths, options.seed, state["step"])
-    tall = yield shard.kept.reduce_scatter(shard.times(start))
-    tall = yield shard.kept.all_gather(tall / safe_scale)
-    pull, basis = yield (
-        shard.compressed.reduce_to_root(shard.transposed_times(tall) / safe_scale),
-        shard.compressed.gather_to_root(own),
-    )
-    rooted = torch.tensor(shard.rooted, dtype=torch.int64, device=shard.device)
-    step_size = options.step_size * safe_scale[rooted].double().square()
-    moved: torch.Tensor = yield shard.compressed.scatter_from_root(geodesic_step(basis, pull, step_size))
-    return moved

@@ -85,6 +85,10 @@ class MatrixShard:
         self._sums: SumRoute | None = None
         self._device = torch.device("cpu")
 
+    def of_rooted(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what a tensor with a leading dimension for the matrices has of those whose root this rank is."""
+        return tensor[torch.tensor(self.rooted, dtype=torch.int64, device=tensor.device)]
+
     def attach(
         self,
         gradient: Sequence[torch.Tensor] | None,

@@ -12,8 +12,8 @@ from ds_lowrank.methods.blocks.orthogonalize import (
     newton_schulz_factor,
     orthogonalized,
     polar_factor,
-    whole_orthogonalized,
 )
+from ds_lowrank.methods.blocks.whole import whole_orthogonalized
 from ds_lowrank.sharding.reduce import lockstep
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.simulated.harness import ShardedMatrix, even_parts

@@ -5,6 +5,8 @@ The buffer has a number for every element of the matrix, which the rank that hol
 
 from __future__ import annotations
 
+import torch
+
 from ds_lowrank.methods.blocks.options import Options
 from ds_lowrank.methods.blocks.state_spec import State, TensorSpec
 from ds_lowrank.sharding.elements import Elements
@@ -53,3 +55,27 @@ def keep_error(shard: MatrixShard, state: State, key: str, error: Elements, take
     if shard.geometry.block_rows > 1:
         (held,) = error.runs
         state[key].copy_((yield shard.elements.reduce_scatter(held.unsqueeze(2))))
+
+
+def product_with_error(shard: MatrixShard, error: Elements | None, basis: torch.Tensor) -> torch.Tensor:
+    """This rank's contribution to ``(H + E) @ basis``: matrices x held kept rows x r, fp32.
+
+    Args:
+        shard: the stack, with this step's gradient.
+        error: ``E``, or None.
+        basis: matrices x held compressed rows x r, fp32.
+    """
+    product = shard.times(basis)
+    return product if error is None else product.add_(shard.product(error, basis))
+
+
+def transposed_product_with_error(shard: MatrixShard, error: Elements | None, tall: torch.Tensor) -> torch.Tensor:
+    """This rank's contribution to ``(H + E)^T @ tall``: matrices x held compressed rows x r, fp32.
+
+    Args:
+        shard: the stack, with this step's gradient.
+        error: ``E``, or None.
+        tall: matrices x held kept rows x r, fp32.
+    """
+    product = shard.transposed_times(tall)
+    return product if error is None else product.add_(shard.product(error, tall, transposed=True))

@@ -4,23 +4,22 @@
     newton_schulz     X <- M / |M|,  then five times X <- a X + b X X^T X + c X (X^T X)^2 (Muon)
 
 A thin ``M``, kept x r, stays on the ranks that own its rows: both rules are ``O = M f(M^T M)`` with an r x r matrix f.
-A whole matrix is orthogonalized on its root. Neither rule has signs to choose, so that an update does not depend on
-where it is computed.
+Neither rule has signs to choose, so that an update does not depend on where it is computed.
 """
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Literal
 
 import torch
 
-from ds_lowrank.linalg.orthonormal import PART_ELEMENTS, RANK_TOLERANCE
-from ds_lowrank.sharding.elements import Piece
+from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE
 from ds_lowrank.sharding.matrix import MatrixShard
 from ds_lowrank.sharding.reduce import Program
-from ds_lowrank.sharding.updates import Dense
 
 Orthogonalization = Literal["exact", "newton_schulz"]
+ShapeFactor = Literal["none", "original", "match_rms_adamw"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b and c of Muon's quintic, whose slope at zero is large: singular values end between about 0.7 and 1.2."""
 STEPS = 5
@@ -49,42 +48,6 @@ def orthogonalized(shard: MatrixShard, tall: torch.Tensor, rule: Orthogonalizati
     factor = inverse_root(gram) if rule == "exact" else newton_schulz_factor(gram)
     factor = shard.or_zeros((yield small.broadcast_from_root(factor.float())), columns)
     return tall @ factor
-
-
-def whole_orthogonalized(shard: MatrixShard, momentum: torch.Tensor, rule: Orthogonalization) -> Program[torch.Tensor]:
-    """Orthogonalize whole matrices, each on its root.
-
-    Args:
-        shard: the stack.
-        momentum: ``M``: matrices x owned kept rows x compressed, fp32, of any size.
-        rule: how.
-
-    Returns:
-        ``O``: matrices x held kept rows x compressed, fp32; zero for a matrix of zeros.
-    """
-    whole = yield shard.kept.gather_to_root(momentum)
-    parts = torch.split(whole, max(1, PART_ELEMENTS // max(1, whole.shape[1] * whole.shape[2])))
-    found = torch.cat([polar_factor(part) if rule == "exact" else newton_schulz(part) for part in parts])
-    held: torch.Tensor = yield shard.kept.broadcast_from_root(found)
-    return held
-
-
-def whole_update(shard: MatrixShard, held: torch.Tensor, scale: float) -> Dense:
-    """The update ``scale * O`` of whole matrices.
-
-    Args:
-        shard: the stack.
-        held: ``O``: matrices x held kept rows x compressed, fp32.
-        scale: factor on the update.
-    """
-
-    def elements(piece: Piece) -> torch.Tensor:
-        r, by_rows = piece.rectangle, shard.side == "right"
-        compressed = slice(r.col, r.col + r.width) if by_rows else slice(r.row, r.row + r.height)
-        found = held[piece.matrices, shard.held(shard.kept, r), compressed]
-        return found if by_rows else found.mT
-
-    return Dense(elements, scale)
 
 
 def exact_parts(gram: torch.Tensor) -> torch.Tensor:
@@ -179,3 +142,19 @@ def polar_factor(whole: torch.Tensor) -> torch.Tensor:
     if x.shape[1] < x.shape[2]:
         return (inverse_root(x @ x.mT) @ x).float()
     return (x @ inverse_root(x.mT @ x)).float()
+
+
+def shape_factor(shard: MatrixShard, rule: ShapeFactor) -> float:
+    """What Muon multiplies ``O`` by for the shape of the weights, m x n (output x input).
+
+    Args:
+        shard: the stack.
+        rule: ``original``: ``sqrt(max(1, m / n))``. ``match_rms_adamw``: ``0.2 sqrt(max(m, n))``. ``none``: 1.
+    """
+    m, n = reversed(shard.shape) if shard.transposed else shard.shape
+    match rule:
+        case "original":
+            return sqrt(max(1.0, m / n))
+        case "match_rms_adamw":
+            return 0.2 * sqrt(max(m, n))
+    return 1.0
