@@ -130,8 +130,9 @@ def basis_of_step(
     old = yield from everywhere(shard, own)
     if state["step"] == 0 or found.is_zero:
         return old
-    average = state["gram"], options.basis_beta
-    basis, gram = yield from follow_gram(shard, old, *average, found, options.seed, state["step"])
+    basis, gram = yield from follow_gram(
+        shard, old, state["gram"], options.basis_beta, found, options.seed, state["step"]
+    )
     rotation = old.mT @ basis  # C
     state["basis"] = shard.compressed.own(basis)
     state["gram"] = shard.replicated_axis(rank).own(rotation.mT @ gram @ rotation)

@@ -94,8 +94,9 @@ class LDAdamMethod(Method):
             state["basis"] = yield from leading_basis(shard, rank, options.projector, options.seed, 0)
         elif moves:
             corrected = momentum / (1 - options.betas[0] ** state["step"])  # m
-            to_follow = corrected, options.rho, error
-            state["basis"] = yield from follow_momentum(shard, old, *to_follow, options.seed, state["step"])
+            state["basis"] = yield from follow_momentum(
+                shard, old, corrected, options.rho, error, options.seed, state["step"]
+            )
         rotation, (basis, projected) = yield from concurrently(
             shard.replicated_sum(old.mT @ state["basis"]), project(shard, error, state["basis"])
         )  # C = Q_old^T Q and R = a Q
