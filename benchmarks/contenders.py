@@ -49,6 +49,7 @@ def contenders(width: int) -> tuple[Contender, ...]:
     rank, gap = width // 4, {"update_proj_gap": GAP}
     basis = {"rank": rank, **gap}
     eight_bits = {"state_dtype": "int8", "basis_dtype": "int4"}
+    slow_basis = {"basis_lr_ratio": 5 / 8}  # at a rate of 0.08 the basis moves at 0.05, as in the published recipe
     muon = {"full_share": 1.0, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
     return (
         Contender("AdamW", "AdamW", {"torch_adam": True}, 1 / 32),
@@ -69,7 +70,7 @@ def contenders(width: int) -> tuple[Contender, ...]:
         Contender("LDAdam", "LDAdam", {"rank": rank}, 1 / 16),
         Contender("Gum", "Gum", {**basis, "full_share": 0.25, "adjust_lr_fn": "match_rms_adamw"}, 1 / 8),
         Contender("Flora", "Flora", {"rank": rank, "kappa": GAP}, 1 / 16),
-        Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": rank}, 1 / 16),
+        Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": rank, **slow_basis}, 1 / 16),
         Contender("AdaRankGrad", "AdaRankGrad", {"rank_max": rank, **gap}, 1 / 16),
         Contender("GradNormLoRP", "GradNormLoRP", basis, 1 / 16),
         Contender("Lorenza", "Lorenza", basis, 1 / 16),
