@@ -69,7 +69,7 @@ def contenders(width: int) -> tuple[Contender, ...]:
         Contender("SubTrack", "SubTrack", {**basis, "scale": 1.0}, 1 / 16),
         Contender("LDAdam", "LDAdam", {"rank": rank}, 1 / 16),
         Contender("Gum", "Gum", {**basis, "full_share": 0.25, "adjust_lr_fn": "match_rms_adamw"}, 1 / 8),
-        Contender("Flora", "Flora", {"rank": rank, "kappa": GAP}, 1 / 16),
+        Contender("Flora", "Flora", {"rank": rank, "kappa": GAP}, 1 / 2),
         Contender("OnlineSubspaceDescent", "OnlineSubspaceDescent", {"rank": rank, **slow_basis}, 1 / 16),
         Contender("AdaRankGrad", "AdaRankGrad", {"rank_max": rank, **gap}, 1 / 16),
         Contender("GradNormLoRP", "GradNormLoRP", basis, 1 / 16),
