@@ -57,25 +57,19 @@ def keep_error(shard: MatrixShard, state: State, key: str, error: Elements, take
         state[key].copy_((yield shard.elements.reduce_scatter(held.unsqueeze(2))))
 
 
-def product_with_error(shard: MatrixShard, error: Elements | None, basis: torch.Tensor) -> torch.Tensor:
-    """This rank's contribution to ``(H + E) @ basis``: matrices x held kept rows x r, fp32.
+def product_with_error(
+    shard: MatrixShard, error: Elements | None, factor: torch.Tensor, transposed: bool = False
+) -> torch.Tensor:
+    """This rank's contribution to ``(H + E) @ factor``, or to ``(H + E)^T @ factor``.
 
     Args:
         shard: the stack, with this step's gradient.
         error: ``E``, or None.
-        basis: matrices x held compressed rows x r, fp32.
+        factor: matrices x held compressed rows x r, fp32; transposed: matrices x held kept rows x r.
+        transposed: whether ``H + E`` is.
+
+    Returns:
+        matrices x held kept rows x r, fp32; transposed: matrices x held compressed rows x r.
     """
-    product = shard.times(basis)
-    return product if error is None else product.add_(shard.product(error, basis))
-
-
-def transposed_product_with_error(shard: MatrixShard, error: Elements | None, tall: torch.Tensor) -> torch.Tensor:
-    """This rank's contribution to ``(H + E)^T @ tall``: matrices x held compressed rows x r, fp32.
-
-    Args:
-        shard: the stack, with this step's gradient.
-        error: ``E``, or None.
-        tall: matrices x held kept rows x r, fp32.
-    """
-    product = shard.transposed_times(tall)
-    return product if error is None else product.add_(shard.product(error, tall, transposed=True))
+    product = shard.transposed_times(factor) if transposed else shard.times(factor)
+    return product if error is None else product.add_(shard.product(error, factor, transposed=transposed))

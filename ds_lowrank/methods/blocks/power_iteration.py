@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ds_lowrank.linalg.orthonormal import RANK_TOLERANCE, orthonormal_beside_zeros
-from ds_lowrank.methods.blocks.error_feedback import product_with_error, transposed_product_with_error
+from ds_lowrank.methods.blocks.error_feedback import product_with_error
 from ds_lowrank.methods.blocks.projection import ProjectedGradient
 from ds_lowrank.methods.blocks.range_finder import with_lost_columns
 from ds_lowrank.sharding.elements import Elements
@@ -53,7 +53,7 @@ def follow_momentum(
     tall, held = (torch.where(is_known, x / sizes, 0.0) for x in (tall, held))
     small = shard.replicated_axis(tall.shape[2])
     wide, mixed = yield (
-        shard.compressed.reduce_scatter(transposed_product_with_error(shard, error, held)),
+        shard.compressed.reduce_scatter(product_with_error(shard, error, held, transposed=True)),
         small.reduce_scatter(shard.local_contribution(momentum.mT @ tall)),
     )
     mixed = shard.or_zeros((yield small.all_gather(mixed)), tall.shape[2])
