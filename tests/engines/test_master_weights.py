@@ -20,9 +20,9 @@ WRAPPERS = ["GaLore", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer", "DeepS
 """What steps, by the ZeRO stage: at ZeRO 0 the optimizer itself."""
 
 
-def settings_of(stage, world, method="GaLore", params=None, **changes):
+def settings_of(stage, world, method="GaLore", params=None, clip=0.5, **changes):
     params = {"master_weights": False, **(params or {})}
-    return config(stage, world, "bf16", gas=2, clip=0.5, method=method, params=params, **changes)
+    return config(stage, world, "bf16", gas=2, clip=clip, method=method, params=params, **changes)
 
 
 def weights_of(engine):
@@ -59,9 +59,11 @@ def train(settings, steps=STEPS, directory=None, interrupt=None, zero_init=False
 
 @functools.cache
 def alone(stage, method="GaLore"):
+    # DeepSpeed adds up the norm that it clips to in another order at ZeRO 0, and the last bit of the share by which
+    # gradients are clipped decides how a few elements are rounded: nothing is clipped here.
     # SUMO's rest is a product whose larger side is cut into pieces, of other sizes at other stages: last bits differ.
     params = {"complement": 0.0} if method == "Sumo" else {}
-    (found,) = run_ranks(1, train, settings_of(stage, 1, method, params))
+    (found,) = run_ranks(1, train, settings_of(stage, 1, method, params, clip=0.0))
     return found
 
 
@@ -175,7 +177,7 @@ def test_a_client_optimizer_decides_itself(stage):
 
 def both_keys(stage):
     keys = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    return settings_of(stage, 1) | {"bf16": {"enabled": True, **keys}}
+    return settings_of(stage, 1, clip=0.0) | {"bf16": {"enabled": True, **keys}}
 
 
 @pytest.mark.parametrize("stage", [1, 3])

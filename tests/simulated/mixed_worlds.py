@@ -17,11 +17,12 @@ from ds_lowrank.reference import DenseGaLore, DenseGradNormLoRP, DenseLorenza
 from ds_lowrank.sharding.layout import EMPTY
 from ds_lowrank.sharding.world import SimulatedWorld
 from tests.methods import dense, of
+from tests.simulated.harness import ROUNDING
 
 SHAPES = [(12, 24), (24, 12), (18, 30)]
 """Every side is at least twice the largest rank, so that a sketch is well conditioned; all are multiples of six."""
-BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 1e-3}
-"""As in ``test_methods.py``. In bf16 a few of some hundred elements may be on the boundary of their rounding, and then
+BOUNDS = {torch.float32: ROUNDING, torch.bfloat16: 1e-3}
+"""In bf16 a few of some hundred elements may be on the boundary of their rounding, and then
 differ by 4e-3 of themselves; what is rounded is the same at the beginning of each step."""
 OF_STORAGE = ("state_dtype", "basis_placement", "stagger")
 """Options that references do not know."""

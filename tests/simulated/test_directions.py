@@ -12,6 +12,7 @@ from ds_lowrank.sharding.layout import Block, ContiguousPart
 from ds_lowrank.sharding.matrix import shard_of
 from tests.methods import of
 from tests.simulated.harness import (
+    ROUNDING,
     ShardedMatrix,
     directions_on,
     even_parts,
@@ -113,6 +114,6 @@ def test_directions_on_tensor_parallel_blocks_equal_the_whole_matrixs(tensor, da
         assert found.isnan().all() or torch.equal(found, moved)  # data ranks move alike
         assembled[r0:r1, c0:c1] = moved
         squares.add(directions.square(direction))
-    assert (assembled - expected).norm() < 1e-6 * expected.norm()
+    assert (assembled - expected).norm() < ROUNDING * expected.norm()
     (square,) = squares
     assert square == pytest.approx(expected.square().sum().item(), rel=1e-5)

@@ -10,11 +10,11 @@ from ds_lowrank.methods.galore import GaLoreMethod
 from ds_lowrank.reference.galore import positive_qr
 from ds_lowrank.reference.sketch import sketch
 from ds_lowrank.sharding.reduce import SingleProcess, lockstep
-from tests.simulated.harness import ShardedMatrix, assert_matches_reference, flat_parts
+from tests.simulated.harness import ROUNDING, ShardedMatrix, assert_matches_reference, flat_parts
 
 
 def rounding_bound(shape, rank, steps=4, gap=2):
-    """Four roundings of fp32 times the condition of the sketches in ``harness.relative_error``, at least 2e-6.
+    """Four roundings of fp32 times the condition of the sketches in ``harness.relative_error``, at least ``ROUNDING``.
 
     A basis is as sensitive as the sketch that it is computed from, and a sketch with nearly as many columns as the
     matrix can be badly conditioned. The largest error of 8000 random cases was a quarter of the bound.
@@ -28,7 +28,7 @@ def rounding_bound(shape, rank, steps=4, gap=2):
             tall = turned @ sketch(0, "w", step, turned.shape[1], min(rank, *shape))
             for factored in (tall, turned.T @ positive_qr(tall)):
                 condition = max(condition, torch.linalg.cond(factored).item())
-    return max(2e-6, 4 * torch.finfo(torch.float32).eps * condition)
+    return max(ROUNDING, 4 * torch.finfo(torch.float32).eps * condition)
 
 
 @settings(max_examples=60, deadline=None)
