@@ -10,8 +10,9 @@ The sweep has one seed, the best factor has all of them: *loss* is their mean, w
 the mean of the differences within a seed, which decides the weights' start and the order of the data, and has a
 standard error of its own. *half* and *twice* are what the first seed loses at half and at twice the best rate.
 
-*state bytes* covers the projected matrices at the end. *step* is a whole training step, timed in turns in one process
-and amortised over a refresh interval. Runs that a file of ``--json`` has are not repeated: a table may grow over days.
+*state bytes* covers the projected matrices at the end. *step* is a whole training step, amortised over a refresh
+interval; three methods and AdamW are timed in turns in one process, and a ratio is to AdamW there. Runs that a file of
+``--json`` has are not repeated: a table may grow over days.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks import runs
 from benchmarks.common import Numbers, options, origin, write_json
 from benchmarks.common import table as as_markdown
 from benchmarks.contenders import GAP, Contender, contenders
-from benchmarks.method_times import time_in_turns
+from benchmarks.method_times import StepTime, time_in_turns
 from benchmarks.plots import draw_methods
 from benchmarks.runs import Found, Setting, final
 from benchmarks.sweeps import KeptRuns, around, best_on_line
@@ -132,7 +133,7 @@ def adamw_bytes() -> int:
     return sum(2 * 4 * parameter.numel() for parameter in matrices["params"])
 
 
-def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, float]) -> Numbers:
+def summary(table: Table, won: Mapping[str, Setting], times: Mapping[str, StepTime]) -> Numbers:
     """Return one record per contender, the lowest loss first."""
     rows: Numbers = []
     of_adamw = table.losses(won["AdamW"])
@@ -158,8 +159,8 @@ def summary(table: Table, won: Mapping[str, Setting], seconds: Mapping[str, floa
                 "state bytes": state,
                 "over AdamW's": state / adamw_bytes(),
                 "mean rank": last.get("lowrank/mean_rank"),
-                "step ms": 1e3 * seconds[name],
-                "step over AdamW": seconds[name] / seconds["AdamW"],
+                "step ms": 1e3 * times[name].seconds,
+                "step over AdamW": times[name].over_adamw,
             }
         )
     return sorted(rows, key=lambda row: row["loss"])
@@ -194,8 +195,8 @@ def main() -> None:
         won = search_all(table, chosen, arguments.jobs)
         optimizers = {c.name: c.optimizer(won[c.name].lr, won[c.name].scale) for c in chosen}
         sizes = (arguments.batch_size, arguments.sequence_length)
-        seconds = time_in_turns(optimizers, work, sizes, GAP, arguments.repeats, arguments.seed)
-    rows = summary(table, won, seconds)
+        times = time_in_turns(optimizers, work, sizes, GAP, arguments.repeats, arguments.seed)
+    rows = summary(table, won, times)
     print(as_markdown(rows))
     if arguments.json is not None:
         write_json(arguments.json, {**origin(arguments), "shared": shared, "numbers": rows, **kept.as_record()})

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.contenders import contenders
+from benchmarks.method_times import StepTime
 from benchmarks.methods import Table, search_all, summary
 from benchmarks.runs import Setting
 from benchmarks.sweeps import KeptRuns
@@ -49,7 +50,8 @@ def test_every_other_method_is_swept_at_the_learning_rate_of_adamw(table):
 
 
 def test_a_difference_is_that_within_a_seed(table):
-    rows = summary(table, search_all(table, [ADAMW, TANDEM], jobs=2), {"AdamW": 2.0, "Tandem": 3.0})
+    times = {"AdamW": StepTime(2.0, 1.0), "Tandem": StepTime(3.3, 1.5)}  # of two processes
+    rows = summary(table, search_all(table, [ADAMW, TANDEM], jobs=2), times)
     tandem, adamw = rows
     assert tandem["loss"] == pytest.approx(4.0) and adamw["loss"] == pytest.approx(4.1)
     assert tandem["above AdamW"] == pytest.approx(-0.1)
