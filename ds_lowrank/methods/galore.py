@@ -61,10 +61,6 @@ class GaLoreOptions(LazyRefreshOptions, RangeFinderOptions):
     def model_post_init(self, context: Any) -> None:
         """Refuse to rotate moments that the inner optimizer does not have, and keys of another projector."""
         super().model_post_init(context)
-        if self.power_steps != 1 and self.projector != "randomized":
-            raise ValueError(
-                f"power_steps belongs to projector 'randomized', projector is {self.projector!r}: remove one of them"
-            )
         if self.first_basis == "random" and self.projector == "dct":
             raise ValueError("projector 'dct' has no random basis to begin with: set first_basis to 'gradient'")
         if self.projector == "dct" and self.basis_dtype != "fp32":

@@ -58,12 +58,6 @@ class GumOptions(RangeFinderOptions):
     scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Multiplies the update of a projected matrix, not its weight decay."""
 
-    def model_post_init(self, context: Any) -> None:
-        """Refuse an option of another projector than the chosen one."""
-        super().model_post_init(context)
-        if self.projector == "svd" and self.power_steps != 1:
-            raise ValueError("power_steps belongs to projector 'randomized', projector is 'svd': remove one of them")
-
     def is_whole(self, name: str, period: int) -> bool:
         """The coin: whether a matrix is stepped whole in a period. A function of seed, name and period.
 
@@ -153,9 +147,8 @@ class GumMethod(Method):
             momentum = found.own.new_zeros(len(shard), shard.kept.owned_rows, rank or shard.compressed.size)
             state |= {"basis": found.own, "momentum_buffer": momentum, "rank": rank}
         momentum = state["momentum_buffer"].mul_(options.momentum)
-        added = torch.zeros_like(momentum)  # zeros that were found may be of the next period's size
-        if not found.is_zero:
-            added = weighted(found, q)
+        # Zeros that were found may be of the next period's size.
+        added = torch.zeros_like(momentum) if found.is_zero else weighted(found, q)
         momentum.add_(added)
         looked_at = added.add(momentum, alpha=options.momentum) if options.nesterov else momentum
         scale = options.scale * shape_factor(shard, options.adjust_lr_fn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 
@@ -16,10 +18,23 @@ from ds_lowrank.sharding.reduce import Program
 
 
 class RangeFinderOptions(BasisOptions):
-    """The key of the methods that use :func:`randomized_range`."""
+    """The key of the methods that use :func:`randomized_range`, some of them by the name of a ``projector``."""
 
     power_steps: int = Field(1, ge=0, le=3, strict=True)
     """Power steps of the randomized range finder, q: each multiplies the sketch by ``H^T H`` once more."""
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse the key beside another projector.
+
+        Raises:
+            ValueError: ``power_steps`` is set, and ``projector`` is not ``randomized``.
+        """
+        super().model_post_init(context)
+        projector = getattr(self, "projector", "randomized")
+        if self.power_steps != 1 and projector != "randomized":
+            raise ValueError(
+                f"power_steps belongs to projector 'randomized', projector is {projector!r}: remove one of them"
+            )
 
 
 def singular_basis(shard: MatrixShard, rank: int, waits: torch.Tensor | None = None) -> Program[torch.Tensor]:
