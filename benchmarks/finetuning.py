@@ -27,6 +27,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from threading import Lock
 from typing import Any
 
 from benchmarks import runs
@@ -38,6 +39,8 @@ from ds_lowrank.data.built_in import BUILT_IN
 from ds_lowrank.data.rows import open_rows
 
 QUICKSTART = runs.ROOT / "ds_configs/galore_zero2.json"
+PRETRAINING = Lock()
+"""Of two runs that need a checkpoint, the first makes it."""
 KEPT = ("step", "eval_accuracy", "eval_loss", "trainable_parameters", "lowrank/state_bytes", "seconds")
 
 
@@ -68,10 +71,10 @@ def pretrain(work: Path, arguments: argparse.Namespace) -> Path:
     return output / "export"
 
 
-def finetune(
-    setting: Setting, contender: Contender, checkpoint: Path, work: Path, arguments: argparse.Namespace
-) -> Records:
+def finetune(setting: Setting, contender: Contender, work: Path, arguments: argparse.Namespace) -> Records:
     """Return the last record of a run; one that is finished in ``work``, with the same optimizer, is not repeated."""
+    with PRETRAINING:
+        checkpoint = pretrain(work, arguments)
     optimizer = {"type": contender.type, "params": {**contender.params, "lr": setting.lr}}
     output = work / f"from{arguments.pretrain_steps}_steps{arguments.steps}" / setting.name
     flags = {
@@ -90,18 +93,17 @@ class Table:
     """The runs of all contenders on all tasks, some of which may be known already.
 
     Args:
-        checkpoint: The model that all runs start from.
-        work: The folder for all runs.
+        work: The folder for all runs, and the model that they start from.
         arguments: The command line.
         kept: The runs, with the records of those that were made before.
     """
 
-    def __init__(self, checkpoint: Path, work: Path, arguments: argparse.Namespace, kept: KeptRuns[Setting]) -> None:
-        self._checkpoint, self._work, self._arguments, self._kept = checkpoint, work, arguments, kept
+    def __init__(self, work: Path, arguments: argparse.Namespace, kept: KeptRuns[Setting]) -> None:
+        self._work, self._arguments, self._kept = work, arguments, kept
 
     def accuracy(self, contender: Contender, setting: Setting) -> float:
         """Return the last accuracy of one run, which is made if it is not known."""
-        make = partial(finetune, setting, contender, self._checkpoint, self._work, self._arguments)
+        make = partial(finetune, setting, contender, self._work, self._arguments)
         return float(self._kept.get(setting, make)[-1]["eval_accuracy"])
 
     def search(self, contender: Contender, task: str) -> Setting:
@@ -222,7 +224,7 @@ def main() -> None:
     shared["python"] = ".".join(platform.python_version_tuple()[:2])  # on which the examples depend
     kept = KeptRuns(arguments.json, shared, Setting, KEPT)
     with runs.working_folder(arguments.work) as work:
-        found = Table(pretrain(work, arguments), work, arguments, kept)
+        found = Table(work, arguments, kept)
         won = search_all(found, contenders, tasks, arguments.jobs)
     numbers, swept = summary(found, won, contenders, tasks), rates(found, won)
     print(table(numbers), table(swept), sep="\n\n")

@@ -71,7 +71,7 @@ def runs(monkeypatch):
 )
 def test_fine_tuning_is_swept_on_each_task_and_then_repeated(runs, tmp_path, name, rate, tried):
     arguments = argparse.Namespace(seed=0, seeds=2, more=1, quick=False)
-    table = Table(tmp_path, tmp_path, arguments, KeptRuns(None, {}, finetuning.Setting, ()))
+    table = Table(tmp_path, arguments, KeptRuns(None, {}, finetuning.Setting, ()))
     contenders = [contender for contender in CONTENDERS if contender.name == name]
     won = search_all(table, contenders, TASKS, jobs=1)
     for task in TASKS:
