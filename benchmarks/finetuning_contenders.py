@@ -44,6 +44,7 @@ BASIS = {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0}
 ADAPTERS = {"parametrization": "adapter", "adapter_rank": RANK, "adapter_alpha": 2.0 * RANK}
 CONTENDERS: tuple[Contender, ...] = (
     Contender("AdamW", "AdamW", ADAMW, 1e-3),
+    Contender("AdamW, two rates", "AdamW", ADAMW, 4e-3, {"matrix-lr-scale": 1 / 8}),
     Contender("LoRA", "AdamW", ADAMW, 5e-3, {"lora-rank": RANK, "lora-alpha": 2 * RANK}),
     Contender("GaLore", "GaLore", BASIS, 4e-3),
     Contender("Apollo", "Apollo", BASIS, 8e-3),

@@ -29,7 +29,6 @@ from ds_lowrank.models import llama
 from ds_lowrank.training.arguments import parse
 from ds_lowrank.training.evaluation import evaluate
 from ds_lowrank.training.flops import model_flops, on_meta
-from ds_lowrank.training.param_groups import matrix_groups
 from ds_lowrank.training.plan import Plan, make_plan
 from ds_lowrank.training.pretraining_data import TextSteps, open_text
 from ds_lowrank.training.run import Run, start_engine
@@ -77,10 +76,9 @@ def set_up(arguments: Namespace) -> Run:
 def build_engine(arguments: Namespace, plan: Plan) -> DeepSpeedEngine:
     """Build the model and its engine. Collective."""
     model, mpu = build_model(arguments, plan)
-    parameters = None
-    if arguments.matrix_lr_scale is not None:
-        parameters = matrix_groups(model, plan.config["optimizer"], arguments.matrix_lr_scale)
-    return start_engine(model, plan.config, scheduler_factory(arguments.steps, plan.warmup), parameters, mpu)
+    return start_engine(
+        model, plan.config, scheduler_factory(arguments.steps, plan.warmup), arguments.matrix_lr_scale, mpu
+    )
 
 
 def build_model(arguments: Namespace, plan: Plan) -> tuple[Any, Any]:

@@ -71,7 +71,8 @@ def set_up(arguments: Namespace) -> Run:
         arguments.eval_interval = stream.steps_per_epoch
     model = _build(arguments, source, inputs, config)
     flops = model_flops(model) if dist.get_rank() == 0 else None
-    engine = start_engine(model, config, scheduler_factory(steps, warmup, arguments.schedule))
+    schedule = scheduler_factory(steps, warmup, arguments.schedule)
+    engine = start_engine(model, config, schedule, arguments.matrix_lr_scale)
     if flops is not None and has_adapters(engine.module):  # which the engine's optimizer asked for
         flops = closed_form(engine.module)
     if dist.get_rank() == 0:
@@ -97,6 +98,8 @@ def set_up(arguments: Namespace) -> Run:
 def _check_lora(arguments: Namespace, config: Mapping[str, Any]) -> None:
     if arguments.lora_rank is None:
         return
+    if arguments.matrix_lr_scale is not None:
+        raise ValueError("--lora-rank leaves the layers' matrices as they are: remove --matrix-lr-scale")
     if config["optimizer"]["params"].get("parametrization") == "adapter":
         raise ValueError("--lora-rank and parametrization 'adapter' are two kinds of adapters: leave one of them out")
 

@@ -31,9 +31,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=positive, required=True, help="total number of optimizer steps")
     add_run(run)
-    run.add_argument(
-        "--matrix-lr-scale", type=rate, help="dense optimizers and VLoRP: factor on the lr of the layers' matrices"
-    )
     run.add_argument("--eval-interval", type=count, default=0, help="in steps; 0 evaluates at the end only")
     run.add_argument(
         "--eval-sequences", type=count, default=64, help="held-out sequences on all ranks together; 0 for none"
@@ -113,6 +110,9 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--global-batch-size", type=positive, help="overrides train_batch_size of the JSON")
     group.add_argument("--micro-batch-size", type=positive, help="overrides train_micro_batch_size_per_gpu of the JSON")
     group.add_argument("--lr", type=rate, help="overrides optimizer.params.lr of the JSON")
+    group.add_argument(
+        "--matrix-lr-scale", type=rate, help="dense optimizers and VLoRP: factor on the lr of the layers' matrices"
+    )
     group.add_argument(
         "--warmup", type=rate, default=0.1, help="fraction or number of the steps; unused if the JSON has a scheduler"
     )

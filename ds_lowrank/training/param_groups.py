@@ -13,7 +13,7 @@ from ds_lowrank.placement.zero import unpartitioned_shape
 
 
 def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> list[dict[str, Any]]:
-    """Split a model's parameters into two groups: matrices inside the layers at lr * scale, all others at lr.
+    """Split a model's trained parameters into two groups: matrices inside the layers at lr * scale, all others at lr.
 
     Low-rank methods have an option ``scale`` for exactly these matrices, so a fair dense baseline needs it too.
 
@@ -36,7 +36,7 @@ def matrix_groups(model: nn.Module, optimizer: dict[str, Any], scale: float) -> 
         tag = tag_of(parameter)
         return len(unpartitioned_shape(parameter)) == 2 and tag is not None and tag.kind == "weight"
 
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if not is_matrix(p)], "lr": lr},
         {"params": [p for p in parameters if is_matrix(p)], "lr": lr * scale},

@@ -90,7 +90,6 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
     warmup = warmup_steps(arguments.warmup, arguments.steps)
     replaces = ["export"] if arguments.export else []
     check_output(arguments.output, resuming=arguments.resume is not None, replaces=replaces)
-    scale = arguments.matrix_lr_scale
     identity = identify(
         arguments,
         config,
@@ -99,7 +98,6 @@ def make_plan(arguments: Namespace, ranks: int) -> Plan:
         model=model.to_diff_dict(),
         sequence_length=arguments.sequence_length,
         grid=grid,
-        **({} if scale is None else {"matrix_lr_scale": scale}),
     )
     checkpoint = checkpoint_to_resume(arguments, identity, arguments.steps)
     weights = None if folder is None or checkpoint is not None else FolderWeights(folder, model)
@@ -152,6 +150,8 @@ def identify(
         **optimizer_params: settings that affect the optimizer in addition to ``optimizer.params``.
     """
     grid = grid or GridShape(ranks)
+    if arguments.matrix_lr_scale is not None:
+        optimizer_params["matrix_lr_scale"] = arguments.matrix_lr_scale
     return Identity(
         model=model,
         optimizer=config["optimizer"]["type"],

@@ -36,6 +36,7 @@ from ds_lowrank.optimizer.saved_state import STORED
 from ds_lowrank.training.course import Course
 from ds_lowrank.training.flops import ModelFlops
 from ds_lowrank.training.output import begin_output, is_new, record_save
+from ds_lowrank.training.param_groups import matrix_groups
 
 logger = logging.getLogger("ds_lowrank")
 
@@ -263,7 +264,11 @@ class Run:
 
 
 def start_engine(
-    model: Any, config: dict[str, Any], schedule: Callable[..., Any], parameters: Any = None, mpu: Any = None
+    model: Any,
+    config: dict[str, Any],
+    schedule: Callable[..., Any],
+    matrix_lr_scale: float | None = None,
+    mpu: Any = None,
 ) -> DeepSpeedEngine:
     """Make an engine in training mode with ``ds_lowrank.initialize``. Collective.
 
@@ -271,12 +276,13 @@ def start_engine(
         model: the model.
         config: the DeepSpeed configuration.
         schedule: makes the learning-rate scheduler of an optimizer; used if the configuration names none.
-        parameters: parameters or parameter groups; None for all parameters of the model.
+        matrix_lr_scale: a dense optimizer's factor on the learning rate of the layers' matrices; None for no factor.
         mpu: the model-parallel unit, if DeepSpeed needs one.
     """
+    groups = None if matrix_lr_scale is None else matrix_groups(model, config["optimizer"], matrix_lr_scale)
     engine, *_ = ds_lowrank.integration.initialize.initialize(
         model=model,
-        model_parameters=parameters,
+        model_parameters=groups,
         config=config,
         mpu=mpu,
         lr_scheduler=None if "scheduler" in config else schedule,

@@ -178,6 +178,19 @@ def test_lora_is_exported_as_the_plain_model_that_it_computes(folder, zero_stage
     torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_matrices_of_a_dense_optimizer_have_their_own_rate(folder, zero_stage):
+    """At a rate of zero they stay as they are, and everything else is trained."""
+    config, output = deepspeed_config("AdamW", zero_stage), f"two-rates-{zero_stage}"
+    run_ranks(2, finetune, command_line(folder, output, "--matrix-lr-scale", "0", config=config, epochs=1))
+    start, end = (
+        AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).state_dict()
+        for path in (folder / "llama", folder / output / "export")
+    )
+    still = {name for name in start if torch.equal(start[name], end[name])}
+    assert still == {name for name in start if "_proj" in name}
+
+
 METHODS = {
     "adapter": {"type": "GradNormLoRP", "params": {"rank": 2, "parametrization": "adapter", "adapter_rank": 4}},
     "full": {"type": "GradNormLoRP", "params": {"rank": 4}},

@@ -203,6 +203,18 @@ def test_two_kinds_of_adapters_are_refused(folder):
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "more", "message"),
+    [
+        ("GaLore", [], "--matrix-lr-scale is not for GaLore: set optimizer.params.scale"),
+        ("AdamW", ["--lora-rank", "4"], "--lora-rank leaves the layers' matrices as they are: remove --matrix-lr-scale"),
+    ],
+)
+def test_a_rate_of_matrices_that_have_none_is_refused(folder, optimizer, more, message):
+    arguments = command_line(folder, "rates", "--matrix-lr-scale", "0.5", *more, config=deepspeed_config(optimizer))
+    assert message in run_ranks(1, set_up_error, arguments)[0]
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--prompt-column", "text"], "belong together"),
