@@ -206,7 +206,7 @@ def test_two_kinds_of_adapters_are_refused(folder):
     ("optimizer", "more", "message"),
     [
         ("GaLore", [], "--matrix-lr-scale is not for GaLore: set optimizer.params.scale"),
-        ("AdamW", ["--lora-rank", "4"], "--lora-rank leaves the layers' matrices as they are: remove --matrix-lr-scale"),
+        ("AdamW", ["--lora-rank", "4"], "--lora-rank leaves the layers' matrices as they are"),
     ],
 )
 def test_a_rate_of_matrices_that_have_none_is_refused(folder, optimizer, more, message):
