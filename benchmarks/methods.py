@@ -11,8 +11,8 @@ the mean of the differences within a seed, which decides the weights' start and 
 standard error of its own. *half* and *twice* are what the first seed loses at half and at twice the best rate.
 
 *state bytes* covers the projected matrices at the end. *step* is a whole training step, amortised over a refresh
-interval; three methods and AdamW are timed in turns in one process, and a ratio is to AdamW there. Runs that a file of
-``--json`` has are not repeated: a table may grow over days.
+interval; each method is timed in turns with AdamW, in a process of its own, and a ratio is to AdamW there. Runs that a
+file of ``--json`` has are not repeated: a table may grow over days.
 """
 
 from __future__ import annotations
