@@ -35,7 +35,7 @@ def time_in_turns(
 ) -> dict[str, StepTime]:
     """Time a training step (forward, backward and step) on one rank, of each optimizer in turns with AdamW.
 
-    Each has a process of its own.
+    Every pair has a process of its own.
 
     Args:
         optimizers: DeepSpeed's ``optimizer`` entries by name; ``AdamW`` is one of them. Rates are not used.
@@ -46,19 +46,19 @@ def time_in_turns(
         seed: Seed of the weights and the data.
 
     Returns:
-        The times by name; AdamW's is that of the first process.
+        The times by name; AdamW's own is timed alone.
     """
     entries = {name: {"type": entry["type"], "params": dict(entry["params"])} for name, entry in optimizers.items()}
     for entry in entries.values():
         entry["params"]["lr"] = TIMED_LR
         if "update_proj_gap" in entry["params"]:
             entry["params"]["update_proj_gap"] = TIMED_GAP
-    times: dict[str, StepTime] = {}
-    for other in [name for name in entries if name != "AdamW"] or ["AdamW"]:
-        pair = {name: entries[name] for name in ("AdamW", other)}
+    times = {}
+    for name, entry in entries.items():
+        pair = {"AdamW": entries["AdamW"], name: entry}
         steps = on_ranks(1, _take_turns, pair, work, sizes, repeats, seed)
-        seconds = {name: _amortised(taken, gap) for name, taken in steps.items()}
-        times = {name: StepTime(own, own / seconds["AdamW"]) for name, own in seconds.items()} | times
+        seconds = {each: _amortised(taken, gap) for each, taken in steps.items()}
+        times[name] = StepTime(seconds[name], seconds[name] / seconds["AdamW"])
     return times
 
 
